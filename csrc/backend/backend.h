@@ -1,0 +1,90 @@
+/*
+ * backend.h -- what the model runner may ask of a device.
+ *
+ * A backend is a table of functions behind an opaque context. The CPU's table is linked in;
+ * the CUDA table comes from a second shared object, opened on first use, so that the package
+ * imports where there is no driver. Work is enqueued in order on the backend's stream and may
+ * return before it has run; sync() waits. Callers use kl_run_<op>(), which checks and then
+ * dispatches.
+ */
+#ifndef KL_BACKEND_BACKEND_H
+#define KL_BACKEND_BACKEND_H
+
+#include "backend/ops.h"
+
+#include <stddef.h>
+
+/* Raised with every change to kl_backend_vtbl or to a struct of ops.h; a library built with
+ * another number is refused. */
+#define KL_BACKEND_ABI 1u
+
+/* The only symbol the CUDA library exports. */
+#define KL_CUDA_ENTRY "kl_cuda_backend_entry"
+
+typedef struct kl_backend kl_backend;
+
+/* What a backend is opened with; zero means its own choice. */
+typedef struct {
+    int device;              /* ordinal; 0 on the CPU                        */
+    int threads;             /* CPU: worker threads, the caller's included   */
+    const char *cpu_variant; /* CPU: "scalar", "avx2", "avx512", or NULL     */
+} kl_backend_options;
+
+typedef struct {
+    char name[128];     /* "AMD EPYC ...", "NVIDIA H100 ..."                   */
+    char variant[32];   /* instruction set in use: "avx512bf16", "sm_90a"      */
+    size_t total_bytes; /* memory of the device                                */
+    size_t free_bytes;  /* free now                                            */
+    int threads;        /* CPU worker threads; multiprocessors of a GPU        */
+} kl_backend_info;
+
+typedef struct {
+    unsigned abi;
+    const char *name; /* "cpu", "cuda" */
+
+    kl_status (*open)(const kl_backend_options *options, kl_backend **out, kl_error *err);
+    void (*close)(kl_backend *be);
+    kl_status (*info)(kl_backend *be, kl_backend_info *out, kl_error *err);
+    kl_status (*sync)(kl_backend *be, kl_error *err);
+
+    /* Device memory, at least 64-byte aligned, uninitialised. zero() and the copies are
+     * enqueued; copy_in and copy_out may return before the host buffer is free to reuse. */
+    kl_status (*alloc)(kl_backend *be, size_t bytes, void **out, kl_error *err);
+    void (*free)(kl_backend *be, void *ptr, size_t bytes);
+    kl_status (*zero)(kl_backend *be, void *ptr, size_t bytes, kl_error *err);
+    kl_status (*copy_in)(kl_backend *be, void *dst, const void *src, size_t bytes,
+                         kl_error *err);
+    kl_status (*copy_out)(kl_backend *be, void *dst, const void *src, size_t bytes,
+                          kl_error *err);
+    kl_status (*copy)(kl_backend *be, void *dst, const void *src, size_t bytes, kl_error *err);
+
+    /* Operations. NULL: this backend lacks it. <op>_workspace NULL: it needs none. A larger
+     * T, N or context never needs less workspace, so a plan may ask for the largest only. */
+#define KL_ENTRY(op)                                                                           \
+    kl_status (*op)(kl_backend *be, const kl_##op *a, kl_error *err);                          \
+    size_t (*op##_workspace)(kl_backend *be, const kl_##op *a);
+    KL_OPS(KL_ENTRY)
+#undef KL_ENTRY
+} kl_backend_vtbl;
+
+struct kl_backend {
+    const kl_backend_vtbl *vt; /* first member of every backend's own struct */
+};
+
+typedef const kl_backend_vtbl *(*kl_backend_entry_fn)(void);
+
+/* Open "cpu" or "cuda". cuda_library is where the CUDA backend's shared object lies (may be
+ * NULL for "cpu"). */
+kl_status kl_backend_open(const char *name, const char *cuda_library,
+                          const kl_backend_options *options, kl_backend **out, kl_error *err);
+void kl_backend_close(kl_backend *be); /* NULL is fine */
+
+/* kl_run_<op>: refuse a call that breaks ops.h, has too small a workspace, or that the backend
+ * lacks; else enqueue it. kl_workspace_<op>: bytes of workspace such a call needs. */
+#define KL_DECLARE(op)                                                                         \
+    kl_status kl_run_##op(kl_backend *be, const kl_##op *a, kl_error *err);                    \
+    size_t kl_workspace_##op(kl_backend *be, const kl_##op *a);
+KL_OPS(KL_DECLARE)
+#undef KL_DECLARE
+
+#endif

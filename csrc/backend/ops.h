@@ -1,0 +1,343 @@
+/*
+ * ops.h -- the mathematics of the model, one argument struct per operation.
+ *
+ * This header is the contract between the model runner above and the CPU and CUDA backends
+ * below: formulas, shapes, dtypes, aliasing. Neither side may assume what is not written
+ * here. kl_check_*() in ops_check.c enforces it once, above the backends, so that they can
+ * trust their inputs; kl_cost_*() in ops_cost.c counts flops and bytes from the same structs.
+ *
+ * Axes   T tokens of a step, of all its sequences, packed without padding; N sequences;
+ *        S slots of a state pool; D hidden; H heads; K key and V value channels of a head;
+ *        C conv channels; W conv width; E experts; I an expert's inner width; P pages.
+ * act    the activations' dtype, f32 or bf16; all `act` tensors of one call share it.
+ * Arithmetic is f32 whatever the storage; a result is rounded once, where it is stored.
+ *
+ * Ragged batches: sequence n owns tokens cu_seqlens[n] .. cu_seqlens[n+1] - 1; an empty
+ * sequence is legal and leaves its state alone. Integer arrays live where the tensors live, so
+ * a check cannot read them: values out of range are the caller's fault, and both callers (the
+ * runner and the binding) validate them.
+ *
+ * Strides: tensors are dense unless marked "rows strided": then the first axis may have any
+ * stride and the others are dense.
+ *
+ * Determinism: an output element is accumulated in one fixed order that depends neither on
+ * the number of threads, nor on T or N, nor on which other rows are in the call.
+ */
+#ifndef KL_BACKEND_OPS_H
+#define KL_BACKEND_OPS_H
+
+#include "base/error.h"
+#include "base/tensor.h"
+#include "base/weight.h"
+
+#include <stdbool.h>
+
+/* Every operation, in the order of the structs below. Whatever lists operations (the table of
+ * a backend, the checks, the costs) is generated from this line.
+ *     X(name)   struct kl_<name>, kl_check_<name>, kl_cost_<name>, table entry <name> */
+#define KL_OPS(X)                                                                              \
+    X(embedding)                                                                               \
+    X(gather)                                                                                  \
+    X(rms_norm)                                                                                \
+    X(gated_rms_norm)                                                                          \
+    X(linear)                                                                                  \
+    X(mlp)                                                                                     \
+    X(short_conv)                                                                              \
+    X(kda_prefill)                                                                             \
+    X(kda_decode)                                                                              \
+    X(mla_append)                                                                              \
+    X(mla_prefill)                                                                             \
+    X(mla_decode)                                                                              \
+    X(moe_route)                                                                               \
+    X(moe_experts)                                                                             \
+    X(token_logprobs)                                                                          \
+    X(sample)                                                                                  \
+    X(pack_weight)                                                                             \
+    X(fill_normal)
+
+/* Scratch memory of one call, lent by the caller: at least the bytes that the backend's
+ * <name>_workspace(be, args) asks for, 64-byte aligned. Its contents mean nothing before or
+ * after. */
+typedef struct {
+    void *data;
+    size_t bytes;
+} kl_workspace;
+
+/* out[t, :] = table[ids[t], :]. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor ids;   /* [T] i32, in [0, rows)                            */
+    kl_weight table; /* [rows, D], f32 or bf16, count 1                  */
+    kl_tensor out;   /* [T, D] f32 or bf16                               */
+} kl_embedding;
+
+/* out[n, :] = x[rows[n], :]. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;    /* [T, D] f32 or bf16                                */
+    kl_tensor rows; /* [N] i32, in [0, T)                                */
+    kl_tensor out;  /* [N, D] dtype of x                                 */
+} kl_gather;
+
+/*     r = residual + x     (stored back into residual; without one, r = x)
+ *     out = r / sqrt(mean(r^2) + eps) * weight
+ * With x absent, r = residual. out may be absent: then only the sum is done. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;        /* [T, D] act, rows strided, or absent           */
+    kl_tensor residual; /* [T, D] f32 or act, in and out, or absent      */
+    kl_tensor weight;   /* [D] f32                                       */
+    kl_tensor out;      /* [T, D] act or absent; may be x itself         */
+    float eps;
+} kl_rms_norm;
+
+/* KDA's output gate: out = x / sqrt(mean(x^2) + eps) * weight * sigmoid(z), over the last axis. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;      /* [T, H, D] act, rows strided                     */
+    kl_tensor z;      /* [T, H, D] act, rows strided                     */
+    kl_tensor weight; /* [D] f32, shared by the heads                    */
+    kl_tensor out;    /* [T, H, D] act; may be x itself                  */
+    float eps;
+} kl_gated_rms_norm;
+
+/* out = x w^T. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;   /* [T, in] act, rows strided                          */
+    kl_weight w;   /* [out, in], count 1                                 */
+    kl_tensor out; /* [T, out] f32 or act, rows strided                  */
+} kl_linear;
+
+/* The dense feed-forward layer: out = (silu(x w1^T) * (x w3^T)) w2^T. The inner product is
+ * rounded to act before w2. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;      /* [T, D] act                                      */
+    kl_weight w1, w3; /* [I, D] gate and up                              */
+    kl_weight w2;     /* [D, I] down                                     */
+    kl_tensor out;    /* [T, D] act; may not alias x                     */
+} kl_mlp;
+
+/* Depthwise causal convolution over time, then an optional SiLU:
+ *     y[t, c] = act( sum_j weight[c, j] * x[t - (W-1) + j, c] )
+ * weight[c, W-1] multiplies the current token. Inputs before the call come from the state,
+ * which holds the last W-1 raw inputs of its sequence, oldest first, and is updated in place. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;          /* [T, C] act, rows strided                    */
+    kl_tensor weight;     /* [C, W] f32, W in 1 .. 8                     */
+    kl_tensor state;      /* [S, C, W-1] act, in and out                 */
+    kl_tensor slots;      /* [N] i32 in [0, S), distinct; absent: n -> n */
+    kl_tensor cu_seqlens; /* [N+1] i32                                   */
+    kl_tensor out;        /* [T, C] act; may not alias x                 */
+    bool silu;
+} kl_short_conv;
+
+/* How the log-decay of a channel comes from g. */
+typedef enum {
+    KL_GATE_DIRECT,   /* g                                                        */
+    KL_GATE_SOFTPLUS, /* -exp(A_log[h]) * softplus(g + dt_bias[h, k])              */
+    KL_GATE_BOUNDED,  /* lower_bound * sigmoid(exp(A_log[h]) * (g + dt_bias[h, k])) */
+    KL_N_GATES,
+} kl_gate;
+
+/* Kimi Delta Attention. Per head and token, with S [V, K] starting at state[slot]:
+ *     a    = exp(gate(g))                   decay of each key channel, in (0, 1]
+ *     q, k = q / sqrt(sum q^2 + 1e-6), ...  when `normalize`
+ *     b    = sigmoid(beta)                  when `beta_logits`, else beta
+ *     S   <- S diag(a)
+ *     u    = b (v - S k)                    the part of v that S does not hold yet
+ *     S   <- S + u k^T                      the delta rule
+ *     o    = scale S q                      reads the updated state
+ * State is [V, K] with K contiguous, f32, updated in place.
+ *
+ * Grouped heads: q and k may have Hk heads with H a multiple of Hk; value head h reads key head
+ * h / (H / Hk). g, beta, A_log, dt_bias and the state belong to value heads.
+ *
+ * kda_decode: T = N, one token for each sequence, cu_seqlens absent. kda_prefill computes the
+ * same function of any lengths; it may reorder the arithmetic within chunks that start at a
+ * sequence's first token of the call, KL_KDA_CHUNK tokens each, and takes the order of
+ * kda_decode for a chunk of a single token. No exponential of a positive number is formed. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor q, k;       /* [T, Hk, K] act, rows strided                */
+    kl_tensor v;          /* [T, H, V] act, rows strided                 */
+    kl_tensor g;          /* [T, H, K] f32 or act, rows strided          */
+    kl_tensor beta;       /* [T, H] f32 or act, rows strided             */
+    kl_tensor state;      /* [S, H, V, K] f32, in and out                */
+    kl_tensor slots;      /* [N] i32 in [0, S), distinct; absent: n -> n */
+    kl_tensor cu_seqlens; /* [N+1] i32; absent in kda_decode             */
+    kl_tensor A_log;      /* [H] f32; softplus; optional for bounded     */
+    kl_tensor dt_bias;    /* [H, K] f32; optional                        */
+    kl_tensor out;        /* [T, H, V] act                               */
+    kl_gate gate;
+    float lower_bound; /* < 0, KL_GATE_BOUNDED only                      */
+    float scale;
+    bool normalize, beta_logits;
+} kl_kda;
+typedef kl_kda kl_kda_prefill;
+typedef kl_kda kl_kda_decode;
+
+#define KL_KDA_CHUNK 16 /* cutting a prefill at its multiples does not change a bit (CPU) */
+#define KL_KDA_MAX_K 256
+
+/* Tokens of an MLA page; also the block of the context that attention reads at a time. */
+#define KL_PAGE_TOKENS 64
+
+/* Write the latents of new tokens into their sequences' pages:
+ *     row = [ rms_norm(raw[:rank]) * norm_weight | raw[rank:] ]
+ * (without a norm_weight the row is copied). Token i of sequence n goes to position
+ * p = lengths[n] - count(n) + i, which is row p % 64 of page block_table[n, p / 64]. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor raw;         /* [T, rank+rope] act, rows strided           */
+    kl_tensor norm_weight; /* [rank] f32, or absent                      */
+    kl_tensor pages;       /* [P, 64, rank+rope] act, written            */
+    kl_tensor block_table; /* [N, B] i32                                 */
+    kl_tensor lengths;     /* [N] i32, context after these tokens        */
+    kl_tensor cu_seqlens;  /* [N+1] i32                                  */
+    float eps;
+} kl_mla_append;
+
+/* Multi-head latent attention without rotation, causal, over paged latents [c | k_pe]. Per
+ * head, with w_kv_b[h] = [W_UK; W_UV] (nope rows, then V rows, of `rank` columns):
+ *     plain     k = [W_UK c | k_pe],  v = W_UV c,  o = softmax(scale q k^T) v
+ *     absorbed  q' = [W_UK^T q_nope | q_pe],  ctx = softmax(scale q' [c | k_pe]^T) c,  o = W_UV ctx
+ * Token i of sequence n stands at position lengths[n] - count(n) + i and sees positions up to
+ * its own. Rows of a page past a sequence's length are never read.
+ *
+ * mla_decode: T = N, one token each, cu_seqlens absent. mla_prefill takes the arithmetic of
+ * mla_decode for a tile of a single token, where tiles are a sequence's new tokens cut at
+ * absolute positions that are multiples of KL_PAGE_TOKENS. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor q;           /* [T, H, nope+rope] act, rows strided        */
+    kl_tensor pages;       /* [P, 64, rank+rope] act                     */
+    kl_tensor block_table; /* [N, B] i32                                 */
+    kl_tensor lengths;     /* [N] i32, context including these tokens    */
+    kl_tensor cu_seqlens;  /* [N+1] i32; absent in mla_decode            */
+    kl_tensor w_kv_b;      /* [H, nope+V, rank] f32 or bf16              */
+    kl_tensor out;         /* [T, H, V] act                              */
+    float scale;
+} kl_mla;
+typedef kl_mla kl_mla_prefill;
+typedef kl_mla kl_mla_decode;
+
+typedef enum { KL_SCORE_SIGMOID, KL_SCORE_SOFTMAX, KL_N_SCORES } kl_score;
+
+/* Choose the experts of each token:
+ *     s = sigmoid(logits) or softmax(logits);  c = s + bias
+ *     with groups > 1, only experts of the top_groups groups with the largest sum of their
+ *     two best c may be chosen;  ids = the top_k largest c, best first, lower id on a tie
+ *     weights = s[ids];  renormalize: / (their sum + 1e-20);  * scaling */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor logits;  /* [T, E] f32                                     */
+    kl_tensor bias;    /* [E] f32, or absent                             */
+    kl_tensor ids;     /* [T, top_k] i32, out                            */
+    kl_tensor weights; /* [T, top_k] f32, out                            */
+    kl_score score;
+    int groups, top_groups; /* 1, 1: no grouping                         */
+    float scaling;
+    bool renormalize;
+} kl_moe_route;
+
+/* out = sum_j weights[t, j] * expert_{ids[t, j]}(x[t])  +  shared(x[t])
+ * expert(x) = (silu(x w1^T) * (x w3^T)) w2^T, its inner product rounded to act. The sum is
+ * taken in f32 in the order j = 0 .. top_k-1, then the shared expert, and rounded once. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;                           /* [T, D] act                 */
+    kl_tensor ids;                         /* [T, top_k] i32 in [0, E)   */
+    kl_tensor weights;                     /* [T, top_k] f32             */
+    kl_weight w1, w3;                      /* [E, I, D] gate and up      */
+    kl_weight w2;                          /* [E, D, I] down             */
+    kl_weight shared_w1, shared_w3, shared_w2; /* [I', D], [D, I']; data NULL: none */
+    kl_tensor out;                         /* [T, D] act, may not alias x */
+} kl_moe_experts;
+
+/* Log-probabilities of given next tokens, without a [T, rows] matrix:
+ *     z = hidden lm_head^T;  logprobs[t] = z[targets[t]] - logsumexp(z)
+ *     greedy[t] = 1 if targets[t] is the argmax (lowest id on a tie)
+ *     top_ids, top_logprobs: the n largest, best first, lower id on a tie
+ * A target of -1 asks for no log-probability: NaN is stored, greedy 0. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor hidden;       /* [T, D] act                                */
+    kl_weight lm_head;      /* [rows, D]                                 */
+    kl_tensor targets;      /* [T] i32 in [-1, rows)                     */
+    kl_tensor logprobs;     /* [T] f32, out                              */
+    kl_tensor greedy;       /* [T] u8, out                               */
+    kl_tensor top_ids;      /* [T, n] i32, out, or absent (n <= 256)     */
+    kl_tensor top_logprobs; /* [T, n] f32, out, or absent                */
+} kl_token_logprobs;
+
+/* What one row of kl_sample is drawn with. */
+typedef struct {
+    float temperature;        /* 0: argmax                               */
+    int32_t top_k;            /* 0: all                                  */
+    float top_p;              /* in (0, 1]                               */
+    float min_p;              /* in [0, 1]                               */
+    float repetition_penalty; /* > 0; 1: none                            */
+    uint64_t seed;            /* of this row's own generator             */
+    uint64_t position;        /* which draw of that generator            */
+} kl_sampling;
+
+/* Draw one token a row from logits:
+ *     for ids seen: z > 0 ? z / penalty : z * penalty
+ *     temperature 0: argmax, lowest id on a tie; else p = softmax(z / temperature),
+ *     keep the top_k largest; then the smallest set whose mass is >= top_p; then those with
+ *     p >= min_p * max p; draw by inverse CDF in order of falling p (lower id first on a tie)
+ *     with one uniform from kl_rng(seed, position).
+ * logprob is log softmax of the row's logits as given (before penalty and temperature). A row
+ * with a NaN or no finite logit yields id -1. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor logits;            /* [N, rows] f32                        */
+    const kl_sampling *sampling; /* [N], where the tensors live          */
+    kl_tensor seen;              /* [N, ceil(rows / 32)] i32 bit sets, or absent */
+    kl_tensor ids;               /* [N] i32, out                         */
+    kl_tensor logprobs;          /* [N] f32, out                         */
+    kl_tensor top_ids;           /* [N, n] i32, out, or absent (n <= 256) */
+    kl_tensor top_logprobs;      /* [N, n] f32, out, or absent           */
+} kl_sample;
+
+/* Store a matrix in a weight's format: rounding to bf16, or quantising each group with
+ * scale = bf16(max|w| / qmax), q = clamp(round(w / scale)). src and out have equal shape. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor src; /* [rows, cols] f32 or bf16, rows strided             */
+    kl_weight out; /* [rows, cols], count 1                              */
+} kl_pack_weight;
+
+/* out[i] = mean + std * (standard normal number i of kl_rng(seed)), for models made on the
+ * device. The same numbers on every backend, to rounding. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor out; /* f32 or bf16, dense, any shape                      */
+    uint64_t seed;
+    float mean, std;
+} kl_fill_normal;
+
+/* What an operation moves and computes at the least, for rooflines. */
+typedef struct {
+    double flops; /* 2 for a multiply-add */
+    double bytes; /* each operand and result once, from and to memory */
+} kl_cost;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KL_DECLARE(name)                                                                       \
+    kl_status kl_check_##name(const kl_##name *a, kl_error *err);                              \
+    kl_cost kl_cost_##name(const kl_##name *a);
+KL_OPS(KL_DECLARE)
+#undef KL_DECLARE
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

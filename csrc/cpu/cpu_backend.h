@@ -1,0 +1,25 @@
+/*
+ * cpu_backend.h -- the CPU backend's own struct, its table and its operations.
+ */
+#ifndef KL_CPU_BACKEND_H
+#define KL_CPU_BACKEND_H
+
+#include "backend/backend.h"
+#include "base/threads.h"
+#include "cpu/kernels.h"
+
+typedef struct {
+    kl_backend base;
+    kl_pool *pool;
+    const kl_cpu_kernels *kernels;
+} kl_cpu;
+
+extern const kl_backend_vtbl kl_cpu_vtbl;
+
+#define KL_DECLARE(op)                                                                         \
+    kl_status kl_cpu_##op(kl_backend *be, const kl_##op *a, kl_error *err);                    \
+    size_t kl_cpu_##op##_workspace(kl_backend *be, const kl_##op *a);
+KL_OPS(KL_DECLARE)
+#undef KL_DECLARE
+
+#endif

@@ -1,0 +1,193 @@
+/*
+ * engine.h -- a model on a device: its weights, its sequences, and steps over them.
+ *
+ * An engine owns three kinds of memory, all planned before anything is taken: weights (filled
+ * once), cache (KDA slots and MLA pages, once per engine), scratch (one block, laid out anew
+ * each step). A step calls no allocator.
+ *
+ * Not thread-safe: the binding holds one lock around every call.
+ */
+#ifndef KL_MODEL_ENGINE_H
+#define KL_MODEL_ENGINE_H
+
+#include "backend/backend.h"
+#include "model/config.h"
+
+/* ---- plan ------------------------------------------------------------------------------ */
+
+typedef struct {
+    kl_weight_format format; /* storage of the big matrices; act is f32 for KL_W_F32, else bf16 */
+    int64_t max_context;     /* tokens of one sequence; 0: the planner's choice        */
+    int64_t max_batch;       /* sequences alive at once; 0: the planner's choice       */
+    int64_t step_tokens;     /* tokens of one step at most; 0: the planner's choice    */
+    size_t cache_bytes;      /* KDA slots and MLA pages together; 0: planner's choice  */
+    size_t budget_bytes;     /* everything together at most; 0: what is free           */
+} kl_engine_options;
+
+typedef struct {
+    size_t weight_bytes, state_bytes /* KDA states and conv windows */, page_bytes,
+        scratch_bytes, total_bytes, free_bytes;
+    int64_t max_context, max_batch, step_tokens, n_pages;
+    size_t state_bytes_per_sequence, page_bytes_per_token;
+} kl_plan;
+
+/* Choose what the options leave open and compute every figure; KL_ERR_MEMORY with the figures
+ * in the message when it cannot fit. Takes nothing. */
+kl_status kl_plan_make(kl_backend *be, const kl_config *config, const kl_engine_options *options,
+                       kl_plan *out, kl_error *err);
+
+/* ---- life ------------------------------------------------------------------------------ */
+
+typedef struct kl_engine kl_engine;
+
+/* Called between layers and between tensors while loading; nonzero stops with
+ * KL_ERR_CANCELLED. */
+typedef int (*kl_poll_fn)(void *ctx);
+typedef void (*kl_progress_fn)(void *ctx, uint64_t done, uint64_t total);
+
+/* A tensor of a checkpoint: bytes [offset, offset + bytes) of file `file` (validated against
+ * the file's size by the reader of the header). */
+typedef struct {
+    const char *name;
+    int file; /* index into fds */
+    uint64_t offset, bytes;
+    kl_dtype dtype; /* KL_F32 or KL_BF16 */
+    int ndim;
+    int64_t shape[KL_MAX_NDIM];
+} kl_source;
+
+/* `be` is borrowed and must outlive the engine. Takes all memory of the plan. */
+kl_status kl_engine_new(kl_backend *be, const kl_config *config,
+                        const kl_engine_options *options, kl_engine **out, kl_error *err);
+void kl_engine_free(kl_engine *e); /* NULL is fine */
+const kl_plan *kl_engine_plan(const kl_engine *e);
+const kl_config *kl_engine_config(const kl_engine *e);
+
+/* Bind every tensor of the model by name, with its shape, before a byte is read; then read
+ * with pread, convert and store. Names: the published checkpoint's. Sources that the model
+ * does not use are counted in *n_unused. */
+kl_status kl_engine_load(kl_engine *e, const int *fds, int n_fds, const kl_source *sources,
+                         int64_t n_sources, int64_t *n_unused, kl_progress_fn progress,
+                         kl_poll_fn poll, void *ctx, kl_error *err);
+
+/* Random weights of plausible scale, made on the device, the same for one seed everywhere. */
+kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, kl_error *err);
+
+/* ---- sequences ------------------------------------------------------------------------- */
+
+/* A handle: slot and generation, so that a released one is recognised. 0 is no sequence. */
+typedef uint64_t kl_seq;
+
+kl_status kl_seq_new(kl_engine *e, kl_seq *out, kl_error *err);
+/* KDA states and conv windows are copied; full MLA pages are shared, the last partial one is
+ * copied when either side writes it. */
+kl_status kl_seq_fork(kl_engine *e, kl_seq seq, kl_seq *out, kl_error *err);
+kl_status kl_seq_release(kl_engine *e, kl_seq seq, kl_error *err);
+kl_status kl_seq_length(const kl_engine *e, kl_seq seq, int64_t *out, kl_error *err);
+void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used);
+
+/* ---- one step -------------------------------------------------------------------------- */
+
+typedef struct {
+    kl_seq seq; /* each sequence at most once a step */
+    const int32_t *tokens;
+    int64_t n_tokens; /* >= 1 */
+} kl_feed;
+
+/* The residual stream after a layer, for every token of the step: out [T, hidden] f32, host. */
+typedef struct {
+    int64_t layer;
+    float *out;
+} kl_capture;
+
+/* Host arrays; NULL for what is not wanted. Rows index the step's packed tokens. */
+typedef struct {
+    const kl_feed *feeds;
+    int64_t n_feeds;
+    const kl_capture *captures;
+    int64_t n_captures;
+
+    const int32_t *rows; /* tokens whose next-token distribution is wanted */
+    int64_t n_rows;
+    float *logits; /* [n_rows, vocab] */
+
+    const int32_t *targets; /* [n_rows]: log-probabilities of these, see kl_token_logprobs */
+    float *logprobs;        /* [n_rows] */
+    uint8_t *greedy;        /* [n_rows] */
+
+    const kl_sampling *sampling; /* [n_rows]: draw the next token; n_rows <= max_batch */
+    const int32_t *seen;         /* [n_rows, ceil(vocab / 32)] bit sets, or NULL       */
+    int32_t *ids;                /* [n_rows] */
+    float *id_logprobs;          /* [n_rows] */
+
+    int top; /* alternatives, with targets or with sampling; 0 .. 256 */
+    int32_t *top_ids;
+    float *top_logprobs; /* [n_rows, top] */
+
+    kl_poll_fn poll;
+    void *poll_ctx;
+} kl_step;
+
+/* Run a step of at most plan.step_tokens tokens. Every argument is checked before any state
+ * changes. If it fails or is cancelled later, the fed sequences are marked broken and only
+ * kl_seq_release() takes them. */
+kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err);
+
+/* Sample from logits of the host's (after a logits processor), same rules as in a step. */
+kl_status kl_engine_sample(kl_engine *e, const float *logits, int64_t n_rows,
+                           const kl_step *step, kl_error *err);
+
+/* ---- generation ------------------------------------------------------------------------ */
+
+typedef struct {
+    const int32_t *prompt; /* copied */
+    int64_t n_prompt;      /* >= 1 */
+    int64_t max_new_tokens;
+    kl_sampling sampling; /* position 0 is this request's first draw */
+    const int32_t *stop_ids; /* copied */
+    int64_t n_stop_ids;
+    int top; /* alternatives to report with every token */
+} kl_request;
+
+typedef enum { KL_RUNNING, KL_FINISH_STOP, KL_FINISH_LENGTH, KL_FINISH_CANCELLED } kl_finish;
+
+/* A token of a request. The stop token itself is reported, with KL_FINISH_STOP. */
+typedef struct {
+    int64_t request;
+    int32_t id;
+    float logprob;
+    kl_finish finish;
+    int32_t top_ids[256]; /* first request.top entries */
+    float top_logprobs[256];
+} kl_event;
+
+/* Change a row of logits before it is sampled. ids: prompt and new tokens so far. Nonzero
+ * stops the run with KL_ERR_CANCELLED. */
+typedef int (*kl_logits_fn)(void *ctx, int64_t request, const int32_t *ids, int64_t n_ids,
+                            float *logits);
+
+typedef struct {
+    int64_t prompt_tokens, prompt_done, new_tokens; /* of all requests */
+    double prefill_s, decode_s;
+} kl_generation_stats;
+
+typedef struct kl_generation kl_generation;
+
+/* Queue requests over an engine; model/scheduler.c decides which run in each step. A request
+ * that could never fit (context, pages) is refused here, by its index. */
+kl_status kl_generation_new(kl_engine *e, const kl_request *requests, int64_t n_requests,
+                            kl_generation **out, kl_error *err);
+/* Release every sequence still held. */
+void kl_generation_free(kl_generation *g);
+
+/* Run steps until max_events events are stored, max_steps steps have run, or all requests
+ * have finished (*n_events 0 then). A request whose logits are not finite ends the run with
+ * KL_ERR_NUMERICAL naming it; the others can go on with the next run. */
+kl_status kl_generation_run(kl_generation *g, int64_t max_steps, kl_event *events,
+                            int64_t max_events, int64_t *n_events, kl_logits_fn process,
+                            void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err);
+/* End one request (a stop string was seen); its sequence is released. */
+kl_status kl_generation_finish(kl_generation *g, int64_t request, kl_error *err);
+void kl_generation_get_stats(const kl_generation *g, kl_generation_stats *out);
+
+#endif
