@@ -27,7 +27,7 @@ typedef struct kl_backend kl_backend;
 typedef struct {
     int device;              /* ordinal; 0 on the CPU                        */
     int threads;             /* CPU: worker threads, the caller's included   */
-    const char *cpu_variant; /* CPU: "scalar", "avx2", "avx512", or NULL     */
+    const char *cpu_variant; /* CPU: a name of cpu/kernels.h, "avx2", or NULL */
 } kl_backend_options;
 
 typedef struct {

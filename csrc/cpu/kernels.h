@@ -28,8 +28,8 @@ extern const kl_cpu_kernels kl_kernels_scalar;
 extern const kl_cpu_kernels kl_kernels_avx2, kl_kernels_avx512, kl_kernels_avx512bf16;
 #endif
 
-/* The widest table this CPU and its operating system can run; `wanted` NULL, or the name of
- * one ("avx512" also allows its bf16 form). */
+/* The table called `wanted`, or with NULL the widest that this CPU and its operating system
+ * can run. One name is one table, so that a test can ask for each. */
 kl_status kl_cpu_kernels_choose(const char *wanted, const kl_cpu_kernels **out, kl_error *err);
 
 #endif
