@@ -19,12 +19,30 @@ static inline __m256i v_mask(int n)
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
 }
 
-static inline vf v_zero(void) { return _mm256_setzero_ps(); }
-static inline vf v_set1(float x) { return _mm256_set1_ps(x); }
-static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
-static inline vf v_load_n(const float *p, int n) { return _mm256_maskload_ps(p, v_mask(n)); }
-static inline void v_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
-static inline void v_store_n(float *p, vf a, int n) { _mm256_maskstore_ps(p, v_mask(n), a); }
+static inline vf v_zero(void)
+{
+    return _mm256_setzero_ps();
+}
+static inline vf v_set1(float x)
+{
+    return _mm256_set1_ps(x);
+}
+static inline vf v_load(const float *p)
+{
+    return _mm256_loadu_ps(p);
+}
+static inline vf v_load_n(const float *p, int n)
+{
+    return _mm256_maskload_ps(p, v_mask(n));
+}
+static inline void v_store(float *p, vf a)
+{
+    _mm256_storeu_ps(p, a);
+}
+static inline void v_store_n(float *p, vf a, int n)
+{
+    _mm256_maskstore_ps(p, v_mask(n), a);
+}
 
 static inline vf v_load_bf16(const uint16_t *p)
 {
@@ -58,21 +76,69 @@ static inline vf v_load_i8(const int8_t *p)
 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
+static inline void v_load_i4(const uint8_t *p, float scale, vf *w)
+{
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)p), low = _mm_set1_epi8(15);
+    const __m128i even = _mm_and_si128(bytes, low);
+    const __m128i odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
+    const __m256i eight = _mm256_set1_epi32(8);
+    const __m128i part[4] = {even, _mm_srli_si128(even, 8), odd, _mm_srli_si128(odd, 8)};
+    for (int i = 0; i < 4; i++) {
+        const __m256i q = _mm256_sub_epi32(_mm256_cvtepu8_epi32(part[i]), eight);
+        w[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_set1_ps(scale));
+    }
+}
 
-static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
-static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
-static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-static inline vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
-static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
-static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
-static inline vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+static inline vf v_add(vf a, vf b)
+{
+    return _mm256_add_ps(a, b);
+}
+static inline vf v_sub(vf a, vf b)
+{
+    return _mm256_sub_ps(a, b);
+}
+static inline vf v_mul(vf a, vf b)
+{
+    return _mm256_mul_ps(a, b);
+}
+static inline vf v_div(vf a, vf b)
+{
+    return _mm256_div_ps(a, b);
+}
+static inline vf v_fma(vf a, vf b, vf c)
+{
+    return _mm256_fmadd_ps(a, b, c);
+}
+static inline vf v_max(vf a, vf b)
+{
+    return _mm256_max_ps(a, b);
+}
+static inline vf v_min(vf a, vf b)
+{
+    return _mm256_min_ps(a, b);
+}
+static inline vf v_sqrt(vf a)
+{
+    return _mm256_sqrt_ps(a);
+}
 
 static inline float v_sum(vf a)
 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline void v_sum4(vf a, vf b, vf c, vf d, float *out)
+{
+    const vf ab =
+        _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    const vf cd =
+        _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+    const vf acbd =
+        _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    const vf s = _mm256_add_ps(acbd, _mm256_movehdup_ps(acbd)); /* a . c . | b . d . */
+    const __m128 ac = _mm256_castps256_ps128(s), bd = _mm256_extractf128_ps(s, 1);
+    _mm_storeu_ps(out, _mm_blend_ps(ac, _mm_moveldup_ps(bd), 0xa));
 }
 static inline float v_hmax(vf a)
 {
@@ -101,10 +167,10 @@ static inline vf v_exp(vf x)
     const __m256i e = _mm256_cvtps_epi32(n);
     const __m256i half = _mm256_srai_epi32(e, 1), bias = _mm256_set1_epi32(127);
     const __m256i rest = _mm256_sub_epi32(e, half);
-    p = _mm256_mul_ps(
-        p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    p = _mm256_mul_ps(
-        p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+    p = _mm256_mul_ps(p,
+                      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    p = _mm256_mul_ps(p,
+                      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
     p = _mm256_blendv_ps(p, _mm256_set1_ps(__builtin_inff()), high);
     return _mm256_blendv_ps(p, _mm256_setzero_ps(), low);
 }

@@ -12,14 +12,35 @@
 #define VL 16
 typedef __m512 vf;
 
-static inline __mmask16 v_mask(int n) { return (__mmask16)((1u << n) - 1u); }
+static inline __mmask16 v_mask(int n)
+{
+    return (__mmask16)((1u << n) - 1u);
+}
 
-static inline vf v_zero(void) { return _mm512_setzero_ps(); }
-static inline vf v_set1(float x) { return _mm512_set1_ps(x); }
-static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
-static inline vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(v_mask(n), p); }
-static inline void v_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
-static inline void v_store_n(float *p, vf a, int n) { _mm512_mask_storeu_ps(p, v_mask(n), a); }
+static inline vf v_zero(void)
+{
+    return _mm512_setzero_ps();
+}
+static inline vf v_set1(float x)
+{
+    return _mm512_set1_ps(x);
+}
+static inline vf v_load(const float *p)
+{
+    return _mm512_loadu_ps(p);
+}
+static inline vf v_load_n(const float *p, int n)
+{
+    return _mm512_maskz_loadu_ps(v_mask(n), p);
+}
+static inline void v_store(float *p, vf a)
+{
+    _mm512_storeu_ps(p, a);
+}
+static inline void v_store_n(float *p, vf a, int n)
+{
+    _mm512_mask_storeu_ps(p, v_mask(n), a);
+}
 
 static inline vf v_widen_bf16(__m256i h)
 {
@@ -54,25 +75,95 @@ static inline vf v_load_i8(const int8_t *p)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
+/* A permutation looks the 32 values up in a table of the 16 there are, scaled beforehand; it
+ * reads the low four bits of an index only. */
+static inline void v_load_i4(const uint8_t *p, float scale, vf *w)
+{
+    const vf q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const vf table = _mm512_mul_ps(q, _mm512_set1_ps(scale));
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+    w[0] = _mm512_permutexvar_ps(bytes, table);
+    w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);
+}
 
-static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
-static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-static inline vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
-static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
-static inline vf v_sqrt(vf a) { return _mm512_sqrt_ps(a); }
+#if defined(KL_VEC_BF16_DOT)
+/* acc[i] + a[2i+1] b[2i+1] + a[2i] b[2i] over 2 VL bfloat16 values; subnormals count as 0. */
+typedef __m512i vh;
+static inline vh v_load_h(const uint16_t *p)
+{
+    return _mm512_loadu_si512(p);
+}
+static inline vh v_load_h_n(const uint16_t *p, int n)
+{
+    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1ull), p);
+}
+static inline void v_store_h(uint16_t *p, vh a)
+{
+    _mm512_storeu_si512(p, a);
+}
+static inline vf v_dot_bf16(vf acc, vh a, vh b)
+{
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+static inline vf v_add(vf a, vf b)
+{
+    return _mm512_add_ps(a, b);
+}
+static inline vf v_sub(vf a, vf b)
+{
+    return _mm512_sub_ps(a, b);
+}
+static inline vf v_mul(vf a, vf b)
+{
+    return _mm512_mul_ps(a, b);
+}
+static inline vf v_div(vf a, vf b)
+{
+    return _mm512_div_ps(a, b);
+}
+static inline vf v_fma(vf a, vf b, vf c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+static inline vf v_max(vf a, vf b)
+{
+    return _mm512_max_ps(a, b);
+}
+static inline vf v_min(vf a, vf b)
+{
+    return _mm512_min_ps(a, b);
+}
+static inline vf v_sqrt(vf a)
+{
+    return _mm512_sqrt_ps(a);
+}
 
 static inline float v_sum(vf a)
 {
-    const __m256 h =
-        _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-static inline float v_hmax(vf a) { return _mm512_reduce_max_ps(a); }
+static inline void v_sum4(vf a, vf b, vf c, vf d, float *out)
+{
+    const vf ab =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const vf cd =
+        _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    vf s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88),
+                         _mm512_shuffle_f32x4(ab, cd, 0xdd)); /* one input a 128-bit lane */
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x0e));
+    s = _mm512_add_ps(s, _mm512_movehdup_ps(s));
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, s)));
+}
+static inline float v_hmax(vf a)
+{
+    return _mm512_reduce_max_ps(a);
+}
 
 /* e^x = 2^n e^r with n = round(x / ln 2): Taylor in r, |r| <= ln(2)/2, remainder below 1e-8. */
 static inline vf v_exp(vf x)
