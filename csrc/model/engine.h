@@ -16,12 +16,13 @@
 /* ---- plan ------------------------------------------------------------------------------ */
 
 typedef struct {
-    kl_weight_format format; /* storage of the big matrices; act is f32 for KL_W_F32, else bf16 */
-    int64_t max_context;     /* tokens of one sequence; 0: the planner's choice        */
-    int64_t max_batch;       /* sequences alive at once; 0: the planner's choice       */
-    int64_t step_tokens;     /* tokens of one step at most; 0: the planner's choice    */
-    size_t cache_bytes;      /* KDA slots and MLA pages together; 0: planner's choice  */
-    size_t budget_bytes;     /* everything together at most; 0: what is free           */
+    kl_weight_format
+        format;          /* storage of the big matrices; act is f32 for KL_W_F32, else bf16 */
+    int64_t max_context; /* tokens of one sequence; 0: the planner's choice        */
+    int64_t max_batch;   /* sequences alive at once; 0: the planner's choice       */
+    int64_t step_tokens; /* tokens of one step at most; 0: the planner's choice    */
+    size_t cache_bytes;  /* KDA slots and MLA pages together; 0: planner's choice  */
+    size_t budget_bytes; /* everything together at most; 0: what is free           */
 } kl_engine_options;
 
 typedef struct {
@@ -33,8 +34,8 @@ typedef struct {
 
 /* Choose what the options leave open and compute every figure; KL_ERR_MEMORY with the figures
  * in the message when it cannot fit. Takes nothing. */
-kl_status kl_plan_make(kl_backend *be, const kl_config *config, const kl_engine_options *options,
-                       kl_plan *out, kl_error *err);
+kl_status kl_plan_make(kl_backend *be, const kl_config *config,
+                       const kl_engine_options *options, kl_plan *out, kl_error *err);
 
 /* ---- life ------------------------------------------------------------------------------ */
 
@@ -143,7 +144,7 @@ typedef struct {
     const int32_t *prompt; /* copied */
     int64_t n_prompt;      /* >= 1 */
     int64_t max_new_tokens;
-    kl_sampling sampling; /* position 0 is this request's first draw */
+    kl_sampling sampling;    /* position 0 is this request's first draw */
     const int32_t *stop_ids; /* copied */
     int64_t n_stop_ids;
     int top; /* alternatives to report with every token */

@@ -1,0 +1,92 @@
+/*
+ * cache.h -- what a model remembers of its sequences, behind one handle for each.
+ *
+ * Two unlike memories: a KDA layer keeps a state and a conv window of fixed size in the
+ * sequence's slot; an MLA layer keeps a latent row for every token in pages of KL_PAGE_TOKENS,
+ * which sequences may share. One page table serves all MLA layers: page p of a sequence is page
+ * p of each layer's pool.
+ *
+ *   slots   a new sequence's states and windows are zeroed, whatever its slot held before
+ *   pages   counted references; a partial page that is shared is copied before it is written;
+ *           rows past a sequence's length are never read, so they need no clearing
+ *   handles slot and generation, so that a handle of a released sequence is recognised
+ */
+#ifndef KL_MODEL_CACHE_H
+#define KL_MODEL_CACHE_H
+
+#include "base/arena.h"
+#include "model/engine.h"
+
+typedef struct {
+    uint32_t generation; /* odd while alive */
+    bool broken;         /* a step failed halfway: only release takes it */
+    int64_t length;      /* tokens */
+    int64_t n_pages;     /* of its row of the page table */
+    int64_t reserved;    /* pages promised to it and not taken yet */
+} kl_cache_seq;
+
+typedef struct {
+    kl_backend *be;
+    const kl_config *config;
+    kl_dtype act;
+    int64_t n_slots, n_pages, max_context, table_width /* pages of max_context */;
+
+    kl_tensor *states;  /* [n_kda] of [S, H, V, K] f32      */
+    kl_tensor *windows; /* [n_kda] of [S, C, W-1] act       */
+    kl_tensor *pages;   /* [n_mla] of [P, 64, rank+rope] act */
+    int64_t n_kda, n_mla;
+
+    kl_cache_seq *seqs;  /* [n_slots] */
+    int32_t *tables;     /* [n_slots, table_width] */
+    uint32_t *refs;      /* [n_pages] */
+    int32_t *free_pages; /* a stack of n_free */
+    int64_t n_free, n_reserved, n_alive;
+    void *host; /* one block behind the arrays above */
+} kl_cache;
+
+typedef struct {
+    int64_t n_slots, n_pages, max_context;
+} kl_cache_shape;
+
+/* Bytes a token takes in the pages of all MLA layers, and a sequence in all KDA layers. */
+size_t kl_cache_token_bytes(const kl_config *config, kl_dtype act);
+size_t kl_cache_seq_bytes(const kl_config *config, kl_dtype act);
+/* Pages that hold `tokens` tokens; none for a model without MLA layers. */
+int64_t kl_cache_pages_for(const kl_config *config, int64_t tokens);
+
+/* Lay out the device memory; measure with an arena without memory. out NULL only measures. */
+kl_status kl_cache_layout(kl_cache *out, const kl_config *config, kl_dtype act,
+                          const kl_cache_shape *shape, kl_arena *arena, size_t *state_bytes,
+                          size_t *page_bytes, kl_error *err);
+/* Host bookkeeping, then the layout in `arena`. */
+kl_status kl_cache_init(kl_cache *c, kl_backend *be, const kl_config *config, kl_dtype act,
+                        const kl_cache_shape *shape, kl_arena *arena, kl_error *err);
+void kl_cache_free(kl_cache *c); /* the bookkeeping; zeroed memory is fine */
+
+kl_status kl_cache_new(kl_cache *c, kl_seq *out, kl_error *err);
+kl_status kl_cache_fork(kl_cache *c, kl_seq seq, kl_seq *out, kl_error *err);
+kl_status kl_cache_release(kl_cache *c, kl_seq seq, kl_error *err);
+
+/* The sequence of a handle; its index is its slot. A broken one is refused unless `broken`. */
+kl_status kl_cache_find(const kl_cache *c, kl_seq seq, bool broken, int64_t *slot,
+                        kl_error *err);
+
+/* Promise pages for a sequence to grow to `tokens`: nobody else can take them. */
+kl_status kl_cache_reserve(kl_cache *c, kl_seq seq, int64_t tokens, kl_error *err);
+/* Pages that are neither taken nor promised. */
+int64_t kl_cache_available(const kl_cache *c);
+
+/* Before a step: check that slots[i] may grow by counts[i] tokens, all of them together; then
+ * take the pages, copying a shared partial page. Lengths are advanced by kl_cache_advance(). */
+kl_status kl_cache_check_growth(const kl_cache *c, const int64_t *slots, const int64_t *counts,
+                                int64_t n, kl_error *err);
+kl_status kl_cache_grow(kl_cache *c, const int64_t *slots, const int64_t *counts, int64_t n,
+                        kl_error *err);
+void kl_cache_advance(kl_cache *c, int64_t slot, int64_t count);
+
+static inline const int32_t *kl_cache_table(const kl_cache *c, int64_t slot)
+{
+    return c->tables + slot * c->table_width;
+}
+
+#endif
