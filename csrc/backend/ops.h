@@ -18,7 +18,8 @@
  * runner and the binding) validate them.
  *
  * Strides: tensors are dense unless marked "rows strided": then the first axis may have any
- * stride and the others are dense.
+ * stride and the others are dense. An output overlaps no other tensor of its call, unless its
+ * line allows that.
  *
  * Determinism: an output element is accumulated in one fixed order that depends neither on
  * the number of threads, nor on T or N, nor on which other rows are in the call.

@@ -1,0 +1,190 @@
+/*
+ * ops_check_mixer.c -- the checks of the operations that mix tokens: convolution, KDA, MLA.
+ */
+#include "backend/check.h"
+
+#define F32 KL_DTYPE_BIT(KL_F32)
+#define I32 KL_DTYPE_BIT(KL_I32)
+
+#define MAX_CONV_WIDTH 8
+
+/* Sequences of a ragged call; -1, which no shape equals, when cu_seqlens cannot say. */
+static int64_t ragged_count(const kl_tensor *cu_seqlens)
+{
+    return cu_seqlens->shape[0] >= 1 ? cu_seqlens->shape[0] - 1 : -1;
+}
+
+/* Positions are int32, and tokens need a sequence to belong to. */
+static kl_status check_ragged(const char *op, const kl_tensor *cu_seqlens, int64_t T,
+                              kl_error *err)
+{
+    if (kl_tensor_absent(cu_seqlens))
+        return kl_fail(err, KL_ERR_VALUE, "%s: cu_seqlens must be given", op);
+    if (cu_seqlens->ndim == 1)
+        KL_TRY(kl_require_range(op, "cu_seqlens.shape[0]", cu_seqlens->shape[0], T > 0 ? 2 : 1,
+                                INT64_MAX, err));
+    return kl_require_range(op, "T", T, 0, INT32_MAX, err);
+}
+
+/* Slots are distinct, and without them sequence n uses slot n: either way there are enough. */
+static kl_status check_slots(const char *op, const kl_tensor *state, int64_t N, kl_error *err)
+{
+    return kl_require_range(op, "state.shape[0]", state->shape[0], N, INT64_MAX, err);
+}
+
+kl_status kl_check_short_conv(const kl_short_conv *a, kl_error *err)
+{
+    static const char op[] = "short_conv";
+    const int64_t T = a->x.shape[0], C = a->x.shape[1], W = a->weight.shape[1];
+    const int64_t S = a->state.shape[0], N = ragged_count(&a->cu_seqlens);
+    const unsigned act = kl_act_bit(&a->x);
+    KL_TRY(check_ragged(op, &a->cu_seqlens, T, err));
+    if (a->weight.ndim == 2)
+        KL_TRY(kl_require_range(op, "weight.shape[1]", W, 1, MAX_CONV_WIDTH, err));
+    const kl_rule rules[] = {
+        {&a->x, "x", KL_ANY_FLOAT, KL_ROWS, 2, {T, C}, NULL},
+        {&a->weight, "weight", F32, 0, 2, {C, W}, NULL},
+        {&a->state, "state", act, KL_OUT | KL_EMPTY, 3, {S, C, W - 1}, NULL},
+        {&a->cu_seqlens, "cu_seqlens", I32, 0, 1, {N + 1}, NULL},
+        {&a->slots, "slots", I32, KL_OPT, 1, {N}, NULL},
+        {&a->out, "out", act, KL_OUT, 2, {T, C}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    return check_slots(op, &a->state, N, err);
+}
+
+/* ---- KDA ------------------------------------------------------------------------------- */
+
+static kl_status check_gate(const char *op, const kl_kda *a, kl_error *err)
+{
+    const bool has_A = !kl_tensor_absent(&a->A_log), has_bias = !kl_tensor_absent(&a->dt_bias);
+    KL_TRY(kl_require_range(op, "gate", a->gate, 0, KL_N_GATES - 1, err));
+    if (a->gate == KL_GATE_DIRECT && (has_A || has_bias))
+        return kl_fail(err, KL_ERR_VALUE, "%s: %s must be absent with a direct gate", op,
+                       has_A ? "A_log" : "dt_bias");
+    if (a->gate == KL_GATE_SOFTPLUS && !has_A)
+        return kl_fail(err, KL_ERR_VALUE, "%s: A_log must be given with a softplus gate", op);
+    if (a->gate != KL_GATE_BOUNDED) return KL_OK;
+    KL_TRY(kl_require_finite(op, "lower_bound", a->lower_bound, err));
+    if (a->lower_bound < 0) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE, "%s: lower_bound must be < 0, got %g", op,
+                   (double)a->lower_bound);
+}
+
+static kl_status check_kda(const char *op, const kl_kda *a, int64_t N, kl_error *err)
+{
+    const int64_t T = a->q.shape[0], Hk = a->q.shape[1], S = a->state.shape[0];
+    const int64_t H = a->state.shape[1], V = a->state.shape[2], K = a->state.shape[3];
+    const unsigned act = kl_act_bit(&a->q);
+    const kl_rule rules[] = {
+        {&a->state, "state", F32, KL_OUT, 4, {S, H, V, K}, NULL},
+        {&a->q, "q", KL_ANY_FLOAT, KL_ROWS, 3, {T, Hk, K}, NULL},
+        {&a->k, "k", act, KL_ROWS, 3, {T, Hk, K}, NULL},
+        {&a->v, "v", act, KL_ROWS, 3, {T, H, V}, NULL},
+        {&a->g, "g", F32 | act, KL_ROWS, 3, {T, H, K}, NULL},
+        {&a->beta, "beta", F32 | act, KL_ROWS, 2, {T, H}, NULL},
+        {&a->cu_seqlens, "cu_seqlens", I32, KL_OPT, 1, {N + 1}, NULL},
+        {&a->slots, "slots", I32, KL_OPT, 1, {N}, NULL},
+        {&a->A_log, "A_log", F32, KL_OPT, 1, {H}, NULL},
+        {&a->dt_bias, "dt_bias", F32, KL_OPT, 2, {H, K}, NULL},
+        {&a->out, "out", act, KL_OUT, 3, {T, H, V}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(kl_require_range(op, "state.shape[3]", K, 1, KL_KDA_MAX_K, err));
+    if (H % Hk != 0)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "%s: state.shape[1] must be a multiple of q.shape[1], got %lld and %lld",
+                       op, (long long)H, (long long)Hk);
+    KL_TRY(check_slots(op, &a->state, N, err));
+    KL_TRY(check_gate(op, a, err));
+    return kl_require_finite(op, "scale", a->scale, err);
+}
+
+kl_status kl_check_kda_prefill(const kl_kda_prefill *a, kl_error *err)
+{
+    static const char op[] = "kda_prefill";
+    KL_TRY(check_ragged(op, &a->cu_seqlens, a->q.shape[0], err));
+    return check_kda(op, a, ragged_count(&a->cu_seqlens), err);
+}
+
+kl_status kl_check_kda_decode(const kl_kda_decode *a, kl_error *err)
+{
+    static const char op[] = "kda_decode";
+    if (!kl_tensor_absent(&a->cu_seqlens))
+        return kl_fail(err, KL_ERR_VALUE, "%s: cu_seqlens must be absent", op);
+    return check_kda(op, a, a->q.shape[0], err);
+}
+
+/* ---- MLA ------------------------------------------------------------------------------- */
+
+/* A sequence with a token has a page for it. */
+static kl_status check_pages(const char *op, const kl_tensor *pages,
+                             const kl_tensor *block_table, int64_t T, kl_error *err)
+{
+    if (T == 0) return KL_OK;
+    KL_TRY(kl_require_range(op, "pages.shape[0]", pages->shape[0], 1, INT32_MAX, err));
+    return kl_require_range(op, "block_table.shape[1]", block_table->shape[1], 1, INT32_MAX,
+                            err);
+}
+
+kl_status kl_check_mla_append(const kl_mla_append *a, kl_error *err)
+{
+    static const char op[] = "mla_append";
+    const int64_t T = a->raw.shape[0], width = a->raw.shape[1], P = a->pages.shape[0];
+    const int64_t N = ragged_count(&a->cu_seqlens), B = a->block_table.shape[1];
+    const int64_t rank = a->norm_weight.shape[0];
+    KL_TRY(check_ragged(op, &a->cu_seqlens, T, err));
+    const kl_rule rules[] = {
+        {&a->raw, "raw", KL_ANY_FLOAT, KL_ROWS, 2, {T, width}, NULL},
+        {&a->norm_weight, "norm_weight", F32, KL_OPT, 1, {rank}, NULL},
+        {&a->cu_seqlens, "cu_seqlens", I32, 0, 1, {N + 1}, NULL},
+        {&a->block_table, "block_table", I32, KL_EMPTY, 2, {N, B}, NULL},
+        {&a->lengths, "lengths", I32, 0, 1, {N}, NULL},
+        {&a->pages, "pages", kl_act_bit(&a->raw), KL_OUT, 3, {P, KL_PAGE_TOKENS, width}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(check_pages(op, &a->pages, &a->block_table, T, err));
+    if (kl_tensor_absent(&a->norm_weight)) return KL_OK;
+    KL_TRY(kl_require_range(op, "norm_weight.shape[0]", rank, 1, width, err));
+    return kl_require_positive(op, "eps", a->eps, err);
+}
+
+static kl_status check_mla(const char *op, const kl_mla *a, int64_t N, kl_error *err)
+{
+    const int64_t T = a->q.shape[0], H = a->q.shape[1], B = a->block_table.shape[1];
+    const int64_t P = a->pages.shape[0], width = a->pages.shape[2], V = a->out.shape[2];
+    const int64_t both = a->w_kv_b.shape[1], rank = a->w_kv_b.shape[2];
+    /* nope + rope; wraps on absurd shapes, which the ranges below refuse. */
+    const int64_t head =
+        (int64_t)((uint64_t)both - (uint64_t)V + (uint64_t)width - (uint64_t)rank);
+    const unsigned act = kl_act_bit(&a->q);
+    const kl_rule rules[] = {
+        {&a->w_kv_b, "w_kv_b", KL_ANY_FLOAT, 0, 3, {H, both, rank}, NULL},
+        {&a->out, "out", act, KL_OUT, 3, {T, H, V}, NULL},
+        {&a->pages, "pages", act, 0, 3, {P, KL_PAGE_TOKENS, width}, NULL},
+        {&a->q, "q", KL_ANY_FLOAT, KL_ROWS, 3, {T, H, head}, NULL},
+        {&a->cu_seqlens, "cu_seqlens", I32, KL_OPT, 1, {N + 1}, NULL},
+        {&a->block_table, "block_table", I32, KL_EMPTY, 2, {N, B}, NULL},
+        {&a->lengths, "lengths", I32, 0, 1, {N}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(kl_require_range(op, "out.shape[2]", V, 1, both - 1, err));
+    KL_TRY(kl_require_range(op, "w_kv_b.shape[2]", rank, 1, width, err));
+    KL_TRY(check_pages(op, &a->pages, &a->block_table, T, err));
+    return kl_require_finite(op, "scale", a->scale, err);
+}
+
+kl_status kl_check_mla_prefill(const kl_mla_prefill *a, kl_error *err)
+{
+    static const char op[] = "mla_prefill";
+    KL_TRY(check_ragged(op, &a->cu_seqlens, a->q.shape[0], err));
+    return check_mla(op, a, ragged_count(&a->cu_seqlens), err);
+}
+
+kl_status kl_check_mla_decode(const kl_mla_decode *a, kl_error *err)
+{
+    static const char op[] = "mla_decode";
+    if (!kl_tensor_absent(&a->cu_seqlens))
+        return kl_fail(err, KL_ERR_VALUE, "%s: cu_seqlens must be absent", op);
+    return check_mla(op, a, a->q.shape[0], err);
+}

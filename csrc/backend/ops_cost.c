@@ -1,0 +1,243 @@
+/*
+ * ops_cost.c -- flops and bytes of each operation, from checked arguments, for rooflines.
+ *
+ * Every operand and result counts once. What only the device knows is taken at its largest:
+ * contexts fill their block tables, and no two (token, choice) pairs share an expert until all
+ * experts are in use.
+ */
+#include "backend/ops.h"
+
+static double tensor_bytes(const kl_tensor *t)
+{
+    if (kl_tensor_absent(t)) return 0;
+    return (double)kl_tensor_size(t) * (double)kl_dtype_bytes(t->dtype);
+}
+
+static double weight_bytes(const kl_weight *w)
+{
+    if (w->data == NULL) return 0;
+    return (double)kl_weight_data_bytes(w) + (double)kl_weight_scale_bytes(w);
+}
+
+static double dim(const kl_tensor *t, int axis)
+{
+    return (double)t->shape[axis];
+}
+
+static double count_of(const kl_tensor *cu_seqlens, double T)
+{
+    return kl_tensor_absent(cu_seqlens) ? T : dim(cu_seqlens, 0) - 1;
+}
+
+static double at_most(double a, double b)
+{
+    return a < b ? a : b;
+}
+
+/* ---- rows and products ----------------------------------------------------------------- */
+
+kl_cost kl_cost_embedding(const kl_embedding *a)
+{
+    const double row = (double)kl_weight_row_bytes(a->table.format, a->table.cols);
+    return (kl_cost){0, tensor_bytes(&a->ids) + dim(&a->out, 0) * row + tensor_bytes(&a->out)};
+}
+
+kl_cost kl_cost_gather(const kl_gather *a)
+{
+    return (kl_cost){0, tensor_bytes(&a->rows) + 2 * tensor_bytes(&a->out)};
+}
+
+kl_cost kl_cost_rms_norm(const kl_rms_norm *a)
+{
+    const bool has_x = !kl_tensor_absent(&a->x), has_out = !kl_tensor_absent(&a->out);
+    const bool adds = has_x && !kl_tensor_absent(&a->residual);
+    const double elements = (double)kl_tensor_size(has_x ? &a->x : &a->residual);
+    return (kl_cost){
+        .flops =
+            elements * ((adds ? 1 : 0) + (has_out ? 4 : 0)), /* square, sum, two products */
+        .bytes = tensor_bytes(&a->x) + (adds ? 2 : 1) * tensor_bytes(&a->residual) +
+                 tensor_bytes(&a->weight) + tensor_bytes(&a->out),
+    };
+}
+
+kl_cost kl_cost_gated_rms_norm(const kl_gated_rms_norm *a)
+{
+    return (kl_cost){
+        .flops = 8 * (double)kl_tensor_size(&a->x), /* a norm, then a sigmoid and its product */
+        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->z) + tensor_bytes(&a->weight) +
+                 tensor_bytes(&a->out),
+    };
+}
+
+kl_cost kl_cost_linear(const kl_linear *a)
+{
+    return (kl_cost){
+        .flops = 2 * dim(&a->x, 0) * (double)a->w.rows * (double)a->w.cols,
+        .bytes = tensor_bytes(&a->x) + weight_bytes(&a->w) + tensor_bytes(&a->out),
+    };
+}
+
+/* Gate, up and down, and the product between them. */
+static double ffn_flops(double T, const kl_weight *w1)
+{
+    return T * (double)w1->rows * (6 * (double)w1->cols + 5);
+}
+
+kl_cost kl_cost_mlp(const kl_mlp *a)
+{
+    return (kl_cost){
+        .flops = ffn_flops(dim(&a->x, 0), &a->w1),
+        .bytes = tensor_bytes(&a->x) + weight_bytes(&a->w1) + weight_bytes(&a->w3) +
+                 weight_bytes(&a->w2) + tensor_bytes(&a->out),
+    };
+}
+
+kl_cost kl_cost_pack_weight(const kl_pack_weight *a)
+{
+    return (kl_cost){
+        .flops = 3 * (double)kl_tensor_size(&a->src), /* maximum, division, rounding */
+        .bytes = tensor_bytes(&a->src) + weight_bytes(&a->out),
+    };
+}
+
+kl_cost kl_cost_fill_normal(const kl_fill_normal *a)
+{
+    return (kl_cost){2 * (double)kl_tensor_size(&a->out), tensor_bytes(&a->out)};
+}
+
+/* ---- mixers ---------------------------------------------------------------------------- */
+
+/* Bytes of the slots that N sequences read and write. */
+static double slot_bytes(const kl_tensor *state, double N)
+{
+    return state->shape[0] == 0 ? 0 : 2 * N * tensor_bytes(state) / dim(state, 0);
+}
+
+kl_cost kl_cost_short_conv(const kl_short_conv *a)
+{
+    const double N = count_of(&a->cu_seqlens, dim(&a->x, 0));
+    const double per_output = 2 * dim(&a->weight, 1) + (a->silu ? 4 : 0);
+    return (kl_cost){
+        .flops = (double)kl_tensor_size(&a->x) * per_output,
+        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->weight) + slot_bytes(&a->state, N) +
+                 tensor_bytes(&a->slots) + tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->out),
+    };
+}
+
+/* The recurrent form: decay 1, S k 2, u k^T 2, S q 2, for each element of S. */
+static kl_cost kda_cost(const kl_kda *a)
+{
+    const double T = dim(&a->q, 0), H = dim(&a->state, 1);
+    const double V = dim(&a->state, 2), K = dim(&a->state, 3);
+    return (kl_cost){
+        .flops = 7 * T * H * V * K,
+        .bytes = slot_bytes(&a->state, count_of(&a->cu_seqlens, T)) + tensor_bytes(&a->q) +
+                 tensor_bytes(&a->k) + tensor_bytes(&a->v) + tensor_bytes(&a->g) +
+                 tensor_bytes(&a->beta) + tensor_bytes(&a->slots) +
+                 tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->A_log) +
+                 tensor_bytes(&a->dt_bias) + tensor_bytes(&a->out),
+    };
+}
+
+kl_cost kl_cost_kda_prefill(const kl_kda_prefill *a)
+{
+    return kda_cost(a);
+}
+
+kl_cost kl_cost_kda_decode(const kl_kda_decode *a)
+{
+    return kda_cost(a);
+}
+
+kl_cost kl_cost_mla_append(const kl_mla_append *a)
+{
+    return (kl_cost){
+        .flops = kl_tensor_absent(&a->norm_weight)
+                     ? 0
+                     : 4 * dim(&a->raw, 0) * dim(&a->norm_weight, 0),
+        .bytes = 2 * tensor_bytes(&a->raw) + tensor_bytes(&a->norm_weight) +
+                 tensor_bytes(&a->block_table) + tensor_bytes(&a->lengths) +
+                 tensor_bytes(&a->cu_seqlens),
+    };
+}
+
+/* Tokens of context that the block table has room for, one sequence. */
+static double mla_context(const kl_mla *a)
+{
+    return dim(&a->block_table, 1) * KL_PAGE_TOKENS;
+}
+
+static double mla_bytes(const kl_mla *a, double N)
+{
+    const double row = dim(&a->pages, 2) * (double)kl_dtype_bytes(a->pages.dtype);
+    return tensor_bytes(&a->q) + N * mla_context(a) * row + tensor_bytes(&a->block_table) +
+           tensor_bytes(&a->lengths) + tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->w_kv_b) +
+           tensor_bytes(&a->out);
+}
+
+/* The plain form, causal: keys and values of the context, then each visible pair. */
+kl_cost kl_cost_mla_prefill(const kl_mla_prefill *a)
+{
+    const double T = dim(&a->q, 0), H = dim(&a->q, 1), head = dim(&a->q, 2);
+    const double V = dim(&a->out, 2), context = mla_context(a);
+    const double N = count_of(&a->cu_seqlens, T), mean = N > 0 ? T / N : 0;
+    const double visible = T * (context - (mean > 1 ? (mean - 1) / 2 : 0));
+    const double expand = 2 * N * context * (double)kl_tensor_size(&a->w_kv_b);
+    return (kl_cost){expand + 2 * H * visible * (head + V), mla_bytes(a, N)};
+}
+
+/* The absorbed form: into the latent space and back, and attention within it. */
+kl_cost kl_cost_mla_decode(const kl_mla_decode *a)
+{
+    const double N = dim(&a->q, 0), H = dim(&a->q, 1);
+    const double rank = dim(&a->w_kv_b, 2), width = dim(&a->pages, 2);
+    const double absorb = 2 * N * (double)kl_tensor_size(&a->w_kv_b);
+    return (kl_cost){absorb + 2 * N * H * mla_context(a) * (width + rank), mla_bytes(a, N)};
+}
+
+/* ---- experts, log-probabilities, sampling ---------------------------------------------- */
+
+kl_cost kl_cost_moe_route(const kl_moe_route *a)
+{
+    return (kl_cost){
+        .flops = 5 * (double)kl_tensor_size(&a->logits), /* score, bias, one comparison */
+        .bytes = tensor_bytes(&a->logits) + tensor_bytes(&a->bias) + tensor_bytes(&a->ids) +
+                 tensor_bytes(&a->weights),
+    };
+}
+
+kl_cost kl_cost_moe_experts(const kl_moe_experts *a)
+{
+    const double T = dim(&a->x, 0), pairs = T * dim(&a->ids, 1), E = (double)a->w1.count;
+    const double stack = weight_bytes(&a->w1) + weight_bytes(&a->w3) + weight_bytes(&a->w2);
+    return (kl_cost){
+        .flops = ffn_flops(pairs, &a->w1) + 2 * pairs * dim(&a->x, 1) +
+                 (a->shared_w1.data == NULL ? 0 : ffn_flops(T, &a->shared_w1)),
+        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->ids) + tensor_bytes(&a->weights) +
+                 stack * at_most(pairs, E) / E + weight_bytes(&a->shared_w1) +
+                 weight_bytes(&a->shared_w3) + weight_bytes(&a->shared_w2) +
+                 tensor_bytes(&a->out),
+    };
+}
+
+kl_cost kl_cost_token_logprobs(const kl_token_logprobs *a)
+{
+    const double logits = dim(&a->hidden, 0) * (double)a->lm_head.rows;
+    return (kl_cost){
+        .flops = logits * (2 * (double)a->lm_head.cols + 3), /* and a maximum, exp, sum */
+        .bytes = tensor_bytes(&a->hidden) + weight_bytes(&a->lm_head) +
+                 tensor_bytes(&a->targets) + tensor_bytes(&a->logprobs) +
+                 tensor_bytes(&a->greedy) + tensor_bytes(&a->top_ids) +
+                 tensor_bytes(&a->top_logprobs),
+    };
+}
+
+kl_cost kl_cost_sample(const kl_sample *a)
+{
+    return (kl_cost){
+        .flops = 3 * (double)kl_tensor_size(&a->logits),
+        .bytes = tensor_bytes(&a->logits) + tensor_bytes(&a->seen) + tensor_bytes(&a->ids) +
+                 tensor_bytes(&a->logprobs) + tensor_bytes(&a->top_ids) +
+                 tensor_bytes(&a->top_logprobs) + dim(&a->logits, 0) * sizeof(kl_sampling),
+    };
+}
