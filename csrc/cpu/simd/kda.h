@@ -1,14 +1,284 @@
 /*
- * kda.h -- written in the words of vec_*.h; included by variant_*.c only.
+ * kda.h -- Kimi Delta Attention on one head, written in the words of vec_*.h; included by
+ * variant_*.c only.
+ *
+ * Computes   kl_kda of backend/ops.h, in chunks of C = 16 tokens, or one token at a time
+ * Shapes     C tokens, K key channels, V value channels
+ * Layout     a state where it lies is [V, K], K contiguous. Chunks work on a transposed copy, in
+ *            blocks of 2 VL columns, [pitch][2 VL]: lanes along V, so that a column never
+ *            sees another one, however V is split
+ * Precision  f32. No exponential but that of one token's log-decay: products of decays are
+ *            built up multiplicatively, token by token, so nothing overflows, strong decay
+ *            ends in an exact zero, and no row reads a later token
+ * Roofline   3 K V multiply-adds a token and head for a state in cache: bound by the FMA
+ *            units; one token at a time, 8 K V bytes: bound by memory
+ *
+ * With c_i = a_0 .. a_i (products over the chunk) and S0 the state on entry, transposed:
+ *     u_i = b_i (v_i - (k_i c_i) S0) - sum over j < i of b_i <k_i, k_j a_j+1 .. a_i> u_j
+ *     o_i = (scale q_i c_i) S0 + sum over j <= i of scale <q_i, k_j a_j+1 .. a_i> u_j
+ *     S   = diag(c_last) S0 + sum over j of (k_j a_j+1 .. a_last) u_j
  */
 #ifndef KL_CPU_SIMD_KDA_H
 #define KL_CPU_SIMD_KDA_H
 
 #include "cpu/kda_kernels.h"
+#include "cpu/simd/act.h"
+#include "cpu/simd/special.h"
 
-#define KL_KDA_KERNELS                                                                        \
+#include <math.h>
+
+#define KDA_C     KL_KDA_CHUNK
+#define KDA_WIDTH (2 * VL) /* columns of a block: 2 vectors */
+
+/* Rows of a register tile, 2 vectors each: 16 accumulators of AVX-512's 32 registers, 8 of
+ * AVX2's 16, both enough to hide the latency of an FMA. Divides KDA_C and KL_KDA_PITCH. */
+#define KDA_TILE (VL == 16 ? 8 : 4)
+
+/* Raw values i .. i + VL - 1 of g to log-decay. */
+static inline vf kda_log_decay(const kl_kda_head *h, const void *g, int64_t i)
+{
+    const int n = v_left(i, h->K);
+    vf z = v_load_act(g, h->g_dtype, i, n);
+    if (h->gate == KL_GATE_DIRECT) return z;
+
+    if (h->dt_bias != NULL) z = v_add(z, v_load_act(h->dt_bias, KL_F32, i, n));
+    if (h->gate == KL_GATE_SOFTPLUS) return v_mul(v_set1(-h->rate), v_softplus(z));
+    return v_mul(v_set1(h->lower_bound), v_sigmoid(v_mul(v_set1(h->rate), z)));
+}
+
+/* A row of q or k to f32, times `scale`, after dividing it by its norm if that is asked for. */
+static inline void kda_direction(const kl_kda_head *h, const void *raw, float scale, float *out)
+{
+    vf squares = v_zero();
+    for (int64_t i = 0; i < h->pitch; i += VL) {
+        const vf x = v_load_act(raw, h->act, i, v_left(i, h->K));
+        squares = v_fma(x, x, squares);
+        v_store(out + i, x);
+    }
+    if (h->normalize) scale /= sqrtf(v_sum(squares) + 1e-6f);
+    for (int64_t i = 0; i < h->pitch; i += VL)
+        v_store(out + i, v_mul(v_load(out + i), v_set1(scale)));
+}
+
+static void kda_token(const kl_kda_head *h, const void *q, const void *k, const void *g,
+                      const kl_kda_token *t)
+{
+    kda_direction(h, q, h->scale, t->q);
+    kda_direction(h, k, 1.0f, t->k);
+    for (int64_t i = 0; i < h->pitch; i += VL) {
+        const vf log_decay = kda_log_decay(h, g, i);
+        v_store(t->log_decay + i, log_decay);
+        v_store(t->decay + i, v_exp(log_decay));
+    }
+}
+
+static void kda_decay(const float *log_decay, int64_t n, const kl_kda_decay *d)
+{
+    const vf near = v_set1(-0.35f); /* where v_expm1_near() is good */
+    for (int64_t i = 0; i < n; i += VL) {
+        const vf x = v_load(log_decay + i), distance = v_minus_abs(x);
+        v_store(d->keep + i, v_select_lt(near, distance, v_set1(1.0f), v_zero()));
+        v_store(d->change + i, v_select_lt(near, distance, v_expm1_near(x), v_exp(x)));
+    }
+}
+
+/* Age the keys of tokens j and j + 1 by one token, and take their products with q and k of it.
+ * Two keys at a time share the loads of the token's rows. */
+static inline void kda_age_two(const float *q, const float *k, const float *a, float *kg,
+                               int64_t pitch, float *with_k, float *with_q)
+{
+    vf k0 = v_zero(), k1 = v_zero(), q0 = v_zero(), q1 = v_zero();
+    for (int64_t i = 0; i < pitch; i += VL) {
+        const vf ai = v_load(a + i), ki = v_load(k + i), qi = v_load(q + i);
+        const vf p0 = v_mul(v_load(kg + i), ai), p1 = v_mul(v_load(kg + pitch + i), ai);
+        v_store(kg + i, p0);
+        v_store(kg + pitch + i, p1);
+        k0 = v_fma(ki, p0, k0);
+        k1 = v_fma(ki, p1, k1);
+        q0 = v_fma(qi, p0, q0);
+        q1 = v_fma(qi, p1, q1);
+    }
+    with_k[0] = v_sum(k0), with_k[1] = v_sum(k1);
+    with_q[0] = v_sum(q0), with_q[1] = v_sum(q1);
+}
+
+/* Rows of token i: its key, young; k c and q c; <q, k>. c is aged first. */
+static inline float kda_enter(const float *q, const float *k, const float *a, float *c,
+                              float *kg, float *xk, float *xq, int64_t pitch)
+{
+    vf qk = v_zero();
+    for (int64_t i = 0; i < pitch; i += VL) {
+        const vf ki = v_load(k + i), qi = v_load(q + i);
+        const vf ci = v_mul(v_load(c + i), v_load(a + i));
+        v_store(c + i, ci);
+        v_store(kg + i, ki);
+        v_store(xk + i, v_mul(ki, ci));
+        v_store(xq + i, v_mul(qi, ci));
+        qk = v_fma(qi, ki, qk);
+    }
+    return v_sum(qk);
+}
+
+static void kda_chunk(const kl_kda_token *t, kl_kda_chunk *c)
+{
+    const int64_t pitch = c->pitch;
+    float decayed[KL_KDA_MAX_K + KL_KDA_PITCH];
+    for (int64_t i = 0; i < pitch; i++) decayed[i] = 1.0f;
+
+    for (int64_t i = 0; i < c->rows; i++) {
+        const float *q = t->q + i * pitch, *k = t->k + i * pitch, *a = t->decay + i * pitch;
+        /* An odd row ages one key too many: its own, which kda_enter() then writes. */
+        for (int64_t j = 0; j < i; j += 2)
+            kda_age_two(q, k, a, c->kg + j * pitch, pitch, &c->solve[i][j], &c->mix[i][j]);
+        for (int64_t j = 0; j < i; j++) c->solve[i][j] *= -c->beta[i];
+        c->mix[i][i] = kda_enter(q, k, a, decayed, c->kg + i * pitch, c->x + i * pitch,
+                                 c->x + (KDA_C + i) * pitch, pitch);
+    }
+}
+
+static void kda_load(const float *state, int64_t K, int64_t pitch, int n, float *block)
+{
+    for (int64_t i = 0; i < pitch * KDA_WIDTH; i += VL) v_store(block + i, v_zero());
+    for (int j = 0; j < n; j++)
+        for (int64_t i = 0; i < K; i++) block[i * KDA_WIDTH + j] = state[j * K + i];
+}
+
+static void kda_store(const float *block, int64_t K, int n, float *state)
+{
+    for (int j = 0; j < n; j++)
+        for (int64_t i = 0; i < K; i++) state[j * K + i] = block[i * KDA_WIDTH + j];
+}
+
+/* out[r] = x[r] S0 for KDA_TILE rows, summed in the order of K. */
+static inline void kda_read_tile(const float *x, int64_t pitch, const float *block, int64_t K,
+                                 float *out)
+{
+    vf acc[KDA_TILE][2];
+    for (int r = 0; r < KDA_TILE; r++) acc[r][0] = acc[r][1] = v_zero();
+    for (int64_t i = 0; i < K; i++) {
+        const vf s0 = v_load(block + i * KDA_WIDTH), s1 = v_load(block + i * KDA_WIDTH + VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < KDA_TILE; r++) {
+            const vf xr = v_set1(x[r * pitch + i]);
+            acc[r][0] = v_fma(xr, s0, acc[r][0]);
+            acc[r][1] = v_fma(xr, s1, acc[r][1]);
+        }
+    }
+    for (int r = 0; r < KDA_TILE; r++) {
+        v_store(out + r * KDA_WIDTH, acc[r][0]);
+        v_store(out + r * KDA_WIDTH + VL, acc[r][1]);
+    }
+}
+
+/* KDA_TILE rows of the state: the chunk's decay and its writes, summed apart so that a row is
+ * rounded once a chunk. */
+static inline void kda_write_tile(const kl_kda_chunk *c, int64_t i, const float *u,
+                                  float *block)
+{
+    vf acc[KDA_TILE][2];
+    for (int r = 0; r < KDA_TILE; r++) acc[r][0] = acc[r][1] = v_zero();
+    for (int64_t j = 0; j < c->rows; j++) {
+        const vf u0 = v_load(u + j * KDA_WIDTH), u1 = v_load(u + j * KDA_WIDTH + VL);
+        const float *kg = c->kg + j * c->pitch + i;
+#pragma GCC unroll 8
+        for (int r = 0; r < KDA_TILE; r++) {
+            const vf kr = v_set1(kg[r]);
+            acc[r][0] = v_fma(kr, u0, acc[r][0]);
+            acc[r][1] = v_fma(kr, u1, acc[r][1]);
+        }
+    }
+    for (int r = 0; r < KDA_TILE; r++) {
+        const vf keep = v_set1(c->decay.keep[i + r]), change = v_set1(c->decay.change[i + r]);
+        float *row = block + (i + r) * KDA_WIDTH;
+        for (int p = 0; p < KDA_WIDTH; p += VL) {
+            const vf s = v_load(row + p);
+            v_store(row + p, v_fma(keep, s, v_fma(change, s, acc[r][p / VL])));
+        }
+    }
+}
+
+/* u by forward substitution and out, row by row, in one vector's width of columns. read holds
+ * x S0; u_j of later rows is never touched. */
+static inline void kda_solve(const kl_kda_chunk *c, const float *read, const void *v,
+                             int64_t v_stride, void *out, int64_t out_stride, int n, float *u)
+{
+    const size_t bytes = kl_dtype_bytes(c->act);
+    for (int64_t i = 0; i < c->rows; i++) {
+        const void *vi = (const char *)v + (size_t)(i * v_stride) * bytes;
+        void *oi = (char *)out + (size_t)(i * out_stride) * bytes;
+        const vf held = v_load(read + i * KDA_WIDTH);
+        vf w = v_mul(v_set1(c->beta[i]), v_sub(v_load_act(vi, c->act, 0, n), held));
+        vf o = v_load(read + (KDA_C + i) * KDA_WIDTH);
+        for (int64_t j = 0; j < i; j++) {
+            const vf uj = v_load(u + j * KDA_WIDTH);
+            w = v_fma(v_set1(c->solve[i][j]), uj, w);
+            o = v_fma(v_set1(c->mix[i][j]), uj, o);
+        }
+        v_store(u + i * KDA_WIDTH, w);
+        v_store_act(oi, c->act, 0, v_fma(v_set1(c->mix[i][i]), w, o), n);
+    }
+}
+
+static void kda_columns(const kl_kda_chunk *c, float *block, const void *v, int64_t v_stride,
+                        void *out, int64_t out_stride, int n)
+{
+    _Alignas(64) float read[2 * KDA_C * KDA_WIDTH], u[KDA_C * KDA_WIDTH];
+    for (int64_t i = 0; i < c->rows; i += KDA_TILE) {
+        const int64_t k = i, q = KDA_C + i;
+        kda_read_tile(c->x + k * c->pitch, c->pitch, block, c->K, read + k * KDA_WIDTH);
+        kda_read_tile(c->x + q * c->pitch, c->pitch, block, c->K, read + q * KDA_WIDTH);
+    }
+    const size_t lane_bytes = VL * kl_dtype_bytes(c->act);
+    for (int p = 0; p < 2 && p * VL < n; p++)
+        kda_solve(c, read + p * VL, (const char *)v + (size_t)p * lane_bytes, v_stride,
+                  (char *)out + (size_t)p * lane_bytes, out_stride, v_left(p * VL, n),
+                  u + p * VL);
+    for (int64_t j = 0; n <= VL && j < c->rows; j++) v_store(u + j * KDA_WIDTH + VL, v_zero());
+    for (int64_t i = 0; i < c->pitch; i += KDA_TILE) kda_write_tile(c, i, u, block);
+}
+
+/* One row of the state, K contiguous: lanes along K, then v_sum. */
+static inline float kda_step_row(const kl_kda_head *h, const kl_kda_token *t,
+                                 const float *k_decayed, const kl_kda_decay *d, float beta,
+                                 float v, float *row)
+{
+    vf held = v_zero(), o = v_zero();
+    for (int64_t i = 0; i < h->K; i += VL) {
+        const vf s = v_load_act(row, KL_F32, i, v_left(i, h->K));
+        held = v_fma(s, v_load(k_decayed + i), held);
+    }
+    const vf u = v_set1(beta * (v - v_sum(held)));
+    for (int64_t i = 0; i < h->K; i += VL) {
+        const int n = v_left(i, h->K);
+        vf s = v_load_act(row, KL_F32, i, n);
+        const vf w = v_fma(v_load(d->change + i), s, v_mul(v_load(t->k + i), u));
+        s = v_fma(v_load(d->keep + i), s, w);
+        v_store_act(row, KL_F32, i, s, n);
+        o = v_fma(s, v_load(t->q + i), o);
+    }
+    return v_sum(o);
+}
+
+static void kda_step(const kl_kda_head *h, const kl_kda_token *t, const float *k_decayed,
+                     const kl_kda_decay *d, float beta, const void *v, float *state, void *out,
+                     int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        const bool half = h->act == KL_BF16;
+        const float vj =
+            half ? kl_bf16_to_f32(((const uint16_t *)v)[j]) : ((const float *)v)[j];
+        const float o = kda_step_row(h, t, k_decayed, d, beta, vj, state + j * h->K);
+        if (half)
+            ((uint16_t *)out)[j] = kl_f32_to_bf16(o);
+        else
+            ((float *)out)[j] = o;
+    }
+}
+
+#define KL_KDA_KERNELS                                                                         \
     {                                                                                          \
-        NULL                                                                                   \
+        .token = kda_token, .decay = kda_decay, .chunk = kda_chunk, .load = kda_load,          \
+        .store = kda_store, .columns = kda_columns, .step = kda_step                           \
     }
 
 #endif

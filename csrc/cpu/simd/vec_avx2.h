@@ -121,6 +121,10 @@ static inline vf v_sqrt(vf a)
 {
     return _mm256_sqrt_ps(a);
 }
+static inline vf v_select_lt(vf a, vf b, vf yes, vf no)
+{
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 
 static inline float v_sum(vf a)
 {

@@ -139,6 +139,10 @@ static inline vf v_sqrt(vf a)
 {
     return _mm512_sqrt_ps(a);
 }
+static inline vf v_select_lt(vf a, vf b, vf yes, vf no)
+{
+    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
+}
 
 static inline float v_sum(vf a)
 {
