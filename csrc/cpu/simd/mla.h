@@ -1,14 +1,204 @@
 /*
- * mla.h -- written in the words of vec_*.h; included by variant_*.c only.
+ * mla.h -- products, softmax and conversions of latent attention; written in the words of
+ * vec_*.h, included by variant_*.c only.
+ *
+ * Computes     out = keep out + a b; the online softmax of a page; the norm of a latent
+ * Shapes       a [M, K], b [K, N], out [M, N]; scores [J, N]
+ * Layout       lanes run along N: queries or heads in the scores, channels elsewhere. Nothing
+ *              is summed across lanes, so neither a transposed page nor a reduction is needed
+ * Precision    f32 arithmetic; b may be bf16
+ * Blocks       4 rows x 4 vectors of accumulators (8 x 1 at the edge): 16 independent chains
+ *              hide the latency of a multiply-add on two ports
+ * Roofline     2 M N K flops on operands that fit the L2: compute-bound
  */
 #ifndef KL_CPU_SIMD_MLA_H
 #define KL_CPU_SIMD_MLA_H
 
 #include "cpu/mla_kernels.h"
 
-#define KL_MLA_KERNELS                                                                        \
+#include <string.h>
+
+#define MLA_INLINE static inline __attribute__((always_inline))
+#if VL == 8
+#    define MLA_WIDE 2 /* sixteen registers */
+#else
+#    define MLA_WIDE 4
+#endif
+
+typedef struct {
+    kl_mla_left a;
+    const void *b;
+    int64_t b_stride, N, K;
+    const float *keep;
+    float *out;
+    int64_t out_stride;
+} mla_product_args;
+
+MLA_INLINE vf mla_load(const void *p, int64_t i, const bool bf16, const bool whole, int lanes)
+{
+    if (bf16) {
+        const uint16_t *h = (const uint16_t *)p + i;
+        return whole ? v_load_bf16(h) : v_load_bf16_n(h, lanes);
+    }
+    const float *f = (const float *)p + i;
+    return whole ? v_load(f) : v_load_n(f, lanes);
+}
+
+/* Rows m .. m+R-1, W vectors from column n, terms k0 .. k1-1. */
+MLA_INLINE void mla_block(const int R, const int W, const bool bf16, const bool whole,
+                          const mla_product_args *p, int64_t m, int64_t n, int64_t k0,
+                          int64_t k1)
+{
+    const int lanes = whole ? VL : (int)(p->N - n);
+    const float *a = p->a.data + m * p->a.stride;
+    vf acc[8][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) acc[r][w] = v_zero();
+
+    for (int64_t k = k0; k < k1; k++) {
+        vf b[4];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++)
+            b[w] = mla_load(p->b, k * p->b_stride + n + w * VL, bf16, whole, lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const vf x = v_set1(a[r * p->a.stride + k * p->a.step]);
+#pragma GCC unroll 4
+            for (int w = 0; w < W; w++) acc[r][w] = v_fma(x, b[w], acc[r][w]);
+        }
+    }
+
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) {
+            float *to = p->out + (m + r) * p->out_stride + n + w * VL;
+            vf sum = acc[r][w];
+            if (k0 > 0 || p->keep != NULL) {
+                const vf factor = v_set1(k0 > 0 ? 1.0f : p->keep[m + r]);
+                sum = v_fma(factor, whole ? v_load(to) : v_load_n(to, lanes), sum);
+            }
+            if (whole)
+                v_store(to, sum);
+            else
+                v_store_n(to, sum, lanes);
+        }
+}
+
+/* All rows of W vectors from column n. */
+MLA_INLINE void mla_panel(const int W, const bool bf16, const bool whole,
+                          const mla_product_args *p, int64_t M, int64_t n)
+{
+    enum { ROWS_WIDE = 4, ROWS_NARROW = 8 };
+    const int rows = W > 1 ? ROWS_WIDE : ROWS_NARROW;
+    int64_t k0 = 0;
+    do {
+        const int64_t k1 = p->K - k0 < KL_MLA_CHAIN ? p->K : k0 + KL_MLA_CHAIN;
+        int64_t m = 0;
+        for (; m + rows <= M; m += rows) mla_block(rows, W, bf16, whole, p, m, n, k0, k1);
+        for (; m < M; m++) mla_block(1, W, bf16, whole, p, m, n, k0, k1);
+        k0 = k1;
+    } while (k0 < p->K);
+}
+
+MLA_INLINE void mla_panels(const bool bf16, const mla_product_args *p, int64_t M)
+{
+    int64_t n = 0;
+    for (; n + MLA_WIDE * VL <= p->N; n += MLA_WIDE * VL)
+        mla_panel(MLA_WIDE, bf16, true, p, M, n);
+    for (; n + VL <= p->N; n += VL) mla_panel(1, bf16, true, p, M, n);
+    if (n < p->N) mla_panel(1, bf16, false, p, M, n);
+}
+
+static void mla_product(kl_mla_left a, int64_t M, const void *b, kl_dtype b_dtype,
+                        int64_t b_stride, int64_t N, int64_t K, const float *keep, float *out,
+                        int64_t out_stride)
+{
+    const mla_product_args p = {a, b, b_stride, N, K, keep, out, out_stride};
+    if (b_dtype == KL_BF16)
+        mla_panels(true, &p, M);
+    else
+        mla_panels(false, &p, M);
+}
+
+/* The running maximum starts at -FLT_MAX rather than -inf: a page of scores that are all -inf
+ * then adds nothing, instead of exp(inf - inf). */
+static void mla_softmax(float *s, int64_t stride, int64_t J, int64_t N, float *max, float *sum,
+                        float *keep)
+{
+    for (int64_t n = 0; n < N; n += VL) {
+        const int lanes = N - n < VL ? (int)(N - n) : VL;
+        const vf before = v_load_n(max + n, lanes);
+        vf top = before, total = v_zero();
+        for (int64_t j = 0; j < J; j++) top = v_max(top, v_load_n(s + j * stride + n, lanes));
+        for (int64_t j = 0; j < J; j++) {
+            float *at = s + j * stride + n;
+            const vf e = v_exp(v_sub(v_load_n(at, lanes), top));
+            v_store_n(at, e, lanes);
+            total = v_add(total, e);
+        }
+        const vf factor = v_exp(v_sub(before, top));
+        v_store_n(keep + n, factor, lanes);
+        v_store_n(max + n, top, lanes);
+        v_store_n(sum + n, v_fma(factor, v_load_n(sum + n, lanes), total), lanes);
+    }
+}
+
+static void mla_widen(const void *from, kl_dtype dtype, int64_t n, float scale, float *to)
+{
+    const vf factor = v_set1(scale);
+    for (int64_t i = 0; i < n; i += VL) {
+        const int lanes = n - i < VL ? (int)(n - i) : VL;
+        const vf x = mla_load(from, i, dtype == KL_BF16, lanes == VL, lanes);
+        v_store_n(to + i, v_mul(factor, x), lanes);
+    }
+}
+
+MLA_INLINE void mla_store(void *to, int64_t i, kl_dtype dtype, vf x, int lanes)
+{
+    if (dtype == KL_BF16)
+        v_store_bf16_n((uint16_t *)to + i, x, lanes);
+    else
+        v_store_n((float *)to + i, x, lanes);
+}
+
+static void mla_narrow(const float *from, int64_t n, float scale, void *to, kl_dtype dtype)
+{
+    const vf factor = v_set1(scale);
+    for (int64_t i = 0; i < n; i += VL) {
+        const int lanes = n - i < VL ? (int)(n - i) : VL;
+        mla_store(to, i, dtype, v_mul(factor, v_load_n(from + i, lanes)), lanes);
+    }
+}
+
+static void mla_latent(const void *from, kl_dtype dtype, int64_t rank, int64_t width,
+                       const float *weight, float eps, void *to)
+{
+    const bool bf16 = dtype == KL_BF16;
+    vf squares = v_zero();
+    for (int64_t i = 0; i < rank; i += VL) {
+        const int lanes = rank - i < VL ? (int)(rank - i) : VL;
+        const vf x = mla_load(from, i, bf16, lanes == VL, lanes);
+        squares = v_fma(x, x, squares);
+    }
+    const vf mean = v_set1(v_sum(squares) / (float)rank + eps);
+    const vf factor = v_div(v_set1(1.0f), v_sqrt(mean));
+    for (int64_t i = 0; i < rank; i += VL) {
+        const int lanes = rank - i < VL ? (int)(rank - i) : VL;
+        const vf x = v_mul(mla_load(from, i, bf16, lanes == VL, lanes), factor);
+        mla_store(to, i, dtype, v_mul(x, v_load_n(weight + i, lanes)), lanes);
+    }
+    const size_t size = bf16 ? sizeof(uint16_t) : sizeof(float);
+    memcpy((char *)to + (size_t)rank * size, (const char *)from + (size_t)rank * size,
+           (size_t)(width - rank) * size);
+}
+
+#define KL_MLA_KERNELS                                                                         \
     {                                                                                          \
-        NULL                                                                                   \
+        .product = mla_product, .softmax = mla_softmax, .widen = mla_widen,                    \
+        .narrow = mla_narrow, .latent = mla_latent,                                            \
     }
 
 #endif
