@@ -1,0 +1,123 @@
+"""What every benchmark shares: timing, the machine's limits, and the form of a result.
+
+A result is one JSON object a line in results/<bench>.jsonl, appended here and never edited by
+hand. It names the device, the commit, the command and the date, so that a figure can be made again.
+"""
+
+import argparse
+import ctypes
+import datetime
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--dirty", action="store_true", help="measure uncommitted code")
+    parser.add_argument("--no-write", action="store_true", help="print results, keep none")
+    return parser
+
+
+def git(*args: str) -> str:
+    return subprocess.run(
+        ["git", "-C", HERE, *args], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def commit(dirty_allowed: bool) -> str:
+    """The commit that is measured. Exits if files other than results differ from it."""
+    changes = git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
+    if changes and not dirty_allowed:
+        sys.exit(f"the tree must be clean (or pass --dirty), found\n{changes}")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, and how many of its threads this process may use."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0))} threads"
+
+
+class Results:
+    """Writes the lines of one run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.commit = commit(options.dirty)
+        self.write_files = not options.no_write
+
+    def add(self, bench: str, case: dict[str, Any], **values: Any) -> None:
+        """Append a line to results/<bench>.jsonl and print it, floats to four digits."""
+        line = {
+            "bench": bench,
+            "device": cpu_name(),
+            "commit": self.commit,
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "case": case,
+        } | rounded(values)
+        text = json.dumps(line)
+        print(text, flush=True)
+        if self.write_files:
+            RESULTS.mkdir(exist_ok=True)
+            with open(RESULTS / f"{bench}.jsonl", "a") as file:
+                file.write(text + "\n")
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def median_seconds(fn: Callable[[], Any], *, repeat: int = 5, warmup: int = 1) -> float:
+    """Median wall time of a call, after calls that are not counted."""
+    for _ in range(warmup):
+        fn()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class PlainRead:
+    """Reading `nbytes` bytes of memory once, with `threads` threads: the floor of anything that
+    must read its weights. A call returns bytes a second."""
+
+    def __init__(self, nbytes: int, threads: int) -> None:
+        self.block = np.ones(nbytes // 8, np.uint64)
+        self.parts = np.array_split(self.block, threads)
+        self.pool = ThreadPoolExecutor(threads)
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "plain_read.so"
+            source = HERE / "plain_read.c"
+            flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+            subprocess.run(["cc", *flags, "-o", library, source], check=True)
+            self.read = ctypes.CDLL(str(library)).plain_read
+        self.read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        list(self.pool.map(lambda p: self.read(p.ctypes.data, p.size), self.parts))
+        return self.block.nbytes / (time.perf_counter() - start)
