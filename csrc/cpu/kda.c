@@ -179,14 +179,17 @@ static kl_kda_token read_token(const kda_task *t, int64_t token, int64_t row)
 static void run_step(const kda_task *t, int64_t token)
 {
     const kl_kda *a = t->call->a;
-    const int64_t V = a->state.shape[2], pitch = t->head.pitch;
-    const kl_kda_token one = read_token(t, token, 0);
-    float *k_decayed = t->s.chunk.x;
-    for (int64_t i = 0; i < pitch; i++) k_decayed[i] = one.decay[i] * one.k[i];
-    t->call->kernels->decay(one.log_decay, pitch, &t->s.chunk.decay);
-    t->call->kernels->step(&t->head, &one, k_decayed, &t->s.chunk.decay,
-                           beta_of(a, token, t->h), element(&a->v, token, t->h * V + t->first),
-                           t->state, element(&a->out, token, t->h * V + t->first), t->columns);
+    const int64_t at = t->h * a->state.shape[2] + t->first, pitch = t->head.pitch;
+    const kl_kda_step s = {
+        .token = read_token(t, token, 0),
+        .decay = t->s.chunk.decay,
+        .k_decayed = t->s.chunk.x,
+        .beta = beta_of(a, token, t->h),
+    };
+    for (int64_t i = 0; i < pitch; i++) s.k_decayed[i] = s.token.decay[i] * s.token.k[i];
+    t->call->kernels->decay(s.token.log_decay, pitch, &s.decay);
+    t->call->kernels->step(&s, &t->head, element(&a->v, token, at), t->state,
+                           element(&a->out, token, at), t->columns);
 }
 
 /* `rows` tokens on the state in scratch. */

@@ -36,6 +36,14 @@ typedef struct {
     float *keep, *change;
 } kl_kda_decay;
 
+/* What one step of the recurrence takes. */
+typedef struct {
+    kl_kda_token token;
+    kl_kda_decay decay;
+    float *k_decayed; /* decay * k */
+    float beta;
+} kl_kda_step;
+
 /* A chunk of `rows` <= C = KL_KDA_CHUNK tokens, as simd/kda.h prepares it for the columns of
  * the state. c_i is the product of the decays of tokens 0 .. i. */
 typedef struct {
@@ -69,10 +77,9 @@ typedef struct {
     void (*columns)(const kl_kda_chunk *c, float *block, const void *v, int64_t v_stride,
                     void *out, int64_t out_stride, int n);
 
-    /* One token on n rows of a state [n, K] where it lies. k_decayed = decay * k. */
-    void (*step)(const kl_kda_head *h, const kl_kda_token *t, const float *k_decayed,
-                 const kl_kda_decay *d, float beta, const void *v, float *state, void *out,
-                 int64_t n);
+    /* One token on n rows of a state [n, K] where it lies. */
+    void (*step)(const kl_kda_step *s, const kl_kda_head *h, const void *v, float *state,
+                 void *out, int64_t n);
 } kl_kda_kernels;
 
 #endif

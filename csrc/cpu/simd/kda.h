@@ -34,6 +34,20 @@
  * AVX2's 16, both enough to hide the latency of an FMA. Divides KDA_C and KL_KDA_PITCH. */
 #define KDA_TILE (VL == 16 ? 8 : 4)
 
+static inline float kda_get(const void *row, kl_dtype dtype, int64_t i)
+{
+    if (dtype == KL_BF16) return kl_bf16_to_f32(((const uint16_t *)row)[i]);
+    return ((const float *)row)[i];
+}
+
+static inline void kda_put(void *row, kl_dtype dtype, int64_t i, float x)
+{
+    if (dtype == KL_BF16)
+        ((uint16_t *)row)[i] = kl_f32_to_bf16(x);
+    else
+        ((float *)row)[i] = x;
+}
+
 /* Raw values i .. i + VL - 1 of g to log-decay. */
 static inline vf kda_log_decay(const kl_kda_head *h, const void *g, int64_t i)
 {
@@ -136,17 +150,41 @@ static void kda_chunk(const kl_kda_token *t, kl_kda_chunk *c)
     }
 }
 
+/* VL columns of a block from the first n rows of a state; zero beyond them and beyond K. */
+static inline void kda_turn_in(const float *state, int64_t K, int64_t pitch, int n,
+                               float *block)
+{
+    vf tile[VL];
+    for (int64_t i = 0; i < pitch; i += VL) {
+        const int left = v_left(i, K);
+        for (int j = 0; j < VL; j++)
+            tile[j] = j < n ? v_load_act(state + j * K, KL_F32, i, left) : v_zero();
+        v_transpose(tile);
+        for (int j = 0; j < VL; j++) v_store(block + (i + j) * KDA_WIDTH, tile[j]);
+    }
+}
+
+static inline void kda_turn_out(const float *block, int64_t K, int n, float *state)
+{
+    vf tile[VL];
+    for (int64_t i = 0; i < K; i += VL) {
+        for (int j = 0; j < VL; j++) tile[j] = v_load(block + (i + j) * KDA_WIDTH);
+        v_transpose(tile);
+        for (int j = 0; j < n; j++)
+            v_store_act(state + j * K, KL_F32, i, tile[j], v_left(i, K));
+    }
+}
+
 static void kda_load(const float *state, int64_t K, int64_t pitch, int n, float *block)
 {
-    for (int64_t i = 0; i < pitch * KDA_WIDTH; i += VL) v_store(block + i, v_zero());
-    for (int j = 0; j < n; j++)
-        for (int64_t i = 0; i < K; i++) block[i * KDA_WIDTH + j] = state[j * K + i];
+    kda_turn_in(state, K, pitch, v_left(0, n), block);
+    kda_turn_in(n > VL ? state + VL * K : state, K, pitch, v_left(VL, n), block + VL);
 }
 
 static void kda_store(const float *block, int64_t K, int n, float *state)
 {
-    for (int j = 0; j < n; j++)
-        for (int64_t i = 0; i < K; i++) state[j * K + i] = block[i * KDA_WIDTH + j];
+    kda_turn_out(block, K, v_left(0, n), state);
+    if (n > VL) kda_turn_out(block + VL, K, n - VL, state + VL * K);
 }
 
 /* out[r] = x[r] S0 for KDA_TILE rows, summed in the order of K. */
@@ -237,41 +275,61 @@ static void kda_columns(const kl_kda_chunk *c, float *block, const void *v, int6
     for (int64_t i = 0; i < c->pitch; i += KDA_TILE) kda_write_tile(c, i, u, block);
 }
 
-/* One row of the state, K contiguous: lanes along K, then v_sum. */
-static inline float kda_step_row(const kl_kda_head *h, const kl_kda_token *t,
-                                 const float *k_decayed, const kl_kda_decay *d, float beta,
-                                 float v, float *row)
+#define KDA_STEP_ROWS 4 /* rows of a step at a time: they share the loads of k, q and decay */
+
+/* Channels i .. i + n - 1 of `rows` rows: what they hold for k. */
+static inline void kda_step_read(const kl_kda_step *s, const float *state, int64_t K, int rows,
+                                 int64_t i, int n, vf *held)
 {
-    vf held = v_zero(), o = v_zero();
-    for (int64_t i = 0; i < h->K; i += VL) {
-        const vf s = v_load_act(row, KL_F32, i, v_left(i, h->K));
-        held = v_fma(s, v_load(k_decayed + i), held);
-    }
-    const vf u = v_set1(beta * (v - v_sum(held)));
-    for (int64_t i = 0; i < h->K; i += VL) {
-        const int n = v_left(i, h->K);
-        vf s = v_load_act(row, KL_F32, i, n);
-        const vf w = v_fma(v_load(d->change + i), s, v_mul(v_load(t->k + i), u));
-        s = v_fma(v_load(d->keep + i), s, w);
-        v_store_act(row, KL_F32, i, s, n);
-        o = v_fma(s, v_load(t->q + i), o);
-    }
-    return v_sum(o);
+    const vf k = v_load(s->k_decayed + i);
+    for (int r = 0; r < rows; r++)
+        held[r] = v_fma(v_load_act(state + r * K, KL_F32, i, n), k, held[r]);
 }
 
-static void kda_step(const kl_kda_head *h, const kl_kda_token *t, const float *k_decayed,
-                     const kl_kda_decay *d, float beta, const void *v, float *state, void *out,
-                     int64_t n)
+/* The same channels: decayed and written, and what they hold for q then. */
+static inline void kda_step_write(const kl_kda_step *s, float *state, int64_t K, int rows,
+                                  int64_t i, int n, const vf *u, vf *o)
 {
-    for (int64_t j = 0; j < n; j++) {
-        const bool half = h->act == KL_BF16;
-        const float vj =
-            half ? kl_bf16_to_f32(((const uint16_t *)v)[j]) : ((const float *)v)[j];
-        const float o = kda_step_row(h, t, k_decayed, d, beta, vj, state + j * h->K);
-        if (half)
-            ((uint16_t *)out)[j] = kl_f32_to_bf16(o);
+    const vf keep = v_load(s->decay.keep + i), change = v_load(s->decay.change + i);
+    const vf k = v_load(s->token.k + i), q = v_load(s->token.q + i);
+    for (int r = 0; r < rows; r++) {
+        vf x = v_load_act(state + r * K, KL_F32, i, n);
+        x = v_fma(keep, x, v_fma(change, x, v_mul(k, u[r])));
+        v_store_act(state + r * K, KL_F32, i, x, n);
+        o[r] = v_fma(x, q, o[r]);
+    }
+}
+
+/* Rows of the state where it lies: lanes along K, then v_sum, whatever the number of rows. */
+static inline __attribute__((always_inline)) void kda_step_rows(const kl_kda_step *s, int64_t K,
+                                                                int rows, const float *v,
+                                                                float *state, float *out)
+{
+    vf held[KDA_STEP_ROWS], u[KDA_STEP_ROWS], o[KDA_STEP_ROWS];
+    for (int r = 0; r < rows; r++) held[r] = o[r] = v_zero();
+    const int64_t whole = K - K % VL;
+    for (int64_t i = 0; i < whole; i += VL) kda_step_read(s, state, K, rows, i, VL, held);
+    if (whole < K) kda_step_read(s, state, K, rows, whole, (int)(K - whole), held);
+
+    for (int r = 0; r < rows; r++) u[r] = v_set1(s->beta * (v[r] - v_sum(held[r])));
+    for (int64_t i = 0; i < whole; i += VL) kda_step_write(s, state, K, rows, i, VL, u, o);
+    if (whole < K) kda_step_write(s, state, K, rows, whole, (int)(K - whole), u, o);
+    for (int r = 0; r < rows; r++) out[r] = v_sum(o[r]);
+}
+
+static void kda_step(const kl_kda_step *s, const kl_kda_head *h, const void *v, float *state,
+                     void *out, int64_t n)
+{
+    for (int64_t j = 0; j < n; j += KDA_STEP_ROWS) {
+        const int rows = n - j < KDA_STEP_ROWS ? (int)(n - j) : KDA_STEP_ROWS;
+        float vj[KDA_STEP_ROWS], oj[KDA_STEP_ROWS];
+        for (int r = 0; r < rows; r++) vj[r] = kda_get(v, h->act, j + r);
+        if (rows == KDA_STEP_ROWS)
+            kda_step_rows(s, h->K, KDA_STEP_ROWS, vj, state + j * h->K, oj);
         else
-            ((float *)out)[j] = o;
+            for (int r = 0; r < rows; r++)
+                kda_step_rows(s, h->K, 1, vj + r, state + (j + r) * h->K, oj + r);
+        for (int r = 0; r < rows; r++) kda_put(out, h->act, j + r, oj[r]);
     }
 }
 

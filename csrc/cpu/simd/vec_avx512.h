@@ -144,6 +144,30 @@ static inline vf v_select_lt(vf a, vf b, vf yes, vf no)
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), yes);
 }
 
+static inline void v_transpose(vf *rows)
+{
+    vf pair[16], quad[16]; /* lane groups of 2, then 4 rows; the quarters are crossed last */
+    for (int i = 0; i < 16; i += 2) {
+        pair[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+        pair[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            quad[i + 2 * j] = _mm512_shuffle_ps(pair[i + j], pair[i + 2 + j], 0x44);
+            quad[i + 2 * j + 1] = _mm512_shuffle_ps(pair[i + j], pair[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        const vf a = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0x88);
+        const vf b = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0xdd);
+        const vf c = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0x88);
+        const vf d = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0xdd);
+        rows[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+        rows[4 + i] = _mm512_shuffle_f32x4(b, d, 0x88);
+        rows[8 + i] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        rows[12 + i] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+}
+
 static inline float v_sum(vf a)
 {
     const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

@@ -9,6 +9,7 @@
  *   *_bf16                      memory holds bfloat16 (stores round to nearest even)
  *   v_fma(a, b, c)              a * b + c, one rounding
  *   v_sum, v_hmax               over the lanes, by a fixed tree
+ *   v_transpose(rows)           rows[i] lane j <-> rows[j] lane i, of VL vectors
  *   v_select_lt(a, b, y, n)     a < b ? y : n; a NaN selects n
  *   v_sum4                      four v_sum() at once, bit for bit
  *   v_load_i4                   a group of int4 (base/weight.h) times its scale, in order
@@ -112,6 +113,10 @@ static inline vf v_sqrt(vf a)
 static inline vf v_select_lt(vf a, vf b, vf yes, vf no)
 {
     return a < b ? yes : no;
+}
+static inline void v_transpose(vf *rows)
+{
+    (void)rows; /* one by one */
 }
 static inline float v_sum(vf a)
 {
