@@ -115,9 +115,10 @@ kl_status kl_cache_init(kl_cache *c, kl_backend *be, const kl_config *config, kl
     if (c->host == NULL)
         return kl_fail(err, KL_ERR_MEMORY, "cache: no memory for %zu bytes of page tables",
                        bytes);
-    memset(c->host, 0, bytes);
     kl_arena_init(&host, c->host, bytes);
     layout_host(c, &host);
+    memset(c->seqs, 0, (size_t)c->n_slots * sizeof *c->seqs);
+    memset(c->refs, 0, (size_t)c->n_pages * sizeof *c->refs);
 
     c->n_free = c->n_pages;
     for (int64_t i = 0; i < c->n_pages; i++)

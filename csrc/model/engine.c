@@ -1,0 +1,150 @@
+/*
+ * engine.c -- an engine's life and its sequences.
+ */
+#include "model/engine_struct.h"
+
+#include "base/memory.h"
+#include "model/plan.h"
+
+/* ---- life ------------------------------------------------------------------------------ */
+
+static kl_status alloc_block(kl_engine *e, size_t bytes, void **out, kl_error *err)
+{
+    return e->be->vt->alloc(e->be, bytes == 0 ? 1 : bytes, out, err);
+}
+
+static void free_block(kl_engine *e, void *block, size_t bytes)
+{
+    if (block != NULL) e->be->vt->free(e->be, block, bytes == 0 ? 1 : bytes);
+}
+
+static kl_status make_weights(kl_engine *e, kl_error *err)
+{
+    kl_arena arena;
+    KL_TRY(kl_weights_new(e->config.n_layers, &e->weights, err));
+    KL_TRY(alloc_block(e, e->plan.weight_bytes, &e->weight_block, err));
+    kl_arena_init(&arena, e->weight_block, e->plan.weight_bytes);
+    return kl_weights_layout(&e->weights, &e->config, e->format, &arena, err);
+}
+
+static kl_status make_cache(kl_engine *e, kl_error *err)
+{
+    const kl_cache_shape shape = {e->plan.max_batch, e->plan.n_pages, e->plan.max_context};
+    const size_t bytes = e->plan.state_bytes + e->plan.page_bytes;
+    kl_arena arena;
+    KL_TRY(alloc_block(e, bytes, &e->cache_block, err));
+    kl_arena_init(&arena, e->cache_block, bytes);
+    return kl_cache_init(&e->cache, e->be, &e->config, kl_act_of(e->format), &shape, &arena,
+                         err);
+}
+
+static kl_status make_scratch(kl_engine *e, kl_error *err)
+{
+    const kl_pass_shape shape = kl_plan_shape(&e->config, &e->plan);
+    kl_pass_ints ints;
+    KL_TRY(alloc_block(e, e->plan.scratch_bytes, &e->scratch, err));
+    e->host_ints = kl_aligned_alloc(kl_pass_layout_ints(&ints, &shape, NULL));
+    e->slots = kl_calloc((size_t)e->plan.max_batch, sizeof *e->slots);
+    e->counts = kl_calloc((size_t)e->plan.max_batch, sizeof *e->counts);
+    if (e->host_ints == NULL || e->slots == NULL || e->counts == NULL)
+        return kl_fail(err, KL_ERR_MEMORY, "engine: no memory for the integers of a step");
+    return KL_OK;
+}
+
+static kl_status make_engine(kl_engine *e, const kl_engine_options *options, kl_error *err)
+{
+    KL_TRY(kl_plan_make(e->be, &e->config, options, &e->plan, err));
+    KL_TRY(make_weights(e, err));
+    KL_TRY(make_cache(e, err));
+    return make_scratch(e, err);
+}
+
+kl_status kl_engine_new(kl_backend *be, const kl_config *config,
+                        const kl_engine_options *options, kl_engine **out, kl_error *err)
+{
+    *out = NULL;
+    kl_engine *e = kl_calloc(1, sizeof *e);
+    if (e == NULL) return kl_fail(err, KL_ERR_MEMORY, "engine: no memory for its bookkeeping");
+    e->be = be;
+    e->config = *config;
+    e->format = options->format;
+    const kl_status status = make_engine(e, options, err);
+    if (status == KL_OK)
+        *out = e;
+    else
+        kl_engine_free(e);
+    return status;
+}
+
+void kl_engine_free(kl_engine *e)
+{
+    if (e == NULL) return;
+    free_block(e, e->weight_block, e->plan.weight_bytes);
+    free_block(e, e->cache_block, e->plan.state_bytes + e->plan.page_bytes);
+    free_block(e, e->scratch, e->plan.scratch_bytes);
+    kl_weights_free(&e->weights);
+    kl_cache_free(&e->cache);
+    kl_free(e->host_ints);
+    kl_free(e->slots);
+    kl_free(e->counts);
+    kl_free(e);
+}
+
+const kl_plan *kl_engine_plan(const kl_engine *e)
+{
+    return &e->plan;
+}
+
+const kl_config *kl_engine_config(const kl_engine *e)
+{
+    return &e->config;
+}
+
+kl_pass kl_engine_pass(kl_engine *e)
+{
+    kl_pass pass = {.be = e->be,
+                    .config = &e->config,
+                    .weights = &e->weights,
+                    .cache = &e->cache,
+                    .act = kl_act_of(e->format),
+                    .row_block = e->plan.max_batch};
+    kl_arena_init(&pass.arena, e->scratch, e->plan.scratch_bytes);
+    return pass;
+}
+
+kl_status kl_engine_check_loaded(const kl_engine *e, kl_error *err)
+{
+    if (e->loaded) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE, "engine: weights must be loaded first");
+}
+
+/* ---- sequences ------------------------------------------------------------------------- */
+
+kl_status kl_seq_new(kl_engine *e, kl_seq *out, kl_error *err)
+{
+    return kl_cache_new(&e->cache, out, err);
+}
+
+kl_status kl_seq_fork(kl_engine *e, kl_seq seq, kl_seq *out, kl_error *err)
+{
+    return kl_cache_fork(&e->cache, seq, out, err);
+}
+
+kl_status kl_seq_release(kl_engine *e, kl_seq seq, kl_error *err)
+{
+    return kl_cache_release(&e->cache, seq, err);
+}
+
+kl_status kl_seq_length(const kl_engine *e, kl_seq seq, int64_t *out, kl_error *err)
+{
+    int64_t slot;
+    KL_TRY(kl_cache_find(&e->cache, seq, false, &slot, err));
+    *out = e->cache.seqs[slot].length;
+    return KL_OK;
+}
+
+void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used)
+{
+    *sequences = e->cache.n_alive;
+    *pages_used = e->cache.n_pages - e->cache.n_free;
+}

@@ -1,0 +1,66 @@
+/*
+ * mla_layer.c -- a multi-head latent attention layer as a list of operations.
+ *
+ *     q = W_q h, or W_qb norm(W_qa h);   [c | k_pe] = W_kva h, c normalised, into the pages
+ *     y = W_o mla(q, pages)
+ *
+ * Nothing is rotated: the "rope" channels are plain key channels that the heads share.
+ */
+#include "model/pass.h"
+
+#include <math.h>
+
+static kl_status make_q(kl_pass *p, const kl_mla_weights *w, kl_tensor *q, kl_error *err)
+{
+    if (p->config->q_rank == 0) return kl_pass_project(p, p->h, &w->q, p->act, q, err);
+    kl_tensor low;
+    KL_TRY(kl_pass_project(p, p->h, &w->q_a, p->act, &low, err));
+    kl_rms_norm norm = {
+        .x = low, .weight = kl_vector_of(&w->q_norm), .out = low, .eps = p->config->q_norm_eps};
+    KL_TRY(kl_pass_rms_norm(p, &norm, err));
+    return kl_pass_project(p, low, &w->q, p->act, q, err);
+}
+
+static kl_status append(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err)
+{
+    kl_tensor raw;
+    KL_TRY(kl_pass_project(p, p->h, &w->kv_a, p->act, &raw, err));
+    kl_mla_append a = {.raw = raw,
+                       .norm_weight = kl_vector_of(&w->kv_norm),
+                       .pages = p->cache->pages[index],
+                       .block_table = p->ints.table,
+                       .lengths = p->ints.lengths,
+                       .cu_seqlens = p->ints.cu_seqlens,
+                       .eps = p->config->kv_norm_eps};
+    return kl_pass_mla_append(p, &a, err);
+}
+
+static kl_status attend(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_tensor q,
+                        kl_tensor out, kl_error *err)
+{
+    const kl_config *c = p->config;
+    const int64_t H = c->mla_heads, qk = c->nope_dim + c->rope_dim, kv = c->nope_dim + c->v_dim;
+    const kl_dtype dtype = kl_matrix_of(&w->kv_b).dtype;
+    kl_mla a = {.q = kl_heads(q, H, qk),
+                .pages = p->cache->pages[index],
+                .block_table = p->ints.table,
+                .lengths = p->ints.lengths,
+                .w_kv_b = kl_tensor_3d(w->kv_b.data, dtype, H, kv, c->kv_rank),
+                .out = kl_heads(out, H, c->v_dim),
+                .scale = 1.0f / sqrtf((float)qk)};
+    if (p->shape.decode) return kl_pass_mla_decode(p, &a, err);
+    a.cu_seqlens = p->ints.cu_seqlens;
+    return kl_pass_mla_prefill(p, &a, err);
+}
+
+kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err)
+{
+    kl_tensor q;
+    KL_TRY(make_q(p, w, &q, err));
+    KL_TRY(append(p, w, index, err));
+    const kl_tensor o =
+        kl_pass_take(p, p->act, p->shape.T, p->config->mla_heads * p->config->v_dim);
+    KL_TRY(attend(p, w, index, q, o, err));
+    kl_linear out = {.x = o, .w = w->o, .out = p->y};
+    return kl_pass_linear(p, &out, err);
+}

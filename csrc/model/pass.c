@@ -1,0 +1,186 @@
+/*
+ * pass.c -- the order of a model: embedding, layers, head; see pass.h.
+ *
+ *     x = embedding;  for each layer: x += mixer(norm(x));  x += ffn(norm(x))
+ *
+ * An addition to x is done by the norm that follows it, in one walk over memory.
+ */
+#include "model/pass.h"
+
+/* ---- buffers and operations ------------------------------------------------------------ */
+
+static void take_ints(kl_arena *a, kl_tensor *out, int64_t rows, int64_t cols)
+{
+    void *data = kl_arena_take(a, (size_t)(rows * (cols == 0 ? 1 : cols)) * sizeof(int32_t));
+    *out =
+        cols == 0 ? kl_tensor_1d(data, KL_I32, rows) : kl_tensor_2d(data, KL_I32, rows, cols);
+}
+
+size_t kl_pass_layout_ints(kl_pass_ints *out, const kl_pass_shape *s, void *block)
+{
+    kl_arena a;
+    kl_arena_init(&a, block, SIZE_MAX);
+    take_ints(&a, &out->ids, s->T, 0);
+    take_ints(&a, &out->cu_seqlens, s->N + 1, 0);
+    take_ints(&a, &out->slots, s->N, 0);
+    take_ints(&a, &out->lengths, s->N, 0);
+    take_ints(&a, &out->table, s->N, s->B > 0 ? s->B : 1);
+    take_ints(&a, &out->rows, s->R, 0);
+    take_ints(&a, &out->targets, s->R, 0);
+    return a.used;
+}
+
+kl_tensor kl_pass_take(kl_pass *p, kl_dtype dtype, int64_t rows, int64_t cols)
+{
+    const size_t bytes = (size_t)(rows * cols) * kl_dtype_bytes(dtype);
+    return kl_tensor_2d(kl_arena_take(&p->arena, bytes), dtype, rows, cols);
+}
+
+static kl_status check_arena(const kl_pass *p, const char *op, kl_error *err)
+{
+    if (!p->arena.overflowed) return KL_OK;
+    return kl_fail(err, KL_ERR_MEMORY,
+                   "%s: the step needs more scratch memory than its plan of %zu bytes", op,
+                   p->arena.capacity);
+}
+
+#define KL_DEFINE(op)                                                                          \
+    kl_status kl_pass_##op(kl_pass *p, kl_##op *a, kl_error *err)                              \
+    {                                                                                          \
+        const size_t mark = p->arena.used;                                                     \
+        a->ws.bytes = kl_workspace_##op(p->be, a);                                             \
+        a->ws.data = a->ws.bytes == 0 ? NULL : kl_arena_take(&p->arena, a->ws.bytes);          \
+        KL_TRY(check_arena(p, #op, err));                                                      \
+        kl_arena_rewind(&p->arena, mark);                                                      \
+        return kl_pass_dry(p) ? KL_OK : kl_run_##op(p->be, a, err);                            \
+    }
+KL_OPS(KL_DEFINE)
+#undef KL_DEFINE
+
+kl_status kl_pass_project(kl_pass *p, kl_tensor x, const kl_weight *w, kl_dtype dtype,
+                          kl_tensor *out, kl_error *err)
+{
+    *out = kl_pass_take(p, dtype, x.shape[0], w->rows);
+    kl_linear a = {.x = x, .w = *w, .out = *out};
+    return kl_pass_linear(p, &a, err);
+}
+
+/* ---- layers ---------------------------------------------------------------------------- */
+
+/* x += y (unless `first`: then there is no y yet); h = norm(x). */
+static kl_status add_and_norm(kl_pass *p, const kl_weight *weight, bool first, kl_error *err)
+{
+    kl_rms_norm a = {.residual = p->x,
+                     .weight = kl_vector_of(weight),
+                     .out = p->h,
+                     .eps = p->config->rms_eps};
+    if (!first) a.x = p->y;
+    return kl_pass_rms_norm(p, &a, err);
+}
+
+/* The stream after a layer goes out when the layer's addition to it has been done. */
+static kl_status capture(kl_pass *p, int64_t layer, kl_error *err)
+{
+    if (kl_pass_dry(p)) return KL_OK;
+    const size_t bytes = (size_t)kl_tensor_size(&p->x) * sizeof(float);
+    for (int64_t i = 0; i < p->step->n_captures; i++) {
+        const kl_capture *c = &p->step->captures[i];
+        if (c->layer == layer)
+            KL_TRY(p->be->vt->copy_out(p->be, c->out, p->x.data, bytes, err));
+    }
+    return KL_OK;
+}
+
+static kl_status poll(const kl_pass *p, kl_error *err)
+{
+    if (kl_pass_dry(p) || p->step->poll == NULL || p->step->poll(p->step->poll_ctx) == 0)
+        return KL_OK;
+    return kl_fail(err, KL_ERR_CANCELLED, "step: the caller asked to stop");
+}
+
+static kl_status run_mixer(kl_pass *p, int64_t layer, int64_t *n_kda, int64_t *n_mla,
+                           kl_error *err)
+{
+    const kl_layer_weights *w = &p->weights->layers[layer];
+    if (p->config->mixer[layer] == KL_MIXER_KDA)
+        return kl_kda_layer(p, &w->kda, (*n_kda)++, err);
+    return kl_mla_layer(p, &w->mla, (*n_mla)++, err);
+}
+
+static kl_status run_ffn(kl_pass *p, int64_t layer, kl_error *err)
+{
+    const kl_ffn_weights *w = &p->weights->layers[layer].ffn;
+    return p->config->ffn[layer] == KL_FFN_MOE ? kl_moe_layer(p, w, err)
+                                               : kl_dense_layer(p, w, err);
+}
+
+static kl_status run_layers(kl_pass *p, kl_error *err)
+{
+    int64_t n_kda = 0, n_mla = 0;
+    for (int64_t i = 0; i < p->config->n_layers; i++) {
+        const kl_layer_weights *w = &p->weights->layers[i];
+        const size_t mark = p->arena.used;
+        KL_TRY(poll(p, err));
+        KL_TRY(add_and_norm(p, &w->mixer_norm, i == 0, err));
+        if (i > 0) KL_TRY(capture(p, i - 1, err));
+        KL_TRY(run_mixer(p, i, &n_kda, &n_mla, err));
+        kl_arena_rewind(&p->arena, mark);
+        KL_TRY(poll(p, err));
+        KL_TRY(add_and_norm(p, &w->ffn_norm, false, err));
+        KL_TRY(run_ffn(p, i, err));
+        kl_arena_rewind(&p->arena, mark);
+    }
+    kl_rms_norm last = {.x = p->y,
+                        .residual = p->x,
+                        .weight = kl_vector_of(&p->weights->norm),
+                        .eps = p->config->rms_eps};
+    KL_TRY(kl_pass_rms_norm(p, &last, err));
+    return capture(p, p->config->n_layers - 1, err);
+}
+
+/* ---- the whole ------------------------------------------------------------------------- */
+
+static kl_status send_ints(kl_pass *p, const void *host_ints, kl_error *err)
+{
+    kl_pass_ints measured;
+    const size_t bytes = kl_pass_layout_ints(&measured, &p->shape, NULL);
+    void *block = kl_arena_take(&p->arena, bytes);
+    KL_TRY(check_arena(p, "step", err));
+    kl_pass_layout_ints(&p->ints, &p->shape, block);
+    return kl_pass_dry(p) ? KL_OK : p->be->vt->copy_in(p->be, block, host_ints, bytes, err);
+}
+
+kl_status kl_pass_run(kl_pass *p, const kl_pass_shape *shape, const kl_step *step,
+                      const void *host_ints, kl_error *err)
+{
+    const int64_t T = shape->T, D = p->config->hidden_size;
+    p->shape = *shape;
+    p->step = step;
+    kl_arena_rewind(&p->arena, 0);
+    KL_TRY(send_ints(p, host_ints, err));
+    p->x = kl_pass_take(p, KL_F32, T, D);
+    const size_t mark = p->arena.used;
+    p->h = kl_pass_take(p, p->act, T, D);
+    p->y = kl_pass_take(p, p->act, T, D);
+    KL_TRY(check_arena(p, "step", err));
+
+    kl_embedding embed = {.ids = p->ints.ids, .table = p->weights->embedding, .out = p->x};
+    KL_TRY(kl_pass_embedding(p, &embed, err));
+    KL_TRY(run_layers(p, err));
+    kl_arena_rewind(&p->arena, mark); /* the head needs x alone */
+    return shape->R == 0 ? KL_OK : kl_head(p, err);
+}
+
+kl_status kl_pass_sample_logits(kl_pass *p, const kl_pass_shape *shape, const kl_step *step,
+                                const float *logits, kl_error *err)
+{
+    p->shape = *shape;
+    p->step = step;
+    kl_arena_rewind(&p->arena, 0);
+    const kl_tensor z = kl_pass_take(p, KL_F32, shape->R, p->config->vocab_size);
+    KL_TRY(check_arena(p, "sample", err));
+    if (!kl_pass_dry(p))
+        KL_TRY(p->be->vt->copy_in(p->be, z.data, logits,
+                                  (size_t)kl_tensor_size(&z) * sizeof(float), err));
+    return kl_head_sample(p, z, err);
+}

@@ -1,0 +1,234 @@
+/*
+ * plan.c -- every figure of an engine's memory, before any of it is taken.
+ *
+ * Weights come from a measuring walk of the weight table, scratch from dry passes of the
+ * largest steps, the cache from its own layout. What the options leave open is chosen from what
+ * is then left: a context of at most a quarter of the free memory, and pages for every sequence
+ * of that length, or as many as fit.
+ */
+#include "model/plan.h"
+
+#include "base/memory.h"
+
+#define DEFAULT_BATCH       8
+#define DEFAULT_STEP_TOKENS 512 /* enough rows to make every product compute-bound */
+#define MIN_CONTEXT         64
+
+static int64_t min_i64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static double mib(size_t bytes)
+{
+    return (double)bytes / (1024.0 * 1024.0);
+}
+
+/* What the figures are computed from. */
+typedef struct {
+    kl_backend *be;
+    const kl_config *config;
+    const kl_engine_options *options;
+    kl_dtype act;
+    size_t limit; /* everything together */
+    size_t page;  /* bytes of a page in all layers */
+} planner;
+
+/* ---- options --------------------------------------------------------------------------- */
+
+static kl_status choose(const char *name, int64_t given, int64_t fallback, int64_t max,
+                        int64_t *out, kl_error *err)
+{
+    *out = given == 0 ? fallback : given;
+    if (given < 0 || *out > max)
+        return kl_fail(err, KL_ERR_VALUE, "plan: %s must be in [1, %lld], got %lld", name,
+                       (long long)max, (long long)given);
+    return KL_OK;
+}
+
+static kl_status choose_counts(const planner *s, kl_plan *out, kl_error *err)
+{
+    const kl_engine_options *o = s->options;
+    if ((int)o->format < 0 || o->format >= KL_N_WEIGHT_FORMATS)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "plan: format must be f32, bf16, int8 or int4, got %d", (int)o->format);
+    KL_TRY(
+        choose("max_batch", o->max_batch, DEFAULT_BATCH, KL_MAX_BATCH, &out->max_batch, err));
+    KL_TRY(choose("step_tokens", o->step_tokens, DEFAULT_STEP_TOKENS, KL_MAX_STEP_TOKENS,
+                  &out->step_tokens, err));
+    return choose("max_context", o->max_context, 0, s->config->max_length, &out->max_context,
+                  err);
+}
+
+/* ---- weights and scratch --------------------------------------------------------------- */
+
+static kl_status measure_weights(const planner *s, kl_weights *w, size_t *bytes, kl_error *err)
+{
+    kl_arena arena;
+    kl_arena_init(&arena, NULL, 0);
+    KL_TRY(kl_weights_layout(w, s->config, s->options->format, &arena, err));
+    *bytes = arena.used;
+    return KL_OK;
+}
+
+kl_pass_shape kl_plan_shape(const kl_config *config, const kl_plan *plan)
+{
+    const int64_t T = plan->step_tokens;
+    return (kl_pass_shape){.T = T,
+                           .N = min_i64(plan->max_batch, T),
+                           .B = kl_cache_pages_for(config, plan->max_context),
+                           .R = T,
+                           .logits = true,
+                           .targets = true,
+                           .top = (int)min_i64(KL_MAX_TOP, config->vocab_size)};
+}
+
+/* Dry passes of the steps that need most: a full prefill of which every row is wanted, and one
+ * token of every sequence, sampled. */
+static kl_status measure_passes(kl_pass *p, const kl_plan *plan, size_t *bytes, kl_error *err)
+{
+    kl_pass_shape prefill = kl_plan_shape(p->config, plan), decode = prefill;
+    KL_TRY(kl_pass_run(p, &prefill, NULL, NULL, err));
+    decode.T = decode.R = decode.N;
+    decode.targets = false;
+    decode.decode = decode.sampling = decode.seen = true;
+    KL_TRY(kl_pass_run(p, &decode, NULL, NULL, err));
+    prefill.R = decode.R; /* a prompt's last tokens, sampled in its own step */
+    prefill.targets = false;
+    prefill.sampling = prefill.seen = true;
+    KL_TRY(kl_pass_run(p, &prefill, NULL, NULL, err));
+    decode.R = plan->max_batch; /* kl_engine_sample: rows without a step */
+    KL_TRY(kl_pass_sample_logits(p, &decode, NULL, NULL, err));
+    *bytes = p->arena.peak;
+    return KL_OK;
+}
+
+static kl_status measure_scratch(const planner *s, const kl_weights *w, const kl_plan *plan,
+                                 size_t *bytes, kl_error *err)
+{
+    /* The cache only lends the shapes of its tensors here. */
+    const kl_cache_shape shape = {plan->max_batch, 1, 1};
+    kl_arena arena;
+    kl_arena_init(&arena, NULL, 0);
+    kl_cache cache;
+    kl_status status = kl_cache_init(&cache, s->be, s->config, s->act, &shape, &arena, err);
+    if (status == KL_OK) {
+        kl_pass pass = {.be = s->be,
+                        .config = s->config,
+                        .weights = w,
+                        .cache = &cache,
+                        .act = s->act,
+                        .row_block = plan->max_batch};
+        kl_arena_init(&pass.arena, NULL, 0);
+        status = measure_passes(&pass, plan, bytes, err);
+    }
+    kl_cache_free(&cache);
+    return status;
+}
+
+/* ---- cache ----------------------------------------------------------------------------- */
+
+/* The planner's context: what a quarter of the memory that the weights leave can hold. */
+static kl_status choose_context(const planner *s, kl_plan *out, kl_error *err)
+{
+    if (out->max_context != 0) return KL_OK;
+    const size_t token = out->page_bytes_per_token;
+    const size_t left = s->limit > out->weight_bytes ? s->limit - out->weight_bytes : 0;
+    const int64_t least = min_i64(MIN_CONTEXT, s->config->max_length);
+    int64_t fits = s->config->max_length;
+    if (token > 0 && left / 4 / token < (size_t)fits)
+        fits = (int64_t)(left / 4 / token) / KL_PAGE_TOKENS * KL_PAGE_TOKENS;
+    if (fits < least || left == 0)
+        return kl_fail(err, KL_ERR_MEMORY,
+                       "plan: weights need %.1f MiB and %lld tokens of cache %.1f MiB, but "
+                       "%.1f MiB are to be had",
+                       mib(out->weight_bytes), (long long)least, mib(token * (size_t)least),
+                       mib(s->limit));
+    out->max_context = fits;
+    return KL_OK;
+}
+
+/* Bytes that pages may take: what the other parts leave, or what cache_bytes says. */
+static size_t page_room(const planner *s, const kl_plan *p)
+{
+    const size_t others = p->weight_bytes + p->scratch_bytes + p->state_bytes;
+    const size_t room = s->limit > others ? s->limit - others : 0;
+    const size_t cache = s->options->cache_bytes;
+    if (cache == 0) return room;
+    const size_t asked = cache > p->state_bytes ? cache - p->state_bytes : 0;
+    return asked < room ? asked : room;
+}
+
+static kl_status choose_pages(const planner *s, kl_plan *out, kl_error *err)
+{
+    int64_t one = kl_cache_pages_for(s->config, out->max_context);
+    const size_t room = page_room(s, out);
+    const size_t others = out->weight_bytes + out->scratch_bytes + out->state_bytes;
+    int64_t n = one * out->max_batch;
+    if (s->page > 0 && room / s->page < (size_t)n) n = (int64_t)(room / s->page);
+    if (n < one && s->options->max_context == 0 && n * KL_PAGE_TOKENS >= MIN_CONTEXT) {
+        one = n; /* the planner's own choice gives way */
+        out->max_context = n * KL_PAGE_TOKENS;
+    }
+    if (n < one || others > s->limit)
+        return kl_fail(err, KL_ERR_MEMORY,
+                       "plan: weights need %.1f MiB, states of %lld sequences %.1f MiB, "
+                       "scratch %.1f MiB and %lld tokens of context %.1f MiB, but %.1f MiB are "
+                       "to be had%s; ask for less max_context or max_batch",
+                       mib(out->weight_bytes), (long long)out->max_batch, mib(out->state_bytes),
+                       mib(out->scratch_bytes), (long long)out->max_context,
+                       mib((size_t)one * s->page), mib(s->limit),
+                       s->options->cache_bytes == 0 ? ""
+                                                    : " (and cache_bytes limits the cache)");
+    out->n_pages = n;
+    return KL_OK;
+}
+
+static kl_status measure_cache(const planner *s, kl_plan *out, kl_error *err)
+{
+    const kl_cache_shape shape = {out->max_batch, out->n_pages, out->max_context};
+    kl_arena arena;
+    kl_arena_init(&arena, NULL, 0);
+    return kl_cache_layout(NULL, s->config, s->act, &shape, &arena, &out->state_bytes,
+                           &out->page_bytes, err);
+}
+
+/* ---- the plan -------------------------------------------------------------------------- */
+
+static kl_status fill_plan(planner *s, kl_weights *w, kl_plan *out, kl_error *err)
+{
+    KL_TRY(measure_weights(s, w, &out->weight_bytes, err));
+    out->page_bytes_per_token = kl_cache_token_bytes(s->config, s->act);
+    out->state_bytes_per_sequence = kl_cache_seq_bytes(s->config, s->act);
+    s->page = out->page_bytes_per_token * KL_PAGE_TOKENS;
+    KL_TRY(choose_context(s, out, err));
+    KL_TRY(measure_scratch(s, w, out, &out->scratch_bytes, err));
+    KL_TRY(measure_cache(s, out, err)); /* states, which the pages' room depends on */
+    KL_TRY(choose_pages(s, out, err));
+    KL_TRY(measure_cache(s, out, err));
+    out->total_bytes =
+        out->weight_bytes + out->state_bytes + out->page_bytes + out->scratch_bytes;
+    return KL_OK;
+}
+
+kl_status kl_plan_make(kl_backend *be, const kl_config *config,
+                       const kl_engine_options *options, kl_plan *out, kl_error *err)
+{
+    planner s = {
+        .be = be, .config = config, .options = options, .act = kl_act_of(options->format)};
+    kl_backend_info info;
+    kl_weights w;
+    *out = (kl_plan){0};
+    KL_TRY(kl_config_check(config, err));
+    KL_TRY(choose_counts(&s, out, err));
+    KL_TRY(be->vt->info(be, &info, err));
+    out->free_bytes = info.free_bytes;
+    /* A sixteenth stays free: the figure is a moment's, and others live here too. */
+    s.limit = options->budget_bytes != 0 ? options->budget_bytes
+                                         : info.free_bytes - info.free_bytes / 16;
+
+    KL_TRY(kl_weights_new(config->n_layers, &w, err));
+    const kl_status status = fill_plan(&s, &w, out, err);
+    kl_weights_free(&w);
+    return status;
+}
