@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "cpu/kda_kernels.h"
+#include "cpu/logits_kernels.h"
 #include "cpu/mla_kernels.h"
 #include "cpu/product_kernels.h"
 #include "cpu/rows_kernels.h"
@@ -21,6 +22,7 @@ typedef struct {
     kl_kda_kernels kda;
     kl_mla_kernels mla;
     kl_rows_kernels rows;
+    kl_logits_kernels logits;
 } kl_cpu_kernels;
 
 extern const kl_cpu_kernels kl_kernels_scalar;

@@ -15,6 +15,7 @@
 #define KL_CPU_SIMD_MLA_H
 
 #include "cpu/mla_kernels.h"
+#include "cpu/simd/act.h"
 
 #include <string.h>
 
@@ -34,18 +35,8 @@ typedef struct {
     int64_t out_stride;
 } mla_product_args;
 
-MLA_INLINE vf mla_load(const void *p, int64_t i, const bool bf16, const bool whole, int lanes)
-{
-    if (bf16) {
-        const uint16_t *h = (const uint16_t *)p + i;
-        return whole ? v_load_bf16(h) : v_load_bf16_n(h, lanes);
-    }
-    const float *f = (const float *)p + i;
-    return whole ? v_load(f) : v_load_n(f, lanes);
-}
-
 /* Rows m .. m+R-1, W vectors from column n, terms k0 .. k1-1. */
-MLA_INLINE void mla_block(const int R, const int W, const bool bf16, const bool whole,
+MLA_INLINE void mla_block(const int R, const int W, const kl_dtype dtype, const bool whole,
                           const mla_product_args *p, int64_t m, int64_t n, int64_t k0,
                           int64_t k1)
 {
@@ -61,7 +52,7 @@ MLA_INLINE void mla_block(const int R, const int W, const bool bf16, const bool 
         vf b[4];
 #pragma GCC unroll 4
         for (int w = 0; w < W; w++)
-            b[w] = mla_load(p->b, k * p->b_stride + n + w * VL, bf16, whole, lanes);
+            b[w] = v_load_act(p->b, dtype, k * p->b_stride + n + w * VL, lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const vf x = v_set1(a[r * p->a.stride + k * p->a.step]);
@@ -88,7 +79,7 @@ MLA_INLINE void mla_block(const int R, const int W, const bool bf16, const bool 
 }
 
 /* All rows of W vectors from column n. */
-MLA_INLINE void mla_panel(const int W, const bool bf16, const bool whole,
+MLA_INLINE void mla_panel(const int W, const kl_dtype dtype, const bool whole,
                           const mla_product_args *p, int64_t M, int64_t n)
 {
     enum { ROWS_WIDE = 4, ROWS_NARROW = 8 };
@@ -97,19 +88,19 @@ MLA_INLINE void mla_panel(const int W, const bool bf16, const bool whole,
     do {
         const int64_t k1 = p->K - k0 < KL_MLA_CHAIN ? p->K : k0 + KL_MLA_CHAIN;
         int64_t m = 0;
-        for (; m + rows <= M; m += rows) mla_block(rows, W, bf16, whole, p, m, n, k0, k1);
-        for (; m < M; m++) mla_block(1, W, bf16, whole, p, m, n, k0, k1);
+        for (; m + rows <= M; m += rows) mla_block(rows, W, dtype, whole, p, m, n, k0, k1);
+        for (; m < M; m++) mla_block(1, W, dtype, whole, p, m, n, k0, k1);
         k0 = k1;
     } while (k0 < p->K);
 }
 
-MLA_INLINE void mla_panels(const bool bf16, const mla_product_args *p, int64_t M)
+MLA_INLINE void mla_panels(const kl_dtype dtype, const mla_product_args *p, int64_t M)
 {
     int64_t n = 0;
     for (; n + MLA_WIDE * VL <= p->N; n += MLA_WIDE * VL)
-        mla_panel(MLA_WIDE, bf16, true, p, M, n);
-    for (; n + VL <= p->N; n += VL) mla_panel(1, bf16, true, p, M, n);
-    if (n < p->N) mla_panel(1, bf16, false, p, M, n);
+        mla_panel(MLA_WIDE, dtype, true, p, M, n);
+    for (; n + VL <= p->N; n += VL) mla_panel(1, dtype, true, p, M, n);
+    if (n < p->N) mla_panel(1, dtype, false, p, M, n);
 }
 
 static void mla_product(kl_mla_left a, int64_t M, const void *b, kl_dtype b_dtype,
@@ -118,9 +109,9 @@ static void mla_product(kl_mla_left a, int64_t M, const void *b, kl_dtype b_dtyp
 {
     const mla_product_args p = {a, b, b_stride, N, K, keep, out, out_stride};
     if (b_dtype == KL_BF16)
-        mla_panels(true, &p, M);
+        mla_panels(KL_BF16, &p, M);
     else
-        mla_panels(false, &p, M);
+        mla_panels(KL_F32, &p, M);
 }
 
 /* The running maximum starts at -FLT_MAX rather than -inf: a page of scores that are all -inf
@@ -129,7 +120,7 @@ static void mla_softmax(float *s, int64_t stride, int64_t J, int64_t N, float *m
                         float *keep)
 {
     for (int64_t n = 0; n < N; n += VL) {
-        const int lanes = N - n < VL ? (int)(N - n) : VL;
+        const int lanes = v_left(n, N);
         const vf before = v_load_n(max + n, lanes);
         vf top = before, total = v_zero();
         for (int64_t j = 0; j < J; j++) top = v_max(top, v_load_n(s + j * stride + n, lanes));
@@ -150,47 +141,38 @@ static void mla_widen(const void *from, kl_dtype dtype, int64_t n, float scale, 
 {
     const vf factor = v_set1(scale);
     for (int64_t i = 0; i < n; i += VL) {
-        const int lanes = n - i < VL ? (int)(n - i) : VL;
-        const vf x = mla_load(from, i, dtype == KL_BF16, lanes == VL, lanes);
+        const int lanes = v_left(i, n);
+        const vf x = v_load_act(from, dtype, i, lanes);
         v_store_n(to + i, v_mul(factor, x), lanes);
     }
-}
-
-MLA_INLINE void mla_store(void *to, int64_t i, kl_dtype dtype, vf x, int lanes)
-{
-    if (dtype == KL_BF16)
-        v_store_bf16_n((uint16_t *)to + i, x, lanes);
-    else
-        v_store_n((float *)to + i, x, lanes);
 }
 
 static void mla_narrow(const float *from, int64_t n, float scale, void *to, kl_dtype dtype)
 {
     const vf factor = v_set1(scale);
     for (int64_t i = 0; i < n; i += VL) {
-        const int lanes = n - i < VL ? (int)(n - i) : VL;
-        mla_store(to, i, dtype, v_mul(factor, v_load_n(from + i, lanes)), lanes);
+        const int lanes = v_left(i, n);
+        v_store_act(to, dtype, i, v_mul(factor, v_load_n(from + i, lanes)), lanes);
     }
 }
 
 static void mla_latent(const void *from, kl_dtype dtype, int64_t rank, int64_t width,
                        const float *weight, float eps, void *to)
 {
-    const bool bf16 = dtype == KL_BF16;
     vf squares = v_zero();
     for (int64_t i = 0; i < rank; i += VL) {
-        const int lanes = rank - i < VL ? (int)(rank - i) : VL;
-        const vf x = mla_load(from, i, bf16, lanes == VL, lanes);
+        const int lanes = v_left(i, rank);
+        const vf x = v_load_act(from, dtype, i, lanes);
         squares = v_fma(x, x, squares);
     }
     const vf mean = v_set1(v_sum(squares) / (float)rank + eps);
     const vf factor = v_div(v_set1(1.0f), v_sqrt(mean));
     for (int64_t i = 0; i < rank; i += VL) {
-        const int lanes = rank - i < VL ? (int)(rank - i) : VL;
-        const vf x = v_mul(mla_load(from, i, bf16, lanes == VL, lanes), factor);
-        mla_store(to, i, dtype, v_mul(x, v_load_n(weight + i, lanes)), lanes);
+        const int lanes = v_left(i, rank);
+        const vf x = v_mul(v_load_act(from, dtype, i, lanes), factor);
+        v_store_act(to, dtype, i, v_mul(x, v_load_n(weight + i, lanes)), lanes);
     }
-    const size_t size = bf16 ? sizeof(uint16_t) : sizeof(float);
+    const size_t size = kl_dtype_bytes(dtype);
     memcpy((char *)to + (size_t)rank * size, (const char *)from + (size_t)rank * size,
            (size_t)(width - rank) * size);
 }

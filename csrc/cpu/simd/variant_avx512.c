@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 
 #include "cpu/simd/kda.h"
+#include "cpu/simd/logits.h"
 #include "cpu/simd/mla.h"
 #include "cpu/simd/product.h"
 #include "cpu/simd/rows.h"
@@ -17,4 +18,5 @@ const kl_cpu_kernels kl_kernels_avx512 = {
     .kda = KL_KDA_KERNELS,
     .mla = KL_MLA_KERNELS,
     .rows = KL_ROWS_KERNELS,
+    .logits = KL_LOGITS_KERNELS,
 };
