@@ -1,6 +1,6 @@
 /*
  * product_rows.h -- what happens to rows before and after products: activation, rounding,
- * combination, reductions, quantisation; written in the words of vec_*.h, included by product.h.
+ * combination, reductions, quantisation; in the words of vec_*.h, included by product.h.
  * Precision    f32; bfloat16 stores and quantisation round to nearest, ties to even
  */
 #ifndef KL_CPU_SIMD_PRODUCT_ROWS_H
