@@ -36,22 +36,30 @@ _MODULES = ("errors", "ops", "reference", "testing", "torch")
 __all__ = ["__version__", *_HOMES, "errors", "ops", "reference", "testing"]
 
 if TYPE_CHECKING:
-    from . import errors, ops, reference, testing
-    from .about import show_config
-    from .config import KimiLinearConfig, LinearAttnConfig
-    from .errors import (
-        ConfigError,
-        DeviceError,
-        KimiLinearError,
-        NumericalError,
-        OutOfMemory,
-        TokenizerError,
-        WeightsError,
-    )
-    from .model import Model, load, plan
-    from .memory import MemoryPlan
-    from .results import Chunk, Completion, Logprobs, Stats, TokenLogprob
-    from .tokenizer import Tokenizer
+    from . import errors as errors
+    from . import ops as ops
+    from . import reference as reference
+    from . import testing as testing
+    from .about import show_config as show_config
+    from .config import KimiLinearConfig as KimiLinearConfig
+    from .config import LinearAttnConfig as LinearAttnConfig
+    from .errors import ConfigError as ConfigError
+    from .errors import DeviceError as DeviceError
+    from .errors import KimiLinearError as KimiLinearError
+    from .errors import NumericalError as NumericalError
+    from .errors import OutOfMemory as OutOfMemory
+    from .errors import TokenizerError as TokenizerError
+    from .errors import WeightsError as WeightsError
+    from .memory import MemoryPlan as MemoryPlan
+    from .model import Model as Model
+    from .model import load as load
+    from .model import plan as plan
+    from .results import Chunk as Chunk
+    from .results import Completion as Completion
+    from .results import Logprobs as Logprobs
+    from .results import Stats as Stats
+    from .results import TokenLogprob as TokenLogprob
+    from .tokenizer import Tokenizer as Tokenizer
 
 
 def __getattr__(name: str) -> Any:

@@ -70,7 +70,7 @@ def arguments(data: Mapping[str, Any]) -> dict[str, Any]:
     if data.get("model_type") != "kimi_linear":
         raise wrong("model_type", "must be 'kimi_linear'", data.get("model_type"))
     rest = _renamed(data, _RENAMED, "")
-    native = "linear_attn_config" not in rest
+    native = rest.get("linear_attn_config") is None
     _refuse_unsupported(rest, native)
 
     fields = {f.name: f for f in dataclasses.fields(KimiLinearConfig) if f.name != "notes"}
@@ -154,7 +154,9 @@ def _linear(found: dict[str, Any], rest: dict[str, Any]) -> LinearAttnConfig:
             raise wrong("layer_types", f"must agree with {prefix}kda_layers", kinds)
     layers = values.get("kda_layers")
     if layers is None:
-        raise ConfigError(f"{prefix}kda_layers or layer_types: must be given, both are missing")
+        raise ConfigError(
+            "linear_attn_config.kda_layers or layer_types: must be given, both are missing"
+        )
     if "full_attn_layers" not in values and isinstance(layers, list | tuple):
         values["full_attn_layers"] = tuple(i for i in range(1, n + 1) if i not in layers)
     for old, name in _LINEAR_RENAMED.items():

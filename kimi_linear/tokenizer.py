@@ -321,13 +321,10 @@ def _parse_line(line: bytes, n_lines: int) -> tuple[bytes, int]:
 def _named_controls(file: Path, first: int, vocab_size: int) -> dict[int, str]:
     """Names of the ids first .. vocab_size-1: the file's, else the standard ones; the rest are
     reserved tokens."""
-    names = {i: f"<|reserved_token_{i}|>" for i in range(first, vocab_size)}
     added = _added_tokens(file)
     if added is None:
-        n = vocab_size - first
-        added = {first + k: name for k, name in _STANDARD.items() if k < n - 2}
-        if n >= 2:
-            added |= {vocab_size - 2: "[UNK]", vocab_size - 1: "[PAD]"}
+        return {i: name for name, i in standard_controls(first, vocab_size).items()}
+    names = {i: _reserved(i) for i in range(first, vocab_size)}
     for token_id, name in added.items():
         if token_id not in names:
             raise TokenizerError(
@@ -338,6 +335,21 @@ def _named_controls(file: Path, first: int, vocab_size: int) -> dict[int, str]:
     if len(set(names.values())) != len(names):
         raise TokenizerError(f"{file}: added_tokens_decoder: names must differ")
     return names
+
+
+def standard_controls(first: int, vocab_size: int) -> dict[str, int]:
+    """Kimi's control tokens on the ids first .. vocab_size-1, as many as fit; [UNK] and [PAD]
+    are the last two."""
+    names = {i: _reserved(i) for i in range(first, vocab_size)}
+    if vocab_size - first >= 2:
+        names |= {vocab_size - 2: "[UNK]", vocab_size - 1: "[PAD]"}
+    last = vocab_size - 2
+    names |= {first + k: name for k, name in _STANDARD.items() if first + k < last}
+    return {name: i for i, name in names.items()}
+
+
+def _reserved(token_id: int) -> str:
+    return f"<|reserved_token_{token_id}|>"
 
 
 def _added_tokens(file: Path) -> dict[int, str] | None:
