@@ -72,7 +72,7 @@ def tensors_of(model) -> list:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def randomize(model: KimiLinearForCausalLM, seed: int) -> KimiLinearForCausalLM:
+def randomize(model: KimiLinearForCausalLM, seed: int, gain=1.5) -> KimiLinearForCausalLM:
     """Weights under which every part matters: matrices keep their input's scale, norms are away
     from 1, decays reach from long memory to none, the router's choices are spread and its
     bias changes them, logits are a few units apart."""
@@ -94,13 +94,13 @@ def randomize(model: KimiLinearForCausalLM, seed: int) -> KimiLinearForCausalLM:
             elif "embed_tokens" in name:
                 p.copy_(normal(p, 1.0))
             else:
-                gain = 3.0 if "lm_head" in name else 1.5
-                p.copy_(normal(p, gain * p.shape[-1] ** -0.5))
+                size = 3.0 if "lm_head" in name else gain
+                p.copy_(normal(p, size * p.shape[-1] ** -0.5))
     return model
 
 
-def hf_model(case: str, seed: int = 0) -> KimiLinearForCausalLM:
-    return randomize(KimiLinearForCausalLM(hf_config(case)).eval(), seed)
+def hf_model(case: str, seed: int = 0, gain=1.5) -> KimiLinearForCausalLM:
+    return randomize(KimiLinearForCausalLM(hf_config(case)).eval(), seed, gain)
 
 
 def to_original_style(config: dict) -> dict:
@@ -162,6 +162,17 @@ def core_config(c: KimiLinearConfig) -> dict:
         score="sigmoid", routed_scaling=c.routed_scaling_factor, renormalize=c.moe_renormalize,
         rms_eps=c.rms_norm_eps, tied_embeddings=c.tie_word_embeddings,
     )  # fmt: skip
+
+
+def greedy(model, ids, n: int) -> list[int]:
+    """The n most probable next tokens, one after the other, from transformers with its cache."""
+    tokens, past, feed = [], None, list(ids)
+    with torch.no_grad():
+        for _ in range(n):
+            out = model(torch.tensor([feed]), past_key_values=past, use_cache=True)
+            past, feed = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            tokens += feed
+    return tokens
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:

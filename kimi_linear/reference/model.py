@@ -42,8 +42,8 @@ class State:
 class Model:
     """A Kimi Linear model in float64.
 
-    config: the fields of csrc/model/config.h by name, as a mapping or an object: mixer ("kda",
-    "mla") and ffn ("dense", "moe") of each layer, kda_heads, kda_head_dim, gate,
+    config: a KimiLinearConfig, or the fields of csrc/model/config.h by name: mixer ("kda", "mla")
+    and ffn ("dense", "moe") of each layer, kda_heads, kda_head_dim, gate,
     gate_lower_bound, mla_heads, nope_dim, rope_dim, q_norm_eps, kv_norm_eps, top_k, groups,
     top_groups, score, routed_scaling, renormalize, rms_eps, tied_embeddings. Other sizes come
     from the tensors.
@@ -52,6 +52,7 @@ class Model:
     """
 
     def __init__(self, config: Any, tensors: Mapping[str, Any]) -> None:
+        config = config.to_core() if hasattr(config, "to_core") else config
         self.config = SimpleNamespace(**config) if isinstance(config, Mapping) else config
         self.tensors = tensors
 
@@ -123,7 +124,7 @@ class Model:
         c, at = self.config, f"model.layers.{i}.block_sparse_moe."
         logits = linear(x, self.tensor(f"{at}gate.weight"))
         ids, weights = moe_route(
-            logits, self.tensor(f"{at}gate.e_score_correction_bias"), top_k=c.top_k,
+            logits, self.tensors.get(f"{at}gate.e_score_correction_bias"), top_k=c.top_k,
             scaling=c.routed_scaling, renormalize=c.renormalize, score=c.score,
             groups=c.groups, top_groups=c.top_groups,
         )  # fmt: skip

@@ -73,16 +73,16 @@ def sample(logits: Any, params: Any, *, seen: Any = None, top: int = 0) -> tuple
         falling p (lower id first on a tie) with uniform(seed, position)
 
     logits [N, V]; params: one Sampling (or tuple in its order) a row; seen: bit sets int32
-    [N, ceil(V / 32)] or None. Returns ids int32 [N] (-1: a NaN, or no finite logit) and logprobs
-    [N], the log softmax of the logits as given at those ids; with top > 0 also ids and logprobs
-    [N, top] of the best.
+    [N, ceil(V / 32)] or None. Returns ids int32 [N] (-1: a NaN, +inf, or no finite logit) and
+    logprobs [N], the log softmax of the logits as given at those ids; with top > 0 also ids and
+    logprobs [N, top] of the best.
     """
     logits = np.asarray(logits, np.float64)
     N = len(logits)
     ids, logprobs = np.full(N, -1, np.int32), np.full(N, np.nan)
     top_ids, top_logprobs = np.zeros((N, top), np.int32), np.full((N, top), np.nan)
     for n, (z, s) in enumerate(zip(logits, params, strict=True)):
-        if np.isnan(z).any() or not np.isfinite(z).any():
+        if not np.isfinite(z.max()):
             continue
         s = Sampling(*s)
         ids[n] = draw(z if seen is None else _penalize(z, s.repetition_penalty, seen[n]), s)

@@ -233,10 +233,10 @@ def test_sampler_frequencies():
 
 
 def test_sampler_penalty_argmax_and_bad_rows():
-    z = np.array([[2.0, 1.9, -1.0], [-2.0, -2.1, -9.0], [0.0, np.nan, 1.0], [-np.inf] * 3])
-    seen = np.array([[0b001], [0b001], [0], [0]], np.int32)
-    rows = [ref.Sampling(repetition_penalty=1.2)] * 4
+    z = np.array([[2.0, 1.9, -1.0], [-2.0, -2.1, -9.0], [0.0, np.nan, 1.0], [-np.inf] * 3, [0, np.inf, 1]])
+    seen = np.array([[0b001], [0b001], [0], [0], [0]], np.int32)
+    rows = [ref.Sampling(repetition_penalty=1.2)] * 5
     ids, logprobs, top_ids, _ = ref.sample(z, rows, seen=seen, top=2)
-    assert ids.tolist() == [1, 1, -1, -1]
+    assert ids.tolist() == [1, 1, -1, -1, -1]
     assert np.isnan(logprobs[2:]).all() and top_ids[0].tolist() == [0, 1]
     assert ref.sample(np.array([[3.0, 5.0, 5.0]]), [ref.Sampling()])[0].tolist() == [1]

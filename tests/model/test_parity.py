@@ -1,0 +1,112 @@
+"""The whole package against transformers' KimiLinearForCausalLM, which nobody here wrote.
+
+Checkpoints are saved by transformers itself: other layer patterns, heads, ranks, experts; both
+styles of config.json; one file and shards; float32 and bfloat16.
+"""
+
+import kimi_linear as kl
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, core_config, greedy, hf_logits, hf_model, relative_rms, save
+from engines import cut, next_tokens, open_engine
+from kimi_linear.config import KimiLinearConfig
+
+WRITTEN = {
+    "published-pattern": dict(original=True, shards=True, bf16=True),
+    "two-layers-one-head": dict(),
+    "mla-first-no-moe": dict(original=True),
+    "many-experts": dict(shards=True),
+    "groups": dict(original=True, bf16=True),
+    "query-rank": dict(original=True, shards=True),
+    "wide-heads": dict(bf16=True),
+    "short-taps": dict(bf16=True, shards=True),
+}
+T, PROMPT, NEW = 300, 130, 64
+
+
+class Case:
+    """A checkpoint and what transformers makes of it."""
+
+    def __init__(self, name, folder):
+        judge = hf_model(name, seed=1)
+        self.path = save(judge, folder, **WRITTEN[name])
+        self.ids = np.random.default_rng(2).integers(0, judge.config.vocab_size, T).tolist()
+        self.logits = hf_logits(judge, self.ids)
+        self.continuation = greedy(judge, self.ids[:PROMPT], NEW)
+        self.judge = judge
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = Case(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config(cases, name):
+    """Both styles of config.json mean what transformers' own config object says."""
+    case = cases(name)
+    ours = KimiLinearConfig.from_dir(case.path).to_core()
+    want = core_config(case.judge.config)
+    assert {key: ours[key] for key in want if "lower" not in key} == {
+        key: value for key, value in want.items() if "lower" not in key
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(cases, name):
+    case = cases(name)
+    assert len(set(case.logits.argmax(-1))) > 30  # logits vary
+    with kl.load(case.path, device="cpu", dtype="f32", max_context=T, progress=False) as m:
+        assert relative_rms(m.logits(case.ids, last=False), case.logits) < 1e-4
+        assert relative_rms(m.logits(case.ids), case.logits[-1]) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_continuation(cases, name):
+    case = cases(name)
+    assert len(set(case.continuation)) > 10
+    with kl.load(case.path, device="cpu", dtype="f32", max_context=T, progress=False) as m:
+        c = m.generate(case.ids[:PROMPT], max_new_tokens=NEW, ignore_eos=True, progress=False)
+    assert c.token_ids == case.continuation
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 65])
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_in_pieces(cases, name, piece):
+    case = cases(name)
+    engine = open_engine(case.path, max_context=T)
+    try:
+        seq, found = engine.seq_new(), []
+        for n in cut(PROMPT, piece):
+            at = len(found)
+            found.extend(np.array(engine.logits(seq, case.ids[at : at + n], False, None)))
+        assert relative_rms(found, case.logits[:PROMPT]) < 1e-4
+        assert next_tokens(engine, seq, found[-1], NEW) == case.continuation
+        seq, done = engine.seq_new(), 0
+        for n in cut(T, piece):
+            last = engine.step([(seq, case.ids[done : done + n])])
+            done += n
+        assert relative_rms(last[0], case.logits[-1]) < 1e-4
+    finally:
+        engine.close()
+
+
+def test_logprobs(cases):
+    case = cases("published-pattern")
+    want = torch.log_softmax(torch.tensor(case.logits).double(), -1).numpy()
+    following = np.array(case.ids[1:])
+    with kl.load(case.path, device="cpu", dtype="f32", max_context=T, progress=False) as m:
+        found = m.logprobs(case.ids)
+        total, is_greedy = m.score(case.ids[:PROMPT], case.continuation)
+    expected = want[np.arange(T - 1), following]
+    assert np.abs(np.asarray(found.logprobs) - expected).max() < 1e-3
+    assert np.array_equal(np.asarray(found.greedy), want[:-1].argmax(-1) == following)
+    assert is_greedy and -100 < total < 0

@@ -1,0 +1,217 @@
+"""What must hold whatever the weights: the runner's promises, most of them to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import core_config, hf_logits, hf_model, relative_rms, save, tensors
+from engines import cut, in_pieces, next_tokens, open_engine, whole
+from kimi_linear import _core
+from kimi_linear.reference import Model, quantize
+from transformers import KimiLinearForCausalLM
+
+T = 200
+NAN_TOKEN = 3  # of the poisoned checkpoint
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Weights under which any difference grows fiftyfold on its way to the logits."""
+    return save(hf_model("published-pattern", seed=3), tmp_path_factory.mktemp("properties"))
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """(transformers' model, path): weights that do not amplify, for comparisons to tolerance."""
+    judge = hf_model("published-pattern", seed=3, gain=0.3)
+    return judge, save(judge, tmp_path_factory.mktemp("calm"))
+
+
+@pytest.fixture(scope="module")
+def poisoned_path(tmp_path_factory):
+    """The same weights, but one token embeds to NaN: whatever it touches becomes NaN too."""
+    model = hf_model("published-pattern", seed=3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[NAN_TOKEN] = torch.nan
+    return save(model, tmp_path_factory.mktemp("poisoned"))
+
+
+@pytest.fixture(params=["f32", "bf16"])
+def engine(path, request):
+    e = open_engine(path, format=request.param)
+    yield e
+    e.close()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(5).integers(4, 199, T).tolist()
+
+
+def others(n, seed):
+    return np.random.default_rng(seed).integers(4, 199, n).tolist()
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_same_call_twice(engine, ids):
+    first = whole(engine, ids)
+    assert np.isfinite(first).all()
+    assert same(whole(engine, ids), first)
+
+
+@pytest.mark.parametrize("lengths", [[64, 136], [128, 72], [64, 64, 64, 8], [192, 8]])
+def test_cut_at_chunks_is_the_whole_to_the_bit(engine, ids, lengths):
+    assert same(in_pieces(engine, ids, lengths), whole(engine, ids))
+
+
+@pytest.mark.parametrize("lengths", [cut(T, 1), cut(T, 7), cut(T, 65), [63, 1, 1, 135], [199, 1]])
+def test_cut_anywhere_is_the_whole(calm, ids, lengths):
+    engine = open_engine(calm[1])
+    assert relative_rms(in_pieces(engine, ids, lengths), whole(engine, ids)) < 1e-5
+    engine.close()
+
+
+def test_a_small_step_does_not_show(path, ids):
+    """A prompt is cut into steps of the planner's size inside one call."""
+    small, large = (open_engine(path, step_tokens=n) for n in (64, 256))
+    assert small.plan()["step_tokens"] < large.plan()["step_tokens"]
+    assert same(whole(small, ids), whole(large, ids))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_in_a_batch_is_the_row_alone(engine, seed):
+    """Ragged steps over sequences with other pasts, some rows of a single token."""
+    r = np.random.default_rng(seed)
+    rows = [[others(n, 100 * seed + i) for n in r.choice([1, 1, 2, 17, 64, 65], 5)] for i in range(4)]
+    together = [engine.seq_new() for _ in rows]
+    batched = [np.array(engine.step(list(zip(together, turn, strict=True))))
+               for turn in zip(*rows, strict=True)]  # fmt: skip
+    for seq in together:
+        engine.seq_release(seq)
+    for i, row in enumerate(rows):
+        seq = engine.seq_new()
+        for turn, feed in enumerate(row):
+            assert same(engine.step([(seq, feed)])[0], batched[turn][i]), (i, turn)
+        engine.seq_release(seq)
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8", "int4"])
+def test_threads_do_not_change_bits(path, ids, format, threads):
+    two, other = open_engine(path, format=format), open_engine(path, format=format, threads=threads)
+    assert same(whole(other, ids), whole(two, ids))
+    seqs = [(e, e.seq_new()) for e in (two, other)]
+    decoded = [next_tokens(e, seq, e.step([(seq, ids[:70])])[0], 8) for e, seq in seqs]
+    assert decoded[0] == decoded[1]
+    for e in (two, other):
+        e.close()
+
+
+def test_fork_is_recomputing(engine, ids):
+    """Forked within a page, both go on; neither sees the other."""
+    seq = engine.seq_new()
+    engine.feed(seq, ids[:70], None)
+    fork = engine.seq_fork(seq)
+    a, b = others(30, 1), others(75, 2)
+    on_fork = np.array(engine.step([(fork, b)]))
+    on_seq = np.array(engine.step([(seq, a)]))
+    for first, second, got in ((ids[:70], a, on_seq), (ids[:70], b, on_fork)):
+        again = engine.seq_new()
+        engine.feed(again, first, None)
+        assert same(engine.step([(again, second)]), got)
+        engine.seq_release(again)
+    engine.seq_release(seq)
+    third = others(5, 3)
+    before = engine.seq_fork(fork)
+    assert same(engine.step([(fork, third)]), engine.step([(before, third)]))
+
+
+def test_released_memory_does_not_leak(poisoned_path, path, ids):
+    """Every slot and page is filled with NaN, given back, and used again."""
+    engine, clean = (open_engine(p, max_batch=2, max_context=256) for p in (poisoned_path, path))
+    want = whole(clean, ids)
+    bad = [engine.seq_new(), engine.seq_new()]
+    for seq in bad:
+        engine.feed(seq, [NAN_TOKEN] * 250, None)
+    with pytest.raises((MemoryError, ValueError)):
+        engine.seq_new()
+    for seq in bad:
+        engine.seq_release(seq)
+    assert engine.usage() == (0, 0)
+    assert same(whole(engine, ids), want)
+    assert same(in_pieces(engine, ids, cut(T, 64)), want)
+
+
+def test_a_neighbour_of_nan_does_not_leak(poisoned_path, path, ids):
+    engine, clean = open_engine(poisoned_path), open_engine(path)
+    bad, good, alone = engine.seq_new(), engine.seq_new(), clean.seq_new()
+    for n in (1, 70, 1, 30):
+        feed = ids[:n]
+        got = np.array(engine.step([(bad, [NAN_TOKEN] * n), (good, feed)]))
+        assert np.isnan(got[0]).all()
+        assert same(got[1], clean.step([(alone, feed)])[0])
+
+
+def test_the_rest_of_a_shared_page_does_not_leak(poisoned_path, path, ids):
+    """A fork writes NaN behind the common tokens of a page; the other must not read it."""
+    engine, clean = open_engine(poisoned_path), open_engine(path)
+    seq, alone = engine.seq_new(), clean.seq_new()
+    engine.feed(seq, ids[:90], None)
+    clean.feed(alone, ids[:90], None)
+    bad = engine.seq_fork(seq)
+    engine.feed(bad, [NAN_TOKEN] * 20, None)
+    assert same(engine.step([(seq, ids[90:95])]), clean.step([(alone, ids[90:95])]))
+
+
+KEPT_F32 = ("norm", "A_log", "dt_bias", "conv1d", ".gate.weight", "e_score_correction_bias")
+KEPT_BF16 = (".b_proj.", ".f_a_proj.", ".g_a_proj.", ".kv_b_proj.", "embed_tokens.")
+
+
+def stored(name, w, format):
+    """A tensor as the runner holds it: the big matrices in `format`, the others wider."""
+    if any(part in name for part in KEPT_F32):
+        return w
+    return quantize(w, "bf16" if any(part in name for part in KEPT_BF16) else format).dequantize()
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_formats_compute_with_the_weights_they_store(calm, ids, format):
+    """What a format may add to its own rounding of the weights is that of bfloat16 activations,
+    of which transformers in bfloat16 is the yardstick."""
+    judge, path = calm
+    theirs = KimiLinearForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    exact = Model(core_config(judge.config), tensors(path)).forward(ids)
+    allowed = 2 * relative_rms(hf_logits(theirs, ids), exact)
+    assert 1e-3 < allowed < 0.03
+    engine = open_engine(path, format=format)
+    got = whole(engine, ids)
+    engine.close()
+    weights = {name: stored(name, w, format) for name, w in tensors(path).items()}
+    want = Model(core_config(judge.config), weights).forward(ids)
+    assert relative_rms(got, want) < allowed
+    assert relative_rms(got, exact) < {"bf16": 1, "int8": 2, "int4": 15}[format] * allowed
+
+
+def variants():
+    found = []
+    for name in ("scalar", "avx2", "avx512", "avx512bf16"):
+        try:
+            found.append(_core.Backend("cpu", 0, 1, name, "").info()["variant"])
+        except (ValueError, RuntimeError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8", "int4"])
+def test_instruction_sets_agree(calm, ids, format):
+    path = calm[1]
+    found = variants()
+    assert found[0] == "scalar" and len(set(found)) == len(found)
+    engines = [open_engine(path, format=format, variant=name) for name in found]
+    want = whole(engines[0], ids)
+    for name, engine in zip(found, engines, strict=True):
+        # With bfloat16 activations another order of summation may flip a rounding.
+        assert relative_rms(whole(engine, ids), want) < (1e-5 if format == "f32" else 0.02), name
+        engine.close()
