@@ -46,6 +46,9 @@ typedef struct {
     void (*close)(kl_backend *be);
     kl_status (*info)(kl_backend *be, kl_backend_info *out, kl_error *err);
     kl_status (*sync)(kl_backend *be, kl_error *err);
+    /* Enqueue from now on on this stream of the caller's (a cudaStream_t; NULL: the legacy
+     * default stream). NULL entry: the backend has no streams, or only its own. */
+    kl_status (*set_stream)(kl_backend *be, void *stream, kl_error *err);
 
     /* Device memory, at least 64-byte aligned, uninitialised. zero() and the copies are
      * enqueued; copy_in and copy_out may return before the host buffer is free to reuse. */

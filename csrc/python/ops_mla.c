@@ -1,0 +1,232 @@
+/*
+ * ops_mla.c -- mla_prefill and mla_decode.
+ *
+ * mla_prefill takes latents as dense rows: they are laid out in pages of this call's own, the
+ * past of each sequence first, and then attended to like any paged context.
+ */
+#include "python/call.h"
+
+#include <limits.h>
+#include <string.h>
+
+/* Widths that are only known from differences must come out positive. */
+static int check_widths(const kl_call *c, const kl_tensor *q, int64_t latent,
+                        const kl_tensor *w, int64_t *V)
+{
+    const int64_t rank = w->shape[2], rope = latent - rank;
+    const int64_t nope = q->shape[2] - rope;
+    *V = w->shape[1] - nope;
+    if (rope >= 0 && nope > 0 && *V > 0) return 0;
+    PyErr_Format(PyExc_ValueError,
+                 "%s: q [T, H, nope+rope], latent [T, rank+rope] and w_kv_b [H, nope+V, rank] "
+                 "must fit, got last axes %lld, %lld and w_kv_b [%lld, %lld, %lld]",
+                 c->op, (long long)q->shape[2], (long long)latent, (long long)w->shape[0],
+                 (long long)w->shape[1], (long long)w->shape[2]);
+    return -1;
+}
+
+/* ---- pages of this call ---------------------------------------------------------------- */
+
+/* The past of each sequence: rows [length, rank+rope], or absent. */
+typedef struct {
+    kl_tensor *rows; /* [N] */
+    int64_t N;
+} past_rows;
+
+static int take_past_of(kl_call *c, PyObject *o, kl_dtype dtype, int64_t width, kl_tensor *out)
+{
+    if (o == Py_None) return 0;
+    if (kl_arg(c, "past", o, KL_SET(dtype), 2, KL_ROWS, out) < 0) return -1;
+    if (out->shape[1] == width) return 0;
+    PyErr_Format(PyExc_ValueError, "%s: past must have %lld columns, got %lld", c->op,
+                 (long long)width, (long long)out->shape[1]);
+    return -1;
+}
+
+/* past: None, an array where there is one sequence, or a list with an array or None each. */
+static int take_past(kl_call *c, PyObject *past, const kl_tensor *latent, past_rows *out)
+{
+    const bool list = PyList_Check(past) || PyTuple_Check(past);
+    const Py_ssize_t n = list ? PySequence_Size(past) : 1;
+    out->rows = kl_call_malloc(c, (size_t)(out->N + 1) * sizeof *out->rows);
+    if (out->rows == NULL) return -1;
+    memset(out->rows, 0, (size_t)(out->N + 1) * sizeof *out->rows);
+    if (past == Py_None) return 0;
+    if (n != out->N) {
+        PyErr_Format(PyExc_ValueError, "%s: past must hold %lld sequences, got %zd", c->op,
+                     (long long)out->N, n);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *one = list ? PySequence_GetItem(past, i) : Py_NewRef(past);
+        const int failed = one == NULL || take_past_of(c, one, latent->dtype, latent->shape[1],
+                                                       &out->rows[i]) < 0;
+        Py_XDECREF(one); /* the call holds its own reference */
+        if (failed) return -1;
+    }
+    return 0;
+}
+
+/* Number the pages that the contexts need; sets lengths and block_table. */
+static int lay_pages(kl_call *c, const past_rows *past, const int32_t *cu, kl_mla *a,
+                     int64_t *n_pages)
+{
+    int64_t total = 0, widest = 1;
+    int32_t *lengths = kl_call_malloc(c, (size_t)(past->N + 1) * sizeof *lengths);
+    if (lengths == NULL) return -1;
+    for (int64_t n = 0; n < past->N; n++) {
+        const int64_t length = past->rows[n].shape[0] + cu[n + 1] - cu[n];
+        const int64_t pages = (length + KL_PAGE_TOKENS - 1) / KL_PAGE_TOKENS;
+        if (length > INT32_MAX - KL_PAGE_TOKENS) {
+            PyErr_Format(PyExc_ValueError, "%s: a context must have less than 2^31 tokens",
+                         c->op);
+            return -1;
+        }
+        lengths[n] = (int32_t)length;
+        total += pages;
+        widest = pages > widest ? pages : widest;
+    }
+    int32_t *table = kl_call_malloc(c, (size_t)(past->N * widest + 1) * sizeof *table);
+    if (table == NULL) return -1;
+    int32_t next = 0;
+    for (int64_t n = 0; n < past->N; n++)
+        for (int64_t b = 0; b < widest; b++)
+            table[n * widest + b] =
+                b * KL_PAGE_TOKENS < lengths[n] ? next++ : -1; /* -1 is never read */
+    a->lengths = kl_tensor_1d(lengths, KL_I32, past->N);
+    a->block_table = kl_tensor_2d(table, KL_I32, past->N, widest);
+    *n_pages = total;
+    return 0;
+}
+
+/* Write one sequence's past into its pages. */
+static int append_past(kl_call *c, const kl_mla *a, int64_t n, const kl_tensor *rows)
+{
+    int32_t cu[2] = {0, (int32_t)rows->shape[0]};
+    const int64_t B = a->block_table.shape[1];
+    kl_mla_append append = {
+        .raw = *rows,
+        .pages = a->pages,
+        .block_table = kl_tensor_2d((int32_t *)a->block_table.data + n * B, KL_I32, 1, B),
+        .lengths = kl_tensor_1d(&cu[1], KL_I32, 1),
+        .cu_seqlens = kl_tensor_1d(cu, KL_I32, 2),
+    };
+    return rows->shape[0] == 0 ? 0 : kl_call_mla_append(c, &append);
+}
+
+static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, kl_mla *a)
+{
+    past_rows rows = {.N = a->cu_seqlens.shape[0] - 1};
+    int64_t P;
+    if (take_past(c, past, latent, &rows) < 0 ||
+        lay_pages(c, &rows, a->cu_seqlens.data, a, &P) < 0)
+        return -1;
+    const int64_t width = latent->shape[1], count = P > 0 ? P : 1;
+    void *data;
+    if (kl_call_alloc(c,
+                      (size_t)(count * KL_PAGE_TOKENS * width) * kl_dtype_bytes(latent->dtype),
+                      &data) < 0)
+        return -1;
+    a->pages = kl_tensor_3d(data, latent->dtype, count, KL_PAGE_TOKENS, width);
+    for (int64_t n = 0; n < rows.N; n++)
+        if (append_past(c, a, n, &rows.rows[n]) < 0) return -1;
+    kl_mla_append append = {.raw = *latent,
+                            .pages = a->pages,
+                            .block_table = a->block_table,
+                            .lengths = a->lengths,
+                            .cu_seqlens = a->cu_seqlens};
+    return latent->shape[0] == 0 ? 0 : kl_call_mla_append(c, &append);
+}
+
+/* ---- the two functions ----------------------------------------------------------------- */
+
+static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
+{
+    kl_mla_prefill a = {0};
+    kl_tensor latent;
+    int64_t V;
+    int o;
+    if (KL_NEEDS(c, mla_prefill) < 0 || KL_NEEDS(c, mla_append) < 0 ||
+        kl_arg(c, "q", args[1], KL_FLOATS, 3, KL_ROWS, &a.q) < 0 ||
+        kl_arg(c, "latent", args[2], KL_SET(a.q.dtype), 2, KL_ROWS, &latent) < 0 ||
+        kl_arg_weight_3d(c, "w_kv_b", args[3], &a.w_kv_b) < 0 ||
+        check_widths(c, &a.q, latent.shape[1], &a.w_kv_b, &V) < 0 ||
+        kl_arg_cu_seqlens(c, args[4], a.q.shape[0], &a.cu_seqlens) < 0 ||
+        kl_arg_scale(c, args[6], a.q.shape[2], &a.scale) < 0)
+        return NULL;
+    if (latent.shape[0] != a.q.shape[0]) {
+        PyErr_Format(PyExc_ValueError, "%s: latent must have %lld rows, got %lld", c->op,
+                     (long long)a.q.shape[0], (long long)latent.shape[0]);
+        return NULL;
+    }
+    const int64_t shape[3] = {a.q.shape[0], a.q.shape[1], V};
+    if (kl_out(c, "out", args[7], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0 ||
+        fill_pages(c, args[5], &latent, &a) < 0)
+        return NULL;
+    return kl_call_mla_prefill(c, &a) < 0 ? NULL : kl_out_take(c, o);
+}
+
+PyObject *kl_py_mla_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    kl_call c;
+    if (kl_parse_count("mla_prefill", nargs, 9) < 0 ||
+        kl_call_begin(&c, module, "mla_prefill", args[0], args[8]) < 0)
+        return NULL;
+    PyObject *result = run_mla_prefill(&c, args);
+    kl_call_end(&c);
+    return result;
+}
+
+/* Every entry that a context reads must name a page. */
+static int check_table(const kl_call *c, const kl_mla *a)
+{
+    const int32_t *table = a->block_table.data, *lengths = a->lengths.data;
+    const int64_t N = a->lengths.shape[0], B = a->block_table.shape[1], P = a->pages.shape[0];
+    if (a->block_table.shape[0] != N) {
+        PyErr_Format(PyExc_ValueError, "%s: block_table must have %lld rows, got %lld", c->op,
+                     (long long)N, (long long)a->block_table.shape[0]);
+        return -1;
+    }
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t b = 0; b * KL_PAGE_TOKENS < lengths[n]; b++)
+            if (table[n * B + b] < 0 || table[n * B + b] >= P) {
+                PyErr_Format(PyExc_ValueError,
+                             "%s: block_table[%lld, %lld] must lie in [0, %lld), got %d", c->op,
+                             (long long)n, (long long)b, (long long)P, table[n * B + b]);
+                return -1;
+            }
+    return 0;
+}
+
+static PyObject *run_mla_decode(kl_call *c, PyObject *const *args)
+{
+    kl_mla_decode a = {0};
+    int64_t V;
+    int o;
+    if (KL_NEEDS(c, mla_decode) < 0 ||
+        kl_arg(c, "q", args[1], KL_FLOATS, 3, KL_ROWS, &a.q) < 0 ||
+        kl_arg(c, "pages", args[2], KL_SET(a.q.dtype), 3, KL_DENSE, &a.pages) < 0 ||
+        kl_arg_weight_3d(c, "w_kv_b", args[5], &a.w_kv_b) < 0 ||
+        check_widths(c, &a.q, a.pages.shape[2], &a.w_kv_b, &V) < 0 ||
+        kl_arg_ids(c, "block_table", args[3], 2, INT32_MIN, INT32_MAX, &a.block_table) < 0)
+        return NULL;
+    const int64_t room = a.block_table.shape[1] * KL_PAGE_TOKENS;
+    if (kl_arg_ids(c, "lengths", args[4], 1, 1, room < INT32_MAX ? room : INT32_MAX,
+                   &a.lengths) < 0 ||
+        check_table(c, &a) < 0 || kl_arg_scale(c, args[6], a.q.shape[2], &a.scale) < 0)
+        return NULL;
+    const int64_t shape[3] = {a.q.shape[0], a.q.shape[1], V};
+    if (kl_out(c, "out", args[7], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0) return NULL;
+    return kl_call_mla_decode(c, &a) < 0 ? NULL : kl_out_take(c, o);
+}
+
+PyObject *kl_py_mla_decode(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    kl_call c;
+    if (kl_parse_count("mla_decode", nargs, 9) < 0 ||
+        kl_call_begin(&c, module, "mla_decode", args[0], args[8]) < 0)
+        return NULL;
+    PyObject *result = run_mla_decode(&c, args);
+    kl_call_end(&c);
+    return result;
+}

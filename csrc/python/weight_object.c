@@ -1,0 +1,205 @@
+/*
+ * weight_object.c -- kimi_linear._core.PackedWeight, and quantize() that makes one.
+ */
+#include "python/call.h"
+
+#include "base/bf16.h"
+#include "base/memory.h"
+
+#include <string.h>
+
+typedef struct {
+    PyObject_HEAD
+    kl_weight w; /* data and scales are our own, host memory */
+    bool stack;  /* three axes, even with one matrix         */
+} WeightObject;
+
+static const char *const formats[KL_N_WEIGHT_FORMATS] = {"f32", "bf16", "int8", "int4"};
+
+const kl_weight *kl_weight_of(const kl_module *m, PyObject *o)
+{
+    return Py_TYPE(o) == m->weight_type ? &((WeightObject *)o)->w : NULL;
+}
+
+static void weight_dealloc(PyObject *op)
+{
+    WeightObject *self = (WeightObject *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    kl_free(self->w.data);
+    kl_free(self->w.scales);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+/* ---- quantize -------------------------------------------------------------------------- */
+
+static WeightObject *weight_alloc(kl_call *c, kl_weight_format format, int64_t count,
+                                  int64_t rows, int64_t cols)
+{
+    PyTypeObject *type = c->m->weight_type;
+    WeightObject *self =
+        (WeightObject *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (self == NULL) return NULL;
+    /* In no format is a row longer than in float32 by more than one group. */
+    self->w = (kl_weight){.format = format, .count = count, .rows = rows, .cols = cols};
+    self->w.data = kl_aligned_alloc(kl_weight_data_bytes(&self->w));
+    const size_t scales = kl_weight_scale_bytes(&self->w);
+    if (scales != 0) self->w.scales = kl_aligned_alloc(scales);
+    if (self->w.data == NULL || (scales != 0 && self->w.scales == NULL)) {
+        PyErr_Format(c->m->OutOfMemory, "%s: no memory for %zu bytes", c->op,
+                     kl_weight_data_bytes(&self->w) + scales);
+        Py_DECREF(self);
+        return NULL;
+    }
+    return self;
+}
+
+/* The matrices of a stack one by one: the operation packs one. */
+static int pack_all(kl_call *c, const kl_tensor *src, const kl_weight *w)
+{
+    const size_t bytes = (size_t)(w->rows * w->cols) * kl_dtype_bytes(src->dtype);
+    for (int64_t i = 0; i < w->count; i++) {
+        kl_pack_weight a = {
+            .src = kl_tensor_2d((char *)src->data + (size_t)i * bytes, src->dtype, w->rows,
+                                w->cols),
+            .out = kl_weight_slice(w, i, 0, w->rows),
+        };
+        if (kl_call_pack_weight(c, &a) < 0) return -1;
+    }
+    return 0;
+}
+
+static PyObject *run_quantize(kl_call *c, PyObject *const *args)
+{
+    kl_tensor src;
+    int format, ndim = 0;
+    kl_array probe;
+    if (KL_NEEDS(c, pack_weight) < 0 ||
+        kl_parse_choice(c->op, "dtype", args[2], formats, KL_N_WEIGHT_FORMATS, &format) < 0 ||
+        kl_array_borrow(c->m, c->op, "w", args[1], 1, &probe) < 0)
+        return NULL;
+    ndim = probe.ndim == 3 ? 3 : 2;
+    kl_array_release(&probe);
+    if (kl_arg(c, "w", args[1], KL_FLOATS, ndim, KL_DENSE, &src) < 0) return NULL;
+
+    WeightObject *self = weight_alloc(c, (kl_weight_format)format, ndim == 3 ? src.shape[0] : 1,
+                                      src.shape[ndim - 2], src.shape[ndim - 1]);
+    if (self == NULL) return NULL;
+    self->stack = ndim == 3;
+    if (pack_all(c, &src, &self->w) < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
+    return (PyObject *)self;
+}
+
+PyObject *kl_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    kl_call c;
+    if (kl_parse_count("quantize", nargs, 3) < 0 ||
+        kl_call_begin(&c, module, "quantize", args[0], Py_None) < 0)
+        return NULL;
+    PyObject *result = run_quantize(&c, args);
+    kl_call_end(&c);
+    return result;
+}
+
+/* ---- attributes ------------------------------------------------------------------------ */
+
+/* q of column `col` in a packed row. */
+static int quant_at(const kl_weight *w, const void *row, int64_t col)
+{
+    if (w->format == KL_W_INT8) return ((const int8_t *)row)[col];
+    const int64_t in = col % KL_INT4_GROUP, half = KL_INT4_GROUP / 2;
+    const uint8_t *group = (const uint8_t *)row + col / KL_INT4_GROUP * half;
+    return (in < half ? group[in] & 15 : group[in - half] >> 4) - 8;
+}
+
+static void dequantize_row(const kl_weight *w, int64_t row, float *out)
+{
+    const char *data = (char *)w->data + (size_t)row * kl_weight_row_bytes(w->format, w->cols);
+    const int64_t groups = kl_weight_groups(w->format, w->cols);
+    const int64_t group = w->format == KL_W_INT8 ? KL_INT8_GROUP : KL_INT4_GROUP;
+    for (int64_t i = 0; i < w->cols; i++) {
+        if (w->format == KL_W_F32)
+            out[i] = ((const float *)data)[i];
+        else if (w->format == KL_W_BF16)
+            out[i] = kl_bf16_to_f32(((const uint16_t *)data)[i]);
+        else
+            out[i] = (float)quant_at(w, data, i) *
+                     kl_bf16_to_f32(w->scales[row * groups + i / group]);
+    }
+}
+
+/* To look at what quantisation did; the operations read the packed form. */
+static PyObject *weight_dequantize(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    const WeightObject *self = (WeightObject *)op;
+    const kl_weight *w = &self->w;
+    const int64_t shape[3] = {w->count, w->rows, w->cols};
+    void *data;
+    PyObject *array = kl_numpy_empty(KL_F32, self->stack ? 3 : 2, shape + !self->stack, &data);
+    if (array == NULL) return NULL;
+    Py_BEGIN_ALLOW_THREADS for (int64_t row = 0; row < w->count * w->rows; row++)
+        dequantize_row(w, row, (float *)data + row * w->cols);
+    Py_END_ALLOW_THREADS return array;
+}
+
+static PyObject *weight_shape(PyObject *op, void *Py_UNUSED(closure))
+{
+    const WeightObject *self = (WeightObject *)op;
+    const long long count = self->w.count, rows = self->w.rows, cols = self->w.cols;
+    return self->stack ? Py_BuildValue("(LLL)", count, rows, cols)
+                       : Py_BuildValue("(LL)", rows, cols);
+}
+
+static PyObject *weight_format(PyObject *op, void *Py_UNUSED(closure))
+{
+    return PyUnicode_FromString(formats[((WeightObject *)op)->w.format]);
+}
+
+static PyObject *weight_nbytes(PyObject *op, void *Py_UNUSED(closure))
+{
+    const kl_weight *w = &((WeightObject *)op)->w;
+    return PyLong_FromSize_t(kl_weight_data_bytes(w) + kl_weight_scale_bytes(w));
+}
+
+static PyObject *weight_repr(PyObject *op)
+{
+    PyObject *shape = weight_shape(op, NULL);
+    PyObject *text = shape == NULL
+                         ? NULL
+                         : PyUnicode_FromFormat("PackedWeight(shape=%R, format='%s')", shape,
+                                                formats[((WeightObject *)op)->w.format]);
+    Py_XDECREF(shape);
+    return text;
+}
+
+static PyGetSetDef weight_getset[] = {
+    {"shape", weight_shape, NULL, "(out, in), or (count, out, in).", NULL},
+    {"format", weight_format, NULL, "'f32', 'bf16', 'int8' or 'int4'.", NULL},
+    {"nbytes", weight_nbytes, NULL, "Bytes of values and scales.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMethodDef weight_methods[] = {
+    {"dequantize", weight_dequantize, METH_NOARGS,
+     "dequantize($self, /)\n--\n\nThe matrix as a NumPy float32 array."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot weight_slots[] = {
+    {Py_tp_dealloc, weight_dealloc},
+    {Py_tp_methods, weight_methods},
+    {Py_tp_getset, weight_getset},
+    {Py_tp_repr, weight_repr},
+    {Py_tp_doc, "A matrix [out, in], or a stack of them, in a weight format."},
+    {0, NULL},
+};
+
+PyType_Spec kl_weight_spec = {
+    .name = "kimi_linear._core.PackedWeight",
+    .basicsize = sizeof(WeightObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = weight_slots,
+};
