@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
+torch.set_num_threads(1)  # layers this small only lose by sharing
+
 BASE = dict(
     vocab_size=199, hidden_size=48, intermediate_size=80, moe_intermediate_size=24,
     num_attention_heads=3, num_key_value_heads=3, num_shared_experts=1, kv_lora_rank=20,
