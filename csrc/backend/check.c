@@ -42,15 +42,18 @@ static kl_status check_shape(const char *op, const kl_rule *r, kl_error *err)
     return KL_OK;
 }
 
-/* Strides of an axis of length 1 are never used, so frameworks leave anything there. */
+/* Strides of an axis of length 1, or of an empty tensor, are never used, so frameworks leave
+ * anything there. */
 static kl_status check_strides(const char *op, const kl_rule *r, int64_t *row, kl_error *err)
 {
     const kl_tensor *t = r->t;
     const bool rows = (r->flags & KL_ROWS) != 0;
     int64_t dense = 1;
+    bool empty = false;
+    for (int i = 0; i < t->ndim; i++) empty = empty || t->shape[i] == 0;
     for (int i = t->ndim - 1; i >= 0; i--) {
         *row = dense; /* elements of one index of the first axis, when the loop ends */
-        const bool free_axis = t->shape[i] <= 1 || (rows && i == 0);
+        const bool free_axis = empty || t->shape[i] == 1 || (rows && i == 0);
         if (!free_axis && t->stride[i] != dense)
             return kl_fail(err, KL_ERR_VALUE,
                            "%s: %s must be dense%s: stride[%d] must be %lld, got %lld", op,
@@ -105,7 +108,7 @@ static extent extent_of(const kl_tensor *t)
 {
     const uintptr_t bytes = kl_dtype_bytes(t->dtype), size = (uintptr_t)kl_tensor_size(t);
     extent e = {.first = (uintptr_t)t->data};
-    if (size == 0) return e;
+    if (size == 0 || kl_tensor_absent(t)) return e;
     const uintptr_t rows = t->ndim == 0 ? 1 : (uintptr_t)t->shape[0];
     const int64_t stride = rows == 1 ? 0 : t->stride[0];
     e.row = size / rows * bytes;

@@ -14,7 +14,6 @@
 #include "cpu/cpu_backend.h"
 
 #include <math.h>
-#include <string.h>
 
 /* Below this many elements of state in all, waking threads costs more than the work. */
 #define MIN_PARALLEL_STATE 65536
@@ -23,8 +22,7 @@
 typedef struct {
     kl_kda_token tokens;
     kl_kda_chunk chunk;
-    float *log_decay; /* of the whole chunk, [pitch] */
-    float *state;     /* [blocks][pitch][2 lanes]    */
+    float *state; /* [blocks][pitch][2 lanes]    */
 } kda_scratch;
 
 /* What all tasks of a call share. */
@@ -67,7 +65,6 @@ static kda_scratch take_scratch(kl_arena *arena, const kl_kda *a, int64_t chunk,
                   .x = kl_arena_take(arena, 2 * rows),
                   .kg = kl_arena_take(arena, rows),
                   .decay = {kl_arena_take(arena, row), kl_arena_take(arena, row)}},
-        .log_decay = kl_arena_take(arena, row),
     };
     if (columns > 0) s.state = kl_arena_take(arena, (size_t)columns * row);
     return s;
@@ -200,13 +197,10 @@ static void run_chunk(kda_task *t, int64_t token, int64_t rows)
     kl_kda_chunk *c = &t->s.chunk;
     const int64_t V = a->state.shape[2], pitch = t->head.pitch, width = t->call->width;
     c->rows = rows;
-    memset(t->s.log_decay, 0, (size_t)pitch * sizeof(float));
     for (int64_t i = 0; i < rows; i++) {
-        const kl_kda_token one = read_token(t, token + i, i);
+        read_token(t, token + i, i);
         c->beta[i] = beta_of(a, token + i, t->h);
-        for (int64_t k = 0; k < pitch; k++) t->s.log_decay[k] += one.log_decay[k];
     }
-    kernels->decay(t->s.log_decay, pitch, &c->decay);
     kernels->chunk(&t->s.tokens, c);
 
     for (int64_t j = 0; j < t->columns; j += width) {

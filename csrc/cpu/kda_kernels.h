@@ -62,11 +62,12 @@ typedef struct {
     void (*token)(const kl_kda_head *h, const void *q, const void *k, const void *g,
                   const kl_kda_token *t);
 
-    /* `n` floats of log-decay to keep and change; n is a multiple of KL_KDA_PITCH. */
+    /* `n` floats of log-decay to keep and change; n is a multiple of KL_KDA_PITCH;
+     * log_decay may be d->change. */
     void (*decay)(const float *log_decay, int64_t n, const kl_kda_decay *d);
 
     /* Everything within a chunk that needs no state, from the tokens [rows][pitch] of t;
-     * rows, beta and decay of c are set by the caller. */
+     * rows and beta of c are set by the caller. */
     void (*chunk)(const kl_kda_token *t, kl_kda_chunk *c);
 
     /* Columns of a state, transposed: block [pitch][2 * lanes], zero beyond K and n. */

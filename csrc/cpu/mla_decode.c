@@ -8,7 +8,7 @@
  * Order        a context is cut into parts whose size follows from its length alone; pages of
  *              a part in order with a running maximum, then the parts in order. So a result
  *              depends neither on the threads nor on the other rows
- * Tasks        head x 16 rows to absorb and to finish; part x 32 heads to attend: the latents
+ * Tasks        head x 12 rows to absorb and to finish; part x 32 heads to attend: the latents
  *              are widened once for a group of heads
  * Roofline     2 H (2 rank + rope) flops for 2 (rank + rope) bytes of bf16 latents: 60 flop/B at
  *              H = 32, compute-bound on a CPU
@@ -65,8 +65,8 @@ typedef struct {
 } attend_scratch;
 
 typedef struct {
-    float *weights; /* [V, rank] W_UV */
     float *context; /* [ROWS_PER_TASK, rank] */
+    float *panels;  /* the same, packed */
     float *out;     /* [ROWS_PER_TASK, V] */
 } finish_scratch;
 
@@ -90,8 +90,8 @@ static attend_scratch take_attend(kl_arena *arena, const kl_mla_view *v)
 static finish_scratch take_finish(kl_arena *arena, const kl_mla_view *v)
 {
     finish_scratch s;
-    s.weights = kl_mla_floats(arena, v->V * v->rank);
     s.context = kl_mla_floats(arena, ROWS_PER_TASK * v->rank);
+    s.panels = kl_mla_floats(arena, ROWS_PER_TASK * kl_panel_cols(v->rank));
     s.out = kl_mla_floats(arena, ROWS_PER_TASK * v->V);
     return s;
 }
@@ -227,6 +227,25 @@ static void merge_parts(const wave *w, const kl_mla_row *row, int64_t h, float *
                             H * v->rank, v->rank, parts, NULL, context, v->rank);
 }
 
+/* out [n, V] = context [n, rank] W_UV^T. */
+static void apply_values(const kl_mla_view *v, int64_t h, int64_t n, const finish_scratch *s)
+{
+    const kl_product_kernels *kernels = &v->kernels->product;
+    const kl_tensor *w = &v->a->w_kv_b;
+    const kl_rows rows = {.data = s->context, .dtype = KL_F32, .stride = v->rank, .n = n};
+    const kl_weight values = {.format = w->dtype == KL_F32 ? KL_W_F32 : KL_W_BF16,
+                              .count = 1,
+                              .rows = v->H * (v->nope + v->V),
+                              .cols = v->rank,
+                              .data = w->data};
+    for (int64_t i = 0; i < n; i += kernels->tile_x) {
+        const int R = (int)kl_mla_min(n - i, kernels->tile_x);
+        kernels->pack_x(&rows, i, R, v->rank, false, s->panels + i * kl_panel_cols(v->rank));
+    }
+    kernels->direct(s->panels, n, &values, h * (v->nope + v->V) + v->nope, v->V, false, s->out,
+                    v->V);
+}
+
 static void finish_task(void *ctx, int64_t task, int worker)
 {
     const wave *w = ctx;
@@ -238,10 +257,7 @@ static void finish_task(void *ctx, int64_t task, int worker)
 
     for (int64_t i = 0; i < n; i++)
         merge_parts(w, &w->rows[first + i], h, s.context + i * v->rank);
-    v->kernels->mla.widen(kl_mla_weight(v, h, v->nope), v->a->w_kv_b.dtype, v->V * v->rank,
-                          1.0f, s.weights);
-    v->kernels->product.dot_f32(s.context, v->rank, n, s.weights, v->rank, v->V, v->rank, s.out,
-                                v->V);
+    apply_values(v, h, n, &s);
     for (int64_t i = 0; i < n; i++)
         v->kernels->mla.narrow(s.out + i * v->V, v->V, 1.0f,
                                kl_mla_out(v, w->rows[first + i].token, h), v->a->out.dtype);

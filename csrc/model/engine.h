@@ -152,13 +152,15 @@ typedef struct {
 
 typedef enum { KL_RUNNING, KL_FINISH_STOP, KL_FINISH_LENGTH, KL_FINISH_CANCELLED } kl_finish;
 
-/* A token of a request. The stop token itself is reported, with KL_FINISH_STOP. */
+/* A token of a request. The stop token itself is reported, with KL_FINISH_STOP. A request of
+ * max_new_tokens 0 ends with one event of id -1 and KL_FINISH_LENGTH. */
 typedef struct {
     int64_t request;
     int32_t id;
     float logprob;
     kl_finish finish;
-    int32_t top_ids[256]; /* first request.top entries */
+    int n_top; /* request.top, 0 without an id */
+    int32_t top_ids[256];
     float top_logprobs[256];
 } kl_event;
 
@@ -187,6 +189,8 @@ void kl_generation_free(kl_generation *g);
 kl_status kl_generation_run(kl_generation *g, int64_t max_steps, kl_event *events,
                             int64_t max_events, int64_t *n_events, kl_logits_fn process,
                             void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err);
+/* Nothing is left to run or to be reported. */
+bool kl_generation_done(const kl_generation *g);
 /* End one request (a stop string was seen); its sequence is released. */
 kl_status kl_generation_finish(kl_generation *g, int64_t request, kl_error *err);
 void kl_generation_get_stats(const kl_generation *g, kl_generation_stats *out);

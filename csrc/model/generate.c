@@ -205,6 +205,7 @@ static kl_event *push_event(kl_generation *g, int64_t i, int32_t id, float logpr
     event->id = id;
     event->logprob = logprob;
     event->finish = finish;
+    event->n_top = 0;
     return event;
 }
 
@@ -233,6 +234,7 @@ static void take_token(kl_generation *g, int64_t row)
                              : q->n_new == q->r.max_new_tokens ? KL_FINISH_LENGTH
                                                                : KL_RUNNING;
     kl_event *event = push_event(g, i, id, g->logprobs[row], finish);
+    event->n_top = q->r.top;
     memcpy(event->top_ids, g->top_ids + row * g->top, (size_t)q->r.top * sizeof(int32_t));
     memcpy(event->top_logprobs, g->top_logprobs + row * g->top,
            (size_t)q->r.top * sizeof(float));
@@ -464,6 +466,13 @@ kl_status kl_generation_run(kl_generation *g, int64_t max_steps, kl_event *event
         if (status != KL_OK) return !ran && *n_events > 0 ? KL_OK : status;
     }
     return KL_OK;
+}
+
+bool kl_generation_done(const kl_generation *g)
+{
+    for (int64_t i = 0; i < g->n_requests; i++)
+        if (g->phases[i].phase != KL_SCHED_DONE || g->requests[i].failed) return false;
+    return g->queue_count == 0;
 }
 
 kl_status kl_generation_finish(kl_generation *g, int64_t index, kl_error *err)

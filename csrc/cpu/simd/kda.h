@@ -48,16 +48,30 @@ static inline void kda_put(void *row, kl_dtype dtype, int64_t i, float x)
         ((float *)row)[i] = x;
 }
 
-/* Raw values i .. i + VL - 1 of g to log-decay. */
-static inline vf kda_log_decay(const kl_kda_head *h, const void *g, int64_t i)
+/* A raw row of g to log-decays. One short loop for each function: a long chain
+ * of dependent operations on each vector would leave the FMA units waiting. */
+static inline void kda_gate(const kl_kda_head *h, const void *g, float *out)
 {
-    const int n = v_left(i, h->K);
-    vf z = v_load_act(g, h->g_dtype, i, n);
-    if (h->gate == KL_GATE_DIRECT) return z;
-
-    if (h->dt_bias != NULL) z = v_add(z, v_load_act(h->dt_bias, KL_F32, i, n));
-    if (h->gate == KL_GATE_SOFTPLUS) return v_mul(v_set1(-h->rate), v_softplus(z));
-    return v_mul(v_set1(h->lower_bound), v_sigmoid(v_mul(v_set1(h->rate), z)));
+    const bool biased = h->dt_bias != NULL && h->gate != KL_GATE_DIRECT;
+    for (int64_t i = 0; i < h->pitch; i += VL) {
+        const int n = v_left(i, h->K);
+        vf z = v_load_act(g, h->g_dtype, i, n);
+        if (biased) z = v_add(z, v_load_act(h->dt_bias, KL_F32, i, n));
+        v_store(out + i, z);
+    }
+    const vf rate = v_set1(h->rate), minus_rate = v_set1(-h->rate);
+    const vf bound = v_set1(h->lower_bound);
+    if (h->gate == KL_GATE_SOFTPLUS) {
+        float small[KL_KDA_MAX_K + KL_KDA_PITCH];
+        for (int64_t i = 0; i < h->pitch; i += VL)
+            v_store(small + i, v_exp(v_minus_abs(v_load(out + i))));
+        for (int64_t i = 0; i < h->pitch; i += VL) { /* max(z, 0) + log(1 + e^-|z|) */
+            const vf z = v_load(out + i), rest = v_log1p_unit(v_load(small + i));
+            v_store(out + i, v_mul(minus_rate, v_add(v_max(z, v_zero()), rest)));
+        }
+    } else if (h->gate == KL_GATE_BOUNDED)
+        for (int64_t i = 0; i < h->pitch; i += VL)
+            v_store(out + i, v_mul(bound, v_sigmoid(v_mul(rate, v_load(out + i)))));
 }
 
 /* A row of q or k to f32, times `scale`, after dividing it by its norm if that is asked for. */
@@ -79,11 +93,9 @@ static void kda_token(const kl_kda_head *h, const void *q, const void *k, const 
 {
     kda_direction(h, q, h->scale, t->q);
     kda_direction(h, k, 1.0f, t->k);
-    for (int64_t i = 0; i < h->pitch; i += VL) {
-        const vf log_decay = kda_log_decay(h, g, i);
-        v_store(t->log_decay + i, log_decay);
-        v_store(t->decay + i, v_exp(log_decay));
-    }
+    kda_gate(h, g, t->log_decay);
+    for (int64_t i = 0; i < h->pitch; i += VL)
+        v_store(t->decay + i, v_exp(v_load(t->log_decay + i)));
 }
 
 static void kda_decay(const float *log_decay, int64_t n, const kl_kda_decay *d)
@@ -133,9 +145,23 @@ static inline float kda_enter(const float *q, const float *k, const float *a, fl
     return v_sum(qk);
 }
 
+/* The state's decay over the chunk, from the f32 sum of its log-decays: rounded once a chunk. */
+static inline void kda_total_decay(const kl_kda_token *t, const kl_kda_chunk *c)
+{
+    float *sum = c->decay.change;
+    for (int64_t i = 0; i < c->pitch; i += VL) {
+        vf s = v_zero();
+        for (int64_t r = 0; r < c->rows; r++)
+            s = v_add(s, v_load(t->log_decay + r * c->pitch + i));
+        v_store(sum + i, s);
+    }
+    kda_decay(sum, c->pitch, &c->decay);
+}
+
 static void kda_chunk(const kl_kda_token *t, kl_kda_chunk *c)
 {
     const int64_t pitch = c->pitch;
+    kda_total_decay(t, c);
     float decayed[KL_KDA_MAX_K + KL_KDA_PITCH];
     for (int64_t i = 0; i < pitch; i++) decayed[i] = 1.0f;
 
@@ -235,25 +261,34 @@ static inline void kda_write_tile(const kl_kda_chunk *c, int64_t i, const float 
     }
 }
 
-/* u by forward substitution and out, row by row, in one vector's width of columns. read holds
- * x S0; u_j of later rows is never touched. */
+/* u by forward substitution and out, row by row. read holds x S0; u_j of later rows is never
+ * touched. The two vectors of a row go together: each alone waits for its own row before. */
 static inline void kda_solve(const kl_kda_chunk *c, const float *read, const void *v,
                              int64_t v_stride, void *out, int64_t out_stride, int n, float *u)
 {
     const size_t bytes = kl_dtype_bytes(c->act);
+    const int left[2] = {v_left(0, n), v_left(VL, n)};
     for (int64_t i = 0; i < c->rows; i++) {
         const void *vi = (const char *)v + (size_t)(i * v_stride) * bytes;
         void *oi = (char *)out + (size_t)(i * out_stride) * bytes;
-        const vf held = v_load(read + i * KDA_WIDTH);
-        vf w = v_mul(v_set1(c->beta[i]), v_sub(v_load_act(vi, c->act, 0, n), held));
-        vf o = v_load(read + (KDA_C + i) * KDA_WIDTH);
+        const float *held = read + i * KDA_WIDTH, *seen = read + (KDA_C + i) * KDA_WIDTH;
+        const vf beta = v_set1(c->beta[i]);
+        vf w0 = v_mul(beta, v_sub(v_load_act(vi, c->act, 0, left[0]), v_load(held)));
+        vf w1 = v_mul(beta, v_sub(v_load_act(vi, c->act, VL, left[1]), v_load(held + VL)));
+        vf o0 = v_load(seen), o1 = v_load(seen + VL);
         for (int64_t j = 0; j < i; j++) {
-            const vf uj = v_load(u + j * KDA_WIDTH);
-            w = v_fma(v_set1(c->solve[i][j]), uj, w);
-            o = v_fma(v_set1(c->mix[i][j]), uj, o);
+            const vf u0 = v_load(u + j * KDA_WIDTH), u1 = v_load(u + j * KDA_WIDTH + VL);
+            const vf solve = v_set1(c->solve[i][j]), mix = v_set1(c->mix[i][j]);
+            w0 = v_fma(solve, u0, w0);
+            w1 = v_fma(solve, u1, w1);
+            o0 = v_fma(mix, u0, o0);
+            o1 = v_fma(mix, u1, o1);
         }
-        v_store(u + i * KDA_WIDTH, w);
-        v_store_act(oi, c->act, 0, v_fma(v_set1(c->mix[i][i]), w, o), n);
+        v_store(u + i * KDA_WIDTH, w0);
+        v_store(u + i * KDA_WIDTH + VL, w1);
+        const vf mix = v_set1(c->mix[i][i]);
+        v_store_act(oi, c->act, 0, v_fma(mix, w0, o0), left[0]);
+        v_store_act(oi, c->act, VL, v_fma(mix, w1, o1), left[1]);
     }
 }
 
@@ -266,12 +301,7 @@ static void kda_columns(const kl_kda_chunk *c, float *block, const void *v, int6
         kda_read_tile(c->x + k * c->pitch, c->pitch, block, c->K, read + k * KDA_WIDTH);
         kda_read_tile(c->x + q * c->pitch, c->pitch, block, c->K, read + q * KDA_WIDTH);
     }
-    const size_t lane_bytes = VL * kl_dtype_bytes(c->act);
-    for (int p = 0; p < 2 && p * VL < n; p++)
-        kda_solve(c, read + p * VL, (const char *)v + (size_t)p * lane_bytes, v_stride,
-                  (char *)out + (size_t)p * lane_bytes, out_stride, v_left(p * VL, n),
-                  u + p * VL);
-    for (int64_t j = 0; n <= VL && j < c->rows; j++) v_store(u + j * KDA_WIDTH + VL, v_zero());
+    kda_solve(c, read, v, v_stride, out, out_stride, n, u);
     for (int64_t i = 0; i < c->pitch; i += KDA_TILE) kda_write_tile(c, i, u, block);
 }
 

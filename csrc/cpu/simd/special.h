@@ -39,12 +39,6 @@ static inline vf v_log1p_unit(vf x)
     return v_fma(v_mul(p, y), twice, twice);
 }
 
-/* log(1 + e^x), accurate relative to itself for very negative x too. */
-static inline vf v_softplus(vf x)
-{
-    return v_add(v_max(x, v_zero()), v_log1p_unit(v_exp(v_minus_abs(x))));
-}
-
 /* e^x - 1 for |x| <= 0.35: Taylor, remainder below 1e-8 of x. */
 static inline vf v_expm1_near(vf x)
 {

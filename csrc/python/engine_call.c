@@ -1,0 +1,151 @@
+/*
+ * engine_call.c -- locks, signals and progress around calls that run for long.
+ */
+#include "python/engine_object.h"
+
+#include "base/memory.h"
+
+#include <string.h>
+#include <time.h>
+
+#define POLL_NS (INT64_C(20) * 1000 * 1000) /* how often a call takes the GIL at most */
+#define WAIT_US 50000 /* how long a thread waits for the lock between looks at signals */
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* ---- the engine's lock ----------------------------------------------------------------- */
+
+static int wait_for_lock(EngineObject *self)
+{
+    if (atomic_load(&self->owner) == PyThread_get_thread_ident()) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "engine: a callback cannot call the engine that called it");
+        return -1;
+    }
+    PyLockStatus got = PyThread_acquire_lock_timed(self->lock, 0, 0);
+    while (got != PY_LOCK_ACQUIRED) {
+        Py_BEGIN_ALLOW_THREADS got = PyThread_acquire_lock_timed(self->lock, WAIT_US, 1);
+        Py_END_ALLOW_THREADS if (got != PY_LOCK_ACQUIRED && PyErr_CheckSignals() < 0) return -1;
+    }
+    atomic_store(&self->owner, PyThread_get_thread_ident());
+    return 0;
+}
+
+int kl_engine_enter(EngineObject *self)
+{
+    if (wait_for_lock(self) < 0) return -1;
+    if (self->engine != NULL) return 0;
+    kl_engine_leave(self);
+    PyErr_SetString(PyExc_ValueError, "engine: it is closed");
+    return -1;
+}
+
+/* Free what died while the lock was held. */
+static void sweep(EngineObject *self)
+{
+    kl_gen_node **link = &self->generations;
+    while (*link != NULL) {
+        kl_gen_node *node = *link;
+        if (!node->dead) {
+            link = &node->next;
+            continue;
+        }
+        *link = node->next;
+        kl_generation_free(node->g);
+        kl_free(node);
+    }
+}
+
+void kl_engine_leave(EngineObject *self)
+{
+    sweep(self);
+    atomic_store(&self->owner, 0);
+    PyThread_release_lock(self->lock);
+}
+
+void kl_engine_drop(EngineObject *self, kl_gen_node *node)
+{
+    node->dead = true;
+    if (PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) kl_engine_leave(self);
+}
+
+/* ---- coming back to Python ------------------------------------------------------------- */
+
+int kl_caller_init(kl_caller *c, const char *op, PyObject *progress)
+{
+    *c = (kl_caller){.last_ns = now_ns()};
+    if (progress == Py_None) return 0;
+    if (!PyCallable_Check(progress)) {
+        PyErr_Format(PyExc_TypeError, "%s: progress must be callable or None, got %R", op,
+                     progress);
+        return -1;
+    }
+    c->progress = progress;
+    return 0;
+}
+
+void kl_caller_release_gil(kl_caller *c)
+{
+    c->saved = PyEval_SaveThread();
+}
+
+void kl_caller_take_gil(kl_caller *c)
+{
+    PyEval_RestoreThread(c->saved);
+}
+
+static void count_prompts(kl_caller *c)
+{
+    if (c->generation == NULL) return;
+    kl_generation_stats stats;
+    kl_generation_get_stats(c->generation, &stats);
+    c->done = (uint64_t)stats.prompt_done;
+    c->total = (uint64_t)stats.prompt_tokens;
+}
+
+/* With the GIL: call progress if there is news. */
+static void tell(kl_caller *c)
+{
+    count_prompts(c);
+    if (c->failed || c->progress == NULL || c->done == c->told) return;
+    PyObject *result = PyObject_CallFunction(c->progress, "KK", (unsigned long long)c->done,
+                                             (unsigned long long)c->total);
+    c->told = c->done;
+    c->failed = result == NULL;
+    Py_XDECREF(result);
+}
+
+int kl_caller_poll(void *ctx)
+{
+    kl_caller *c = ctx;
+    const int64_t now = now_ns();
+    if (c->failed) return 1;
+    if (now - c->last_ns < POLL_NS) return 0;
+    kl_caller_take_gil(c);
+    c->failed = PyErr_CheckSignals() < 0;
+    tell(c);
+    kl_caller_release_gil(c);
+    c->last_ns = now_ns(); /* what Python took is not counted */
+    return c->failed;
+}
+
+void kl_caller_progress(void *ctx, uint64_t done, uint64_t total)
+{
+    kl_caller *c = ctx;
+    c->done = done;
+    c->total = total;
+}
+
+int kl_caller_finish(kl_caller *c, const kl_module *m, kl_status status, const kl_error *err)
+{
+    if (status == KL_OK) tell(c);
+    if (c->failed) return -1; /* the callback's exception is pending */
+    if (status == KL_OK) return 0;
+    kl_raise(m, err);
+    return -1;
+}

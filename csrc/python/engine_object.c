@@ -1,0 +1,608 @@
+/*
+ * engine_object.c -- kimi_linear._core.Engine: a model on a device.
+ */
+#include "python/engine_object.h"
+
+#include "base/memory.h"
+#include "model/prompt.h"
+
+#include <string.h>
+
+#define KL_FASTCALL(function) (PyCFunction)(void (*)(void))(function)
+
+/* ---- life ------------------------------------------------------------------------------ */
+
+static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    const kl_module *m = PyType_GetModuleState(type);
+    PyObject *backend, *config_dict, *options_dict;
+    kl_config config;
+    kl_engine_options options;
+    kl_error err = {KL_OK, ""};
+    kl_status status;
+    if (kwargs != NULL && PyDict_Size(kwargs) != 0) {
+        PyErr_SetString(PyExc_TypeError, "Engine: takes no keyword arguments");
+        return NULL;
+    }
+    if (!PyArg_ParseTuple(args, "OOO:Engine", &backend, &config_dict, &options_dict))
+        return NULL;
+    kl_device *dev = kl_device_of(m, backend);
+    if (dev == NULL || kl_parse_config(config_dict, &config) < 0 ||
+        kl_parse_options(options_dict, &options) < 0)
+        return NULL;
+
+    EngineObject *self =
+        (EngineObject *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (self == NULL) return NULL;
+    atomic_init(&self->owner, 0);
+    self->dev = kl_device_ref(dev);
+    self->lock = PyThread_allocate_lock();
+    if (self->lock == NULL) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    Py_BEGIN_ALLOW_THREADS status =
+        kl_engine_new(dev->be, &config, &options, &self->engine, &err);
+    Py_END_ALLOW_THREADS if (status == KL_OK) return (PyObject *)self;
+    Py_DECREF(self);
+    return kl_raise(m, &err);
+}
+
+/* Free everything of the core's. Nobody else uses it: the lock is held, or no reference is
+ * left. */
+static void destroy(EngineObject *self)
+{
+    for (kl_gen_node *node = self->generations; node != NULL; node = node->next) {
+        kl_generation_free(node->g);
+        node->g = NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS /* giving back gigabytes takes a while */
+        kl_engine_free(self->engine);
+    Py_END_ALLOW_THREADS self->engine = NULL;
+}
+
+static void engine_dealloc(PyObject *op)
+{
+    EngineObject *self = (EngineObject *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    destroy(self);
+    while (self->generations != NULL) {
+        kl_gen_node *node = self->generations;
+        self->generations = node->next;
+        kl_free(node);
+    }
+    if (self->lock != NULL) PyThread_free_lock(self->lock);
+    kl_device_unref(self->dev);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
+    Py_DECREF(type);
+}
+
+static PyObject *engine_close(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    EngineObject *self = (EngineObject *)op;
+    if (self->engine == NULL) Py_RETURN_NONE;
+    if (kl_engine_enter(self) < 0) return NULL;
+    destroy(self);
+    kl_engine_leave(self);
+    Py_RETURN_NONE;
+}
+
+static PyObject *engine_plan(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    EngineObject *self = (EngineObject *)op;
+    if (kl_engine_enter(self) < 0) return NULL;
+    const kl_plan plan = *kl_engine_plan(self->engine);
+    kl_engine_leave(self);
+    return kl_plan_dict(&plan);
+}
+
+static PyObject *engine_usage(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    EngineObject *self = (EngineObject *)op;
+    int64_t sequences, pages;
+    if (kl_engine_enter(self) < 0) return NULL;
+    kl_engine_usage(self->engine, &sequences, &pages);
+    kl_engine_leave(self);
+    return Py_BuildValue("(LL)", (long long)sequences, (long long)pages);
+}
+
+/* ---- weights --------------------------------------------------------------------------- */
+
+/* (name, file, offset, bytes, "F32" | "BF16", shape). The name stays the tuple's. */
+static int parse_source(PyObject *o, kl_source *out)
+{
+    const char *dtype;
+    unsigned long long offset, bytes;
+    PyObject *shape, *list = NULL;
+    Py_ssize_t n;
+    int result = -1;
+    if (!PyTuple_Check(o) || !PyArg_ParseTuple(o, "siKKsO:source", &out->name, &out->file,
+                                               &offset, &bytes, &dtype, &shape)) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_TypeError, "load: a source must be a tuple, got %R", o);
+        return -1;
+    }
+    out->offset = offset;
+    out->bytes = bytes;
+    out->dtype = strcmp(dtype, "F32") == 0    ? KL_F32
+                 : strcmp(dtype, "BF16") == 0 ? KL_BF16
+                                              : KL_N_DTYPES;
+    if (out->dtype == KL_N_DTYPES) {
+        PyErr_Format(PyExc_ValueError, "load: dtype of %s must be F32 or BF16, got %s",
+                     out->name, dtype);
+        return -1;
+    }
+    list = kl_parse_list("load", "shape", shape, &n);
+    if (list == NULL) return -1;
+    if (n > KL_MAX_NDIM) {
+        PyErr_Format(PyExc_ValueError, "load: %s must have at most %d axes, got %zd", out->name,
+                     KL_MAX_NDIM, n);
+        goto done;
+    }
+    out->ndim = (int)n;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (kl_parse_int("load", "shape", PyList_GetItem(list, i), 0, INT64_MAX,
+                         &out->shape[i]) < 0)
+            goto done;
+    result = 0;
+done:
+    Py_DECREF(list);
+    return result;
+}
+
+static int parse_fds(PyObject *o, int **out, int *n_fds)
+{
+    Py_ssize_t n;
+    PyObject *list = kl_parse_list("load", "fds", o, &n);
+    if (list == NULL) return -1;
+    int *fds = n > INT_MAX ? NULL : kl_calloc((size_t)n, sizeof *fds);
+    int result = fds == NULL ? -1 : 0;
+    if (fds == NULL) PyErr_NoMemory();
+    for (Py_ssize_t i = 0; result == 0 && i < n; i++) {
+        int64_t fd;
+        result = kl_parse_int("load", "fds", PyList_GetItem(list, i), 0, INT_MAX, &fd);
+        if (result == 0) fds[i] = (int)fd;
+    }
+    Py_DECREF(list);
+    *out = fds;
+    *n_fds = (int)n;
+    return result;
+}
+
+static PyObject *engine_load(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    EngineObject *self = (EngineObject *)op;
+    PyObject *list = NULL, *result = NULL;
+    kl_source *sources = NULL;
+    int *fds = NULL, n_fds;
+    Py_ssize_t n;
+    int64_t n_unused = 0;
+    kl_caller caller;
+    kl_error err = {KL_OK, ""};
+    if (kl_parse_count("load", nargs, 3) < 0 || kl_caller_init(&caller, "load", args[2]) < 0)
+        return NULL;
+    if (parse_fds(args[0], &fds, &n_fds) < 0) goto done;
+    list = kl_parse_list("load", "sources", args[1], &n);
+    if (list == NULL) goto done;
+    sources = kl_calloc((size_t)n, sizeof *sources);
+    if (sources == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (parse_source(PyList_GetItem(list, i), &sources[i]) < 0) goto done;
+
+    if (kl_engine_enter(self) < 0) goto done;
+    kl_caller_release_gil(&caller);
+    const kl_status status = kl_engine_load(self->engine, fds, n_fds, sources, n, &n_unused,
+                                            kl_caller_progress, kl_caller_poll, &caller, &err);
+    kl_caller_take_gil(&caller);
+    if (kl_caller_finish(&caller, kl_module_of_instance(op), status, &err) == 0)
+        result = PyLong_FromLongLong(n_unused);
+    kl_engine_leave(self);
+done:
+    Py_XDECREF(list);
+    kl_free(sources);
+    kl_free(fds);
+    return result;
+}
+
+static PyObject *engine_randomize(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    int64_t seed;
+    kl_error err = {KL_OK, ""};
+    kl_status status;
+    if (kl_parse_int("randomize", "seed", arg, 0, INT64_MAX, &seed) < 0 ||
+        kl_engine_enter(self) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS status = kl_engine_randomize(self->engine, (uint64_t)seed, &err);
+    Py_END_ALLOW_THREADS kl_engine_leave(self);
+    if (status != KL_OK) return kl_raise(kl_module_of_instance(op), &err);
+    Py_RETURN_NONE;
+}
+
+/* ---- sequences ------------------------------------------------------------------------- */
+
+static PyObject *seq_result(PyObject *op, kl_status status, kl_seq seq, const kl_error *err)
+{
+    kl_engine_leave((EngineObject *)op);
+    if (status != KL_OK) return kl_raise(kl_module_of_instance(op), err);
+    return PyLong_FromUnsignedLongLong(seq);
+}
+
+static PyObject *engine_seq_new(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq = 0;
+    kl_error err = {KL_OK, ""};
+    if (kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_new(self->engine, &seq, &err);
+    return seq_result(op, status, seq, &err);
+}
+
+static PyObject *engine_seq_fork(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq, fork = 0;
+    kl_error err = {KL_OK, ""};
+    if (kl_parse_seq("seq_fork", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_fork(self->engine, seq, &fork, &err);
+    return seq_result(op, status, fork, &err);
+}
+
+static PyObject *engine_seq_length(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq;
+    int64_t length = 0;
+    kl_error err = {KL_OK, ""};
+    if (kl_parse_seq("seq_length", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_length(self->engine, seq, &length, &err);
+    return seq_result(op, status, (kl_seq)length, &err);
+}
+
+static PyObject *engine_seq_release(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq;
+    kl_error err = {KL_OK, ""};
+    if (kl_parse_seq("seq_release", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_release(self->engine, seq, &err);
+    kl_engine_leave(self);
+    if (status != KL_OK) return kl_raise(kl_module_of_instance(op), &err);
+    Py_RETURN_NONE;
+}
+
+/* ---- whole prompts --------------------------------------------------------------------- */
+
+/* Parse (seq, ids) into a prompt; the ids are the caller's to free. */
+static int parse_prompt(EngineObject *self, const char *op, PyObject *const *args,
+                        kl_prompt *out, int32_t **ids)
+{
+    const kl_module *m = kl_module_of_instance((PyObject *)self);
+    if (kl_parse_seq(op, args[0], &out->seq) < 0 ||
+        kl_parse_ids(m, op, "ids", args[1], ids, &out->n) < 0)
+        return -1;
+    out->ids = *ids;
+    return 0;
+}
+
+/* Run a prompt under the lock, without the GIL; 0, or -1 with an exception. */
+static int run_prompt(EngineObject *self, const char *op, kl_prompt *p, PyObject *progress)
+{
+    kl_caller caller;
+    kl_error err = {KL_OK, ""};
+    if (kl_caller_init(&caller, op, progress) < 0 || kl_engine_enter(self) < 0) return -1;
+    p->progress = kl_caller_progress;
+    p->poll = kl_caller_poll;
+    p->ctx = &caller;
+    kl_caller_release_gil(&caller);
+    const kl_status status = kl_engine_prompt(self->engine, p, &err);
+    kl_caller_take_gil(&caller);
+    const int result =
+        kl_caller_finish(&caller, kl_module_of_instance((PyObject *)self), status, &err);
+    kl_engine_leave(self);
+    return result;
+}
+
+/* The model's sizes, which never change, while the engine is open. */
+static int get_config(EngineObject *self, int64_t *vocab, int64_t *hidden, int64_t *layers)
+{
+    if (kl_engine_enter(self) < 0) return -1;
+    const kl_config *c = kl_engine_config(self->engine);
+    *vocab = c->vocab_size;
+    *hidden = c->hidden_size;
+    *layers = c->n_layers;
+    kl_engine_leave(self);
+    return 0;
+}
+
+static PyObject *engine_feed(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_prompt p = {0};
+    int32_t *ids = NULL;
+    int failed = -1;
+    if (kl_parse_count("feed", nargs, 3) < 0) return NULL;
+    if (parse_prompt(self, "feed", args, &p, &ids) == 0)
+        failed = run_prompt(self, "feed", &p, args[2]);
+    kl_free(ids);
+    return failed < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *engine_logits(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    EngineObject *self = (EngineObject *)op;
+    PyObject *result = NULL;
+    kl_prompt p = {0};
+    int32_t *ids = NULL;
+    int64_t vocab, hidden, layers;
+    void *data;
+    bool last;
+    if (kl_parse_count("logits", nargs, 4) < 0 ||
+        kl_parse_bool("logits", "last", args[2], &last) < 0 ||
+        get_config(self, &vocab, &hidden, &layers) < 0 ||
+        parse_prompt(self, "logits", args, &p, &ids) < 0)
+        goto done;
+    const int64_t shape[] = {p.n, vocab};
+    result = kl_numpy_empty(KL_F32, last ? 1 : 2, last ? shape + 1 : shape, &data);
+    if (result == NULL) goto done;
+    if (last)
+        p.last_logits = data;
+    else
+        p.logits = data;
+    if (run_prompt(self, "logits", &p, args[3]) < 0) Py_CLEAR(result);
+done:
+    kl_free(ids);
+    return result;
+}
+
+/* (logprobs [n], greedy [n]) and with `top` (top_ids [n, top], top_logprobs [n, top]). */
+static PyObject *new_scores(kl_prompt *p)
+{
+    static const DLDataType boolean = {kDLBool, 8, 1};
+    const int64_t shape[] = {p->n, p->top};
+    const int n = p->top > 0 ? 4 : 2;
+    void *data[4] = {NULL};
+    PyObject *tuple = PyTuple_New(n);
+    if (tuple == NULL) return NULL;
+    for (int i = 0; i < n; i++) {
+        PyObject *array =
+            i == 1 ? kl_numpy_new(boolean, NULL, 1, shape, &data[i])
+                   : kl_numpy_empty(i == 2 ? KL_I32 : KL_F32, i < 2 ? 1 : 2, shape, &data[i]);
+        if (array == NULL || PyTuple_SetItem(tuple, i, array) < 0) {
+            Py_DECREF(tuple);
+            return NULL;
+        }
+    }
+    p->logprobs = data[0];
+    p->greedy = data[1];
+    p->top_ids = data[2];
+    p->top_logprobs = data[3];
+    return tuple;
+}
+
+static PyObject *engine_logprobs(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    EngineObject *self = (EngineObject *)op;
+    PyObject *result = NULL;
+    kl_prompt p = {0};
+    int32_t *ids = NULL, *targets = NULL;
+    int64_t n_targets, top;
+    if (kl_parse_count("logprobs", nargs, 5) < 0 ||
+        kl_parse_int("logprobs", "top", args[3], 0, 256, &top) < 0 ||
+        parse_prompt(self, "logprobs", args, &p, &ids) < 0 ||
+        kl_parse_ids(kl_module_of_instance(op), "logprobs", "targets", args[2], &targets,
+                     &n_targets) < 0)
+        goto done;
+    if (n_targets != p.n) {
+        PyErr_Format(PyExc_ValueError, "logprobs: targets must number %lld like ids, got %lld",
+                     (long long)p.n, (long long)n_targets);
+        goto done;
+    }
+    p.targets = targets;
+    p.top = (int)top;
+    result = new_scores(&p);
+    if (result != NULL && run_prompt(self, "logprobs", &p, args[4]) < 0) Py_CLEAR(result);
+done:
+    kl_free(ids);
+    kl_free(targets);
+    return result;
+}
+
+/* {layer: new array [n, hidden]}; the arrays' memory in `data`. */
+static PyObject *new_streams(PyObject *list, Py_ssize_t n_layers, int64_t max_layers, int64_t n,
+                             int64_t hidden, int64_t *layers, float **data)
+{
+    const int64_t shape[] = {n, hidden};
+    PyObject *dict = PyDict_New();
+    for (Py_ssize_t i = 0; dict != NULL && i < n_layers; i++) {
+        PyObject *key = PyList_GetItem(list, i), *array = NULL;
+        void *memory = NULL;
+        if (kl_parse_int("hidden", "layers", key, 0, max_layers - 1, &layers[i]) == 0)
+            array = kl_numpy_empty(KL_F32, 2, shape, &memory);
+        data[i] = memory;
+        if (array == NULL || PyDict_SetItem(dict, key, array) < 0) Py_CLEAR(dict);
+        Py_XDECREF(array);
+    }
+    return dict;
+}
+
+static PyObject *engine_hidden(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
+{
+    EngineObject *self = (EngineObject *)op;
+    PyObject *result = NULL, *list = NULL, *unique = NULL;
+    kl_prompt p = {0};
+    int32_t *ids = NULL;
+    int64_t vocab, hidden, max_layers, layers[KL_MAX_LAYERS];
+    float *data[KL_MAX_LAYERS];
+    Py_ssize_t n;
+    if (kl_parse_count("hidden", nargs, 4) < 0 ||
+        get_config(self, &vocab, &hidden, &max_layers) < 0 ||
+        parse_prompt(self, "hidden", args, &p, &ids) < 0)
+        goto done;
+    unique = PyFrozenSet_New(args[2]); /* a layer named twice is one entry of the dict */
+    list = unique == NULL ? NULL : PySequence_List(unique);
+    if (list == NULL) goto done;
+    n = PyList_Size(list);
+    if (n > max_layers) {
+        PyErr_Format(PyExc_ValueError, "hidden: layers must lie in [0, %lld)",
+                     (long long)max_layers);
+        goto done;
+    }
+    result = new_streams(list, n, max_layers, p.n, hidden, layers, data);
+    p.layers = layers;
+    p.hidden = data;
+    p.n_layers = n;
+    if (result != NULL && run_prompt(self, "hidden", &p, args[3]) < 0) Py_CLEAR(result);
+done:
+    kl_free(ids);
+    Py_XDECREF(list);
+    Py_XDECREF(unique);
+    return result;
+}
+
+/* ---- one raw step ---------------------------------------------------------------------- */
+
+/* What the feeds of a step own. */
+typedef struct {
+    kl_feed *feeds;
+    int32_t **ids, *rows;
+    Py_ssize_t n;
+} step_args;
+
+static void free_step(step_args *s)
+{
+    for (Py_ssize_t i = 0; s->ids != NULL && i < s->n; i++) kl_free(s->ids[i]);
+    kl_free(s->ids);
+    kl_free(s->feeds);
+    kl_free(s->rows);
+}
+
+/* [(seq, ids), ...]; the row of each is its last token. */
+static int parse_step(const kl_module *m, PyObject *list, step_args *out)
+{
+    const size_t n = (size_t)out->n;
+    int64_t end = 0;
+    out->feeds = kl_calloc(n, sizeof *out->feeds);
+    out->ids = kl_calloc(n, sizeof *out->ids);
+    out->rows = kl_calloc(n, sizeof *out->rows);
+    if (out->feeds == NULL || out->ids == NULL || out->rows == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < out->n; i++) {
+        PyObject *pair = PyList_GetItem(list, i), *seq, *ids;
+        if (!PyTuple_Check(pair) || !PyArg_ParseTuple(pair, "OO:feed", &seq, &ids)) {
+            if (!PyErr_Occurred())
+                PyErr_Format(PyExc_TypeError, "step: a feed must be a tuple, got %R", pair);
+            return -1;
+        }
+        if (kl_parse_seq("step", seq, &out->feeds[i].seq) < 0 ||
+            kl_parse_ids(m, "step", "ids", ids, &out->ids[i], &out->feeds[i].n_tokens) < 0)
+            return -1;
+        out->feeds[i].tokens = out->ids[i];
+        end += out->feeds[i].n_tokens;
+        out->rows[i] = (int32_t)(end - 1);
+    }
+    return 0;
+}
+
+static int run_step(EngineObject *self, const step_args *s, float *logits)
+{
+    kl_caller caller;
+    kl_error err = {KL_OK, ""};
+    if (kl_caller_init(&caller, "step", Py_None) < 0 || kl_engine_enter(self) < 0) return -1;
+    const kl_step step = {.feeds = s->feeds,
+                          .n_feeds = s->n,
+                          .rows = s->rows,
+                          .n_rows = s->n,
+                          .logits = logits,
+                          .poll = kl_caller_poll,
+                          .poll_ctx = &caller};
+    kl_caller_release_gil(&caller);
+    const kl_status status = kl_engine_step(self->engine, &step, &err);
+    kl_caller_take_gil(&caller);
+    const int result =
+        kl_caller_finish(&caller, kl_module_of_instance((PyObject *)self), status, &err);
+    kl_engine_leave(self);
+    return result;
+}
+
+static PyObject *engine_step(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    PyObject *result = NULL, *list;
+    step_args s = {0};
+    int64_t vocab, hidden, layers;
+    void *logits;
+    if (get_config(self, &vocab, &hidden, &layers) < 0) return NULL;
+    list = kl_parse_list("step", "feeds", arg, &s.n);
+    if (list == NULL) return NULL;
+    if (parse_step(kl_module_of_instance(op), list, &s) < 0) goto done;
+    const int64_t shape[] = {s.n, vocab};
+    result = kl_numpy_empty(KL_F32, 2, shape, &logits);
+    if (result != NULL && run_step(self, &s, logits) < 0) Py_CLEAR(result);
+done:
+    free_step(&s);
+    Py_DECREF(list);
+    return result;
+}
+
+static PyObject *engine_generate(PyObject *op, PyObject *arg)
+{
+    return kl_generation_object_new((EngineObject *)op, arg);
+}
+
+/* ---- the type -------------------------------------------------------------------------- */
+
+static PyMethodDef engine_methods[] = {
+    {"plan", engine_plan, METH_NOARGS, "plan($self, /)\n--\n\nThe memory plan, in bytes."},
+    {"load", KL_FASTCALL(engine_load), METH_FASTCALL,
+     "load($self, fds, sources, progress, /)\n--\n\n"
+     "Fill the weights from open files; returns how many sources were not used."},
+    {"randomize", engine_randomize, METH_O,
+     "randomize($self, seed, /)\n--\n\nRandom weights, the same for one seed everywhere."},
+    {"close", engine_close, METH_NOARGS,
+     "close($self, /)\n--\n\nGive all memory back; later calls raise ValueError."},
+    {"usage", engine_usage, METH_NOARGS, "usage($self, /)\n--\n\n(sequences, pages) in use."},
+    {"seq_new", engine_seq_new, METH_NOARGS, "seq_new($self, /)\n--\n\nAn empty sequence."},
+    {"seq_fork", engine_seq_fork, METH_O,
+     "seq_fork($self, seq, /)\n--\n\nAn independent copy of a sequence."},
+    {"seq_release", engine_seq_release, METH_O,
+     "seq_release($self, seq, /)\n--\n\nGive a sequence back."},
+    {"seq_length", engine_seq_length, METH_O,
+     "seq_length($self, seq, /)\n--\n\nTokens fed so far."},
+    {"feed", KL_FASTCALL(engine_feed), METH_FASTCALL,
+     "feed($self, seq, ids, progress, /)\n--\n\nAppend tokens to a sequence."},
+    {"logits", KL_FASTCALL(engine_logits), METH_FASTCALL,
+     "logits($self, seq, ids, last, progress, /)\n--\n\n"
+     "f32 [vocab] after the last token, or [n, vocab]."},
+    {"logprobs", KL_FASTCALL(engine_logprobs), METH_FASTCALL,
+     "logprobs($self, seq, ids, targets, top, progress, /)\n--\n\n"
+     "(logprobs [n], greedy [n]) and, with top, (top_ids, top_logprobs) [n, top]."},
+    {"hidden", KL_FASTCALL(engine_hidden), METH_FASTCALL,
+     "hidden($self, seq, ids, layers, progress, /)\n--\n\n{layer: f32 [n, hidden]}."},
+    {"step", engine_step, METH_O,
+     "step($self, feeds, /)\n--\n\n"
+     "One step over several sequences: f32 [n, vocab] after each feed's last token."},
+    {"generate", engine_generate, METH_O,
+     "generate($self, requests, /)\n--\n\nA Generation over these requests."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot engine_slots[] = {
+    {Py_tp_new, engine_new},
+    {Py_tp_dealloc, engine_dealloc},
+    {Py_tp_methods, engine_methods},
+    {Py_tp_doc, "Engine(backend, config, options, /)\n--\n\nA model on a device."},
+    {0, NULL},
+};
+
+PyType_Spec kl_engine_spec = {
+    .name = "kimi_linear._core.Engine",
+    .basicsize = sizeof(EngineObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = engine_slots,
+};

@@ -1,0 +1,86 @@
+/*
+ * engine_object.h -- shared by the files of Engine and Generation.
+ *
+ * One lock an engine, held around every call of the core, and the GIL released within. A
+ * Generation can die in any thread while another one uses its engine: its C part then waits in
+ * the engine's list until the lock is free.
+ */
+#ifndef KL_PYTHON_ENGINE_OBJECT_H
+#define KL_PYTHON_ENGINE_OBJECT_H
+
+#include "python/binding.h"
+#include "python/convert.h"
+
+#include "model/engine.h"
+
+/* The C part of a Generation. */
+typedef struct kl_gen_node {
+    kl_generation *g; /* NULL once its engine is closed */
+    bool dead;        /* its Python object is gone      */
+    struct kl_gen_node *next;
+} kl_gen_node;
+
+typedef struct {
+    PyObject_HEAD
+    kl_device *dev;    /* one reference of ours */
+    kl_engine *engine; /* NULL: closed */
+    PyThread_type_lock lock;
+    atomic_ulong owner; /* the thread that holds the lock, 0: none */
+    kl_gen_node *generations;
+} EngineObject;
+
+/* Take the lock; -1 with an exception when the engine is closed, when this thread holds it
+ * already (a callback calls its own engine), or when a signal came while waiting. */
+int kl_engine_enter(EngineObject *self);
+void kl_engine_leave(EngineObject *self);
+/* Free a Generation's C part now, or when whoever holds the lock leaves. */
+void kl_engine_drop(EngineObject *self, kl_gen_node *node);
+
+/* ---- calls that run for long ----------------------------------------------------------- */
+
+/* What a call needs to come back to Python in between: for signals, for progress. */
+typedef struct {
+    PyThreadState *saved;            /* while the GIL is released */
+    PyObject *progress;              /* callable or NULL */
+    uint64_t done, total, told;      /* told: what progress was last called with */
+    const kl_generation *generation; /* whose prompts progress counts, or NULL */
+    int64_t last_ns;
+    bool failed; /* an exception is pending */
+} kl_caller;
+
+/* progress None or callable; -1 with TypeError else. */
+int kl_caller_init(kl_caller *c, const char *op, PyObject *progress);
+void kl_caller_release_gil(kl_caller *c);
+void kl_caller_take_gil(kl_caller *c);
+int kl_caller_poll(void *c);                                     /* a kl_poll_fn */
+void kl_caller_progress(void *c, uint64_t done, uint64_t total); /* a kl_progress_fn */
+/* After the call, with the GIL: 0, or -1 with the exception of `err` or of a callback. */
+int kl_caller_finish(kl_caller *c, const kl_module *m, kl_status status, const kl_error *err);
+
+/* ---- arguments ------------------------------------------------------------------------- */
+
+/* Token ids from a list, a tuple, any sequence of ints, or an int32 or int64 array; freed with
+ * kl_free(). The core checks their range. */
+int kl_parse_ids(const kl_module *m, const char *op, const char *name, PyObject *o,
+                 int32_t **out, int64_t *n);
+int kl_parse_seq(const char *op, PyObject *o, kl_seq *out);
+int kl_parse_config(PyObject *dict, kl_config *out);
+int kl_parse_options(PyObject *dict, kl_engine_options *out);
+/* A list or tuple of anything iterable (new reference), its length in *n. */
+PyObject *kl_parse_list(const char *op, const char *name, PyObject *o, Py_ssize_t *n);
+
+/* Fields of a dict; a missing one is an error unless a fallback is asked for. */
+int kl_dict_int(const char *op, PyObject *dict, const char *key, int64_t lo, int64_t hi,
+                const int64_t *fallback, int64_t *out);
+int kl_dict_float(const char *op, PyObject *dict, const char *key, const float *fallback,
+                  float *out);
+
+PyObject *kl_plan_dict(const kl_plan *plan);
+
+/* Engine.generate and Engine's dealloc reach the other type here. */
+PyObject *kl_generation_object_new(EngineObject *engine, PyObject *requests);
+
+extern PyType_Spec kl_engine_spec, kl_generation_spec;
+PyObject *kl_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
+
+#endif
