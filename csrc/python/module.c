@@ -5,7 +5,7 @@
  * the module imports nothing, starts no thread and touches no device: NumPy is imported by the
  * first call that returns or takes one of its arrays.
  */
-#include "python/binding.h"
+#include "python/engine_object.h"
 
 #include "base/memory.h"
 #include "cpu/kernels.h"
@@ -43,9 +43,9 @@ static int add_types(PyObject *module, kl_module *m)
         PyTypeObject **type;
         PyType_Spec *spec;
     } types[] = {
-        {&m->array_type, &kl_array_spec},
-        {&m->backend_type, &kl_backend_spec},
-        {&m->weight_type, &kl_weight_spec},
+        {&m->array_type, &kl_array_spec},           {&m->backend_type, &kl_backend_spec},
+        {&m->weight_type, &kl_weight_spec},         {&m->engine_type, &kl_engine_spec},
+        {&m->generation_type, &kl_generation_spec},
     };
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         *types[i].type = add_type(module, types[i].spec);
@@ -204,8 +204,11 @@ static PyMethodDef module_methods[] = {
      #name "($module, backend, " signature ", /)\n--\n\n" summary},
     KL_PY_OPS(KL_METHOD)
 #undef KL_METHOD
-        {"device_of", kl_py_device_of, METH_O,
-         "device_of($module, array, /)\n--\n\n('cpu', 0) or ('cuda', n)."},
+        {"plan", KL_FASTCALL(kl_py_plan), METH_FASTCALL,
+         "plan($module, backend, config, options, /)\n--\n\nThe figures of kl_plan, nothing "
+         "taken."},
+    {"device_of", kl_py_device_of, METH_O,
+     "device_of($module, array, /)\n--\n\n('cpu', 0) or ('cuda', n)."},
     {"build_info", build_info, METH_NOARGS,
      "build_info($module, /)\n--\n\ncompiler, flags, no_cuda (why not, or ''), cpu_variants, "
      "cpu_features, cpu_variant, backend_abi."},
