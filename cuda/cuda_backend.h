@@ -1,0 +1,36 @@
+/*
+ * cuda_backend.h -- shared by the CUDA backend's own files; nothing above includes it.
+ */
+#ifndef KL_CUDA_BACKEND_H
+#define KL_CUDA_BACKEND_H
+
+extern "C" {
+#include "backend/backend.h"
+}
+
+#include <cuda_runtime.h>
+
+struct kl_cuda_backend {
+    kl_backend base;
+    int device;
+    cudaStream_t stream;
+};
+
+/* Turn a CUDA result into a kl_status, naming the call. Also used right after a launch:
+ *     kernel<<<...>>>(...);
+ *     KL_CUDA_TRY(cudaGetLastError(), err); */
+#define KL_CUDA_TRY(call, err)                                                                 \
+    do {                                                                                       \
+        const cudaError_t kl_e_ = (call);                                                      \
+        if (kl_e_ != cudaSuccess)                                                              \
+            return kl_fail((err), KL_ERR_DEVICE, "cuda: %s:%d: %s: %s", __FILE__, __LINE__,    \
+                           #call, cudaGetErrorString(kl_e_));                                  \
+    } while (0)
+
+/* The current device is a property of the calling thread, and callers have many: every entry of
+ * the table starts with this. */
+kl_status kl_cuda_bind(kl_backend *be, kl_error *err);
+
+kl_status kl_cuda_kda_decode(kl_backend *be, const kl_kda_decode *a, kl_error *err);
+
+#endif
