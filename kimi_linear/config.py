@@ -38,16 +38,16 @@ _INTEGERS = {
     "num_experts": (1, 1 << 14),
     "num_experts_per_token": (1, 256),
     "num_shared_experts": (0, 64),
-    "moe_intermediate_size": (1, 1 << 20),
+    "moe_intermediate_size": (1, 1 << 18),
     "num_expert_group": (1, 1 << 14),
     "topk_group": (1, 1 << 14),
     "first_k_dense_replace": (0, 512),
     "moe_layer_freq": (1, 512),
 }
 _LINEAR_INTEGERS = {
-    "head_dim": (1, 1 << 10),
+    "head_dim": (1, 256),
     "num_heads": (1, 1 << 12),
-    "short_conv_kernel_size": (1, 64),
+    "short_conv_kernel_size": (1, 8),
 }
 
 FFN_KINDS = {"dense": "dense", "sparse": "moe"}

@@ -1,0 +1,133 @@
+"""Which device, and which storage of the weights."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from . import _core
+from ._backends import shared
+from ._files import quote
+from .config import KimiLinearConfig
+from .errors import DeviceError, OutOfMemory
+from .memory import MemoryPlan, gib
+
+DTYPES = ("f32", "bf16", "int8", "int4")  # widest first
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked arguments of `load` and `plan` that size a model; 0 leaves it to the planner."""
+
+    device: str
+    dtype: str
+    max_context: int
+    max_batch: int
+    cache_bytes: int
+
+    def core(self, dtype: str) -> dict[str, Any]:
+        """The core's ``kl_engine_options``."""
+        return {
+            "format": dtype,
+            "max_context": self.max_context,
+            "max_batch": self.max_batch,
+            "step_tokens": 0,
+            "cache_bytes": self.cache_bytes,
+            "budget_bytes": 0,
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An open device, the storage that fits it, the plan, and what was decided on the way."""
+
+    backend: "_core.Backend"
+    dtype: str
+    plan: MemoryPlan
+    notes: tuple[str, ...]
+
+
+def check_options(
+    device: Any, dtype: Any, max_context: Any, max_batch: Any, cache_bytes: Any
+) -> Options:
+    """Raises TypeError or ValueError naming the argument."""
+    if not isinstance(device, str):
+        raise TypeError(
+            f"device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r:.60}"
+        )
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (
+        number and (kind != "cuda" or not number.isdigit())
+    ):
+        raise ValueError(
+            f"device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {quote(device)}"
+        )
+    if dtype not in ("auto", "fp8", *DTYPES):
+        names = ", ".join(map(repr, ("auto", *DTYPES, "fp8")))
+        raise ValueError(f"dtype: must be one of {names}, got {quote(dtype)}")
+    if dtype == "f32" and kind == "cuda":
+        raise ValueError("dtype: 'f32' needs device='cpu'")
+    if dtype == "fp8" and kind == "cpu":
+        raise ValueError("dtype: 'fp8' needs device='cuda'")
+    return Options(
+        device,
+        dtype,
+        _count("max_context", max_context),
+        _count("max_batch", max_batch),
+        _count("cache_bytes", cache_bytes),
+    )
+
+
+def _count(name: str, value: Any) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: must be a positive integer or None, got {quote(value)}")
+    value = value.__index__()
+    if not 0 < value < 1 << 62:
+        raise ValueError(f"{name}: must be a positive integer or None, got {quote(value)}")
+    return value
+
+
+def choose(config: KimiLinearConfig, stored: str, options: Options) -> Choice:
+    """Open the device and plan for it; "auto" tries what is best first.
+
+    stored: the checkpoint's own dtype. Raises DeviceError where the device is not there,
+    OutOfMemory with the figures where nothing fits.
+    """
+    if options.device != "auto":
+        return _choose_dtype(config, stored, options, options.device, ())
+    try:
+        return _choose_dtype(config, stored, options, "cuda", ())
+    except (DeviceError, OutOfMemory) as e:
+        return _choose_dtype(config, stored, options, "cpu", (f"not on CUDA: {e}",))
+
+
+def _choose_dtype(
+    config: KimiLinearConfig, stored: str, options: Options, device: str, notes: tuple[str, ...]
+) -> Choice:
+    kind, _, number = device.partition(":")
+    backend = shared(kind, int(number or 0))
+    on_cuda = kind == "cuda"
+    candidates = [options.dtype]
+    if options.dtype == "auto":
+        widest = "bf16" if on_cuda else stored
+        candidates = list(DTYPES[DTYPES.index(widest) :])
+    elif options.dtype == ("f32" if on_cuda else "fp8"):
+        raise DeviceError(f"dtype {options.dtype!r} does not run on {device}")
+    for dtype in candidates:
+        try:
+            core = _core.plan(backend, config.to_core(), options.core(dtype))
+        except OutOfMemory as e:
+            if dtype == candidates[-1]:
+                raise
+            notes += (f"{dtype} weights do not fit: {e}",)
+            continue
+        plan = MemoryPlan.from_core(device, dtype, core)
+        if dtype != candidates[0]:
+            warnings.warn(
+                f"weights are stored as {dtype}: {candidates[0]} does not fit in "
+                f"{gib(plan.free)} (pass dtype= to choose)",
+                stacklevel=4,
+            )
+        return Choice(backend, dtype, plan, notes)
+    raise AssertionError("unreachable: the last candidate returns or raises")

@@ -1,0 +1,442 @@
+"""The model: load a checkpoint, continue text, look inside."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from . import _core
+from ._device import Choice, check_options, choose
+from ._files import quote
+from ._generation import Run
+from ._progress import Callback, Progress
+from ._prompts import prompt_rows, row_ids
+from ._sampling import (
+    MAX_TOP,
+    LogitsProcessor,
+    Sampling,
+    SamplingOptions,
+    check_sampling,
+)
+from .checkpoint import Checkpoint
+from .config import KimiLinearConfig
+from .errors import TokenizerError
+from .memory import MemoryPlan, Report, gib
+from .results import Chunk, Completion, Logprobs
+from .tokenizer import Tokenizer, check_id
+
+if TYPE_CHECKING:
+    import numpy as np
+
+STEPS_PER_CALL = 16  # steps between looks at the clock and at signals from Python
+SHOWN_PROMPT = 8192  # tokens from which a prompt's progress is shown unasked
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_context: int | None = None,
+    max_batch: int | None = None,
+    cache_bytes: int | None = None,
+    batch_invariant: bool = False,
+    progress: bool | Callback | None = None,
+) -> "Model":
+    """Load a model.
+
+    path: a directory with config.json, safetensors files and tiktoken.model, or a Hub name
+    where huggingface_hub is installed. device: "cpu", "cuda", "cuda:N", or "auto": CUDA where
+    it works and the weights fit. dtype: storage of the big matrices, "bf16", "f32" (CPU),
+    "int8", "int4", "fp8" (CUDA), or "auto": the checkpoint's, else the widest that fits.
+    max_context: tokens of one sequence; max_batch: sequences alive at once; cache_bytes: memory
+    of their states (all chosen from what is free by default). batch_invariant: results do not
+    depend on the batch (always so on the CPU). progress: None, True, False or
+    callable(done_bytes, total_bytes).
+
+    Raises ConfigError, WeightsError or TokenizerError for a bad directory, OutOfMemory with the
+    figures, DeviceError, OSError.
+    """
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: must be a bool, got {quote(batch_invariant)}")
+    options = check_options(device, dtype, max_context, max_batch, cache_bytes)
+    reporter = Progress(progress, "weights", "B")
+    with Checkpoint(_directory(path)) as checkpoint:
+        sources = checkpoint.sources()
+        tokenizer = _read_tokenizer(checkpoint)
+        choice = choose(checkpoint.config, checkpoint.dtype, options)
+        engine = _core.Engine(
+            choice.backend, checkpoint.config.to_core(), options.core(choice.dtype)
+        )
+        try:
+            with reporter as callback:
+                unused = engine.load(checkpoint.fds, sources, callback)
+            checkpoint.check_unchanged()
+        except BaseException:
+            engine.close()
+            raise
+        notes = (f"{unused} tensors of the checkpoint are not used",) if unused else ()
+        return Model(checkpoint.config, engine, choice, tokenizer, checkpoint.path, notes)
+
+
+def plan(
+    path: str | Path | KimiLinearConfig,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_context: int | None = None,
+    max_batch: int | None = None,
+    cache_bytes: int | None = None,
+    batch_invariant: bool = False,
+    progress: bool | Callback | None = None,
+) -> MemoryPlan:
+    """What `load` with the same arguments would take; nothing is loaded.
+
+    path: also a KimiLinearConfig, such as KimiLinearConfig.kimi_linear_48b(). Raises like
+    `load`, OutOfMemory included.
+    """
+    options = check_options(device, dtype, max_context, max_batch, cache_bytes)
+    if isinstance(path, KimiLinearConfig):
+        return choose(path, "bf16", options).plan
+    with Checkpoint(_directory(path)) as checkpoint:
+        return choose(checkpoint.config, checkpoint.dtype, options).plan
+
+
+def random(
+    config: KimiLinearConfig, tokenizer: Tokenizer | None, *, seed: int, **options: Any
+) -> "Model":
+    """A model with random weights made on the device; see kimi_linear.testing."""
+    names = ("device", "dtype", "max_context", "max_batch", "cache_bytes")
+    checked = check_options(*(options.pop(n, "auto" if n[0] == "d" else None) for n in names))
+    if options:
+        raise TypeError(f"random_model: unknown argument {quote(next(iter(options)))}")
+    choice = choose(config, "bf16", checked)
+    engine = _core.Engine(choice.backend, config.to_core(), checked.core(choice.dtype))
+    engine.randomize(seed)
+    return Model(config, engine, choice, tokenizer, None, ("weights are random",))
+
+
+def _directory(path: str | Path | None) -> Path:
+    if path is None:
+        raise ValueError("path: this package holds no model, pass a checkpoint directory")
+    if not isinstance(path, str | Path):
+        raise TypeError(f"path: must be a directory, got {quote(path)}")
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return _hub_directory(path)
+    raise FileNotFoundError(f"path: must be a directory with a checkpoint, {path} is none")
+
+
+def _hub_directory(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"path: {name} is not a directory, and Hub names need huggingface_hub "
+            f"(pip install huggingface_hub)"
+        ) from None
+    patterns = ["*.json", "*.safetensors", "tiktoken.model"]
+    return Path(snapshot_download(name, allow_patterns=patterns))
+
+
+def _read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    if not (checkpoint.path / "tiktoken.model").exists():
+        return None
+    return Tokenizer.from_dir(checkpoint.path, vocab_size=checkpoint.config.vocab_size)
+
+
+class Model:
+    """A loaded model; `kimi_linear.load` makes one.
+
+    config: KimiLinearConfig. device, dtype, plan: where it is, how the big matrices are stored,
+    what memory it has. Calls from several threads are served one after the other. After
+    close() every call raises ValueError.
+    """
+
+    def __init__(
+        self,
+        config: KimiLinearConfig,
+        engine: "_core.Engine",
+        choice: Choice,
+        tokenizer: Tokenizer | None,
+        path: Path | None,
+        notes: tuple[str, ...],
+    ) -> None:
+        self.config = config
+        self.dtype = choice.dtype
+        self.device = choice.plan.device
+        self.plan = MemoryPlan.from_core(self.device, self.dtype, engine.plan())
+        self.path = path
+        self._engine = engine
+        self._backend = choice.backend
+        self._tokenizer = tokenizer
+        self._notes = (*config.notes, *choice.notes, *notes)
+        stop = tokenizer.stop_ids if tokenizer else ()
+        self._stop_ids = tuple(dict.fromkeys((*config.eos_token_ids, *stop)))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises TokenizerError where the checkpoint had no tiktoken.model."""
+        if self._tokenizer is None:
+            where = self.path or "this model"
+            raise TokenizerError(f"{where}: has no tiktoken.model; pass token ids")
+        return self._tokenizer
+
+    # ---- generation ----------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+        progress: bool | Callback | None = None,
+    ) -> Completion | list[Completion]:
+        """Continue a prompt, or each of a list of prompts.
+
+        prompt: str (control tokens in it stay text), token ids, or chat messages (a list of
+        dicts); or a list of such: results come in its order, rows keep their own lengths.
+        max_new_tokens=256: fewer where max_context ends, then finish_reason is "length".
+        temperature=0.0: 0 takes the most likely token, the lowest id on a tie. top_k=0 (off),
+        top_p=1.0, min_p=0.0, repetition_penalty=1.0: filters, in this order, penalty first.
+        seed=None: fresh; row i of a batch draws from a generator of (seed, i). stop=():
+        strings that end the answer and are not part of it. stop_token_ids=None: more ids that
+        end it. ignore_eos=False: True leaves only those. logprobs=None: n reports each token's
+        log-probability and the n best. logits_processor=None: callable(ids, logits) or a list,
+        NumPy views, returns logits or changes them in place. progress: callable(done, total)
+        over prompt tokens.
+
+        Raises ValueError or TypeError naming the argument, NumericalError for logits that are
+        not finite, KeyboardInterrupt: the model stays usable.
+        """
+        checked = check_sampling(
+            self.config.vocab_size,
+            self._stop_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            logits_processor=logits_processor,
+        )
+        rows, is_batch = prompt_rows(prompt, self._get_tokenizer, self.config.vocab_size)
+        for_all = STEPS_PER_CALL if not checked.stop else 1
+        run = self._run(rows, checked)
+        try:
+            with self._prompt_progress(progress, rows) as callback:
+                while not run.done:
+                    run.step(for_all, callback)
+            completions = run.completions()
+        finally:
+            run.close()
+        return completions if is_batch else completions[0]
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        progress: bool | Callback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Chunk]:
+        """Continue one prompt token by token; arguments of `generate`.
+
+        Arguments are checked at the call. Leaving the loop early frees the sequence.
+        """
+        checked = check_sampling(self.config.vocab_size, self._stop_ids, **sampling)
+        rows, is_batch = prompt_rows(prompt, self._get_tokenizer, self.config.vocab_size)
+        if is_batch:
+            raise ValueError("prompt: stream takes one prompt, got a list; use generate")
+        reporter = self._prompt_progress(progress, rows)
+        return self._stream(self._run(rows, checked), reporter)
+
+    @staticmethod
+    def _stream(run: Run, reporter: Progress) -> Iterator[Chunk]:
+        try:
+            with reporter as callback:
+                while not run.done:
+                    for _, chunk in run.step(1, callback):
+                        yield chunk
+        finally:
+            run.close()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        progress: bool | Callback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Completion:
+        """Answer a conversation; `Completion.tool_calls` holds the calls made.
+
+        messages, tools: see Tokenizer.apply_chat_template. The rest: as in `generate`.
+        """
+        ids = self.tokenizer.apply_chat_template(messages, tools=tools)
+        completion = self.generate(ids, progress=progress, **sampling)
+        assert isinstance(completion, Completion)
+        return completion
+
+    def _run(self, rows: "list[np.ndarray]", sampling: Sampling) -> Run:
+        if sampling.stop:
+            self._get_tokenizer()
+        for i, ids in enumerate(rows):
+            if len(ids) >= self.plan.max_context and sampling.max_new_tokens > 0:
+                label = f"prompt[{i}]" if len(rows) > 1 else "prompt"
+                raise ValueError(
+                    f"{label}: must leave room for a token in max_context "
+                    f"({self.plan.max_context}), has {len(ids)} tokens"
+                )
+        return Run(
+            self._open_engine(),
+            rows,
+            sampling,
+            self._tokenizer,
+            max_context=self.plan.max_context,
+            peak_bytes=self.plan.total,
+        )
+
+    def _prompt_progress(
+        self, progress: bool | Callback | None, rows: "list[np.ndarray]"
+    ) -> Progress:
+        if progress is None and sum(map(len, rows)) < SHOWN_PROMPT:
+            progress = False
+        return Progress(progress, "prompt", "tok")
+
+    # ---- looking inside ------------------------------------------------------------------
+
+    def logprobs(self, prompt: Any, *, top: int = 0) -> Logprobs:
+        """log p(t+1 | <= t) of every token but the first.
+
+        prompt: str or token ids. top: how many of the best alternatives to report, 0..256.
+        """
+        import numpy as np
+
+        ids = self._one_row(prompt, "prompt")
+        if not 0 <= check_id(top, MAX_TOP + 1, "top") <= self.config.vocab_size:
+            raise ValueError(f"top: must be in 0..{self.config.vocab_size}, got {top}")
+        engine = self._open_engine()
+        if len(ids) == 1:
+            parts: tuple[Any, ...] = (np.empty(0), np.empty(0), *(np.empty((0, top)),) * 2)
+        else:
+            parts = engine.logprobs(0, ids[:-1], ids[1:], top, None)
+        return Logprobs(
+            ids.tolist(),
+            np.asarray(parts[0], np.float32),
+            np.asarray(parts[1]).astype(bool),
+            (np.asarray(parts[2], np.int32), np.asarray(parts[3], np.float32)) if top else None,
+        )
+
+    def score(self, context: Any, continuation: Any) -> tuple[float, bool]:
+        """log p(continuation | context) as a float64 sum, and whether it is the greedy one.
+
+        context, continuation: str or token ids; each text is encoded by itself.
+        """
+        first = self._one_row(context, "context")
+        rest = self._one_row(continuation, "continuation")
+        import numpy as np
+
+        found = self.logprobs(np.concatenate([first, rest]))
+        tail = slice(len(first) - 1, None)
+        return (
+            float(found.logprobs[tail].sum(dtype=np.float64)),
+            bool(found.greedy[tail].all()),
+        )
+
+    def logits(self, prompt: Any, *, last: bool = True) -> "np.ndarray":
+        """float32 [vocab] after the last token, or with last=False [T, vocab] after each."""
+        import numpy as np
+
+        ids = self._one_row(prompt, "prompt")
+        logits = np.asarray(self._open_engine().logits(0, ids, bool(last), None))
+        return logits.reshape(-1) if last else logits
+
+    def hidden(
+        self, prompt: Any, *, layers: Sequence[int] | None = None
+    ) -> "dict[int, np.ndarray]":
+        """The residual stream after layers: {layer: float32 [T, hidden]}.
+
+        layers: counted from 0; by default the first, the middle and the last.
+        """
+        import numpy as np
+
+        n = self.config.num_hidden_layers
+        if layers is None:
+            layers = sorted({0, n // 2, n - 1})
+        wanted = [check_id(layer, n, "layers") for layer in layers]
+        ids = self._one_row(prompt, "prompt")
+        found = self._open_engine().hidden(0, ids, list(dict.fromkeys(wanted)), None)
+        return {layer: np.asarray(x) for layer, x in found.items()}
+
+    def _one_row(self, prompt: Any, label: str) -> "np.ndarray":
+        ids = row_ids(prompt, self._get_tokenizer, self.config.vocab_size, label)
+        if len(ids) > self.plan.max_context:
+            raise ValueError(
+                f"{label}: must have at most {self.plan.max_context} tokens (max_context), "
+                f"has {len(ids)}"
+            )
+        return ids
+
+    def info(self) -> Report:
+        """Device, storage, kernels and memory; text, and a table in a notebook."""
+        config, backend = self.config, self._backend.info()
+        kda = config.layer_types.count("linear_attention")
+        gate = "softplus" if config.gate_lower_bound is None else "bounded"
+        rows = [
+            ("model", str(self.path or "random weights")),
+            ("parameters", f"{config.parameter_count():,}"),
+            ("layers", f"{kda} KDA ({gate} gate), {config.num_hidden_layers - kda} MLA"),
+            (
+                "kernels",
+                f"{backend['name']} {backend['variant']}, {backend['threads']} threads",
+            ),
+            ("tokenizer", repr(self._tokenizer) if self._tokenizer else "none: token ids only"),
+            *self.plan.rows(),
+            *(("note", note) for note in self._notes),
+        ]
+        return Report(rows)
+
+    # ---- life ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give the memory back; further calls do nothing."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None  # type: ignore[assignment]
+
+    def _open_engine(self) -> "_core.Engine":
+        if self._engine is None:
+            raise ValueError("model: is closed")
+        return self._engine
+
+    def _get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._engine is None else gib(self.plan.total)
+        return f"<kimi_linear.Model {self.path or 'random'} {self.device} {self.dtype} {state}>"
+
+    def _repr_html_(self) -> str:
+        return self.info()._repr_html_()

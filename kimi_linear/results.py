@@ -1,0 +1,98 @@
+"""What a model gives back: plain values that outlive it."""
+
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and times of a call; a batch shares its times."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, not computed because a cache had them
+    new_tokens: int
+    prefill_s: float  # seconds in steps that fed prompts
+    decode_s: float  # seconds in steps that only continued
+    peak_bytes: int  # memory of the model and its caches; a call takes no more
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return (self.prompt_tokens - self.cached_tokens) / max(self.prefill_s, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second; the first one belongs to the prompt's step."""
+        return max(self.new_tokens - 1, 0) / max(self.decode_s, 1e-9)
+
+    def __str__(self) -> str:
+        return (
+            f"prompt {self.prompt_tokens} tokens in {self.prefill_s:.2f} s "
+            f"({self.prefill_rate:.0f}/s), new {self.new_tokens} in {self.decode_s:.2f} s "
+            f"({self.decode_rate:.1f}/s), peak {self.peak_bytes / 2**30:.2f} GiB"
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A new token's log-probability under the model, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (id, logprob), best first
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    text: without the stop token or stop string that ended it. token_ids: with the stop token.
+    finish_reason: "stop", "length" or "cancelled". logprobs: one for each of token_ids, if they
+    were asked for. tool_calls: the calls in the text, as chat messages take them.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int] = field(repr=False)
+    finish_reason: str
+    logprobs: list[TokenLogprob] | None = field(repr=False)
+    stats: Stats = field(repr=False)
+    tool_calls: tuple[dict[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return (
+            f"<div style='white-space:pre-wrap'>{escape(self.text)}</div>"
+            f"<small>{escape(self.finish_reason)} &middot; {escape(str(self.stats))}</small>"
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One new token of a stream. text: what became certain with it, maybe nothing yet."""
+
+    text: str
+    token_id: int
+    logprob: float
+    finish_reason: str | None
+    stats: Stats = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """log p(token t+1 | tokens <= t) of a text.
+
+    token_ids: [T]. logprobs: float32 [T-1]. greedy: bool [T-1], whether the token was the most
+    likely one. top: (ids int32 [T-1, n], logprobs float32 [T-1, n]), best first, or None.
+    """
+
+    token_ids: list[int] = field(repr=False)
+    logprobs: "np.ndarray"
+    greedy: "np.ndarray"
+    top: "tuple[np.ndarray, np.ndarray] | None" = None
