@@ -108,13 +108,13 @@ def check_sampling(
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed of row `row` of a batch: the finaliser of SplitMix64 over seed + row steps of
-    its increment, so that neighbouring seeds and rows share nothing (Steele, Lea, Flood,
-    "Fast splittable pseudorandom number generators", OOPSLA 2014)."""
+    """The seed of row `row` of a batch, 63 bits: number `row` of a SplitMix64 generator started
+    at `seed`, so that neighbouring seeds and rows share nothing (Steele, Lea, Flood, "Fast
+    splittable pseudorandom number generators", OOPSLA 2014)."""
     z = (seed + (row + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
-    return z ^ (z >> 31)
+    return (z ^ (z >> 31)) >> 1
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
