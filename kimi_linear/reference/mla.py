@@ -68,9 +68,8 @@ def _float64(q, w_kv_b, scale):
 
 def _past_of(past, n, latent):
     """The earlier latents of sequence n: past is None, an array (one sequence), or a list."""
-    if past is None:
-        return latent[:0]
-    return np.asarray(past[n] if isinstance(past, list | tuple) else past, np.float64)
+    past = past[n] if isinstance(past, list | tuple) else past
+    return latent[:0] if past is None else np.asarray(past, np.float64)
 
 
 def mla_prefill(q: Any, latent: Any, w_kv_b: Any, *, cu_seqlens: Any = None, past: Any = None,
@@ -79,7 +78,7 @@ def mla_prefill(q: Any, latent: Any, w_kv_b: Any, *, cu_seqlens: Any = None, pas
 
     q [T, H, nope+rope]; latent [T, rank+rope], normalised part first; w_kv_b
     [H, nope+V, rank]; past: latents before these, [P, rank+rope] of the only sequence or a list
-    with one such array for each; scale: None for (nope+rope)**-0.5. Returns [T, H, V].
+    with such an array or None for each; scale: None for (nope+rope)**-0.5. Returns [T, H, V].
     """
     q, w_kv_b, scale = _float64(q, w_kv_b, scale)
     latent = np.asarray(latent, np.float64)

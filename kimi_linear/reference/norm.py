@@ -7,17 +7,16 @@ import numpy as np
 from .kda import sigmoid
 
 
-def rms_norm(x: Any, weight: Any, *, eps: float, residual: Any = None) -> np.ndarray:
+def rms_norm(x: Any, weight: Any, *, eps: float, residual: Any = None) -> Any:
     """r / sqrt(mean(r^2) + eps) * weight over the last axis, with r = x, or residual + x.
 
-    x, residual [..., D]; weight [D]. A residual is updated in place to r: the sum is what the
-    next layer adds to. Source: Zhang and Sennrich, arXiv 1910.07467.
+    x, residual [..., D]; weight [D]. Returns y [..., D]; with a residual (y, r), for r is what
+    the next layer adds to. Source: Zhang and Sennrich, arXiv 1910.07467.
     """
     x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
-    if residual is not None:
-        x = x + residual
-        residual[...] = x
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    r = x if residual is None else x + residual
+    y = r / np.sqrt(np.mean(r * r, axis=-1, keepdims=True) + eps) * weight
+    return y if residual is None else (y, r)
 
 
 def gated_rms_norm(x: Any, z: Any, weight: Any, *, eps: float = 1e-5) -> np.ndarray:

@@ -58,12 +58,11 @@ def test_norms_agree_with_transformers():
     assert relative_rms(want_gated, ref.gated_rms_norm(x, z, weight, eps=1e-3)) < 1e-6
 
 
-def test_rms_norm_updates_its_residual():
+def test_rms_norm_adds_its_residual():
     x, residual, weight = normal(5, 8), normal(5, 8, seed=1), normal(8, seed=2)
-    total = x + residual
-    assert np.array_equal(ref.rms_norm(x, weight, eps=1e-5, residual=residual),
-                          ref.rms_norm(total, weight, eps=1e-5))  # fmt: skip
-    assert np.array_equal(residual, total)
+    y, total = ref.rms_norm(x, weight, eps=1e-5, residual=residual)
+    assert np.array_equal(total, x + residual)
+    assert np.array_equal(y, ref.rms_norm(x + residual, weight, eps=1e-5))
 
 
 def test_mla_agrees_with_transformers():
@@ -101,7 +100,7 @@ def test_mla_prefill_with_past_and_ragged_rows():
     for cut in (0, 1, 39):
         part = ref.mla_prefill(q[cut:], latent[cut:], w, past=latent[:cut])
         assert np.allclose(part, whole[cut:], atol=1e-13)
-    past = [latent[:7], latent[:0], latent[:3]]
+    past = [latent[:7], None, latent[:3]]
     got = ref.mla_prefill(q, latent, w, cu_seqlens=[0, 15, 15, 40], past=past)
     assert np.array_equal(got[:15], ref.mla_prefill(q[:15], latent[:15], w, past=past[0]))
     assert np.array_equal(got[15:], ref.mla_prefill(q[15:], latent[15:], w, past=past[2]))
