@@ -146,12 +146,12 @@ static int consume_versioned(PyObject *capsule, const char *op, const char *name
     DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, KL_CAPSULE_VERSIONED);
     if (managed == NULL) return -1;
     if (managed->version.major != KL_DLPACK_MAJOR) {
-        PyErr_Format(PyExc_BufferError, "%s: %s: its DLPack version must be 1.x, got %u.%u", op,
-                     name, managed->version.major, managed->version.minor);
         /* Of another major only the place of the deleter is known: free it, touch nothing. */
-        if (PyCapsule_SetName(capsule, KL_CAPSULE_VERSIONED_USED) == 0 &&
-            managed->deleter != NULL)
-            managed->deleter(managed);
+        const DLPackVersion version = managed->version;
+        if (PyCapsule_SetName(capsule, KL_CAPSULE_VERSIONED_USED) < 0) return -1;
+        if (managed->deleter != NULL) managed->deleter(managed);
+        PyErr_Format(PyExc_BufferError, "%s: %s: its DLPack version must be 1.x, got %u.%u", op,
+                     name, version.major, version.minor);
         return -1;
     }
     if (view_tensor(&managed->dl_tensor, op, name, out) < 0) return -1;
@@ -218,6 +218,15 @@ int kl_dlpack_device(const kl_module *m, PyObject *o, DLDevice *out)
     return result;
 }
 
+/* A refused capsule frees its tensor, which may run Python: the exception must survive that. */
+static void drop_quietly(PyObject *capsule)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    Py_XDECREF(capsule);
+    PyErr_Restore(type, value, trace);
+}
+
 int kl_dlpack_borrow(const kl_module *m, const char *op, const char *name, PyObject *o,
                      intptr_t stream, kl_array *out)
 {
@@ -239,6 +248,6 @@ int kl_dlpack_borrow(const kl_module *m, const char *op, const char *name, PyObj
                "__dlpack__() must return a fresh DLPack capsule (a used one, or "
                "something else, came)");
     Py_DECREF(method);
-    Py_XDECREF(capsule);
+    drop_quietly(capsule);
     return result;
 }
