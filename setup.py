@@ -188,6 +188,9 @@ OTHER_FILES = [
     *files("csrc", ".h", ".md"),
     *files("cuda", ".cu", ".cuh", ".h", ".md"),
     *files("csrc", ".c"),
+    *files("tests", ".py", ".c", ".h"),
+    *files("benchmarks", ".py", ".md"),
+    *files("examples", ".py", ".md"),
 ]
 EXTENSIONS = [
     Extension("kimi_linear._core", core_sources(), depends=OTHER_FILES, py_limited_api=True)
