@@ -42,15 +42,18 @@ class Case:
     def __init__(self, name, folder):
         vocab = hf_config(name).vocab_size
         self.ids = np.random.default_rng(2).integers(0, vocab, T).tolist()
-        for seed in range(1, 9):  # until no choice of an expert hangs on float32's last bits
+        # A seed with which no choice of an expert hangs on float32's last bits, and greedy text
+        # does not end in a loop of a few tokens.
+        for seed in range(1, 20):
             self.judge = hf_model(name, seed)
             self.path = save(self.judge, folder / str(seed), **WRITTEN[name])
             self.logits = hf_logits(self.judge, self.ids)
             specification = Model(core_config(self.judge.config), tensors(self.path))
             self.exact = specification.forward(self.ids)
-            if relative_rms(self.logits, self.exact) < 2e-5:
+            self.continuation = greedy(self.judge, self.ids[:PROMPT], NEW)
+            settled = relative_rms(self.logits, self.exact) < 2e-5
+            if settled and len(set(self.continuation)) > 10:
                 break
-        self.continuation = greedy(self.judge, self.ids[:PROMPT], NEW)
 
 
 @pytest.fixture(scope="module")
