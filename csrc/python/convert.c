@@ -70,8 +70,9 @@ bool kl_dtype_from_dl(DLDataType dl, kl_dtype *out)
 bool kl_array_dense_from(const kl_array *a, int first)
 {
     int64_t dense = 1;
+    for (int i = first; i < a->ndim; i++)
+        if (a->shape[i] == 0) return true; /* whatever the strides, which NumPy sets to zero */
     for (int i = a->ndim - 1; i >= first; i--) {
-        if (a->shape[i] == 0) return true;
         if (a->shape[i] != 1 && a->stride[i] != dense) return false;
         dense *= a->shape[i];
     }

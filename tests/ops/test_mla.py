@@ -1,0 +1,302 @@
+"""mla_prefill and mla_decode against the float64 specification, and their properties.
+
+Everything a call must not read is NaN: rows of pages past a sequence's length, pages nobody
+owns; table entries past it are absurd.
+"""
+
+import kimi_linear as kl
+import ml_dtypes
+import numpy as np
+import pytest
+from kimi_linear import reference
+from kimi_linear._backends import backend
+
+PAGE = 64
+BF16 = ml_dtypes.bfloat16
+# H, nope, rope, rank, V: none equal, none a multiple of a vector; and a plain one.
+ODD = (3, 17, 5, 33, 21)
+NO_ROPE = (2, 16, 0, 48, 7)
+MANY_HEADS = (37, 5, 3, 11, 4)
+SCALE = 0.23
+
+
+def available_variants():
+    found = []
+    for name in ("scalar", "avx2", "avx512", "avx512bf16"):
+        try:
+            with backend(threads=1, cpu=name):
+                found.append(name)
+        except kl.DeviceError:
+            pass
+    return found
+
+
+VARIANTS = available_variants()
+
+
+def make_case(spans, dims, *, seed=0, dtype=np.float32, w_dtype=np.float32):
+    """Arguments of mla_prefill for sequences of (past, new) tokens, all lists one a sequence."""
+    H, nope, rope, rank, V = dims
+    r = np.random.default_rng(seed)
+    cu = np.cumsum([0] + [new for _, new in spans]).astype(np.int32)
+    return {
+        "q": r.standard_normal((cu[-1], H, nope + rope)).astype(dtype),
+        "latent": r.standard_normal((cu[-1], rank + rope)).astype(dtype),
+        "w_kv_b": (r.standard_normal((H, nope + V, rank)) / rank**0.5).astype(w_dtype),
+        "cu_seqlens": cu,
+        "past": [r.standard_normal((past, rank + rope)).astype(dtype) for past, _ in spans],
+    }
+
+
+def prefill(case, **changes):
+    case = {**case, **changes}
+    H, V = case["q"].shape[1], value_width(case)
+    out = np.full((len(case["q"]), H, V), np.nan, case["q"].dtype)
+    got = kl.ops.mla_prefill(**case, scale=SCALE, out=out)
+    assert got is out
+    return out
+
+
+def value_width(case):
+    rank = case["w_kv_b"].shape[2]
+    nope = case["q"].shape[2] - (case["latent"].shape[1] - rank)
+    return case["w_kv_b"].shape[1] - nope
+
+
+def to_pages(latents, seed=0):
+    """Rows of each sequence -> (pages, block_table, lengths), poisoned where nobody reads."""
+    r = np.random.default_rng(seed)
+    counts = [-(-len(rows) // PAGE) for rows in latents]
+    order = r.permutation(sum(counts) + 3)
+    pages = np.full((len(order), PAGE, latents[0].shape[1]), np.nan, latents[0].dtype)
+    table = np.full((len(latents), max(counts) + 2), 2**30, np.int32)
+    used = 0
+    for n, rows in enumerate(latents):
+        for b in range(counts[n]):
+            table[n, b] = order[used]
+            part = rows[b * PAGE : (b + 1) * PAGE]
+            pages[order[used], : len(part)] = part
+            used += 1
+    return pages, table, np.array([len(rows) for rows in latents], np.int32)
+
+
+def decode(case, latents, **changes):
+    """The last token of each sequence; case["q"] has one row for each."""
+    pages, table, lengths = to_pages(latents)
+    case = {**case, **changes}
+    out = np.full((len(latents), case["q"].shape[1], value_width(case)), np.nan, case["q"].dtype)
+    kl.ops.mla_decode(case["q"], pages, table, lengths, case["w_kv_b"], scale=SCALE, out=out)
+    return out
+
+
+def whole_latents(case):
+    return [
+        np.concatenate([past, case["latent"][a:b]])
+        for past, a, b in zip(case["past"], case["cu_seqlens"], case["cu_seqlens"][1:], strict=False)
+    ]
+
+
+def rel(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+def tolerance(dtype):
+    return 1e-6 if dtype == np.float32 else 4e-3  # one rounding to bfloat16 is 2^-9
+
+
+# ---- is it accurate --------------------------------------------------------------------------
+
+LENGTHS = (1, 63, 64, 65, 127, 128, 129)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dims", [ODD, NO_ROPE, MANY_HEADS])
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_prefill_matches_float64(variant, dims, dtype):
+    new = [(0, n) for n in LENGTHS] + [(0, 0), (7, 0)]
+    after = [(1, 1), (64, 1), (63, 2), (64, 65), (100, 30), (300, 70)]
+    case = make_case(new + after, dims, dtype=dtype, w_dtype=dtype)
+    with backend(threads=2, cpu=variant):
+        got = prefill(case)
+    assert rel(got, reference.mla_prefill(**case, scale=SCALE)) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dims", [ODD, NO_ROPE, MANY_HEADS])
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_decode_matches_float64(variant, dims, dtype):
+    case = make_case([(n - 1, 1) for n in (*LENGTHS, 1000)], dims, dtype=dtype, w_dtype=dtype)
+    latents = whole_latents(case)
+    with backend(threads=2, cpu=variant):
+        got = decode(case, latents)
+    pages, table, lengths = to_pages(latents)
+    want = reference.mla_decode(case["q"], pages, table, lengths, case["w_kv_b"], scale=SCALE)
+    assert rel(got, want) < tolerance(dtype)
+
+
+def test_weights_may_have_another_dtype():
+    case = make_case([(10, 100), (200, 1)], ODD, dtype=np.float32, w_dtype=BF16)
+    assert rel(prefill(case), reference.mla_prefill(**case, scale=SCALE)) < 1e-6
+
+
+def test_default_scale():
+    case = make_case([(0, 20)], ODD)
+    got = kl.ops.mla_prefill(**case)
+    assert rel(got, reference.mla_prefill(**case)) < 1e-6
+
+
+@pytest.mark.parametrize("length", [8192, 8193, 12345])
+def test_decode_merges_many_parts(length):
+    """Beyond 8,192 tokens the parts of a context grow instead of becoming more."""
+    case = make_case([(length - 1, 1)], NO_ROPE)
+    want = reference.mla_prefill(**case, scale=SCALE)
+    assert rel(decode(case, whole_latents(case)), want) < 1e-6
+
+
+def test_decode_of_more_rows_than_fit_at_once():
+    spans = [(int(n), 1) for n in np.random.default_rng(5).integers(0, 700, 150)]
+    case = make_case(spans, NO_ROPE)
+    want = reference.mla_prefill(**case, scale=SCALE)
+    assert rel(decode(case, whole_latents(case)), want) < 1e-6
+
+
+def test_prefill_of_several_groups():
+    """More than 32 tiles: the pages are expanded once for each group."""
+    case = make_case([(70, 2200)], NO_ROPE)
+    got = prefill(case)
+    tail = {**case, "q": case["q"][-90:], "latent": case["latent"][-90:], "cu_seqlens": None}
+    tail["past"] = np.concatenate([case["past"][0], case["latent"][:-90]])
+    assert rel(got[-90:], reference.mla_prefill(**tail, scale=SCALE)) < 1e-6
+    head = {**case, "q": case["q"][:90], "latent": case["latent"][:90], "cu_seqlens": None}
+    assert rel(got[:90], reference.mla_prefill(**head, scale=SCALE)) < 1e-6
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e-6])
+def test_sharp_and_flat_scores(factor):
+    case = make_case([(100, 90), (200, 1)], ODD)
+    case["q"] *= np.float32(factor)
+    want = reference.mla_prefill(**case, scale=SCALE)
+    # Scores in the thousands carry f32's own error, 1e-7 of their size, into the exponent.
+    assert rel(prefill(case), want) < (1e-3 if factor > 1 else 1e-6)
+
+
+# ---- the two forms are one function ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_decode_is_the_prefill_of_one_token(dtype):
+    case = make_case([(n - 1, 1) for n in (*LENGTHS, 500)], ODD, dtype=dtype)
+    assert (prefill(case) == decode(case, whole_latents(case))).all()
+
+
+def test_plain_and_absorbed_agree():
+    """The last of two tokens goes through the plain form, alone through the absorbed one."""
+    case = make_case([(300, 2)], ODD)
+    alone = {**case, "q": case["q"][1:]}
+    assert rel(prefill(case)[1:], decode(alone, whole_latents(case)).astype(float)) < 1e-6
+
+
+# ---- properties ------------------------------------------------------------------------------
+
+
+def run_in_chunks(case, cuts):
+    """One sequence, its new tokens cut at `cuts`."""
+    bounds = [0, *cuts, len(case["q"])]
+    parts = []
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        past = np.concatenate([case["past"][0], case["latent"][:a]])
+        parts.append(prefill(case, q=case["q"][a:b], latent=case["latent"][a:b], past=past,
+                             cu_seqlens=None))  # fmt: skip
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("past", [0, 30, 64])
+def test_chunks_at_pages_change_no_bit(past):
+    case = make_case([(past, 260)], ODD)
+    whole = prefill(case)
+    first = -past % PAGE or PAGE
+    for cuts in ([first], [first + 64], [first, first + 64, first + 128]):
+        assert (run_in_chunks(case, cuts) == whole).all()
+
+
+@pytest.mark.parametrize("cuts", [[1], [63], [65], [100], [199], [7, 8, 9, 120], list(range(1, 200))])
+def test_chunks_elsewhere_agree(cuts):
+    case = make_case([(20, 200)], ODD)
+    assert rel(run_in_chunks(case, cuts), prefill(case).astype(float)) < 1e-6
+
+
+def test_a_row_of_a_batch_is_the_row_alone():
+    spans = [(0, 70), (0, 0), (130, 1), (0, 1), (65, 64), (3, 129)]
+    case = make_case(spans, ODD)
+    together = prefill(case)
+    for n, (a, b) in enumerate(zip(case["cu_seqlens"], case["cu_seqlens"][1:], strict=False)):
+        alone = prefill(case, q=case["q"][a:b], latent=case["latent"][a:b],
+                        past=case["past"][n], cu_seqlens=None)  # fmt: skip
+        assert (together[a:b] == alone).all()
+
+
+def test_a_row_of_a_decode_batch_is_the_row_alone():
+    case = make_case([(n - 1, 1) for n in (1, 64, 65, 700, 3000)], MANY_HEADS)
+    latents = whole_latents(case)
+    together = decode(case, latents)
+    for n, rows in enumerate(latents):
+        assert (decode({**case, "q": case["q"][n : n + 1]}, [rows]) == together[n]).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_threads_change_no_bit(variant):
+    case = make_case([(0, 150), (500, 1), (90, 330)], ODD)
+    steps = make_case([(1500, 1), (3, 1)], MANY_HEADS)
+    results = []
+    for threads in (1, 2, 7):
+        with backend(threads=threads, cpu=variant):
+            results.append((prefill(case), decode(steps, whole_latents(steps))))
+    for other in results[1:]:
+        assert (other[0] == results[0][0]).all() and (other[1] == results[0][1]).all()
+
+
+def test_group_sizes_change_no_bit():
+    """With more threads than heads, groups of tiles become smaller."""
+    case = make_case([(0, 1000)], (1, 5, 3, 9, 6))
+    with backend(threads=1):
+        one = prefill(case)
+    with backend(threads=13):
+        assert (prefill(case) == one).all()
+
+
+def test_the_future_is_not_read():
+    """Not even multiplied by zero: NaN there must not reach earlier tokens."""
+    case = make_case([(10, 150)], ODD)
+    want = prefill(case)
+    case["latent"][100:] = np.nan
+    got = prefill(case)
+    assert (got[:100] == want[:100]).all()
+    assert np.isnan(got[100:]).all()
+
+
+def test_a_nan_stays_in_its_sequence():
+    case = make_case([(10, 70), (64, 66), (5, 1)], ODD)
+    want = prefill(case)
+    case["past"][1][3] = np.nan
+    got = prefill(case)
+    assert (got[:70] == want[:70]).all() and (got[-1] == want[-1]).all()
+    assert np.isnan(got[70:-1]).all()
+
+
+def test_twice_the_same_and_inputs_untouched():
+    case = make_case([(70, 100), (200, 1)], ODD)
+    before = {k: np.copy(v) for k, v in case.items() if k != "past"}
+    assert (prefill(case) == prefill(case)).all()
+    assert all((case[k] == v).all() for k, v in before.items())
+
+
+def test_strided_queries():
+    case = make_case([(5, 80), (90, 1)], ODD)
+    wide = np.full((len(case["q"]), 2, *case["q"].shape[1:]), np.nan, np.float32)
+    wide[:, 0] = case["q"]
+    assert (prefill(case, q=wide[:, 0]) == prefill(case)).all()
+
+
+def test_nothing_to_do():
+    case = make_case([(5, 0), (0, 0)], ODD)
+    assert prefill(case).shape == (0, 3, 21)
