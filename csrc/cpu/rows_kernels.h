@@ -10,7 +10,7 @@
 #include <stdbool.h>
 
 #define KL_CONV_MAX_WIDTH 8
-#define KL_CONV_STRIP     128 /* channels of a strip: a multiple of the lanes */
+#define KL_CONV_STRIP     1024 /* channels of a strip: a multiple of the lanes */
 
 /* A strip of `channels` <= KL_CONV_STRIP channels of one sequence of `tokens` tokens. */
 typedef struct {

@@ -81,28 +81,38 @@ static void rows_gated_rms_norm(const void *x, const void *z, const float *weigh
     }
 }
 
-/* Taps and history of a strip with the channels in the lanes, in f32. */
+/* Taps and history of a strip with the channels in the lanes; the history is in the dtype of
+ * x, so that a token's inputs are W rows of one kind wherever they lie. */
 typedef struct {
     _Alignas(64) float weight[KL_CONV_MAX_WIDTH][KL_CONV_STRIP];
-    _Alignas(64) float past[KL_CONV_MAX_WIDTH][KL_CONV_STRIP];
+    _Alignas(64) char past[KL_CONV_MAX_WIDTH - 1][KL_CONV_STRIP * sizeof(float)];
 } rows_taps;
 
 static inline void rows_turn(const kl_conv_strip *s, rows_taps *t)
 {
     const int64_t W = s->width, C = s->channels, H = W - 1;
-    for (int64_t j = 0; j < W; j++)
-        for (int64_t c = 0; c < KL_CONV_STRIP; c++)
-            t->weight[j][c] = c < C ? s->weight[c * W + j] : 0.0f;
-    for (int64_t j = 0; j < H; j++)
-        for (int64_t c = 0; c < C; c++)
-            t->past[j][c] = s->dtype == KL_BF16
-                                ? kl_bf16_to_f32(((const uint16_t *)s->state)[c * H + j])
-                                : ((const float *)s->state)[c * H + j];
+    for (int64_t c = 0; c < C; c++)
+        for (int64_t j = 0; j < W; j++) t->weight[j][c] = s->weight[c * W + j];
+    for (int64_t c = 0; c < C; c++)
+        for (int64_t j = 0; j < H; j++)
+            if (s->dtype == KL_BF16)
+                ((uint16_t *)t->past[j])[c] = ((const uint16_t *)s->state)[c * H + j];
+            else
+                ((float *)t->past[j])[c] = ((const float *)s->state)[c * H + j];
 }
 
-static inline const void *rows_token(const kl_conv_strip *s, int64_t t)
+/* One token. `width` and `dtype` are constants where it pays. */
+static inline __attribute__((always_inline)) void
+rows_conv_token(const rows_taps *taps, const void *const *rows, void *out, int64_t C,
+                int64_t width, kl_dtype dtype, bool silu)
 {
-    return (const char *)s->x + (size_t)(t * s->x_stride) * kl_dtype_bytes(s->dtype);
+    for (int64_t c = 0; c < C; c += VL) {
+        const int n = v_left(c, C);
+        vf y = v_zero();
+        for (int64_t j = 0; j < width; j++)
+            y = v_fma(v_load_n(taps->weight[j] + c, n), v_load_act(rows[j], dtype, c, n), y);
+        v_store_act(out, dtype, c, silu ? v_mul(y, v_sigmoid(y)) : y, n);
+    }
 }
 
 static void rows_conv(const kl_conv_strip *s)
@@ -110,20 +120,21 @@ static void rows_conv(const kl_conv_strip *s)
     rows_taps taps;
     rows_turn(s, &taps);
     const size_t bytes = kl_dtype_bytes(s->dtype);
-    const int64_t H = s->width - 1;
+    const int64_t W = s->width, C = s->channels;
     for (int64_t t = 0; t < s->tokens; t++) {
-        void *out = (char *)s->out + (size_t)(t * s->out_stride) * bytes;
-        for (int64_t c = 0; c < s->channels; c += VL) {
-            const int n = v_left(c, s->channels);
-            vf y = v_zero();
-            for (int64_t j = 0; j < s->width; j++) {
-                const int64_t from = t - H + j; /* token of this tap; < 0: before the call */
-                const vf xj = from < 0 ? v_load(taps.past[H + from] + c)
-                                       : v_load_act(rows_token(s, from), s->dtype, c, n);
-                y = v_fma(v_load(taps.weight[j] + c), xj, y);
-            }
-            v_store_act(out, s->dtype, c, s->silu ? v_mul(y, v_sigmoid(y)) : y, n);
+        const void *rows[KL_CONV_MAX_WIDTH]; /* inputs of the taps, oldest first */
+        for (int64_t j = 0; j < W; j++) {
+            const int64_t from = t - (W - 1) + j;
+            rows[j] = from < 0 ? (const void *)taps.past[W - 1 + from]
+                               : (const char *)s->x + (size_t)(from * s->x_stride) * bytes;
         }
+        void *out = (char *)s->out + (size_t)(t * s->out_stride) * bytes;
+        if (W == 4 && s->dtype == KL_BF16) /* as every published model has it */
+            rows_conv_token(&taps, rows, out, C, 4, KL_BF16, s->silu);
+        else if (W == 4)
+            rows_conv_token(&taps, rows, out, C, 4, KL_F32, s->silu);
+        else
+            rows_conv_token(&taps, rows, out, C, W, s->dtype, s->silu);
     }
 }
 
