@@ -349,7 +349,11 @@ int kl_arg_rows(kl_call *c, const char *name, PyObject *o, kl_tensor *out, int64
     if (a == NULL) return -1;
     if (!kl_dtype_from_dl(a->dtype, &dtype) || (KL_FLOATS & KL_SET(dtype)) == 0)
         return refuse_dtype(c, name, a, KL_FLOATS);
-    if (a->ndim < 1) return refuse_ndim(c, name, a, 1);
+    if (a->ndim < 1 || a->ndim > KL_MAX_NDIM) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must have 1 to %d axes, got %d", c->op, name,
+                     KL_MAX_NDIM, a->ndim);
+        return -1;
+    }
     learn_descr(c, a, dtype);
 
     int64_t rows = 1, stride = 0;

@@ -121,6 +121,23 @@ static DLDataType dtype_of_format(const char *format, Py_ssize_t item)
     return (DLDataType){(uint8_t)code, (uint8_t)(item < 32 ? 8 * item : 0), 1};
 }
 
+/* Shape and strides in elements. Some exporters (ctypes) leave strides NULL even when asked for
+ * them, which means dense. */
+static const char *copy_buffer_axes(const Py_buffer *b, kl_array *out)
+{
+    int64_t dense = 1;
+    if (b->ndim > KL_ARRAY_NDIM) return "it must have at most 8 axes";
+    if (b->ndim > 0 && b->shape == NULL) return "it must have a shape";
+    for (int i = b->ndim - 1; i >= 0; i--) {
+        out->shape[i] = b->shape[i];
+        out->stride[i] = b->strides == NULL ? dense : b->strides[i] / b->itemsize;
+        if (b->strides != NULL && b->shape[i] > 1 && b->strides[i] % b->itemsize != 0)
+            return "its strides must be multiples of its item size";
+        dense *= b->shape[i];
+    }
+    return NULL;
+}
+
 static int buffer_borrow(const char *op, const char *name, PyObject *o, kl_array *out)
 {
     if (!PyObject_CheckBuffer(o)) return 0;
@@ -128,18 +145,12 @@ static int buffer_borrow(const char *op, const char *name, PyObject *o, kl_array
     out->has_buffer = true;
     const Py_buffer *b = &out->buffer;
     const char *wrong = NULL;
-    if (b->ndim > KL_ARRAY_NDIM)
-        wrong = "it must have at most 8 axes";
-    else if (b->itemsize < 1)
+    if (b->itemsize < 1)
         wrong = "its items must have a size";
     else if ((uintptr_t)b->buf % (uintptr_t)b->itemsize != 0)
         wrong = "data must be aligned to its item size";
-    for (int i = 0; wrong == NULL && i < b->ndim; i++) {
-        out->shape[i] = b->shape[i];
-        out->stride[i] = b->strides[i] / b->itemsize;
-        if (b->shape[i] > 1 && b->strides[i] % b->itemsize != 0)
-            wrong = "its strides must be multiples of its item size";
-    }
+    else
+        wrong = copy_buffer_axes(b, out);
     if (wrong != NULL) {
         PyErr_Format(PyExc_BufferError, "%s: %s: %s", op, name, wrong);
         return -1;
