@@ -6,9 +6,9 @@
  */
 #include "cpu/product.h"
 
-#define DIRECT_ROWS   12 /* of x; above it a weight is dequantised once, not once a tile */
-#define DIRECT_COLS   64 /* rows of w in a direct task at most */
-#define PACKED_COLS   32 /* rows of w in a packed task at most */
+#define DIRECT_ROWS   64   /* of x; up to there it pays to read a weight once a tile */
+#define DIRECT_TILE   1536 /* results of a direct task at most */
+#define PACKED_COLS   32   /* rows of w in a packed task at most */
 #define PACKED_BYTES  ((int64_t)320 << 10)
 #define TASKS         6                  /* for each thread, so that a late one costs little */
 #define INLINE_FLOATS ((int64_t)1 << 15) /* of x: packing less costs less than a region */
@@ -142,7 +142,7 @@ static void compute_direct(const kl_cpu *cpu, const kl_product *p, int64_t first
                   p->out_stride);
         return;
     }
-    float a[DIRECT_ROWS * DIRECT_COLS], b[DIRECT_ROWS * DIRECT_COLS];
+    float a[DIRECT_TILE], b[DIRECT_TILE];
     k->direct(p->panels, p->x.n, &p->w, first, cols, dot, a, cols);
     if (gated) k->direct(p->panels, p->x.n, &p->up, first, cols, dot, b, cols);
     store(p, k, a, gated ? b : NULL, cols, 0, p->x.n, first, cols);
@@ -185,7 +185,7 @@ static void compute_task(void *ctx, int64_t task, int worker)
 /* Rows of w in a task: few enough that every thread has some, many enough to be worth one. */
 static int64_t choose_task_rows(const kl_product *p, int64_t share)
 {
-    int64_t most = DIRECT_COLS;
+    int64_t most = p->x.n == 0 ? KL_TILE_W : DIRECT_TILE / p->x.n / KL_TILE_W * KL_TILE_W;
     if (p->x.n > DIRECT_ROWS) {
         most = packed_cols(p->w.cols);
         if (p->up.data != NULL) most = most / PAIR * KL_TILE_W;

@@ -81,6 +81,14 @@ ALWAYS_INLINE void tile_add(const int R, tile acc, int c, const float *x, int64_
     for (int r = 0; r < R; r++) acc[r][c] = v_fma(v_load(x + r * x_stride), w, acc[r][c]);
 }
 
+#if defined(KL_VEC_BF16_DOT)
+ALWAYS_INLINE void tile_add_dot(const int R, tile acc, int c, const uint16_t *x, vh w)
+{
+#    pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r][c] = v_dot_bf16(acc[r][c], v_load_h(x + r * 2 * VL), w);
+}
+#endif
+
 /* Vectors of a row of w, and the columns they hold: whole groups for the integer formats. */
 static inline int64_t count_steps(kl_weight_format format, int64_t K, bool dot)
 {
@@ -197,7 +205,7 @@ static void pack_x(const kl_rows *x, int64_t first, int n, int64_t K, bool dot, 
 static void spread_int8(const int8_t *q, const uint16_t *scales, int64_t groups, float *to)
 {
     for (int64_t g = 0; g < groups; g++) {
-        const vf scale = v_set1(kl_bf16_to_f32(scales[g]));
+        const vf scale = v_set1_bf16(scales + g);
         for (int i = 0; i < KL_INT8_GROUP; i += VL, to += TILE_W * VL)
             v_store(to, v_mul(v_load_i8(q + g * KL_INT8_GROUP + i), scale));
     }
@@ -207,7 +215,7 @@ static void spread_int4(const uint8_t *q, const uint16_t *scales, int64_t groups
 {
     for (int64_t g = 0; g < groups; g++) {
         vf w[KL_INT4_GROUP / VL];
-        v_load_i4(q + g * (KL_INT4_GROUP / 2), kl_bf16_to_f32(scales[g]), w);
+        v_load_i4(q + g * (KL_INT4_GROUP / 2), v_set1_bf16(scales + g), w);
         for (int i = 0; i < KL_INT4_GROUP / VL; i++, to += TILE_W * VL) v_store(to, w[i]);
     }
 }
@@ -258,11 +266,8 @@ ALWAYS_INLINE void packed_steps(const int R, const bool dot, const float *x, con
         for (int c = 0; c < TILE_W; c++) {
 #if defined(KL_VEC_BF16_DOT)
             if (dot) {
-                const vh wv = v_load_h((const uint16_t *)(w + c * VL));
-#    pragma GCC unroll 8
-                for (int r = 0; r < R; r++)
-                    acc[r][c] =
-                        v_dot_bf16(acc[r][c], v_load_h((const uint16_t *)(x + r * VL)), wv);
+                tile_add_dot(R, acc, c, (const uint16_t *)x,
+                             v_load_h((const uint16_t *)(w + c * VL)));
                 continue;
             }
 #endif
@@ -332,13 +337,18 @@ typedef struct {
     const char *data[TILE_W];
     const uint16_t *scales[TILE_W];
     int64_t K;
+    int64_t ahead; /* bytes from a row to the one in the same place of the next tile */
 } weight_rows;
+
+/* Ask for the next tile while this one is computed: a row is too short for the hardware to
+ * learn its stream and run ahead of it. */
+#define FETCH_AHEAD(w, c, byte) __builtin_prefetch((w)->data[c] + (w)->ahead + (byte))
 
 static inline weight_rows find_rows(const kl_weight *w, int64_t first, int cols)
 {
     const size_t bytes = kl_weight_row_bytes(w->format, w->cols);
     const int64_t groups = kl_weight_groups(w->format, w->cols);
-    weight_rows rows = {.K = w->cols};
+    weight_rows rows = {.K = w->cols, .ahead = TILE_W * (int64_t)bytes};
     for (int c = 0; c < TILE_W; c++) {
         const int64_t row = first + (c < cols ? c : cols - 1);
         rows.data[c] = (const char *)w->data + (size_t)row * bytes;
@@ -353,10 +363,12 @@ ALWAYS_INLINE void direct_float(const int R, const bool bf16, const float *x,
     const int64_t whole = w->K / VL * VL;
     for (int64_t k = 0; k < whole; k += VL) {
 #pragma GCC unroll 4
-        for (int c = 0; c < TILE_W; c++)
+        for (int c = 0; c < TILE_W; c++) {
+            FETCH_AHEAD(w, c, k * (bf16 ? 2 : 4));
             tile_add(R, acc, c, x + k * R, VL,
                      bf16 ? v_load_bf16((const uint16_t *)w->data[c] + k)
                           : v_load((const float *)w->data[c] + k));
+        }
     }
     if (whole < w->K) {
 #pragma GCC unroll 4
@@ -372,8 +384,9 @@ ALWAYS_INLINE void direct_int8(const int R, const float *x, const weight_rows *w
     for (int64_t g = 0; g < groups; g++, x += KL_INT8_GROUP * R) {
 #pragma GCC unroll 4
         for (int c = 0; c < TILE_W; c++) {
-            const vf scale = v_set1(kl_bf16_to_f32(w->scales[c][g]));
+            const vf scale = v_set1_bf16(w->scales[c] + g);
             const int8_t *q = (const int8_t *)w->data[c] + g * KL_INT8_GROUP;
+            FETCH_AHEAD(w, c, g * KL_INT8_GROUP);
 #pragma GCC unroll 4
             for (int i = 0; i < KL_INT8_GROUP; i += VL)
                 tile_add(R, acc, c, x + i * R, VL, v_mul(v_load_i8(q + i), scale));
@@ -388,8 +401,9 @@ ALWAYS_INLINE void direct_int4(const int R, const float *x, const weight_rows *w
 #pragma GCC unroll 4
         for (int c = 0; c < TILE_W; c++) {
             vf wv[KL_INT4_GROUP / VL];
+            FETCH_AHEAD(w, c, g * (KL_INT4_GROUP / 2));
             v_load_i4((const uint8_t *)w->data[c] + g * (KL_INT4_GROUP / 2),
-                      kl_bf16_to_f32(w->scales[c][g]), wv);
+                      v_set1_bf16(w->scales[c] + g), wv);
 #pragma GCC unroll 4
             for (int i = 0; i < KL_INT4_GROUP / VL; i++)
                 tile_add(R, acc, c, x + i * VL * R, VL, wv[i]);
@@ -400,16 +414,19 @@ ALWAYS_INLINE void direct_int4(const int R, const float *x, const weight_rows *w
 #if defined(KL_VEC_BF16_DOT)
 ALWAYS_INLINE void direct_dot(const int R, const uint16_t *x, const weight_rows *w, tile acc)
 {
-    for (int64_t k = 0; k < w->K; k += 2 * VL) {
-        const int left = w->K - k < 2 * VL ? (int)(w->K - k) : 2 * VL;
+    const int64_t whole = w->K / (2 * VL) * (2 * VL);
+    for (int64_t k = 0; k < whole; k += 2 * VL) {
 #    pragma GCC unroll 4
         for (int c = 0; c < TILE_W; c++) {
-            const uint16_t *p = (const uint16_t *)w->data[c] + k;
-            const vh wv = left == 2 * VL ? v_load_h(p) : v_load_h_n(p, left);
-#    pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-                acc[r][c] = v_dot_bf16(acc[r][c], v_load_h(x + k * R + r * 2 * VL), wv);
+            FETCH_AHEAD(w, c, k * 2);
+            tile_add_dot(R, acc, c, x + k * R, v_load_h((const uint16_t *)w->data[c] + k));
         }
+    }
+    if (whole < w->K) {
+#    pragma GCC unroll 4
+        for (int c = 0; c < TILE_W; c++)
+            tile_add_dot(R, acc, c, x + whole * R,
+                         v_load_h_n((const uint16_t *)w->data[c] + whole, (int)(w->K - whole)));
     }
 }
 #endif

@@ -25,6 +25,10 @@ static inline vf v_set1(float x)
 {
     return _mm512_set1_ps(x);
 }
+static inline vf v_set1_bf16(const uint16_t *p)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16((short)*p), 16));
+}
 static inline vf v_load(const float *p)
 {
     return _mm512_loadu_ps(p);
@@ -77,10 +81,10 @@ static inline vf v_load_i8(const int8_t *p)
 }
 /* A permutation looks the 32 values up in a table of the 16 there are, scaled beforehand; it
  * reads the low four bits of an index only. */
-static inline void v_load_i4(const uint8_t *p, float scale, vf *w)
+static inline void v_load_i4(const uint8_t *p, vf scale, vf *w)
 {
     const vf q = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    const vf table = _mm512_mul_ps(q, _mm512_set1_ps(scale));
+    const vf table = _mm512_mul_ps(q, scale);
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
     w[0] = _mm512_permutexvar_ps(bytes, table);
     w[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table);

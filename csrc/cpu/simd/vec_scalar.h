@@ -35,6 +35,7 @@ static inline vf v_set1(float x)
 {
     return x;
 }
+static inline vf v_set1_bf16(const uint16_t *p) { return kl_bf16_to_f32(*p); }
 static inline vf v_load(const float *p)
 {
     return *p;
@@ -71,7 +72,7 @@ static inline vf v_load_i8(const int8_t *p)
 {
     return (float)*p;
 }
-static inline void v_load_i4(const uint8_t *p, float scale, vf *w)
+static inline void v_load_i4(const uint8_t *p, vf scale, vf *w)
 {
     for (int i = 0; i < 16; i++) {
         w[i] = (float)((p[i] & 15) - 8) * scale;
