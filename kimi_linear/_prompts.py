@@ -21,6 +21,8 @@ def prompt_rows(
     prompt: str, token ids or chat messages; or a list of any of them.
     Raises TypeError or ValueError naming the row.
     """
+    if getattr(prompt, "ndim", None) == 2:
+        prompt = list(prompt)
     if _is_row(prompt):
         return [row_ids(prompt, tokenizer, vocab_size, "prompt")], False
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):

@@ -14,6 +14,7 @@ from .tokenizer import check_id
 
 MAX_TOP = 256  # alternatives reported with a token
 _MASK = (1 << 64) - 1
+_FLT_MIN = 2.0**-126  # the core takes float32, where less would become the 0 that is refused
 
 LogitsProcessor = Callable[[Any, Any], Any]
 
@@ -86,7 +87,7 @@ def check_sampling(
 ) -> Sampling:
     """Raises ValueError or TypeError naming the argument and its range."""
     stop_ids = dict.fromkeys(() if ignore_eos else default_stop_ids)
-    for i, token_id in enumerate(stop_token_ids or ()):
+    for i, token_id in enumerate(() if stop_token_ids is None else stop_token_ids):
         stop_ids[check_id(token_id, vocab_size, f"stop_token_ids[{i}]")] = None
     if logprobs is not None:
         logprobs = _integer("logprobs", logprobs, 0, min(MAX_TOP, vocab_size))
@@ -136,7 +137,7 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
         number = math.inf
     if not (low < number if open_low else low <= number) or not number <= high:
         raise ValueError(f"{name}: must be a number in {interval}, got {quote(value)}")
-    return number
+    return max(number, _FLT_MIN) if open_low else number
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

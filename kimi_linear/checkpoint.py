@@ -106,14 +106,14 @@ class Checkpoint:
                 )
         for name, entry in self.tensors.items():
             if name not in weight_map:
-                file = self.files[entry.file]
+                where = self.files[entry.file]
                 raise WeightsError(
-                    f"{file}: tensor {quote(name)} must be named by {index.name}"
+                    f"{where}: tensor {quote(name)} must be named by {index.name}"
                 )
 
     @property
     def dtype(self) -> str:
-        """ "f32" or "bf16": how the big matrices are stored, by the embedding's example."""
+        """How the big matrices are stored, by the embedding's example: "f32" or "bf16"."""
         entry = self.tensors.get("model.embed_tokens.weight")
         return "f32" if entry is not None and entry.dtype == "F32" else "bf16"
 

@@ -276,6 +276,7 @@ def bench_command(args: argparse.Namespace) -> None:
 
 def _bench_once(model: "Model", prompt: Any, new_tokens: int) -> tuple[float, float]:
     answers = model.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True)
+    assert isinstance(answers, list)
     stats = answers[0].stats  # a batch shares its times
     n = len(answers)
     return n * stats.prefill_rate, n * stats.decode_rate

@@ -202,7 +202,7 @@ class KimiLinearConfig:
 
     @property
     def layer_types(self) -> tuple[str, ...]:
-        """ "linear_attention" (KDA) or "full_attention" (MLA) of each layer."""
+        """Of each layer: "linear_attention" (KDA) or "full_attention" (MLA)."""
         kda = set(self.linear_attn_config.kda_layers)
         return tuple(
             "linear_attention" if layer in kda else "full_attention"
@@ -211,7 +211,7 @@ class KimiLinearConfig:
 
     @property
     def ffn_types(self) -> tuple[str, ...]:
-        """ "dense" or "sparse" (mixture of experts) of each layer."""
+        """Of each layer: "dense" or "sparse" (mixture of experts)."""
         if self.mlp_layer_types is not None:
             return self.mlp_layer_types
         first, every = self.first_k_dense_replace, self.moe_layer_freq

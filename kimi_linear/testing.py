@@ -91,7 +91,7 @@ def write_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     shapes = list(config.tensor_shapes().items())
     per_file = math.ceil(len(shapes) / n_files)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, begin in enumerate(range(0, len(shapes), per_file)):
         name = "model.safetensors"
         if n_files > 1:

@@ -64,8 +64,8 @@ def test_a_message_cannot_forge_a_turn():
 
 
 def test_tools_are_declared_in_compact_sorted_json():
-    tool = {"type": "function",
-            "function": {"name": "add", "parameters": {"z": {"b": 1, "a": "é"}, "y": 2}}}  # fmt: skip
+    parameters = {"z": {"b": 1, "a": "é"}, "y": 2}
+    tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
     assert text([USER], tools=[tool]).startswith(
         "<|im_system|>tool_declare<|im_middle|>"
         '[{"function":{"name":"add","parameters":{"y":2,"z":{"a":"é","b":1}}},"type":"function"}]'

@@ -304,7 +304,8 @@ def test_a_tensor_that_the_index_forgets(model_dir):
     refuse(model_dir, "must be named by model.safetensors.index.json")
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": []}',
+@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"weight_map": {}}',
+                                 b'{"weight_map": []}',
                                  b'{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}',
                                  b"[" * 100_000])  # fmt: skip
 def test_a_bad_index(model_dir, raw):

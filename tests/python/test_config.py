@@ -104,7 +104,8 @@ def test_frozen_hashable_and_validated_when_built_directly():
 REQUIRED = [
     "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "model_max_length",
     "rms_norm_eps", "tie_word_embeddings", "num_attention_heads", "kv_lora_rank", "hidden_act",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_experts", "num_experts_per_token",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_experts",
+    "num_experts_per_token",
     "num_shared_experts", "moe_intermediate_size", "moe_router_activation_func",
     "moe_renormalize", "routed_scaling_factor", "first_k_dense_replace", "mla_use_nope",
 ]  # fmt: skip
@@ -131,10 +132,12 @@ def test_missing_layer_lists_are_named():
 
 BAD_VALUES = [
     ("vocab_size", True), ("vocab_size", 0), ("vocab_size", -5), ("vocab_size", 320.0),
-    ("vocab_size", "320"), ("vocab_size", None), ("vocab_size", 1 << 40), ("hidden_size", 1 << 63),
+    ("vocab_size", "320"), ("vocab_size", None), ("vocab_size", 1 << 40),
+    ("hidden_size", 1 << 63),
     ("hidden_size", 10**400), ("num_hidden_layers", 513), ("num_hidden_layers", [4]),
     ("model_max_length", 1 << 31), ("num_experts_per_token", 0), ("num_shared_experts", -1),
-    ("rms_norm_eps", 0), ("rms_norm_eps", "1e-5"), ("rms_norm_eps", True), ("rms_norm_eps", 1e400),
+    ("rms_norm_eps", 0), ("rms_norm_eps", "1e-5"), ("rms_norm_eps", True),
+    ("rms_norm_eps", 1e400),
     ("rms_norm_eps", float("nan")), ("routed_scaling_factor", -1.0),
     ("routed_scaling_factor", float("inf")), ("routed_scaling_factor", 10**400),
     ("gate_lower_bound", 0.0), ("gate_lower_bound", 5), ("gate_lower_bound", float("nan")),
@@ -172,7 +175,7 @@ def test_a_bad_value_is_named(name, value):
         ({"num_expert_group": 3}, "multiple of num_expert_group"),
         ({"topk_group": 2}, "topk_group"),
         ({"num_expert_group": 4, "topk_group": 1, "num_experts_per_token": 3}, "the 2 experts"),
-        ({"num_experts": 8, "num_local_experts": 16}, "num_local_experts: must equal num_experts"),
+        ({"num_experts": 8, "num_local_experts": 16}, "num_local_experts: must equal"),
         ({"hidden_size": 1 << 16, "vocab_size": 1 << 24, "num_experts": 1 << 14,
           "moe_intermediate_size": 1 << 20}, "2.42 parameters"),
     ],
@@ -185,7 +188,8 @@ def test_fields_must_agree(changes, message):
 @pytest.mark.parametrize(
     "name,value",
     [
-        ("use_full_rank_gate", True), ("attn_res_block_size", 12), ("mla_use_output_gate", True),
+        ("use_full_rank_gate", True), ("attn_res_block_size", 12),
+        ("mla_use_output_gate", True),
         ("routed_expert_hidden_size", 3584), ("quantization_config", {"quant_method": "awq"}),
         ("rope_scaling", {"type": "yarn"}), ("mla_use_nope", False), ("attention_bias", True),
         ("hidden_act", "gelu"), ("sliding_window", 4096), ("allow_neg_eigval", True),
