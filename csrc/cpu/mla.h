@@ -34,13 +34,14 @@ static inline const void *kl_mla_at(const kl_tensor *t, int64_t element)
     return (const char *)t->data + (size_t)element * kl_dtype_bytes(t->dtype);
 }
 
-/* Query channels of a token and head; row `row` of a head's W_UK (from 0) and W_UV (from nope). */
+/* Query channels of a token and head. */
 static inline const void *kl_mla_query(const kl_mla_view *v, int64_t token, int64_t h,
                                        int64_t channel)
 {
     return kl_mla_at(&v->a->q, token * v->a->q.stride[0] + h * (v->nope + v->rope) + channel);
 }
 
+/* A row of a head's w_kv_b: W_UK from row 0, W_UV from row nope. */
 static inline const void *kl_mla_weight(const kl_mla_view *v, int64_t h, int64_t row)
 {
     return kl_mla_at(&v->a->w_kv_b, (h * (v->nope + v->V) + row) * v->rank);

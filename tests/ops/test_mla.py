@@ -35,7 +35,7 @@ VARIANTS = available_variants()
 
 
 def make_case(spans, dims, *, seed=0, dtype=np.float32, w_dtype=np.float32):
-    """Arguments of mla_prefill for sequences of (past, new) tokens, all lists one a sequence."""
+    """Arguments of mla_prefill for sequences of (past, new) tokens."""
     H, nope, rope, rank, V = dims
     r = np.random.default_rng(seed)
     cu = np.cumsum([0] + [new for _, new in spans]).astype(np.int32)
@@ -84,16 +84,15 @@ def decode(case, latents, **changes):
     """The last token of each sequence; case["q"] has one row for each."""
     pages, table, lengths = to_pages(latents)
     case = {**case, **changes}
-    out = np.full((len(latents), case["q"].shape[1], value_width(case)), np.nan, case["q"].dtype)
-    kl.ops.mla_decode(case["q"], pages, table, lengths, case["w_kv_b"], scale=SCALE, out=out)
+    q, w = case["q"], case["w_kv_b"]
+    out = np.full((len(q), q.shape[1], value_width(case)), np.nan, q.dtype)
+    kl.ops.mla_decode(q, pages, table, lengths, w, scale=SCALE, out=out)
     return out
 
 
 def whole_latents(case):
-    return [
-        np.concatenate([past, case["latent"][a:b]])
-        for past, a, b in zip(case["past"], case["cu_seqlens"], case["cu_seqlens"][1:], strict=False)
-    ]
+    new = np.split(case["latent"], case["cu_seqlens"][1:-1])
+    return [np.concatenate(rows) for rows in zip(case["past"], new, strict=True)]
 
 
 def rel(got, want):
@@ -219,7 +218,9 @@ def test_chunks_at_pages_change_no_bit(past):
         assert (run_in_chunks(case, cuts) == whole).all()
 
 
-@pytest.mark.parametrize("cuts", [[1], [63], [65], [100], [199], [7, 8, 9, 120], list(range(1, 200))])
+@pytest.mark.parametrize(
+    "cuts", [[1], [63], [65], [100], [199], [7, 8, 9, 120], list(range(1, 200))]
+)
 def test_chunks_elsewhere_agree(cuts):
     case = make_case([(20, 200)], ODD)
     assert rel(run_in_chunks(case, cuts), prefill(case).astype(float)) < 1e-6
