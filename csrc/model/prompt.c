@@ -74,6 +74,7 @@ static void scatter(const kl_prompt *p, const buffers *b, int64_t first, int64_t
         const int64_t t = first + b->rows[r];
         p->logprobs[t] = b->logprobs[r];
         p->greedy[t] = b->greedy[r];
+        if (p->top == 0) continue;
         memcpy(p->top_ids + t * p->top, b->top_ids + r * p->top,
                (size_t)p->top * sizeof *p->top_ids);
         memcpy(p->top_logprobs + t * p->top, b->top_logprobs + r * p->top,

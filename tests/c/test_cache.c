@@ -1,0 +1,321 @@
+/*
+ * test_cache.c -- the cache against a model of it: every sequence remembers what was written
+ * to it, whatever was forked, shared, copied, released and used again in between.
+ */
+#include "test.h"
+
+#include "base/memory.h"
+#include "base/rng.h"
+#include "model/cache.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+enum { SLOTS = 5, PAGES = 14, CONTEXT = 5 * KL_PAGE_TOKENS + 3, STEPS = 4000 };
+
+static const kl_config config = {
+    .vocab_size = 10,
+    .hidden_size = 8,
+    .n_layers = 4,
+    .max_length = 4096,
+    .mixer = {KL_MIXER_KDA, KL_MIXER_MLA, KL_MIXER_KDA, KL_MIXER_MLA},
+    .kda_heads = 2,
+    .kda_head_dim = 3,
+    .conv_width = 4,
+    .mla_heads = 1,
+    .kv_rank = 2,
+    .nope_dim = 1,
+    .rope_dim = 1,
+    .v_dim = 1,
+};
+
+/* What a sequence should hold. */
+typedef struct {
+    kl_seq seq; /* 0: none */
+    int64_t length;
+    float state;
+    float rows[CONTEXT];
+} shadow;
+
+typedef struct {
+    kl_backend *be;
+    kl_cache c;
+    void *block;
+    size_t bytes;
+    shadow shadows[SLOTS];
+    uint64_t seed, index;
+    float next; /* a value never written before */
+} world;
+
+static int64_t draw(world *w, int64_t n)
+{
+    return (int64_t)(kl_rng_uniform(w->seed, w->index++) * (double)n);
+}
+
+static void poison(world *w)
+{
+    float *p = w->block;
+    for (size_t i = 0; i < w->bytes / sizeof *p; i++) p[i] = NAN;
+}
+
+static void open_world(world *w, uint64_t seed)
+{
+    const kl_backend_options options = {.threads = 1};
+    const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT};
+    kl_error err = {KL_OK, ""};
+    size_t states, pages;
+    kl_arena a;
+    memset(w, 0, sizeof *w);
+    w->seed = seed;
+    w->next = 1.0f;
+    EXPECT(kl_backend_open("cpu", NULL, &options, &w->be, &err) == KL_OK);
+    kl_arena_init(&a, NULL, 0);
+    EXPECT(kl_cache_layout(NULL, &config, KL_F32, &shape, &a, &states, &pages, &err) == KL_OK);
+    w->bytes = states + pages;
+    w->block = kl_aligned_alloc(w->bytes);
+    poison(w);
+    kl_arena_init(&a, w->block, w->bytes);
+    EXPECT(kl_cache_init(&w->c, w->be, &config, KL_F32, &shape, &a, &err) == KL_OK);
+    EXPECT(a.used == w->bytes);
+}
+
+static void close_world(world *w)
+{
+    kl_cache_free(&w->c);
+    kl_free(w->block);
+    kl_backend_close(w->be);
+}
+
+/* ---- reading and writing what the layers would ----------------------------------------- */
+
+static float *row_of(const world *w, int64_t layer, int64_t slot, int64_t position)
+{
+    const kl_tensor *t = &w->c.pages[layer];
+    const int32_t page = kl_cache_table(&w->c, slot)[position / KL_PAGE_TOKENS];
+    return (float *)t->data + page * t->stride[0] + position % KL_PAGE_TOKENS * t->stride[1];
+}
+
+static void write_state(world *w, int64_t slot, float value)
+{
+    for (int64_t i = 0; i < w->c.n_kda; i++) {
+        const kl_tensor *tensors[] = {&w->c.states[i], &w->c.windows[i]};
+        for (int k = 0; k < 2; k++)
+            for (int64_t j = 0; j < tensors[k]->stride[0]; j++)
+                ((float *)tensors[k]->data)[slot * tensors[k]->stride[0] + j] =
+                    value + (float)i;
+    }
+}
+
+/* A fresh sequence reads 0 everywhere; value 0 asks for that. */
+static bool state_is(const world *w, int64_t slot, float value)
+{
+    for (int64_t i = 0; i < w->c.n_kda; i++) {
+        const kl_tensor *tensors[] = {&w->c.states[i], &w->c.windows[i]};
+        for (int k = 0; k < 2; k++)
+            for (int64_t j = 0; j < tensors[k]->stride[0]; j++)
+                if (((const float *)tensors[k]->data)[slot * tensors[k]->stride[0] + j] !=
+                    (value == 0.0f ? 0.0f : value + (float)i))
+                    return false;
+    }
+    return true;
+}
+
+static bool holds(const world *w, const shadow *s)
+{
+    int64_t slot;
+    kl_error err;
+    if (kl_cache_find(&w->c, s->seq, false, &slot, &err) != KL_OK) return false;
+    if (w->c.seqs[slot].length != s->length || !state_is(w, slot, s->state)) return false;
+    for (int64_t t = 0; t < s->length; t++)
+        for (int64_t layer = 0; layer < 2; layer++)
+            if (row_of(w, layer, slot, t)[0] != s->rows[t] + (float)layer) return false;
+    return true;
+}
+
+/* Pages in use are those that some table holds, with as many references. */
+static bool pages_add_up(const world *w)
+{
+    uint32_t refs[PAGES] = {0};
+    int64_t used = 0, alive = 0, reserved = 0;
+    for (int64_t s = 0; s < SLOTS; s++) {
+        const kl_cache_seq *seq = &w->c.seqs[s];
+        alive += seq->generation & 1u;
+        reserved += seq->reserved;
+        for (int64_t p = 0; p < seq->n_pages; p++) refs[kl_cache_table(&w->c, s)[p]]++;
+    }
+    for (int p = 0; p < PAGES; p++) {
+        if (refs[p] != w->c.refs[p]) return false;
+        used += refs[p] > 0;
+    }
+    return used == PAGES - w->c.n_free && alive == w->c.n_alive &&
+           reserved == w->c.n_reserved && w->c.n_free >= w->c.n_reserved;
+}
+
+/* ---- the moves ------------------------------------------------------------------------- */
+
+static shadow *any(world *w, bool alive)
+{
+    for (int tries = 0; tries < 20; tries++) {
+        shadow *s = &w->shadows[draw(w, SLOTS)];
+        if ((s->seq != 0) == alive) return s;
+    }
+    return NULL;
+}
+
+static void move_new(world *w)
+{
+    kl_error err;
+    shadow *s = any(w, false);
+    if (s == NULL) return;
+    memset(s, 0, sizeof *s);
+    EXPECT(kl_cache_new(&w->c, &s->seq, &err) == KL_OK);
+    EXPECT(holds(w, s)); /* zeros, though the slot was poisoned or used */
+}
+
+static void move_fork(world *w)
+{
+    kl_error err;
+    shadow *from = any(w, true), *to = any(w, false);
+    if (from == NULL || to == NULL) return;
+    *to = *from;
+    EXPECT(kl_cache_fork(&w->c, from->seq, &to->seq, &err) == KL_OK);
+    EXPECT(to->seq != from->seq);
+}
+
+static void move_release(world *w)
+{
+    kl_error err;
+    int64_t slot;
+    shadow *s = any(w, true);
+    if (s == NULL) return;
+    EXPECT(kl_cache_release(&w->c, s->seq, &err) == KL_OK);
+    EXPECT(kl_cache_find(&w->c, s->seq, true, &slot, &err) == KL_ERR_VALUE);
+    EXPECT(kl_cache_release(&w->c, s->seq, &err) == KL_ERR_VALUE);
+    s->seq = 0;
+}
+
+static void move_reserve(world *w)
+{
+    kl_error err;
+    shadow *s = any(w, true);
+    if (s == NULL) return;
+    const int64_t available = kl_cache_available(&w->c);
+    const kl_status status = kl_cache_reserve(&w->c, s->seq, draw(w, CONTEXT) + 1, &err);
+    EXPECT(status == KL_OK || status == KL_ERR_MEMORY);
+    EXPECT(status == KL_OK || kl_cache_available(&w->c) == available);
+}
+
+static void append(world *w, shadow *s, int64_t slot, int64_t count)
+{
+    for (int64_t t = s->length; t < s->length + count; t++) {
+        s->rows[t] = w->next++;
+        for (int64_t layer = 0; layer < 2; layer++)
+            row_of(w, layer, slot, t)[0] = s->rows[t] + (float)layer;
+    }
+    s->length += count;
+    s->state = w->next++;
+    write_state(w, slot, s->state);
+    kl_cache_advance(&w->c, slot, count);
+}
+
+/* A step over several sequences at once, forks of one another among them. */
+static void move_grow(world *w)
+{
+    shadow *fed[SLOTS];
+    int64_t slots[SLOTS], counts[SLOTS], n = 0;
+    kl_error err;
+    for (int i = 0; i < SLOTS; i++) {
+        if (w->shadows[i].seq == 0 || draw(w, 2) == 0) continue;
+        EXPECT(kl_cache_find(&w->c, w->shadows[i].seq, false, &slots[n], &err) == KL_OK);
+        fed[n] = &w->shadows[i];
+        counts[n++] = 1 + draw(w, draw(w, 2) == 0 ? 3 : 100);
+    }
+    const int64_t free_before = w->c.n_free;
+    bool too_long = false;
+    for (int64_t i = 0; i < n; i++) too_long |= fed[i]->length + counts[i] > CONTEXT;
+    const kl_status status = kl_cache_check_growth(&w->c, slots, counts, n, &err);
+    EXPECT(too_long ? status == KL_ERR_VALUE : status == KL_OK || status == KL_ERR_MEMORY);
+    EXPECT(w->c.n_free == free_before);
+    if (status != KL_OK) return;
+    EXPECT(kl_cache_grow(&w->c, slots, counts, n, &err) == KL_OK);
+    for (int64_t i = 0; i < n; i++) append(w, fed[i], slots[i], counts[i]);
+}
+
+static void every_sequence_keeps_its_own(void)
+{
+    static void (*const moves[])(world *) = {move_new,  move_fork, move_release, move_reserve,
+                                             move_grow, move_grow, move_grow,    move_grow};
+    static world w;
+    open_world(&w, 1);
+    for (int step = 0; step < STEPS && test_failed_here == 0; step++) {
+        moves[draw(&w, 8)](&w);
+        EXPECT(pages_add_up(&w));
+        for (int i = 0; i < SLOTS; i++)
+            if (w.shadows[i].seq != 0) EXPECT(holds(&w, &w.shadows[i]));
+    }
+    close_world(&w);
+}
+
+/* Three that share a partial page go on in one step: two copies are needed, not three, and the
+ * pool has exactly two. */
+static void shared_pages_are_copied_only_where_needed(void)
+{
+    static world w;
+    const int64_t ten = 10, full = 4 * KL_PAGE_TOKENS;
+    int64_t slots[SLOTS], three[] = {1, 1, 1};
+    kl_seq a, b, c, filler[3];
+    kl_error err;
+    open_world(&w, 2);
+    EXPECT(kl_cache_new(&w.c, &a, &err) == KL_OK);
+    EXPECT(kl_cache_find(&w.c, a, false, &slots[0], &err) == KL_OK);
+    EXPECT(kl_cache_grow(&w.c, slots, &ten, 1, &err) == KL_OK);
+    kl_cache_advance(&w.c, slots[0], ten);
+    EXPECT(kl_cache_fork(&w.c, a, &b, &err) == KL_OK &&
+           kl_cache_fork(&w.c, b, &c, &err) == KL_OK);
+    EXPECT(kl_cache_find(&w.c, b, false, &slots[1], &err) == KL_OK);
+    EXPECT(kl_cache_find(&w.c, c, false, &slots[2], &err) == KL_OK);
+
+    EXPECT(kl_cache_new(&w.c, &filler[0], &err) == KL_OK);
+    EXPECT(kl_cache_reserve(&w.c, filler[0], full, &err) == KL_OK);
+    EXPECT(kl_cache_new(&w.c, &filler[1], &err) == KL_OK);
+    EXPECT(kl_cache_reserve(&w.c, filler[1], full, &err) == KL_OK);
+    EXPECT(kl_cache_available(&w.c) == PAGES - 1 - 8);
+    EXPECT(kl_cache_reserve(&w.c, a, 4 * KL_PAGE_TOKENS, &err) == KL_OK); /* three more */
+    EXPECT(kl_cache_available(&w.c) == 2);
+    EXPECT(kl_cache_check_growth(&w.c, slots, three, 3, &err) == KL_OK);
+    const int64_t before = w.c.n_free;
+    EXPECT(kl_cache_grow(&w.c, slots, three, 3, &err) == KL_OK);
+    EXPECT(before - w.c.n_free == 2);
+    EXPECT(pages_add_up(&w));
+    close_world(&w);
+}
+
+static void limits_have_names(void)
+{
+    static world w;
+    kl_seq seq[SLOTS + 1];
+    kl_error err;
+    int64_t slot, count = CONTEXT + 1;
+    open_world(&w, 3);
+    for (int i = 0; i < SLOTS; i++) EXPECT(kl_cache_new(&w.c, &seq[i], &err) == KL_OK);
+    EXPECT(kl_cache_new(&w.c, &seq[SLOTS], &err) == KL_ERR_MEMORY);
+    EXPECT_TEXT(err.message,
+                "sequence: all 5 are in use (max_batch); release one or plan for more");
+    EXPECT(kl_cache_fork(&w.c, seq[0], &seq[SLOTS], &err) == KL_ERR_MEMORY);
+    EXPECT(kl_cache_find(&w.c, 0, false, &slot, &err) == KL_ERR_VALUE);
+    EXPECT(kl_cache_find(&w.c, seq[1] + ((kl_seq)2 << 32), false, &slot, &err) == KL_ERR_VALUE);
+    EXPECT(kl_cache_find(&w.c, 77, false, &slot, &err) == KL_ERR_VALUE);
+    EXPECT(kl_cache_find(&w.c, seq[0], false, &slot, &err) == KL_OK);
+    EXPECT(kl_cache_check_growth(&w.c, &slot, &count, 1, &err) == KL_ERR_VALUE);
+    EXPECT_TEXT(err.message,
+                "sequence: 0 tokens and 324 more must be at most 323 (max_context)");
+    close_world(&w);
+}
+
+int main(void)
+{
+    RUN(every_sequence_keeps_its_own);
+    RUN(shared_pages_are_copied_only_where_needed);
+    RUN(limits_have_names);
+    return test_failures != 0;
+}

@@ -1,0 +1,109 @@
+/*
+ * tiny_model.h -- a model small enough to be run thousands of times, and its checkpoint as a
+ * file: every tensor that the weight table names, random bytes behind it.
+ */
+#ifndef KL_TINY_MODEL_H
+#define KL_TINY_MODEL_H
+
+#include "base/bf16.h"
+#include "base/rng.h"
+#include "model/weights.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+/* K != V cannot be had here (a checkpoint has one head dimension), every other pair differs. */
+static const kl_config tiny_config = {
+    .vocab_size = 97,
+    .hidden_size = 24,
+    .n_layers = 4,
+    .max_length = 4096,
+    .mixer = {KL_MIXER_KDA, KL_MIXER_MLA, KL_MIXER_KDA, KL_MIXER_MLA},
+    .ffn = {KL_FFN_DENSE, KL_FFN_MOE, KL_FFN_MOE, KL_FFN_DENSE},
+    .kda_heads = 2,
+    .kda_head_dim = 8,
+    .conv_width = 4,
+    .gate = KL_GATE_SOFTPLUS,
+    .mla_heads = 3,
+    .q_rank = 10,
+    .kv_rank = 12,
+    .nope_dim = 6,
+    .rope_dim = 4,
+    .v_dim = 5,
+    .q_norm_eps = 1e-6f,
+    .kv_norm_eps = 1e-6f,
+    .dense_inner = 20,
+    .n_experts = 6,
+    .top_k = 2,
+    .moe_inner = 14,
+    .n_shared = 1,
+    .groups = 1,
+    .top_groups = 1,
+    .score = KL_SCORE_SIGMOID,
+    .routed_scaling = 2.0f,
+    .renormalize = true,
+    .rms_eps = 1e-5f,
+};
+
+static const kl_engine_options tiny_options = {
+    .format = KL_W_F32, .max_context = 256, .max_batch = 4, .step_tokens = 64};
+
+enum { MAX_SOURCES = 128 };
+
+typedef struct {
+    FILE *file;
+    int fd;
+    kl_source sources[MAX_SOURCES];
+    char names[MAX_SOURCES][96];
+    int64_t n;
+    uint64_t end;
+    bool bf16; /* matrices in bf16 */
+} checkpoint;
+
+static inline float tiny_value(const kl_part *p, uint64_t tensor, int64_t i)
+{
+    const double u = kl_rng_uniform(1000 + tensor, (uint64_t)i) * 2.0 - 1.0;
+    return p->mean + p->std * 1.7f * (float)u;
+}
+
+static inline kl_status tiny_write(void *ctx, const kl_part *p, kl_error *err)
+{
+    checkpoint *c = ctx;
+    kl_source *s = &c->sources[c->n];
+    const int64_t cols = p->dest->cols, size = p->rows * cols;
+    (void)err;
+    snprintf(c->names[c->n], sizeof c->names[0], "%s", p->name);
+    *s = (kl_source){.name = c->names[c->n], .offset = c->end, .ndim = p->vector ? 1 : 2};
+    s->shape[0] = p->vector ? cols : p->rows;
+    s->shape[1] = cols;
+    s->dtype = c->bf16 && !p->vector ? KL_BF16 : KL_F32;
+    s->bytes = (uint64_t)size * kl_dtype_bytes(s->dtype);
+    for (int64_t i = 0; i < size; i++) {
+        const float f = tiny_value(p, (uint64_t)c->n, i);
+        const uint16_t b = kl_f32_to_bf16(f);
+        if (s->dtype == KL_F32)
+            fwrite(&f, sizeof f, 1, c->file);
+        else
+            fwrite(&b, sizeof b, 1, c->file);
+    }
+    c->end += s->bytes;
+    c->n++;
+    return KL_OK;
+}
+
+static inline void tiny_checkpoint(checkpoint *c, const kl_config *config, bool bf16)
+{
+    const kl_weight_visitor visitor = {.part = tiny_write, .ctx = c};
+    kl_weights w;
+    kl_error err;
+    memset(c, 0, sizeof *c);
+    c->bf16 = bf16;
+    c->file = tmpfile();
+    if (c->file == NULL || kl_weights_new(config->n_layers, &w, &err) != KL_OK) abort();
+    if (kl_weights_visit(&w, config, KL_W_F32, &visitor, &err) != KL_OK) abort();
+    kl_weights_free(&w);
+    fflush(c->file);
+    c->fd = fileno(c->file);
+}
+
+#endif
