@@ -23,7 +23,7 @@ _cpu_override: ContextVar[_core.Backend | None] = ContextVar("kimi_linear_cpu", 
 
 
 def cpu_threads() -> int:
-    """Threads of a CPU backend: what the environment says, else 0, every CPU this process may use.
+    """Threads of a CPU backend as the environment has it; 0, all this process may use, if not.
 
     Raises ValueError where KIMI_LINEAR_THREADS is not a number of threads. OMP_NUM_THREADS is
     written for other programs, so a form of it that is not understood is passed over.
@@ -76,8 +76,8 @@ def of(array: Any) -> _core.Backend:
 def backend(*, threads: int = 0, cpu: str | None = None) -> Iterator[_core.Backend]:
     """Within the block, operations on the CPU use a backend of their own: for tests.
 
-    threads: worker threads, the caller's included; 0 for all. cpu: "scalar", "avx2", "avx512" or
-    "avx512bf16"; None for the widest. Raises DeviceError where this CPU lacks the instruction
+    threads: worker threads, the caller's included; 0 for all. cpu: "scalar", "avx2", "avx512"
+    or "avx512bf16"; None for the widest. Raises DeviceError where this CPU lacks the instruction
     set. Holds for the calling thread and the tasks it starts.
     """
     own = _core.Backend("cpu", 0, threads, cpu, CUDA_LIBRARY)

@@ -44,7 +44,8 @@ def kda_prefill(q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: float | Non
                 initial_state: Any = None, cu_seqlens: Any = None, gate: str = "direct",
                 A_log: Any = None, dt_bias: Any = None, lower_bound: float = -5.0,
                 normalize: bool = False, beta_logits: bool = False, out: Any = None,
-                final_state: Any = None, stream: int | None = None) -> tuple[Any, Any]:  # fmt: skip
+                final_state: Any = None,
+                stream: int | None = None) -> tuple[Any, Any]:  # fmt: skip
     """Kimi Delta Attention over sequences of any length.
 
     Per head and token, with the state S [V, K]:
@@ -86,7 +87,8 @@ def kda_prefill(q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: float | Non
 def kda_decode(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, *, slots: Any = None,
                scale: float | None = None, gate: str = "direct", A_log: Any = None,
                dt_bias: Any = None, lower_bound: float = -5.0, normalize: bool = False,
-               beta_logits: bool = False, out: Any = None, stream: int | None = None) -> Any:  # fmt: skip
+               beta_logits: bool = False, out: Any = None,
+               stream: int | None = None) -> Any:  # fmt: skip
     """One token of Kimi Delta Attention for each of N sequences.
 
     Args:
@@ -111,7 +113,7 @@ def kda_decode(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, *, slots: 
 def short_conv(x: Any, weight: Any, *, state: Any = None, cu_seqlens: Any = None,
                activation: str | None = "silu", out: Any = None,
                stream: int | None = None) -> tuple[Any, Any]:  # fmt: skip
-    """Depthwise causal convolution over time:  y[t] = act(sum_j weight[:, j] * x[t - (W-1) + j]).
+    """Depthwise causal convolution:  y[t] = act(sum_j weight[:, j] * x[t - (W-1) + j]).
 
     Args:
         x: [T, C].
@@ -170,7 +172,8 @@ def rms_norm(x: Any, weight: Any, *, eps: float, residual: Any = None, out: Any 
 
 
 def mla_prefill(q: Any, latent: Any, w_kv_b: Any, *, cu_seqlens: Any = None, past: Any = None,
-                scale: float | None = None, out: Any = None, stream: int | None = None) -> Any:  # fmt: skip
+                scale: float | None = None, out: Any = None,
+                stream: int | None = None) -> Any:  # fmt: skip
     """Causal latent attention (MLA without rotation) of new tokens over themselves and a past.
 
     Per head, with w_kv_b[h] = [W_UK; W_UV] and latents [c | k_pe]:
@@ -198,7 +201,8 @@ def mla_prefill(q: Any, latent: Any, w_kv_b: Any, *, cu_seqlens: Any = None, pas
 
 
 def mla_decode(q: Any, pages: Any, block_table: Any, lengths: Any, w_kv_b: Any, *,
-               scale: float | None = None, out: Any = None, stream: int | None = None) -> Any:  # fmt: skip
+               scale: float | None = None, out: Any = None,
+               stream: int | None = None) -> Any:  # fmt: skip
     """Latent attention of one token for each of N sequences, over latents in pages.
 
     Args:

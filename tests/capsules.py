@@ -121,7 +121,7 @@ class Producer:
         return self.device
 
 
-# ---- the exchange API --------------------------------------------------------------------------
+# ---- the exchange API ------------------------------------------------------------------------
 
 ALLOCATE = ctypes.PYFUNCTYPE(
     c_int, POINTER(Tensor), POINTER(c_void_p), c_void_p, CFUNCTYPE(None, c_void_p, c_char_p, c_char_p)

@@ -25,7 +25,7 @@ def check(x, values):
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
-# ---- NumPy in ----------------------------------------------------------------------------------
+# ---- NumPy in --------------------------------------------------------------------------------
 
 VIEWS = {
     "dense": lambda a: a,
@@ -129,7 +129,7 @@ def test_empty_arrays():
     assert y.shape == (0, 3) and state.shape == (0, 3, 3)
 
 
-# ---- NumPy out ---------------------------------------------------------------------------------
+# ---- NumPy out -------------------------------------------------------------------------------
 
 
 def test_given_output_is_the_one_returned():
@@ -189,7 +189,7 @@ def test_norms_may_write_over_their_input():
         ops.gated_rms_norm(x, z, weight, out=z)
 
 
-# ---- buffers in --------------------------------------------------------------------------------
+# ---- buffers in ------------------------------------------------------------------------------
 
 
 def test_plain_buffers():
@@ -239,7 +239,7 @@ def test_a_buffer_in_use_is_released_afterwards():
     x.append(0)  # BufferError if anything still held it
 
 
-# ---- ids ---------------------------------------------------------------------------------------
+# ---- ids -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -260,7 +260,7 @@ def test_ids_of_another_dtype(dtype):
         ops.short_conv(draw(1, 3), draw(3, 4), cu_seqlens=np.array([0, 1], dtype))
 
 
-# ---- our own arrays as buffers -----------------------------------------------------------------
+# ---- our own arrays as buffers ---------------------------------------------------------------
 
 
 def own_array(dtype=np.float32):

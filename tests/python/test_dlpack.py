@@ -53,7 +53,7 @@ def check(producer, x):
     np.testing.assert_allclose(product(producer), expected(x), rtol=1e-5, atol=1e-5)
 
 
-# ---- in: what is right -------------------------------------------------------------------------
+# ---- in: what is right -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [Legacy, Versioned])
@@ -137,7 +137,7 @@ def test_producer_without_max_version():
     assert p.deleted == 1
 
 
-# ---- in: what is wrong -------------------------------------------------------------------------
+# ---- in: what is wrong -----------------------------------------------------------------------
 
 BAD_TENSORS = {
     "lanes": ({"lanes": 2}, BufferError, "lane"),
@@ -265,7 +265,7 @@ def test_devices():
         _core.device_of([1.0])
 
 
-# ---- written to --------------------------------------------------------------------------------
+# ---- written to ------------------------------------------------------------------------------
 
 
 def test_output_of_a_producer_is_filled_and_returned():
@@ -300,7 +300,7 @@ def test_read_only_input_is_fine():
     check(Producer(x, flags=READ_ONLY), x)
 
 
-# ---- no leaks ----------------------------------------------------------------------------------
+# ---- no leaks --------------------------------------------------------------------------------
 
 
 def test_references_are_stable():
@@ -359,7 +359,7 @@ def test_tensor_that_loses_its_storage_while_in_use():
     del junk
 
 
-# ---- out: our own arrays -----------------------------------------------------------------------
+# ---- out: our own arrays ---------------------------------------------------------------------
 
 
 def own_array(shape=(4, 5)):
@@ -465,7 +465,7 @@ def test_array_is_not_made_from_python():
         _core.Array()
 
 
-# ---- the exchange API --------------------------------------------------------------------------
+# ---- the exchange API ------------------------------------------------------------------------
 
 
 def test_our_exchange_table_lends_and_adopts():
