@@ -48,8 +48,8 @@ static size_t scratch_bytes(const kl_cpu *cpu, const kl_moe_experts *a, int64_t 
                             int64_t n)
 {
     size_t most = 0;
-    const int64_t rows = largest(pairs, n);
-    const int64_t cols[] = {a->w1.cols, a->w1.rows, has_shared(a) ? a->shared_w1.rows : 0};
+    const int64_t rows = largest(pairs, n), I = a->w1.rows;
+    const int64_t cols[] = {a->w1.cols, I, has_shared(a) ? a->shared_w1.rows : I};
     for (int i = 0; i < 3; i++) {
         const size_t bytes = kl_product_scratch_bytes(cpu, rows, cols[i]);
         most = bytes > most ? bytes : most;

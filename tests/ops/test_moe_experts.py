@@ -1,0 +1,133 @@
+"""moe_experts, and through its shared expert the dense layer, against the specification."""
+
+import kimi_linear as kl
+import numpy as np
+import pytest
+from kimi_linear import reference
+from kimi_linear._backends import backend
+from products import BF16, FORMATS, VARIANTS, relative, rows, same_bits, weight
+
+# T, D, I, I' (0: no shared expert), E, top_k: D and I unequal and no multiples of a vector; one
+# expert for all; every expert for all; more tokens than a block of 512; more pairs than a wave.
+CASES = (
+    (1, 33, 7, 9, 5, 2),
+    (3, 64, 31, 0, 4, 3),
+    (9, 100, 37, 64, 8, 8),
+    (70, 40, 24, 20, 1, 1),
+    (300, 24, 10, 0, 6, 4),
+    (515, 24, 16, 8, 9, 2),
+)
+
+
+def make_case(T, D, inner, shared, E, top_k, *, format="f32", dtype=np.float32, seed=0):
+    """(arguments of kl.ops.moe_experts, the same with float64 weights)."""
+    r = np.random.default_rng(seed)
+    ids = np.stack([r.permutation(E)[:top_k] for _ in range(T)]).astype(np.int32)
+    given = {
+        "x": rows(r, T, D, dtype, pad=0),
+        "ids": ids,
+        "weights": r.random((T, top_k)).astype(np.float32),
+    }
+    want = dict(given)
+    for name, shape in (("w1", (E, inner, D)), ("w3", (E, inner, D)), ("w2", (E, D, inner))):
+        given[name], want[name] = weight(r, *shape, format=format)
+    if shared:
+        shapes = ((shared, D), (shared, D), (D, shared))
+        pairs = [weight(r, *shape, format=format) for shape in shapes]
+        given["shared"], want["shared"] = (tuple(p[i] for p in pairs) for i in (0, 1))
+    return given, want
+
+
+def run(case, **changes):
+    case = {**case, **changes}
+    out = np.full(case["x"].shape, np.nan, case["x"].dtype)
+    assert kl.ops.moe_experts(**case, out=out) is out
+    return out
+
+
+def tokens(case, begin, end):
+    return {name: case[name][begin:end] for name in ("x", "ids", "weights")}
+
+
+def tolerance(dtype):
+    return 2e-6 if dtype == np.float32 else 4e-3  # two roundings to bfloat16
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_matches_float64(variant, format, dtype):
+    for shape in CASES:
+        given, want = make_case(*shape, format=format, dtype=dtype)
+        with backend(threads=2, cpu=variant):
+            got = run(given)
+        assert relative(got, reference.moe_experts(**want)) < tolerance(dtype), shape
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_a_token_has_its_bits_alone_and_for_any_threads(variant, format, dtype):
+    for shape in (CASES[2], CASES[4], CASES[5]):
+        given, _ = make_case(*shape, format=format, dtype=dtype)
+        T = shape[0]
+        with backend(threads=2, cpu=variant):
+            whole = run(given)
+            for t in (0, T // 2, T - 1):
+                assert same_bits(run(given, **tokens(given, t, t + 1))[0], whole[t])
+            assert same_bits(run(given, **tokens(given, 1, T)), whole[1:])
+        for threads in (1, 7):
+            with backend(threads=threads, cpu=variant):
+                assert same_bits(run(given), whole)
+
+
+def test_one_expert_named_twice():
+    """Nothing forbids it: both weights count, in the order of the slots."""
+    given, want = make_case(300, 24, 10, 0, 6, 4)
+    ids = np.full((300, 4), 3, np.int32)
+    got = run(given, ids=ids)
+    assert relative(got, reference.moe_experts(**{**want, "ids": ids})) < 2e-6
+
+
+def test_weights_of_unchosen_experts_are_not_read():
+    given, _ = make_case(5, 24, 10, 0, 6, 2)
+    clean = run(given, ids=given["ids"] % 3)
+    w = {n: given[n].dequantize() for n in ("w1", "w3", "w2")}
+    for array in w.values():
+        array[3:] = np.nan
+    assert same_bits(run(given, ids=given["ids"] % 3, **w), clean)
+
+
+def test_a_nan_stays_in_its_token():
+    given, _ = make_case(70, 40, 24, 20, 4, 2)
+    clean = run(given)
+    x = given["x"].copy()
+    x[5, 0] = np.nan
+    got = run(given, x=x)
+    assert np.isnan(got[5]).all()
+    keep = np.arange(70) != 5
+    assert same_bits(got[keep], clean[keep])
+
+
+@pytest.mark.parametrize("gate", [-200.0, 200.0])
+def test_silu_far_from_zero(gate):
+    """silu(-200) is 0 and silu(200) is 200: no infinity over infinity."""
+    one = np.ones((1, 1, 1), np.float32)
+    given = {
+        "x": np.full((1, 1), gate, np.float32),
+        "ids": np.zeros((1, 1), np.int32),
+        "weights": np.ones((1, 1), np.float32),
+    }
+    got = run({**given, "w1": one, "w3": one, "w2": one})
+    want = gate * gate if gate > 0 else 0.0
+    assert got[0, 0] == pytest.approx(want, abs=1e-30)
+
+
+@pytest.mark.parametrize("shared_format", FORMATS)
+def test_formats_may_differ(shared_format):
+    """The router's neighbours are often kept wider than the experts."""
+    given, want = make_case(9, 40, 24, 0, 4, 2, format="int4", dtype=BF16)
+    r = np.random.default_rng(9)
+    pairs = [weight(r, *s, format=shared_format) for s in ((20, 40), (20, 40), (40, 20))]
+    given["shared"], want["shared"] = (tuple(p[i] for p in pairs) for i in (0, 1))
+    assert relative(run(given), reference.moe_experts(**want)) < 4e-3

@@ -1,0 +1,79 @@
+"""quantize against the specification, bit for bit, and what it must refuse."""
+
+import kimi_linear as kl
+import numpy as np
+import pytest
+from kimi_linear import reference
+from kimi_linear._backends import backend
+from products import BF16, FORMATS, VARIANTS, rows, same_bits
+
+GROUP = {"int8": 64, "int4": 32}
+LEVELS = {"int8": 127, "int4": 7}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_same_bits_as_the_specification(variant, format, dtype):
+    r = np.random.default_rng(1)
+    with backend(threads=2, cpu=variant):
+        for n, k in ((1, 1), (7, 5), (5, 31), (64, 33), (37, 100), (3, 129), (700, 130)):
+            sizes = np.exp(3 * r.standard_normal((n, 1)))
+            w = (rows(r, n, k, pad=0) * sizes).astype(dtype)
+            w[n // 2] = 0.0
+            packed = kl.ops.quantize(w, format)
+            assert packed.shape == (n, k) and packed.format == format
+            want = reference.quantize(w.astype(np.float32), format).dequantize()
+            assert same_bits(packed.dequantize(), want.astype(np.float32)), (n, k)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_error_is_half_a_step(format):
+    r = np.random.default_rng(2)
+    w = r.standard_normal((20, 2 * GROUP[format])).astype(np.float32)
+    groups = w.reshape(20, 2, -1)
+    got = kl.ops.quantize(w, format).dequantize().reshape(groups.shape)
+    largest = np.abs(groups).max(axis=-1, keepdims=True)
+    # the scale is rounded to 8 bits: half a step of the largest scale, or the clamp at its edge
+    step = largest / LEVELS[format] * (1 + 2.0**-8)
+    assert (np.abs(got - groups) <= np.maximum(0.5 * step, largest * 2.0**-8)).all()
+    assert np.abs(got).max() > 0
+
+
+def test_numbers_of_every_size():
+    """Largest, smallest and subnormal groups; scales that round to zero give zeros."""
+    sizes = np.array([3e38, 1e-30, 1e-39, 1e-45, -3e38], np.float32)
+    w = np.repeat(sizes[:, None], 40, axis=1)
+    for format in ("int8", "int4"):
+        got = kl.ops.quantize(w, format).dequantize()
+        assert same_bits(got, reference.quantize(w, format).dequantize().astype(np.float32))
+        assert np.isfinite(got).all()
+
+
+def test_a_stack_is_its_matrices():
+    w = np.random.default_rng(3).standard_normal((3, 9, 50)).astype(np.float32)
+    for format in FORMATS:
+        whole = kl.ops.quantize(w, format).dequantize()
+        for e in range(3):
+            assert same_bits(whole[e], kl.ops.quantize(w[e], format).dequantize())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_refuses_what_is_not_finite_by_place(variant, format, bad):
+    w = np.ones((3000, 100), np.float32)
+    w[2900, 3], w[1234, 77], w[1234, 99] = bad, bad, bad
+    with (
+        backend(threads=7, cpu=variant),
+        pytest.raises(kl.NumericalError, match="row 1234, column 77"),
+    ):
+        kl.ops.quantize(w, format)
+
+
+def test_the_float_formats_keep_what_is_not_finite():
+    w = np.array([[np.nan, np.inf, -np.inf, -0.0, 1.5]], np.float32)
+    for format in ("f32", "bf16"):
+        got = kl.ops.quantize(w, format).dequantize()
+        np.testing.assert_array_equal(got, w)
+        assert np.signbit(got[0, 3])
