@@ -33,12 +33,13 @@ class Run:
         self._peak_bytes = peak_bytes
         self._process = _processor(sampling.processors)
         self._rows = [_Row(ids, TextBuilder(tokenizer, sampling.stop)) for ids in rows]
+        self._n_running = len(rows)
         self._generation = engine.generate(requests)
 
     @property
     def done(self) -> bool:
         """Whether every row has its finish_reason."""
-        return all(row.finish_reason for row in self._rows)
+        return self._n_running == 0
 
     def step(
         self, max_steps: int, progress: Callable[[int, int], Any] | None
@@ -52,8 +53,10 @@ class Run:
             if row.finish_reason:  # tokens of the same call, past a stop string
                 continue
             text = row.take(token_id, logprob, finish, top)
-            if row.finish_reason and not finish:
-                self._generation.finish(i)
+            if row.finish_reason:
+                self._n_running -= 1
+                if not finish:
+                    self._generation.finish(i)
             stats = self._stats(row)
             chunks.append((i, Chunk(text, token_id, logprob, row.finish_reason, stats)))
         return chunks

@@ -18,12 +18,14 @@ class Progress:
         self._bar: Any = None
         self._label, self._unit = label, unit
         self.callback: Callback | None = None
+        self.shows = False  # a bar of ours, on somebody's screen
         if callable(progress):
             self.callback = progress
         elif progress is True or (progress is None and is_watched() and _tqdm() is not None):
             if _tqdm() is None:
                 raise ModuleNotFoundError("progress=True: needs tqdm (pip install tqdm)")
             self.callback = self._update
+            self.shows = True
         elif progress not in (None, False):
             raise TypeError(
                 f"progress: must be None, True, False or a callable, got {progress!r:.60}"

@@ -85,8 +85,9 @@ def _id_array(ids: Any, label: str) -> "np.ndarray":
             f"{label}: must be str, a list of token ids or a list of chat messages, "
             f"got {type(ids).__name__}"
         )
-    for i, token_id in enumerate(ids):
-        if type(token_id) is not int and not _is_index(token_id):
+    plain = set(map(type, ids)) <= {int}  # a million of them take 20 ms
+    for i, token_id in enumerate(() if plain else ids):
+        if not _is_index(token_id):
             raise TypeError(f"{label}[{i}]: token ids must be integers, got {quote(token_id)}")
     try:
         return np.asarray(ids, np.int64)

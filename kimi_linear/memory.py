@@ -54,6 +54,14 @@ class MemoryPlan:
             ("total", f"{gib(self.total)} of {gib(self.free)} free"),
         ]
 
+    def line(self) -> str:
+        """All of it in a line, for a screen that waits."""
+        return (
+            f"{self.dtype} weights {gib(self.weights)}, states and pages "
+            f"{gib(self.kda_states + self.mla_pages)}, workspace {gib(self.workspace)}: "
+            f"{gib(self.total)} of {gib(self.free)} free on {self.device}"
+        )
+
     def __str__(self) -> str:
         return "\n".join(f"{name:<12}{text}" for name, text in self.rows())
 

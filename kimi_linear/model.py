@@ -1,5 +1,6 @@
 """The model: load a checkpoint, continue text, look inside."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -64,6 +65,8 @@ def load(
         sources = checkpoint.sources()
         tokenizer = _read_tokenizer(checkpoint)
         choice = choose(checkpoint.config, checkpoint.dtype, options)
+        if reporter.shows:
+            print(choice.plan.line(), file=sys.stderr)
         engine = _core.Engine(
             choice.backend, checkpoint.config.to_core(), options.core(choice.dtype)
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._backends import backend as backend
 from ._tensors import FLOAT32
 from .config import KimiLinearConfig, LinearAttnConfig
 from .tokenizer import STANDARD_CONTROLS, Tokenizer

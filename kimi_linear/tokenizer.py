@@ -145,6 +145,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of token ids, which may end inside a character."""
+        ids = list(ids)
+        plain = set(map(type, ids)) <= {int}
+        if plain and ids and min(ids) >= 0 and max(ids) < self.vocab_size:
+            return self._encoding.decode_bytes(ids)
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -44,9 +44,13 @@ static kl_status check_arena(const kl_pass *p, const char *op, kl_error *err)
                    p->arena.capacity);
 }
 
+/* A dry pass too refuses what the backend lacks: a plan that stands can be run. */
 #define KL_DEFINE(op)                                                                          \
     kl_status kl_pass_##op(kl_pass *p, kl_##op *a, kl_error *err)                              \
     {                                                                                          \
+        if (p->be->vt->op == NULL)                                                             \
+            return kl_fail(err, KL_ERR_UNAVAILABLE, #op ": the %s backend does not have it",   \
+                           p->be->vt->name);                                                   \
         const size_t mark = p->arena.used;                                                     \
         a->ws.bytes = kl_workspace_##op(p->be, a);                                             \
         a->ws.data = a->ws.bytes == 0 ? NULL : kl_arena_take(&p->arena, a->ws.bytes);          \

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -132,6 +133,36 @@ def test_progress_of_loading(path):
         kl.load(path, progress="yes", **CPU)
 
 
+def test_bars_only_where_somebody_looks(path, capfd, monkeypatch):
+    pytest.importorskip("tqdm")
+    with kl.load(path, **CPU) as m:
+        m.generate([1] * 300, max_new_tokens=1)
+    assert capfd.readouterr().err == ""
+    with kl.load(path, progress=True, **CPU) as m:
+        shown = capfd.readouterr().err
+        assert "weights" in shown and "free on cpu" in shown
+        m.generate([1] * 300, max_new_tokens=1, progress=True)
+        assert "prompt" in capfd.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ModuleNotFoundError, match="needs tqdm"):
+        kl.load(path, progress=True, **CPU)
+
+
+def test_progress_of_a_prompt(model):
+    calls = []
+    model.generate(
+        [[1] * 900, [2] * 700], max_new_tokens=1, progress=lambda *c: calls.append(c)
+    )
+    done = [d for d, _ in calls]
+    assert done == sorted(done) and calls[-1] == (1600, 1600) and len(calls) > 1
+
+
+def test_ctrl_c_while_loading(path):
+    with pytest.raises(KeyboardInterrupt):
+        kl.load(path, progress=lambda *c: os.kill(os.getpid(), signal.SIGINT), **CPU)
+    kl.load(path, **CPU).close()
+
+
 def test_an_error_in_the_progress_callback_stops_the_load(path):
     def fail(done, total):
         raise LookupError("mine")
@@ -202,7 +233,7 @@ def test_bad_paths(argument, error, message):
 
 
 def test_a_hub_name_needs_the_hub_package(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="needs? huggingface_hub"):
         kl.load("someone/some-model")
 
@@ -211,7 +242,7 @@ def test_an_existing_directory_is_never_a_hub_name(path, tmp_path, monkeypatch):
     (tmp_path / "some").mkdir()
     shutil.copytree(path, tmp_path / "some" / "model")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     kl.load("some/model", **CPU).close()
 
 
