@@ -77,8 +77,8 @@ def backend(*, threads: int = 0, cpu: str | None = None) -> Iterator[_core.Backe
     """Within the block, operations on the CPU use a backend of their own: for tests.
 
     threads: worker threads, the caller's included; 0 for all. cpu: "scalar", "avx2", "avx512"
-    or "avx512bf16"; None for the widest. Raises DeviceError where this CPU lacks the instruction
-    set. Holds for the calling thread and the tasks it starts.
+    or "avx512bf16"; None for the widest. Raises DeviceError where this CPU lacks the
+    instruction set. Holds for the calling thread and the tasks it starts.
     """
     own = _core.Backend("cpu", 0, threads, cpu, CUDA_LIBRARY)
     token = _cpu_override.set(own)

@@ -35,7 +35,8 @@ _GATE = (
 )
 _SCHEMAS = {
     "kda_prefill": "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, *, "
-    f"float? scale=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, {_GATE}) -> (Tensor, Tensor)",
+    f"float? scale=None, Tensor? initial_state=None, Tensor? cu_seqlens=None, {_GATE}) "
+    "-> (Tensor, Tensor)",
     "kda_decode": "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, *, "
     f"Tensor? slots=None, float? scale=None, {_GATE}) -> Tensor",
     "short_conv": "(Tensor x, Tensor weight, *, Tensor? state=None, Tensor? cu_seqlens=None, "

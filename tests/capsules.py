@@ -123,9 +123,8 @@ class Producer:
 
 # ---- the exchange API ------------------------------------------------------------------------
 
-ALLOCATE = ctypes.PYFUNCTYPE(
-    c_int, POINTER(Tensor), POINTER(c_void_p), c_void_p, CFUNCTYPE(None, c_void_p, c_char_p, c_char_p)
-)  # fmt: skip
+SET_ERROR = CFUNCTYPE(None, c_void_p, c_char_p, c_char_p)
+ALLOCATE = ctypes.PYFUNCTYPE(c_int, POINTER(Tensor), POINTER(c_void_p), c_void_p, SET_ERROR)
 FROM_OBJECT = ctypes.PYFUNCTYPE(c_int, c_void_p, POINTER(c_void_p))
 TO_OBJECT = ctypes.PYFUNCTYPE(c_int, c_void_p, POINTER(c_void_p))
 VIEW = ctypes.PYFUNCTYPE(c_int, c_void_p, POINTER(Tensor))

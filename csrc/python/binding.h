@@ -111,7 +111,7 @@ extern PyType_Spec kl_array_spec, kl_backend_spec, kl_weight_spec;
 /* Add the class attribute through which others borrow our arrays in C. */
 int kl_array_type_init(kl_module *m);
 
-/* Every operation: X(name, signature after `backend`, summary). The functions are in ops_*.c. */
+/* Every operation, in ops_*.c: X(name, signature after `backend`, summary). */
 #define KL_PY_OPS(X)                                                                           \
     X(kda_prefill,                                                                             \
       "q, k, v, g, beta, scale, initial_state, cu_seqlens, gate, A_log, dt_bias, "             \

@@ -230,14 +230,15 @@ PyObject *kl_py_device_of(PyObject *module, PyObject *array)
 
 /* ---- ids ------------------------------------------------------------------------------- */
 
-/* Narrow n values to int32; the index of the first outside [lo, hi], or -1. */
+/* Narrow n values to int32; the index of the first outside [lo, hi], or -1. Where that range is
+ * wider than int32, what does not fit becomes -1. */
 static int64_t narrow(const void *src, bool wide, int64_t n, int64_t lo, int64_t hi,
                       int32_t *dst)
 {
     for (int64_t i = 0; i < n; i++) {
         const int64_t v = wide ? ((const int64_t *)src)[i] : ((const int32_t *)src)[i];
         if (v < lo || v > hi) return i;
-        dst[i] = (int32_t)v;
+        dst[i] = v < INT32_MIN || v > INT32_MAX ? -1 : (int32_t)v;
     }
     return -1;
 }

@@ -86,7 +86,8 @@ PyObject *kl_array_object_new(const kl_module *m, kl_device *dev, DLDataType dty
 /* ---- id arrays ------------------------------------------------------------------------- */
 
 /* A dense int32 copy of an int32 or int64 host array of `ndim` axes with every value in
- * [lo, hi]; freed with kl_free(). -1 with an exception naming `op` and `name`. */
+ * [lo, hi]; freed with kl_free(). Where [lo, hi] is wider than int32, what does not fit becomes
+ * -1. -1 with an exception naming `op` and `name`. */
 int kl_ids_copy(const kl_module *m, const char *op, const char *name, PyObject *o, int ndim,
                 int64_t lo, int64_t hi, int32_t **out, int64_t *shape);
 

@@ -6,7 +6,6 @@
  */
 #include "python/call.h"
 
-#include <limits.h>
 #include <string.h>
 
 /* Widths that are only known from differences must come out positive. */
@@ -208,7 +207,7 @@ static PyObject *run_mla_decode(kl_call *c, PyObject *const *args)
         kl_arg(c, "pages", args[2], KL_SET(a.q.dtype), 3, KL_DENSE, &a.pages) < 0 ||
         kl_arg_weight_3d(c, "w_kv_b", args[5], &a.w_kv_b) < 0 ||
         check_widths(c, &a.q, a.pages.shape[2], &a.w_kv_b, &V) < 0 ||
-        kl_arg_ids(c, "block_table", args[3], 2, INT32_MIN, INT32_MAX, &a.block_table) < 0)
+        kl_arg_ids(c, "block_table", args[3], 2, INT64_MIN, INT64_MAX, &a.block_table) < 0)
         return NULL;
     const int64_t room = a.block_table.shape[1] * KL_PAGE_TOKENS;
     if (kl_arg_ids(c, "lengths", args[4], 1, 1, room < INT32_MAX ? room : INT32_MAX,

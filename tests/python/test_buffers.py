@@ -99,7 +99,10 @@ def test_numpy_refused(case):
         ops.linear(x, W)
 
 
-@pytest.mark.parametrize("case", [c for c in REFUSED if c not in ("no axes", "0-d", "six axes", "nine axes")])
+ABOUT_AXES = ("no axes", "0-d", "six axes", "nine axes")
+
+
+@pytest.mark.parametrize("case", [c for c in REFUSED if c not in ABOUT_AXES])
 def test_refusals_name_the_argument(case):
     w, error, _ = REFUSED[case]
     with pytest.raises(error, match="linear: w"):
@@ -146,7 +149,7 @@ def sealed(a):
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
-        (np.zeros((4, 6), np.float32), ValueError, "must have shape \\(4, 5\\), got \\(4, 6\\)"),
+        (np.zeros((4, 6), np.float32), ValueError, "shape \\(4, 5\\), got \\(4, 6\\)"),
         (np.zeros((4, 5)), TypeError, "float64"),
         (np.zeros(20, np.float32), ValueError, "must have 2 axes"),
         (np.zeros((4, 10), np.float32)[:, ::2], BufferError, "dense"),
@@ -225,7 +228,7 @@ def test_buffer_as_output():
     ],
 )
 def test_buffer_of_another_dtype(buffer, message):
-    with pytest.raises(TypeError, match=f"linear: x must be float32 or bfloat16, got {message}"):
+    with pytest.raises(TypeError, match=f"x must be float32 or bfloat16, got {message}"):
         ops.linear(buffer, W)
 
 

@@ -539,7 +539,8 @@ def capsule_of(table):
 def test_exchange_table_of_another_library(form):
     calls = []
     table = exchange_table(calls)
-    attribute = "__c_dlpack_exchange_api__" if form == "older int" else "__dlpack_c_exchange_api__"
+    older = form == "older int"
+    attribute = "__c_dlpack_exchange_api__" if older else "__dlpack_c_exchange_api__"
     if form == "newer major":
         KEEP.append(table)
         table = exchange_table([], major=2, prev=ctypes.addressof(table))

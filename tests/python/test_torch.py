@@ -55,13 +55,15 @@ CASES = {
     ),
     "mla_prefill one past": ((MLA_Q, LATENT, W_KV_B), dict(past=rand(3, RANK + ROPE))),
     "mla_decode": (
-        (MLA_Q[:2], rand(3, 64, RANK + ROPE), torch.tensor([[0, 2], [1, -1]], dtype=torch.int32),
+        (MLA_Q[:2], rand(3, 64, RANK + ROPE), torch.tensor([[0, 2], [1, -1]]),
          torch.tensor([65, 3], dtype=torch.int32), W_KV_B), {},
     ),
     "moe_route": ((rand(T, E), rand(E)), dict(top_k=2, scaling=2.5)),
     "moe_route no bias": ((rand(T, E), None), dict(top_k=1, scaling=1.0, score="softmax")),
     "moe_experts": ((X, IDS, rand(T, 3), W1, W3, W2), {}),
-    "moe_experts shared": ((X, IDS, rand(T, 3), W1, W3, W2), dict(shared=(W1[0], W3[0], W2[0]))),
+    "moe_experts shared": (
+        (X, IDS, rand(T, 3), W1, W3, W2), dict(shared=(W1[0], W3[0], W2[0])),
+    ),
     "linear": ((X, rand(7, D)), {}),
     "linear of three axes": ((X.view(3, 7, D), rand(7, D)), {}),
     "linear bfloat16": ((X.bfloat16(), rand(7, D)), {}),
@@ -171,5 +173,6 @@ def test_importing_twice_registers_once():
         "import importlib, kimi_linear.torch as a; b = importlib.reload(a); import torch; "
         "x = torch.ones(2, 3); print(float(b.linear(x, x).sum()))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "12.0"
