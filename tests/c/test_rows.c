@@ -232,6 +232,33 @@ static void attention_reads_no_poison(void)
     EXPECT(memcmp(one, five, sizeof one) == 0);
 }
 
+/* ---- workspace ------------------------------------------------------------------------- */
+
+static size_t prefill_bytes(kl_backend *be, int64_t tokens, int64_t sequences, int64_t pages)
+{
+    const kl_mla a = {.q = kl_tensor_3d(NULL, KL_F32, tokens, H, QK),
+                      .pages = kl_tensor_3d(NULL, KL_F32, P, KL_PAGE_TOKENS, WIDTH),
+                      .block_table = kl_tensor_2d(NULL, KL_I32, sequences, pages),
+                      .lengths = kl_tensor_1d(NULL, KL_I32, sequences),
+                      .w_kv_b = kl_tensor_3d(NULL, KL_F32, H, NOPE + V, RANK)};
+    const size_t prefill = kl_workspace_mla_prefill(be, &a);
+    return sequences == tokens ? prefill + kl_workspace_mla_decode(be, &a) : prefill;
+}
+
+/* A plan asks for the largest call only. */
+static void workspace_grows_with_the_call(void)
+{
+    kl_backend *be = open_backend(3, NULL);
+    for (int64_t n = 1; n < 300; n++) {
+        EXPECT(prefill_bytes(be, 10 * n, 3, 9) <= prefill_bytes(be, 10 * n + 10, 3, 9));
+        EXPECT(prefill_bytes(be, 300, n, 9) <= prefill_bytes(be, 300, n + 1, 9));
+        EXPECT(prefill_bytes(be, n, n, 9) <= prefill_bytes(be, n + 1, n + 1, 9));
+        EXPECT(prefill_bytes(be, 4, 4, n) <= prefill_bytes(be, 4, 4, n + 1));
+        EXPECT(prefill_bytes(be, 400, 4, n) <= prefill_bytes(be, 400, 4, n + 1));
+    }
+    kl_backend_close(be);
+}
+
 int main(void)
 {
     RUN(embedding_converts);
@@ -239,5 +266,6 @@ int main(void)
     RUN(append_normalises_into_pages);
     RUN(append_copies_without_weight);
     RUN(attention_reads_no_poison);
+    RUN(workspace_grows_with_the_call);
     return test_failures != 0;
 }
