@@ -1,5 +1,7 @@
 """What every test shares."""
 
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -15,4 +17,13 @@ def use_the_installed_package() -> None:
         sys.path[:] = others
 
 
+def show_children_the_same() -> None:
+    """Interpreters that tests start import this package too, not what the current folder holds."""
+    found = importlib.util.find_spec("kimi_linear")
+    paths = [str(Path(found.origin).parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
 use_the_installed_package()
+show_children_the_same()

@@ -14,7 +14,8 @@ import kimi_linear as kl
 from kimi_linear.testing import write_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(kl.__file__))
-ENV = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "PYTHONUTF8": "1"}
+ENV = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1",
+       "PYTHONUTF8": "1"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
