@@ -88,7 +88,8 @@ PROFILES = {name: (gate, None) for name, gate in GATES.items()} | {
 
 
 def make_case(profile, T, *, H=2, Hk=None, K=48, V=40, N=1, seed=0):
-    """Arguments of kda_prefill by name, float32; q and k are unit vectors. N states to start from."""
+    """Arguments of kda_prefill by name, float32, with N states to start from. q and k are unit
+    vectors."""
     r = np.random.default_rng(seed)
     gate, keys = PROFILES[profile]
     q, k = (unit(r.standard_normal((T, Hk or H, K))) for _ in range(2))

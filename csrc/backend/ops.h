@@ -249,13 +249,13 @@ typedef struct {
  * taken in f32 in the order j = 0 .. top_k-1, then the shared expert, and rounded once. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor x;                           /* [T, D] act                 */
-    kl_tensor ids;                         /* [T, top_k] i32 in [0, E)   */
-    kl_tensor weights;                     /* [T, top_k] f32             */
-    kl_weight w1, w3;                      /* [E, I, D] gate and up      */
-    kl_weight w2;                          /* [E, D, I] down             */
+    kl_tensor x;                               /* [T, D] act                 */
+    kl_tensor ids;                             /* [T, top_k] i32 in [0, E)   */
+    kl_tensor weights;                         /* [T, top_k] f32             */
+    kl_weight w1, w3;                          /* [E, I, D] gate and up      */
+    kl_weight w2;                              /* [E, D, I] down             */
     kl_weight shared_w1, shared_w3, shared_w2; /* [I', D], [D, I']; data NULL: none */
-    kl_tensor out;                         /* [T, D] act, may not alias x */
+    kl_tensor out;                             /* [T, D] act, may not alias x */
 } kl_moe_experts;
 
 /* Log-probabilities of given next tokens, without a [T, rows] matrix:
@@ -312,8 +312,11 @@ typedef struct {
     kl_weight out; /* [rows, cols], count 1                              */
 } kl_pack_weight;
 
-/* out[i] = mean + std * (standard normal number i of kl_rng(seed)), for models made on the
- * device. The same numbers on every backend, to rounding. */
+/* out[i] = mean + std * z[i], for models made on the device. z[2p] and z[2p + 1] are a Box-Muller
+ * pair of the four words r of kl_philox(seed, p), in double:
+ *     u = ((r0 2^32 + r1) >> 11) 2^-53,  w = ((r2 2^32 + r3) >> 11) 2^-53
+ *     radius = sqrt(-2 log(1 - u));  z = radius cos(2 pi w), radius sin(2 pi w)
+ * The same numbers on every backend, to rounding. */
 typedef struct {
     kl_workspace ws;
     kl_tensor out; /* f32 or bf16, dense, any shape                      */

@@ -1,10 +1,8 @@
 /*
  * fill_normal.c -- normally distributed numbers by their index.
  *
- * Numbers 2 p and 2 p + 1 are a Box-Muller pair of the four words r of kl_philox(seed, p):
- *     u = ((r0 2^32 + r1) >> 11) 2^-53,  w = ((r2 2^32 + r3) >> 11) 2^-53
- *     radius = sqrt(-2 log(1 - u));  radius cos(2 pi w), radius sin(2 pi w)
- * in double, then mean + std * z in double, rounded once to the dtype of out.
+ * A task is a run of pairs: the formula of kl_fill_normal in backend/ops.h needs no state, so
+ * any of them can be asked for alone. Double throughout, rounded once to the dtype of out.
  */
 #include "base/bf16.h"
 #include "base/rng.h"
