@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .memory import gib
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -33,7 +35,7 @@ class Stats:
         return (
             f"prompt {self.prompt_tokens} tokens in {self.prefill_s:.2f} s "
             f"({self.prefill_rate:.0f}/s), new {self.new_tokens} in {self.decode_s:.2f} s "
-            f"({self.decode_rate:.1f}/s), peak {self.peak_bytes / 2**30:.2f} GiB"
+            f"({self.decode_rate:.1f}/s), peak {gib(self.peak_bytes)}"
         )
 
 

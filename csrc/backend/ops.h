@@ -186,6 +186,10 @@ typedef kl_kda kl_kda_decode;
 /* Tokens of an MLA page; also the block of the context that attention reads at a time. */
 #define KL_PAGE_TOKENS 64
 
+/* Up to so many new tokens within a page are cheaper absorbed, even where larger tiles beside
+ * them expand the page anyway; alone, by a factor of eight. */
+#define KL_MLA_FEW_TOKENS 16
+
 /* Write the latents of new tokens into their sequences' pages:
  *     row = [ rms_norm(raw[:rank]) * norm_weight | raw[rank:] ]
  * (without a norm_weight the row is copied). Token i of sequence n goes to position
@@ -209,8 +213,8 @@ typedef struct {
  * its own. Rows of a page past a sequence's length are never read.
  *
  * mla_decode: T = N, one token each, cu_seqlens absent. mla_prefill takes the arithmetic of
- * mla_decode for a tile of a single token, where tiles are a sequence's new tokens cut at
- * absolute positions that are multiples of KL_PAGE_TOKENS. */
+ * mla_decode for the tokens of a tile of at most KL_MLA_FEW_TOKENS, where tiles are a
+ * sequence's new tokens cut at absolute positions that are multiples of KL_PAGE_TOKENS. */
 typedef struct {
     kl_workspace ws;
     kl_tensor q;           /* [T, H, nope+rope] act, rows strided        */

@@ -49,7 +49,7 @@ kl_status kl_check_rms_norm(const kl_rms_norm *a, kl_error *err)
     const kl_rule rules[] = {
         {&a->x, "x", KL_ANY_FLOAT, KL_ROWS | KL_OPT, 2, {T, D}, NULL},
         {&a->residual, "residual", F32 | act, KL_OPT | KL_OUT, 2, {T, D}, NULL},
-        {&a->weight, "weight", F32, kl_tensor_absent(&a->out) ? KL_OPT : 0, 1, {D}, NULL},
+        {&a->weight, "weight", F32, 0, 1, {D}, NULL},
         {&a->out, "out", act, KL_OPT | KL_OUT, 2, {T, D}, &a->x},
     };
     KL_REQUIRE_TENSORS(op, rules, err);

@@ -16,11 +16,9 @@ typedef struct {
 
 extern const kl_backend_vtbl kl_cpu_vtbl;
 
-/* Weak, so that an operation without a definition is a NULL of the table. */
 #define KL_DECLARE(op)                                                                         \
-    __attribute__((weak)) kl_status kl_cpu_##op(kl_backend *be, const kl_##op *a,              \
-                                                kl_error *err);                                \
-    __attribute__((weak)) size_t kl_cpu_##op##_workspace(kl_backend *be, const kl_##op *a);
+    kl_status kl_cpu_##op(kl_backend *be, const kl_##op *a, kl_error *err);                    \
+    size_t kl_cpu_##op##_workspace(kl_backend *be, const kl_##op *a);
 KL_OPS(KL_DECLARE)
 #undef KL_DECLARE
 

@@ -51,3 +51,5 @@ kl_status kl_cpu_fill_normal(kl_backend *be, const kl_fill_normal *a, kl_error *
                 &call);
     return KL_OK;
 }
+
+KL_CPU_NO_WORKSPACE(fill_normal)

@@ -10,8 +10,8 @@
  *              depends neither on the threads nor on the other rows
  * Tasks        head x 12 rows to absorb and to finish; part x 32 heads to attend: the latents
  *              are widened once for a group of heads
- * Roofline     2 H (2 rank + rope) flops for 2 (rank + rope) bytes of bf16 latents: 60 flop/B at
- *              H = 32, compute-bound on a CPU
+ * Roofline     2 H (2 rank + rope) flops for 2 (rank + rope) bytes of bf16 latents: 60 flop/B
+ *              at H = 32, compute-bound on a CPU
  */
 #include "cpu/mla.h"
 

@@ -7,7 +7,7 @@
  * Precision    f32 arithmetic, rounded once to act
  * Order        tiles are a sequence's new tokens cut at positions that are multiples of 64;
  *              a query goes through the pages of its context in order with a running maximum,
- *              so its bits follow from its position and context. A tile of one token takes the
+ *              so its bits follow from its position and context. Tiles of few tokens take the
  *              absorbed form: a decode step and a prefill of one token are one function
  * Tasks        head x group of tiles; a group shares the expansion of each page, which costs
  *              as much as the attention of about six tiles
@@ -20,7 +20,7 @@
 #include <string.h>
 
 #define LANES          KL_PAGE_TOKENS
-#define GROUP_TILES    32 /* an expansion adds a fifth to their work; 2.6 MB a worker at K = 192 */
+#define GROUP_TILES    32 /* an expansion adds a fifth to their work; 2.6 MB a worker */
 #define FEWEST_TILES   4  /* smaller groups expand more than they attend */
 #define TRANSPOSE_ROWS 16 /* a cache line of results */
 
@@ -86,8 +86,10 @@ static worker_scratch take_scratch(kl_arena *arena, const kl_mla_view *v, int64_
 static void layout(kl_arena *arena, run *r)
 {
     const int64_t T = r->v.a->q.shape[0], N = r->v.a->lengths.shape[0];
-    const int64_t max_rows = kl_mla_min(T, 2 * N); /* a first and a last tile of one token */
-    const int64_t max_tiles = kl_mla_min(T / 2, T / KL_PAGE_TOKENS + 2 * N);
+    /* A sequence has a first and a last tile that may be small. */
+    const int64_t max_rows = kl_mla_min(T, 2 * N * KL_MLA_FEW_TOKENS);
+    const int64_t max_tiles =
+        kl_mla_min(T / (KL_MLA_FEW_TOKENS + 1), T / KL_PAGE_TOKENS + 2 * N);
     r->rows = kl_mla_take(arena, max_rows, sizeof *r->rows);
     r->tiles = kl_mla_take(arena, max_tiles, sizeof *r->tiles);
     r->groups = kl_mla_take(arena, max_tiles, sizeof *r->groups);
@@ -125,10 +127,11 @@ static void cut_tiles(run *r)
         while (token < cu[n + 1]) {
             const int32_t room = KL_PAGE_TOKENS - position % KL_PAGE_TOKENS;
             const int32_t count = (int32_t)kl_mla_min(room, cu[n + 1] - token);
-            if (count == 1)
-                r->rows[r->n_rows++] = (kl_mla_row){token, n, position + 1, 0};
-            else
+            if (count > KL_MLA_FEW_TOKENS)
                 r->tiles[r->n_tiles++] = (tile){n, token, count, position};
+            else
+                for (int32_t i = 0; i < count; i++)
+                    r->rows[r->n_rows++] = (kl_mla_row){token + i, n, position + i + 1, 0};
             token += count, position += count;
         }
     }
@@ -176,7 +179,7 @@ static void load_weights(const kl_mla_view *v, int64_t h, const worker_scratch *
     }
 }
 
-/* Queries become the lanes: [count, nope+rope] -> [nope+rope, 64]. `row` [nope+rope] is free. */
+/* Queries become the lanes: [count, nope+rope] -> [nope+rope, 64]; `row` is scratch. */
 static void load_tile(const kl_mla_view *v, const tile *t, int64_t h, float *row,
                       const tile_state *s)
 {

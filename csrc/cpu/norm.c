@@ -71,3 +71,6 @@ kl_status kl_cpu_gated_rms_norm(kl_backend *be, const kl_gated_rms_norm *a, kl_e
                 &call);
     return KL_OK;
 }
+
+KL_CPU_NO_WORKSPACE(rms_norm)
+KL_CPU_NO_WORKSPACE(gated_rms_norm)

@@ -1,7 +1,7 @@
 /*
  * sample.c -- drawing the next token of each row. Formulas: backend/ops.h.
  *
- * Computes     p = softmax(z / temperature), cut by top_k, top_p and min_p; one id by inverse CDF
+ * Computes     p = softmax(z / temperature), cut by top_k, top_p and min_p; one id of it
  * Shapes       logits [N, V], ids and logprobs [N], alternatives [N, n]
  * Precision    exponentials in f32, masses in f64
  * Order        tokens fall in p, lower id first on a tie; every cut keeps a head of that order.

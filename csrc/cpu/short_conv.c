@@ -102,3 +102,5 @@ kl_status kl_cpu_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *er
     for (int64_t task = 0; task < N * call.strips; task++) conv_task(&call, task, 0);
     return KL_OK;
 }
+
+KL_CPU_NO_WORKSPACE(short_conv)

@@ -21,7 +21,7 @@ from checkpoints import (
 )
 from engines import cut, next_tokens, open_engine
 from kimi_linear.config import KimiLinearConfig
-from kimi_linear.reference import Model
+from kimi_linear.reference import Model, State, log_softmax
 
 WRITTEN = {
     "published-pattern": dict(original=True, shards=True, bf16=True),
@@ -130,3 +130,27 @@ def test_logprobs(cases):
     assert np.abs(np.asarray(found.logprobs) - expected).max() < 1e-3
     assert np.array_equal(np.asarray(found.greedy), want[:-1].argmax(-1) == following)
     assert is_greedy and -100 < total < 0
+
+
+def test_residual_streams(cases):
+    """`hidden` is the residual stream after a layer, as the specification has it."""
+    case = cases("published-pattern")
+    specification = Model(core_config(case.judge.config), tensors(case.path))
+    want = specification.residuals(case.ids, State())
+    with kl.load(case.path, device="cpu", dtype="f32", max_context=T, progress=False) as m:
+        found = m.hidden(case.ids, layers=(0, 3, 6))
+    assert sorted(found) == [0, 3, 6]
+    for layer, stream in found.items():
+        assert relative_rms(stream, want[layer + 1]) < 1e-5
+    assert relative_rms(want[1], want[4]) > 0.1  # layers differ: a wrong one would show
+
+
+def test_alternatives(cases):
+    case = cases("many-experts")
+    want = log_softmax(case.exact)
+    order = np.argsort(-want, axis=-1)[:, :5]
+    with kl.load(case.path, device="cpu", dtype="f32", max_context=T, progress=False) as m:
+        ids, logprobs = m.logprobs(case.ids, top=5).top
+    assert ids.shape == (T - 1, 5)
+    assert np.abs(logprobs - np.take_along_axis(want[:-1], ids, -1)).max() < 1e-3
+    assert (ids == order[:-1]).all(-1).sum() >= T - 3  # near ties may change places

@@ -14,8 +14,7 @@ import kimi_linear as kl
 from kimi_linear.testing import write_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(kl.__file__))
-ENV = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1",
-       "PYTHONUTF8": "1"}  # fmt: skip
+ENV = {**os.environ, "PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,9 @@ def command(*args):
 
 def run(*args, stdin="", env=ENV):
     return subprocess.run(
-        command(*args), input=stdin, capture_output=True, text=True, env=env, timeout=120
-    )
+        command(*args), input=stdin, capture_output=True, text=True, env=env, cwd="/",
+        timeout=120,
+    )  # fmt: skip
 
 
 def test_generate_prints_the_text_and_nothing_else(path, model):
@@ -141,7 +141,7 @@ def test_a_closed_pipe_is_quiet(path):
     args = ["generate", "--model", path, "hello", "--max-new-tokens", "3000", "--ignore-eos",
             "--no-stats", "--device", "cpu"]  # fmt: skip
     with subprocess.Popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, cwd="/"
     ) as process:
         process.stdout.read(10)
         process.stdout.close()
@@ -152,7 +152,7 @@ def test_a_closed_pipe_is_quiet(path):
 def test_ctrl_c_ends_with_130(path):
     args = ["generate", "--model", path, "hello", "--max-new-tokens", "4000", "--ignore-eos"]
     with subprocess.Popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+        command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, cwd="/"
     ) as process:
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
@@ -170,7 +170,7 @@ def test_a_terminal_gets_no_escape_sequences(path):
     assert re.search(r"[\x00-\x08\x0e-\x1f]", raw)
     ours, theirs = pty.openpty()
     with subprocess.Popen(
-        command(*args), stdout=theirs, stderr=subprocess.DEVNULL, env=ENV
+        command(*args), stdout=theirs, stderr=subprocess.DEVNULL, env=ENV, cwd="/"
     ) as process:
         os.close(theirs)
         shown = b""
