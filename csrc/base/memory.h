@@ -32,6 +32,11 @@ static inline bool kl_add_size(size_t a, size_t b, size_t *out)
     return !__builtin_add_overflow(a, b, out);
 }
 
+static inline int64_t kl_min_i64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
 static inline size_t kl_align_up(size_t bytes, size_t to)
 {
     return (bytes + to - 1) / to * to;

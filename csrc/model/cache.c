@@ -7,11 +7,6 @@
 
 #include <string.h>
 
-static int64_t min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* ---- sizes and layout ------------------------------------------------------------------ */
 
 static int64_t conv_channels(const kl_config *c)
@@ -300,7 +295,7 @@ kl_status kl_cache_check_growth(const kl_cache *c, const int64_t *slots, const i
                            (long long)c->max_context);
         const int64_t need = kl_cache_pages_for(c->config, s->length + counts[i]) - s->n_pages +
                              needs_copy(c, slots, i);
-        unreserved += need - min_i64(need, s->reserved);
+        unreserved += need - kl_min_i64(need, s->reserved);
     }
     if (unreserved > kl_cache_available(c))
         return kl_fail(err, KL_ERR_MEMORY,

@@ -58,7 +58,7 @@ static kl_status check_request(const kl_engine *e, const kl_request *r, int64_t 
                                kl_error *err)
 {
     const int64_t vocab = e->config.vocab_size, context = e->plan.max_context;
-    const int64_t most = vocab < KL_MAX_TOP ? vocab : KL_MAX_TOP;
+    const int64_t most = kl_min_i64(vocab, KL_MAX_TOP);
     kl_error cause;
     if (r->n_prompt < 1)
         return kl_fail(err, KL_ERR_VALUE,

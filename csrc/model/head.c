@@ -6,10 +6,7 @@
  */
 #include "model/pass.h"
 
-static int64_t min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
+#include "base/memory.h"
 
 static kl_status copy_out(kl_pass *p, void *host, const kl_tensor *t, kl_error *err)
 {
@@ -119,7 +116,7 @@ kl_status kl_head(kl_pass *p, kl_error *err)
     const size_t mark = p->arena.used;
     if (p->shape.logits || p->shape.sampling)
         for (int64_t r = 0; r < p->shape.R; r += p->row_block) {
-            KL_TRY(logits_block(p, hidden, r, min_i64(p->row_block, p->shape.R - r), err));
+            KL_TRY(logits_block(p, hidden, r, kl_min_i64(p->row_block, p->shape.R - r), err));
             kl_arena_rewind(&p->arena, mark);
         }
     return p->shape.targets ? row_logprobs(p, hidden, err) : KL_OK;

@@ -251,7 +251,7 @@ static kl_status read_part(reader *r, const binding *b, kl_error *err)
     const size_t row = (size_t)part->dest->cols * kl_dtype_bytes(s->dtype);
     const int64_t block = (int64_t)(STAGING_BYTES / row);
     for (int64_t first = 0; first < part->rows; first += block) {
-        const int64_t n = part->rows - first < block ? part->rows - first : block;
+        const int64_t n = kl_min_i64(part->rows - first, block);
         const size_t bytes = (size_t)n * row;
         if (r->poll != NULL && r->poll(r->ctx) != 0)
             return kl_fail(err, KL_ERR_CANCELLED, "weights: the caller asked to stop");
@@ -351,7 +351,7 @@ static kl_status randomize_part(void *ctx, const kl_part *part, kl_error *err)
     const int64_t block = RANDOM_BLOCK / part->dest->cols;
     const uint64_t number = z->n_parts++;
     for (int64_t first = 0; first < part->rows; first += block) {
-        const int64_t n = part->rows - first < block ? part->rows - first : block;
+        const int64_t n = kl_min_i64(part->rows - first, block);
         uint32_t bits[4];
         kl_philox(z->seed, number << 32 | (uint64_t)(first / block), bits);
         KL_TRY(fill_rows(z->r, part, first, n, (uint64_t)bits[1] << 32 | bits[0], err));

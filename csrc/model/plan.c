@@ -14,11 +14,6 @@
 #define DEFAULT_STEP_TOKENS 512 /* enough rows to make every product compute-bound */
 #define MIN_CONTEXT         64
 
-static int64_t min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static double mib(size_t bytes)
 {
     return (double)bytes / (1024.0 * 1024.0);
@@ -75,12 +70,12 @@ kl_pass_shape kl_plan_shape(const kl_config *config, const kl_plan *plan)
 {
     const int64_t T = plan->step_tokens;
     return (kl_pass_shape){.T = T,
-                           .N = min_i64(plan->max_batch, T),
+                           .N = kl_min_i64(plan->max_batch, T),
                            .B = kl_cache_pages_for(config, plan->max_context),
                            .R = T,
                            .logits = true,
                            .targets = true,
-                           .top = (int)min_i64(KL_MAX_TOP, config->vocab_size)};
+                           .top = (int)kl_min_i64(KL_MAX_TOP, config->vocab_size)};
 }
 
 /* Dry passes of the steps that need most: a full prefill of which every row is wanted, and one
@@ -134,7 +129,7 @@ static kl_status choose_context(const planner *s, kl_plan *out, kl_error *err)
     if (out->max_context != 0) return KL_OK;
     const size_t token = out->page_bytes_per_token;
     const size_t left = s->limit > out->weight_bytes ? s->limit - out->weight_bytes : 0;
-    const int64_t least = min_i64(MIN_CONTEXT, s->config->max_length);
+    const int64_t least = kl_min_i64(MIN_CONTEXT, s->config->max_length);
     int64_t fits = s->config->max_length;
     if (token > 0 && left / 4 / token < (size_t)fits)
         fits = (int64_t)(left / 4 / token) / KL_PAGE_TOKENS * KL_PAGE_TOKENS;

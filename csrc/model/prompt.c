@@ -120,7 +120,7 @@ static kl_status run_pieces(kl_engine *e, const kl_prompt *p, buffers *b, kl_seq
 {
     const int64_t step = kl_engine_plan(e)->step_tokens;
     for (int64_t first = 0; first < p->n; first += step) {
-        const int64_t n = p->n - first < step ? p->n - first : step;
+        const int64_t n = kl_min_i64(p->n - first, step);
         KL_TRY(run_piece(e, p, b, seq, first, n, err));
         if (p->progress != NULL) p->progress(p->ctx, (uint64_t)(first + n), (uint64_t)p->n);
     }
@@ -150,8 +150,7 @@ static kl_status check_prompt(const kl_engine *e, const kl_prompt *p, kl_error *
                            (long long)c->n_layers, (long long)p->layers[i]);
     if (p->targets != NULL && (p->top < 0 || p->top > KL_MAX_TOP || p->top > c->vocab_size))
         return kl_fail(err, KL_ERR_VALUE, "prompt: top must be in [0, %lld], got %d",
-                       (long long)(c->vocab_size < KL_MAX_TOP ? c->vocab_size : KL_MAX_TOP),
-                       p->top);
+                       (long long)kl_min_i64(c->vocab_size, KL_MAX_TOP), p->top);
     for (int64_t i = 0; p->targets != NULL && i < p->n; i++)
         if (p->targets[i] < -1 || p->targets[i] >= c->vocab_size)
             return kl_fail(err, KL_ERR_VALUE,
@@ -166,7 +165,7 @@ kl_status kl_engine_prompt(kl_engine *e, const kl_prompt *p, kl_error *err)
     buffers b = {0};
     kl_seq seq = p->seq;
     KL_TRY(check_prompt(e, p, err));
-    kl_status status = make_buffers(&b, p, p->n < step ? p->n : step, err);
+    kl_status status = make_buffers(&b, p, kl_min_i64(p->n, step), err);
     if (status == KL_OK && seq == 0) status = kl_seq_new(e, &seq, err);
     if (status == KL_OK) status = run_pieces(e, p, &b, seq, err);
     if (p->seq == 0 && seq != 0) {

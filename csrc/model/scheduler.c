@@ -4,15 +4,11 @@
 #include "model/scheduler.h"
 
 #include "backend/ops.h"
-
-static int64_t min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
+#include "base/memory.h"
 
 int64_t kl_sched_unit(int64_t step_tokens)
 {
-    return min_i64(step_tokens, KL_PAGE_TOKENS);
+    return kl_min_i64(step_tokens, KL_PAGE_TOKENS);
 }
 
 int64_t kl_sched_admit(const kl_sched_request *requests, int64_t n, int64_t free_seqs,
@@ -34,9 +30,9 @@ static int64_t prompt_room(const kl_sched_request *requests, int64_t n, int64_t 
         const kl_sched_request *r = &requests[i];
         decoding += r->phase == KL_SCHED_DECODE;
         if (r->phase == KL_SCHED_PROMPT && first == 0)
-            first = min_i64(r->n_prompt - r->fed, kl_sched_unit(step_tokens));
+            first = kl_min_i64(r->n_prompt - r->fed, kl_sched_unit(step_tokens));
     }
-    const int64_t left = step_tokens - min_i64(decoding, step_tokens);
+    const int64_t left = step_tokens - kl_min_i64(decoding, step_tokens);
     return left < first ? first : left;
 }
 

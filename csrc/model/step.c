@@ -3,6 +3,8 @@
  */
 #include "model/engine_struct.h"
 
+#include "base/memory.h"
+
 #include <string.h>
 
 /* ---- checks: nothing has changed yet --------------------------------------------------- */
@@ -90,8 +92,7 @@ static kl_status check_sampling(const kl_engine *e, const kl_step *s, int64_t n_
 
 static kl_status check_top(const kl_engine *e, const kl_step *s, kl_error *err)
 {
-    const int64_t vocab = e->config.vocab_size;
-    const int64_t most = vocab < KL_MAX_TOP ? vocab : KL_MAX_TOP;
+    const int64_t most = kl_min_i64(e->config.vocab_size, KL_MAX_TOP);
     if (s->top < 0 || s->top > most)
         return kl_fail(err, KL_ERR_VALUE, "step: top must be in [0, %lld], got %d",
                        (long long)most, s->top);

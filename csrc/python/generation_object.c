@@ -283,11 +283,12 @@ static PyObject *event_list(const kl_event *events, int64_t n)
     return list;
 }
 
-/* Until there are events or nothing is left: an empty list means the end. */
-static kl_status run_until_events(GenerationObject *self, int64_t max_steps, processor *p,
-                                  int64_t *n, kl_error *err)
+/* Until there are events or nothing is left: an empty list means the end. `g` and not the
+ * object's node: without the GIL another thread may close the object, whose C part then lives
+ * until the lock is given back. */
+static kl_status run_until_events(GenerationObject *self, kl_generation *g, int64_t max_steps,
+                                  processor *p, int64_t *n, kl_error *err)
 {
-    kl_generation *g = self->node->g;
     *n = 0;
     while (*n == 0 && !kl_generation_done(g))
         KL_TRY(kl_generation_run(g, max_steps, self->events, self->n_events, n,
@@ -314,9 +315,10 @@ static PyObject *generation_run(PyObject *op, PyObject *const *args, Py_ssize_t 
     }
     processor p = {&caller, m, args[1] == Py_None ? NULL : args[1], self->vocab};
     if (enter(self) < 0) return NULL;
-    caller.generation = self->node->g;
+    kl_generation *g = self->node->g;
+    caller.generation = g;
     kl_caller_release_gil(&caller);
-    const kl_status status = run_until_events(self, max_steps, &p, &n, &err);
+    const kl_status status = run_until_events(self, g, max_steps, &p, &n, &err);
     kl_caller_take_gil(&caller);
     if (kl_caller_finish(&caller, m, status, &err) == 0) result = event_list(self->events, n);
     kl_engine_leave(self->engine);

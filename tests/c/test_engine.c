@@ -107,9 +107,7 @@ static void absent_layers_are_not_checked(void)
     kl_backend_close(be);
 }
 
-/* The 48B model's figures, computed by hand in spec/model.md: 49,122,681,728 parameters, all
- * but A_log and dt_bias in bf16 on disk; here norms, convolutions and routers are f32 too. */
-static void the_published_model_has_its_size(void)
+static kl_config published_config(void)
 {
     kl_config c = {.vocab_size = 163840,
                    .hidden_size = 2304,
@@ -140,6 +138,14 @@ static void the_published_model_has_its_size(void)
         c.mixer[i] = i % 4 == 3 || i == 26 ? KL_MIXER_MLA : KL_MIXER_KDA;
         c.ffn[i] = i == 0 ? KL_FFN_DENSE : KL_FFN_MOE;
     }
+    return c;
+}
+
+/* The 48B model's figures, computed by hand in spec/model.md: 49,122,681,728 parameters, all
+ * but A_log and dt_bias in bf16 on disk; here norms, convolutions and routers are f32 too. */
+static void the_published_model_has_its_size(void)
+{
+    const kl_config c = published_config();
     const kl_engine_options options = {.format = KL_W_BF16,
                                        .max_context = 1048576,
                                        .max_batch = 1,
@@ -156,6 +162,86 @@ static void the_published_model_has_its_size(void)
     EXPECT(plan.page_bytes_per_token == 8064);
     EXPECT(plan.page_bytes == (size_t)8064 * 1048576);
     kl_backend_close(be);
+}
+
+/* No step within a plan may need more scratch than the plan has: dry passes of random shapes,
+ * the largest sizes among them more often than chance would have it. */
+static int64_t up_to(uint64_t seed, uint64_t *index, int64_t n)
+{
+    const double u = kl_rng_uniform(seed, (*index)++);
+    return u < 0.2 ? n : 1 + (int64_t)(kl_rng_uniform(seed, (*index)++) * (double)n * u * u);
+}
+
+static kl_pass_shape random_shape(const kl_plan *plan, const kl_config *c, uint64_t seed)
+{
+    uint64_t i = 0;
+    kl_pass_shape s = {.N = up_to(seed, &i, plan->max_batch),
+                       .B = up_to(seed, &i, kl_cache_pages_for(c, plan->max_context))};
+    s.decode = up_to(seed, &i, 4) == 1;
+    s.T = s.decode ? s.N : s.N + up_to(seed, &i, plan->step_tokens - s.N + 1) - 1;
+    s.targets = up_to(seed, &i, 2) == 1;
+    s.sampling = !s.targets && up_to(seed, &i, 2) == 1;
+    s.seen = s.sampling && up_to(seed, &i, 2) == 1;
+    s.logits = up_to(seed, &i, 2) == 1;
+    s.R = s.targets || s.logits || s.sampling ? up_to(seed, &i, s.sampling ? s.N : s.T) : 0;
+    s.top = (int)up_to(seed, &i, kl_min_i64(KL_MAX_TOP, c->vocab_size));
+    return s;
+}
+
+static void random_steps_fit(kl_backend *be, const kl_config *c, const kl_engine_options *o)
+{
+    kl_weights w;
+    kl_cache cache;
+    kl_plan plan;
+    kl_arena none;
+    kl_error err = {KL_OK, ""};
+    const kl_cache_shape shape = {1, 1, 1};
+    kl_arena_init(&none, NULL, 0);
+    EXPECT(kl_plan_make(be, c, o, &plan, &err) == KL_OK);
+    EXPECT(kl_weights_new(c->n_layers, &w, &err) == KL_OK);
+    EXPECT(kl_weights_layout(&w, c, o->format, &none, &err) == KL_OK);
+    EXPECT(kl_cache_init(&cache, be, c, kl_act_of(o->format), &shape, &none, &err) == KL_OK);
+    EXPECT_TEXT(err.message, "");
+    for (uint64_t seed = 0; seed < 500 && test_failed_here == 0; seed++) {
+        const kl_pass_shape s = random_shape(&plan, c, seed);
+        kl_pass p = {.be = be,
+                     .config = c,
+                     .weights = &w,
+                     .cache = &cache,
+                     .act = kl_act_of(o->format),
+                     .row_block = plan.max_batch};
+        kl_arena_init(&p.arena, NULL, 0);
+        EXPECT(kl_pass_run(&p, &s, NULL, NULL, &err) == KL_OK);
+        EXPECT(p.arena.peak <= plan.scratch_bytes);
+        if (p.arena.peak > plan.scratch_bytes)
+            printf("  T %lld, N %lld, B %lld, R %lld, decode %d: %zu of %zu bytes\n",
+                   (long long)s.T, (long long)s.N, (long long)s.B, (long long)s.R, s.decode,
+                   p.arena.peak, plan.scratch_bytes);
+    }
+    kl_cache_free(&cache);
+    kl_weights_free(&w);
+}
+
+static void no_step_needs_more_than_its_plan(void)
+{
+    static const kl_weight_format formats[] = {KL_W_F32, KL_W_BF16, KL_W_INT8, KL_W_INT4};
+    const kl_config published = published_config();
+    for (int threads = 1; threads <= 3; threads += 2) {
+        const kl_backend_options options = {.threads = threads};
+        kl_backend *be = NULL;
+        kl_error err;
+        EXPECT(kl_backend_open("cpu", NULL, &options, &be, &err) == KL_OK);
+        for (int f = 0; f < 4; f++) {
+            kl_engine_options o = {.format = formats[f],
+                                   .max_batch = 32,
+                                   .step_tokens = 300,
+                                   .max_context = 4096,
+                                   .budget_bytes = (size_t)500 << 30};
+            random_steps_fit(be, &tiny_config, &o);
+            random_steps_fit(be, &published, &o);
+        }
+        kl_backend_close(be);
+    }
 }
 
 static void plans_add_up_and_refuse(void)
@@ -779,6 +865,7 @@ int main(void)
     RUN(configurations_are_bounded);
     RUN(absent_layers_are_not_checked);
     RUN(the_published_model_has_its_size);
+    RUN(no_step_needs_more_than_its_plan);
     RUN(plans_add_up_and_refuse);
     RUN(the_largest_steps_fit_the_plan);
     RUN(wrong_steps_change_nothing);

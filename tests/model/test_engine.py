@@ -479,6 +479,23 @@ def test_closing_waits_for_a_call():
     assert len(found) == 1 and np.isfinite(found[0]).all()
 
 
+def test_closing_a_generation_waits_for_its_run():
+    engine = random_engine(seed=5)
+    ids = list(range(4000))
+    want = run(engine.generate([dict(ids=ids, max_new_tokens=1)]))
+    g = engine.generate([dict(ids=ids, max_new_tokens=1)])
+    found = []
+    thread = threading.Thread(target=lambda: found.append(g.run(9, None, None)))
+    thread.start()
+    time.sleep(0.1)
+    g.close()
+    thread.join()
+    assert [(request, [token]) for request, token, *_ in found[0]] == list(want.items())
+    assert engine.usage() == (0, 0)
+    with pytest.raises(ValueError, match="closed"):
+        g.stats()
+
+
 # ---- weights ----------------------------------------------------------------------------------
 
 
