@@ -283,7 +283,7 @@ static int refuse_overlaps(const kl_call *c)
     return 0;
 }
 
-/* kl_check before the workspace is asked for: its size is defined for checked arguments only. */
+/* Checked before the workspace is asked for: its size is defined for checked arguments only. */
 #define KL_DEFINE(name)                                                                        \
     static kl_status run_##name(kl_call *c, kl_##name *a, kl_error *err)                       \
     {                                                                                          \

@@ -2,6 +2,7 @@
 array, with outputs of the caller's; and wrong arguments, each refused with its name."""
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
@@ -161,15 +162,17 @@ def test_torch_in_torch_out_with_the_same_bits(case):
         np.testing.assert_array_equal(g.numpy(), w)
 
 
+def strided(name, a):
+    """The same values in every second element; a state is written to and stays as it is."""
+    if name == "state":
+        return a.copy()
+    wide = np.full((*a.shape[:-1], 2 * a.shape[-1]), 77, a.dtype)
+    wide[..., ::2] = a
+    return wide[..., ::2]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_strided_inputs_give_the_same_bits(case):
-    def strided(name, a):
-        if name == "state":
-            return a.copy()  # written to
-        wide = np.full((*a.shape[:-1], 2 * a.shape[-1]), 77, a.dtype)
-        wide[..., ::2] = a
-        return wide[..., ::2]
-
     want = as_list(call(ops, *copied(case)))
     got = as_list(call(ops, *mapped(case, strided)))
     for g, w in zip(got, want, strict=True):
@@ -569,3 +572,31 @@ def test_every_operation_is_documented():
             for parameter in inspect.signature(getattr(ops, name)).parameters:
                 assert parameter in text or parameter == "stream", (name, parameter)
             assert "Source:" in text and "Returns:" in text, name
+
+
+# ---- memory that cannot be had ---------------------------------------------------------------
+
+
+@pytest.mark.skipif(not _core.FAULT_INJECTION, reason="built without -DKL_FAULT_INJECTION")
+@pytest.mark.parametrize("change", [lambda name, a: a.copy(), strided])
+@pytest.mark.parametrize("case", CASES)
+def test_every_allocation_may_fail(case, change):
+    """Fail the k-th allocation, for every k: MemoryError each time, nothing is held on to, and
+    the first call that has its memory gives the same bits."""
+    want = as_list(call(ops, *copied(case)))
+    for k in range(1, 200):
+        op, args, options = mapped(case, change)
+        arrays = [a for a in (*args.values(), *options.values()) if isinstance(a, np.ndarray)]
+        held = [sys.getrefcount(a) for a in arrays]
+        _core.fault_arm(k)
+        try:
+            got = as_list(call(ops, op, args, options))
+            break
+        except MemoryError:
+            pass  # its traceback goes, and with it the frames that hold arguments
+        finally:
+            _core.fault_arm(0)
+        assert [sys.getrefcount(a) for a in arrays] == held
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    assert k > 1 or "norm" in case or case == "moe_route"  # those may need no memory
