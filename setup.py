@@ -188,7 +188,7 @@ OTHER_FILES = [
     *files("csrc", ".h", ".md"),
     *files("cuda", ".cu", ".cuh", ".h", ".md"),
     *files("csrc", ".c"),
-    *files("tests", ".py", ".c", ".h"),
+    *files("tests", ".py", ".c", ".h", ".md"),
     *files("benchmarks", ".py", ".md"),
     *files("examples", ".py", ".md"),
 ]
