@@ -189,7 +189,7 @@ OTHER_FILES = [
     *files("cuda", ".cu", ".cuh", ".h", ".md"),
     *files("csrc", ".c"),
     *files("tests", ".py", ".c", ".h", ".md"),
-    *files("benchmarks", ".py", ".md"),
+    *files("benchmarks", ".py", ".c", ".md"),
     *files("examples", ".py", ".md"),
 ]
 EXTENSIONS = [
