@@ -14,7 +14,7 @@ import kimi_linear as kl
 from kimi_linear.testing import write_checkpoint
 
 ROOT = os.path.dirname(os.path.dirname(kl.__file__))
-ENV = {**os.environ, "PYTHONPATH": ROOT, "PYTHONUTF8": "1"}
+ENV = {**os.environ, "PYTHONPATH": ROOT, "PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,7 @@ def test_the_ends_of_the_ranges_work(model, options):
 def python(code, *, env=None, args=(), check=True):
     """Run code in a fresh interpreter; returns the completed process."""
     root = os.path.dirname(os.path.dirname(kl.__file__))
-    base = {**os.environ, "PYTHONPATH": root}
+    base = {**os.environ, "PYTHONPATH": root, "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, *args, "-c", code],
         env=base | (env or {}), cwd="/", capture_output=True, text=True, timeout=120,
