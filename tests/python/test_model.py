@@ -818,3 +818,43 @@ def test_stats(model):
     assert stats.cached_tokens == 0 and stats.prefill_s > 0 and stats.decode_s > 0
     assert stats.peak_bytes == model.plan.total
     assert "new 5" in str(stats)
+
+
+# ---- memory ------------------------------------------------------------------------------
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
+def test_memory_is_really_given_back(close):
+    config = tiny_config(vocab_size=20_000, hidden_size=512)
+    before = resident_bytes()
+    m = random_model(config, device="cpu", dtype="f32", max_context=256, max_batch=1)
+    assert m.plan.weights > 80e6
+    m.logits([1, 2, 3])
+    held = resident_bytes() - before
+    assert 0.9 * m.plan.weights < held < 1.3 * m.plan.total
+    if close:
+        m.close()
+    else:
+        del m
+    assert resident_bytes() - before < 0.1 * held
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    """They load (a scan would read everything twice); no token comes of them."""
+    path = write_tensors(tmp_path, lambda shapes: None)
+    raw = bytearray((path / "model.safetensors").read_bytes())
+    with Checkpoint(path) as checkpoint:
+        norm = checkpoint.tensors["model.norm.weight"]
+        raw[norm.offset : norm.offset + 4] = np.float32(np.nan).tobytes()
+    (path / "model.safetensors").write_bytes(raw)
+    with kl.load(path, **CPU) as m:
+        for prompt in ([1, 2], [[1], [2, 3]]):
+            with pytest.raises(kl.NumericalError, match="must be finite"):
+                m.generate(prompt, max_new_tokens=3)
+        assert np.isnan(m.logits([1])).all()
+        assert m._engine.usage() == (0, 0)
