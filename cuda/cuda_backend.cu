@@ -47,8 +47,8 @@ static kl_status check_device(int device, kl_error *err)
 static void cuda_close(kl_backend *be)
 {
     kl_cuda_backend *self = self_of(be);
-    if (self->stream != nullptr && cudaSetDevice(self->device) == cudaSuccess)
-        cudaStreamDestroy(self->stream);
+    if (self->own != nullptr && cudaSetDevice(self->device) == cudaSuccess)
+        cudaStreamDestroy(self->own);
     free(self);
 }
 
@@ -69,6 +69,12 @@ static kl_status cuda_sync(kl_backend *be, kl_error *err)
 {
     KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaStreamSynchronize(self_of(be)->stream), err);
+    return KL_OK;
+}
+
+static kl_status cuda_set_stream(kl_backend *be, void *stream, kl_error *)
+{
+    self_of(be)->stream = static_cast<cudaStream_t>(stream);
     return KL_OK;
 }
 
@@ -140,6 +146,7 @@ static const kl_backend_vtbl cuda_vtbl = {
     .close = cuda_close,
     .info = cuda_info,
     .sync = cuda_sync,
+    .set_stream = cuda_set_stream,
     .alloc = cuda_alloc,
     .free = cuda_free,
     .zero = cuda_zero,
@@ -152,7 +159,8 @@ static const kl_backend_vtbl cuda_vtbl = {
 static kl_status create_stream(kl_cuda_backend *self, kl_error *err)
 {
     KL_TRY(kl_cuda_bind(&self->base, err));
-    KL_CUDA_TRY(cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking), err);
+    KL_CUDA_TRY(cudaStreamCreateWithFlags(&self->own, cudaStreamNonBlocking), err);
+    self->stream = self->own;
     return KL_OK;
 }
 

@@ -13,7 +13,8 @@ extern "C" {
 struct kl_cuda_backend {
     kl_backend base;
     int device;
-    cudaStream_t stream;
+    cudaStream_t stream; /* where work goes: our own, or the caller's after set_stream() */
+    cudaStream_t own;
 };
 
 /* Turn a CUDA result into a kl_status, naming the call. Also used right after a launch:

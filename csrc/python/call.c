@@ -193,11 +193,10 @@ static kl_array *borrow(kl_call *c, const char *name, PyObject *o)
 static int refuse_dtype(const kl_call *c, const char *name, const kl_array *a, unsigned dtypes)
 {
     char wanted[64] = "", got[32];
-    for (int i = 0; i < KL_N_DTYPES; i++) {
-        if ((dtypes & KL_SET(i)) == 0) continue;
-        if (wanted[0] != '\0') strcat(wanted, " or ");
-        strcat(wanted, kl_dtype_name((kl_dtype)i));
-    }
+    for (int i = 0, used = 0; i < KL_N_DTYPES; i++)
+        if ((dtypes & KL_SET(i)) != 0)
+            used += PyOS_snprintf(wanted + used, sizeof wanted - (size_t)used, "%s%s",
+                                  used == 0 ? "" : " or ", kl_dtype_name((kl_dtype)i));
     PyErr_Format(PyExc_TypeError, "%s: %s must be %s, got %s", c->op, name, wanted,
                  kl_dtype_describe(a->dtype, got));
     return -1;

@@ -208,12 +208,13 @@ static void unlock_stream(kl_call *c)
     if (c->dev->be->vt->set_stream != NULL) pthread_mutex_unlock(&c->dev->lock);
 }
 
-/* Memory that a GPU may still be using cannot be given back: wait. */
+/* Wait where nobody else orders what follows: for memory that is given back with the call, and
+ * for frameworks that cannot tell their stream and take our arrays. */
 static kl_status settle(kl_call *c, bool temporaries, kl_error *err)
 {
     kl_backend *be = c->dev->be;
-    if (c->dev->is_cpu || (be->vt->set_stream != NULL && !temporaries)) return KL_OK;
-    return be->vt->sync(be, err);
+    const bool ordered = be->vt->set_stream != NULL && c->family == KL_FROM_EXCHANGE;
+    return c->dev->is_cpu || (ordered && !temporaries) ? KL_OK : be->vt->sync(be, err);
 }
 
 static kl_status copy_rows(kl_backend *be, const kl_tensor *dst, const kl_tensor *src,

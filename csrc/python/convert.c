@@ -196,11 +196,11 @@ void kl_array_release(kl_array *a)
     PyErr_Restore(type, value, trace);
 }
 
-/* The device without taking the data where the protocol allows it. */
+/* The device, without taking the data. */
 static int find_device(const kl_module *m, PyObject *o, DLDevice *out)
 {
     *out = (DLDevice){kDLCPU, 0};
-    if (kl_numpy_check(o)) return 0;
+    if (kl_numpy_check(o) || kl_exchange_device(m, o, out) == 1) return 0;
     const int found = kl_dlpack_device(m, o, out);
     if (found != 0) return found < 0 ? -1 : 0;
     if (PyObject_CheckBuffer(o)) return 0;

@@ -47,6 +47,8 @@ int kl_exchange_borrow(const kl_module *m, const char *op, const char *name, PyO
 int kl_dlpack_borrow(const kl_module *m, const char *op, const char *name, PyObject *o,
                      intptr_t stream, kl_array *out);
 
+/* The device that the exchange table tells: 1, or 0. */
+int kl_exchange_device(const kl_module *m, PyObject *o, DLDevice *out);
 /* The device that __dlpack_device__() names: 1, 0 without that method, or -1. */
 int kl_dlpack_device(const kl_module *m, PyObject *o, DLDevice *out);
 

@@ -122,14 +122,27 @@ static bool has_gradient(const kl_module *m, PyObject *o)
     return yes;
 }
 
+int kl_exchange_device(const kl_module *m, PyObject *o, DLDevice *out)
+{
+    const DLPackExchangeAPI *api = kl_exchange_of(m, Py_TYPE(o));
+    DLTensor view;
+    if (api == NULL || api->dltensor_from_py_object_no_sync == NULL) return 0;
+    if (api->dltensor_from_py_object_no_sync(o, &view) != 0) {
+        PyErr_Clear(); /* __dlpack_device__() may still know */
+        return 0;
+    }
+    *out = view.device;
+    return 1;
+}
+
 int kl_exchange_borrow(const kl_module *m, const char *op, const char *name, PyObject *o,
                        kl_array *out)
 {
     const DLPackExchangeAPI *api = kl_exchange_of(m, Py_TYPE(o));
     if (api == NULL || api->managed_tensor_from_py_object_no_sync == NULL || has_gradient(m, o))
         return 0;
-    /* Managed, not the cheaper borrowed form: other threads run Python while we compute, and
-     * one of them may give the tensor other storage. */
+    /* Managed, not the cheaper view: only it says whether the array may be written to, and a
+     * view need not outlive the next time that Python runs, which it does while we compute. */
     DLManagedTensorVersioned *managed = NULL;
     if (api->managed_tensor_from_py_object_no_sync(o, &managed) != 0) return -1;
     out->managed = managed;

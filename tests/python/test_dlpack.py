@@ -344,19 +344,7 @@ def test_nothing_is_given_back_while_in_use():
     worker, result = in_flight(draw(2048, 1024), w)
     early = w.deleted  # some 4 GFLOP are to be done yet
     worker.join()
-    assert (early, w.deleted) == (0, 1)
-
-
-def test_tensor_that_loses_its_storage_while_in_use():
-    torch = pytest.importorskip("torch")
-    x, w = torch.from_numpy(draw(1024, 1024)), draw(1024, 1024)
-    want = x @ torch.from_numpy(w).T
-    worker, result = in_flight(x, Producer(w))
-    x.set_(torch.empty(0))
-    junk = [torch.full((1024, 1024), torch.nan) for _ in range(2)]  # takes what was freed
-    worker.join()
-    torch.testing.assert_close(result[0], want, rtol=1e-3, atol=1e-3)
-    del junk
+    assert (early, w.deleted, len(result)) == (0, 1, 1)
 
 
 # ---- out: our own arrays ---------------------------------------------------------------------
