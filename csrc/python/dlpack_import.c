@@ -144,7 +144,8 @@ int kl_exchange_borrow(const kl_module *m, const char *op, const char *name, PyO
     /* Managed, not the cheaper view: only it says whether the array may be written to, and a
      * view need not outlive the next time that Python runs, which it does while we compute. */
     DLManagedTensorVersioned *managed = NULL;
-    if (api->managed_tensor_from_py_object_no_sync(o, &managed) != 0) return -1;
+    if (api->managed_tensor_from_py_object_no_sync(o, &managed) != 0 || managed == NULL)
+        return PyErr_Occurred() ? -1 : refuse(op, name, "its exchange API gave no tensor");
     out->managed = managed;
     if (managed->version.major != KL_DLPACK_MAJOR)
         return refuse(op, name, "its DLPack version is not 1.x");

@@ -448,6 +448,45 @@ def test_array_as_an_argument_gives_arrays():
     np.testing.assert_allclose(np.from_dlpack(z), want, rtol=1e-5, atol=1e-5)
 
 
+def test_results_go_through_the_namespace_of_the_first_array():
+    class Namespace:
+        def from_dlpack(self, x):
+            assert type(x) is _core.Array
+            return "theirs", np.from_dlpack(x)
+
+    class Standard(Producer):
+        def __array_namespace__(self):
+            return Namespace()
+
+    x = draw(4, 6)
+    name, y = ops.linear(Standard(x), W)
+    assert name == "theirs"
+    np.testing.assert_allclose(y, expected(x), rtol=1e-5, atol=1e-5)
+    out = Producer(np.empty((4, 5), np.float32))
+    assert ops.linear(Standard(x), W, out=out) is out  # a given array goes through nothing
+    assert type(ops.linear(x, Standard(W))) is np.ndarray  # the first decides
+
+
+def test_results_go_through_the_package_of_the_first_array():
+    """As with a torch whose tensors have neither a namespace nor the exchange API."""
+    torch = pytest.importorskip("torch")
+    cls = type("Tensor", (Producer,), {"__module__": "torch.somewhere"})
+    x = draw(4, 6)
+    y = ops.linear(cls(x), W)
+    assert type(y) is torch.Tensor
+    np.testing.assert_allclose(y.numpy(), expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_failing_importer_is_heard():
+    class Namespace:
+        def from_dlpack(self, x):
+            raise RuntimeError("not today")
+
+    cls = type("Standard", (Producer,), {"__array_namespace__": lambda self: Namespace()})
+    with pytest.raises(RuntimeError, match="not today"):
+        ops.linear(cls(draw(4, 6)), W)
+
+
 def test_array_is_not_made_from_python():
     with pytest.raises(TypeError):
         _core.Array()
@@ -540,6 +579,15 @@ def test_exchange_table_of_another_library(form):
     y = _core.linear(_backends.shared("cpu"), o, W, None, None)
     np.testing.assert_allclose(np.from_dlpack(y), expected(x), rtol=1e-5, atol=1e-5)
     assert calls == ["from_object"] and o.producer.deleted == 1
+
+
+def test_exchange_table_that_fails():
+    for result, error in [(-1, BufferError), (0, BufferError)]:
+        table = exchange_table([])
+        table.from_object = type(table.from_object)(lambda address, out, r=result: r)
+        o = type("Fails", (Exchanged,), {"__dlpack_c_exchange_api__": capsule_of(table)})(W)
+        with pytest.raises(error, match="linear: x: its exchange API gave no tensor"):
+            _core.linear(_backends.shared("cpu"), o, W, None, None)
 
 
 @pytest.mark.parametrize("value", [None, "text", 0])
