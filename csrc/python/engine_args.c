@@ -1,5 +1,5 @@
 /*
- * engine_args.c -- the arguments of Engine and Generation: dicts of numbers, ids, handles.
+ * engine_args.c -- the arguments of Engine and Generation: dicts of numbers, ids, handles, files.
  */
 #include "python/engine_object.h"
 
@@ -269,4 +269,66 @@ int kl_parse_seq(const char *op, PyObject *o, kl_seq *out)
     if (kl_parse_int(op, "seq", o, 0, INT64_MAX, &value) < 0) return -1;
     *out = (kl_seq)value;
     return 0;
+}
+
+/* ---- files ----------------------------------------------------------------------------- */
+
+int kl_parse_source(PyObject *o, kl_source *out)
+{
+    const char *dtype;
+    unsigned long long offset, bytes;
+    PyObject *shape, *list = NULL;
+    Py_ssize_t n;
+    int result = -1;
+    if (!PyTuple_Check(o) || !PyArg_ParseTuple(o, "siKKsO:source", &out->name, &out->file,
+                                               &offset, &bytes, &dtype, &shape)) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_TypeError, "load: a source must be a tuple, got %R", o);
+        return -1;
+    }
+    out->offset = offset;
+    out->bytes = bytes;
+    out->dtype = strcmp(dtype, "F32") == 0    ? KL_F32
+                 : strcmp(dtype, "BF16") == 0 ? KL_BF16
+                                              : KL_N_DTYPES;
+    if (out->dtype == KL_N_DTYPES) {
+        PyErr_Format(PyExc_ValueError, "load: dtype of %s must be F32 or BF16, got %s",
+                     out->name, dtype);
+        return -1;
+    }
+    list = kl_parse_list("load", "shape", shape, &n);
+    if (list == NULL) return -1;
+    if (n > KL_MAX_NDIM) {
+        PyErr_Format(PyExc_ValueError, "load: %s must have at most %d axes, got %zd", out->name,
+                     KL_MAX_NDIM, n);
+        goto done;
+    }
+    out->ndim = (int)n;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (kl_parse_int("load", "shape", PyList_GetItem(list, i), 0, INT64_MAX,
+                         &out->shape[i]) < 0)
+            goto done;
+    result = 0;
+done:
+    Py_DECREF(list);
+    return result;
+}
+
+int kl_parse_fds(PyObject *o, int **out, int *n_fds)
+{
+    Py_ssize_t n;
+    PyObject *list = kl_parse_list("load", "fds", o, &n);
+    if (list == NULL) return -1;
+    int *fds = n > INT_MAX ? NULL : kl_calloc((size_t)n, sizeof *fds);
+    int result = fds == NULL ? -1 : 0;
+    if (fds == NULL) PyErr_NoMemory();
+    for (Py_ssize_t i = 0; result == 0 && i < n; i++) {
+        int64_t fd;
+        result = kl_parse_int("load", "fds", PyList_GetItem(list, i), 0, INT_MAX, &fd);
+        if (result == 0) fds[i] = (int)fd;
+    }
+    Py_DECREF(list);
+    *out = fds;
+    *n_fds = (int)n;
+    return result;
 }

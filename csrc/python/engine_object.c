@@ -108,67 +108,6 @@ static PyObject *engine_usage(PyObject *op, PyObject *Py_UNUSED(none))
 
 /* ---- weights --------------------------------------------------------------------------- */
 
-/* (name, file, offset, bytes, "F32" | "BF16", shape). The name stays the tuple's. */
-static int parse_source(PyObject *o, kl_source *out)
-{
-    const char *dtype;
-    unsigned long long offset, bytes;
-    PyObject *shape, *list = NULL;
-    Py_ssize_t n;
-    int result = -1;
-    if (!PyTuple_Check(o) || !PyArg_ParseTuple(o, "siKKsO:source", &out->name, &out->file,
-                                               &offset, &bytes, &dtype, &shape)) {
-        if (!PyErr_Occurred())
-            PyErr_Format(PyExc_TypeError, "load: a source must be a tuple, got %R", o);
-        return -1;
-    }
-    out->offset = offset;
-    out->bytes = bytes;
-    out->dtype = strcmp(dtype, "F32") == 0    ? KL_F32
-                 : strcmp(dtype, "BF16") == 0 ? KL_BF16
-                                              : KL_N_DTYPES;
-    if (out->dtype == KL_N_DTYPES) {
-        PyErr_Format(PyExc_ValueError, "load: dtype of %s must be F32 or BF16, got %s",
-                     out->name, dtype);
-        return -1;
-    }
-    list = kl_parse_list("load", "shape", shape, &n);
-    if (list == NULL) return -1;
-    if (n > KL_MAX_NDIM) {
-        PyErr_Format(PyExc_ValueError, "load: %s must have at most %d axes, got %zd", out->name,
-                     KL_MAX_NDIM, n);
-        goto done;
-    }
-    out->ndim = (int)n;
-    for (Py_ssize_t i = 0; i < n; i++)
-        if (kl_parse_int("load", "shape", PyList_GetItem(list, i), 0, INT64_MAX,
-                         &out->shape[i]) < 0)
-            goto done;
-    result = 0;
-done:
-    Py_DECREF(list);
-    return result;
-}
-
-static int parse_fds(PyObject *o, int **out, int *n_fds)
-{
-    Py_ssize_t n;
-    PyObject *list = kl_parse_list("load", "fds", o, &n);
-    if (list == NULL) return -1;
-    int *fds = n > INT_MAX ? NULL : kl_calloc((size_t)n, sizeof *fds);
-    int result = fds == NULL ? -1 : 0;
-    if (fds == NULL) PyErr_NoMemory();
-    for (Py_ssize_t i = 0; result == 0 && i < n; i++) {
-        int64_t fd;
-        result = kl_parse_int("load", "fds", PyList_GetItem(list, i), 0, INT_MAX, &fd);
-        if (result == 0) fds[i] = (int)fd;
-    }
-    Py_DECREF(list);
-    *out = fds;
-    *n_fds = (int)n;
-    return result;
-}
-
 static PyObject *engine_load(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
     EngineObject *self = (EngineObject *)op;
@@ -181,7 +120,7 @@ static PyObject *engine_load(PyObject *op, PyObject *const *args, Py_ssize_t nar
     kl_error err = {KL_OK, ""};
     if (kl_parse_count("load", nargs, 3) < 0 || kl_caller_init(&caller, "load", args[2]) < 0)
         return NULL;
-    if (parse_fds(args[0], &fds, &n_fds) < 0) goto done;
+    if (kl_parse_fds(args[0], &fds, &n_fds) < 0) goto done;
     list = kl_parse_list("load", "sources", args[1], &n);
     if (list == NULL) goto done;
     sources = kl_calloc((size_t)n, sizeof *sources);
@@ -190,7 +129,7 @@ static PyObject *engine_load(PyObject *op, PyObject *const *args, Py_ssize_t nar
         goto done;
     }
     for (Py_ssize_t i = 0; i < n; i++)
-        if (parse_source(PyList_GetItem(list, i), &sources[i]) < 0) goto done;
+        if (kl_parse_source(PyList_GetItem(list, i), &sources[i]) < 0) goto done;
 
     if (kl_engine_enter(self) < 0) goto done;
     kl_caller_release_gil(&caller);

@@ -66,6 +66,10 @@ int kl_parse_ids(const kl_module *m, const char *op, const char *name, PyObject 
 int kl_parse_seq(const char *op, PyObject *o, kl_seq *out);
 int kl_parse_config(PyObject *dict, kl_config *out);
 int kl_parse_options(PyObject *dict, kl_engine_options *out);
+/* (name, file, offset, bytes, "F32" | "BF16", shape). The name stays the tuple's. */
+int kl_parse_source(PyObject *o, kl_source *out);
+/* Freed with kl_free(). */
+int kl_parse_fds(PyObject *o, int **out, int *n_fds);
 /* A list or tuple of anything iterable (new reference), its length in *n. */
 PyObject *kl_parse_list(const char *op, const char *name, PyObject *o, Py_ssize_t *n);
 
