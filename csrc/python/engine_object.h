@@ -81,7 +81,13 @@ int kl_dict_float(const char *op, PyObject *dict, const char *key, const float *
 
 PyObject *kl_plan_dict(const kl_plan *plan);
 
-/* Engine.generate and Engine's dealloc reach the other type here. */
+/* Methods of Engine in engine_prompts.c. */
+PyObject *kl_engine_py_feed(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+PyObject *kl_engine_py_logits(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+PyObject *kl_engine_py_logprobs(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+PyObject *kl_engine_py_hidden(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+PyObject *kl_engine_py_step(PyObject *op, PyObject *arg);
+
 PyObject *kl_generation_object_new(EngineObject *engine, PyObject *requests);
 
 extern PyType_Spec kl_engine_spec, kl_generation_spec;
