@@ -3,9 +3,10 @@
     python benchmarks/bench_model.py            about 300M parameters, under six minutes
     python benchmarks/bench_model.py --small    a smoke run of seconds
 
-Measures prefill, batch-1 decode (also as a share of a plain read of the same bytes) and loading,
-for float32 and bfloat16 weights, into results/{prefill,decode,load}.jsonl. Both sides get every
-CPU thread of the process; transformers runs with sdpa attention, its cache and no gradients.
+Measures prefill, batch-1 decode (also as a share of a plain read of the same bytes) and
+loading, for float32 and bfloat16 weights, into results/{prefill,decode,load}.jsonl. Both sides
+get every CPU thread of the process; transformers runs with sdpa attention, its cache and no
+gradients.
 """
 
 import argparse
@@ -37,7 +38,8 @@ SHAPE = dict(
     num_attention_heads=8, num_key_value_heads=8, num_experts=32, num_experts_per_token=4,
     num_shared_experts=1, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
     v_head_dim=128, linear_head_dim=128, linear_num_heads=8, num_expert_group=1, topk_group=1,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2, model_max_length=65536, pattern="KKKMKKKMKKKMKM",
+    pad_token_id=0, bos_token_id=1, eos_token_id=2, model_max_length=65536,
+    pattern="KKKMKKKMKKKMKM",
 )  # fmt: skip
 SMALL = SHAPE | dict(
     vocab_size=512, hidden_size=128, intermediate_size=256, moe_intermediate_size=32,
@@ -47,8 +49,8 @@ SMALL = SHAPE | dict(
 
 
 def make_model(shape: dict[str, Any]) -> KimiLinearForCausalLM:
-    """transformers' model with random weights; logits have a spread of a few units. Layers add a
-    fraction of what they read, else rounding to bfloat16 would grow from layer to layer until
+    """transformers' model with random weights; logits have a spread of a few units. Layers add
+    a fraction of what they read, else rounding to bfloat16 would grow from layer to layer until
     no two implementations could be compared."""
     shape = dict(shape)
     pattern = shape.pop("pattern")
@@ -178,7 +180,9 @@ def bench_load(results, case, path: Path, dtype: str) -> None:
     )  # fmt: skip
 
 
-def bench(results: Results, model, dtype: str, folder: Path, options: argparse.Namespace) -> None:
+def bench(
+    results: Results, model, dtype: str, folder: Path, options: argparse.Namespace
+) -> None:
     path = save(model, dtype, folder)
     millions = sum(p.numel() for p in model.parameters()) // 10**6
     case = {"model": f"random-{millions}M", "dtype": dtype, "weights": "random",

@@ -1,7 +1,8 @@
 """What every benchmark shares: timing, the machine's limits, and the form of a result.
 
 A result is one JSON object a line in results/<bench>.jsonl, appended here and never edited by
-hand. It names the device, the commit, the command and the date, so that a figure can be made again.
+hand. It names the device, the commit, the command and the date, so that a figure can be made
+again.
 """
 
 import argparse
@@ -67,12 +68,13 @@ class Results:
 
     def add(self, bench: str, case: dict[str, Any], **values: Any) -> None:
         """Append a line to results/<bench>.jsonl and print it, floats to four digits."""
+        program = Path(sys.argv[0]).name
         line = {
             "bench": bench,
             "device": cpu_name(),
             "commit": self.commit,
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "command": shlex.join(["python", f"benchmarks/{program}", *sys.argv[1:]]),
             "case": case,
         } | rounded(values)
         text = json.dumps(line)

@@ -26,7 +26,11 @@ BASE = dict(
 CASES = {
     "published-pattern": ("KKKMKKM", "deeeeee", {}),
     "two-layers-one-head": ("KM", "dd", dict(linear_num_heads=1, linear_head_dim=32)),
-    "mla-first-no-moe": ("MKM", "ddd", dict(qk_rope_head_dim=4, kv_lora_rank=32, v_head_dim=12)),
+    "mla-first-no-moe": (
+        "MKM",
+        "ddd",
+        dict(qk_rope_head_dim=4, kv_lora_rank=32, v_head_dim=12),
+    ),
     "many-experts": (
         "KKM",
         "eee",
@@ -55,7 +59,8 @@ CASES = {
     "short-taps": (
         "MKKM",
         "edde",
-        dict(linear_conv_kernel_dim=2, num_experts_per_token=1, vocab_size=130, rms_norm_eps=1e-6),
+        dict(linear_conv_kernel_dim=2, num_experts_per_token=1, vocab_size=130,
+             rms_norm_eps=1e-6),
     ),
 }  # fmt: skip
 
@@ -159,15 +164,16 @@ def core_config(c: KimiLinearConfig) -> dict:
         mla_heads=c.num_attention_heads, q_rank=c.q_lora_rank or 0, kv_rank=c.kv_lora_rank,
         nope_dim=c.qk_nope_head_dim, rope_dim=c.qk_rope_head_dim, v_dim=c.v_head_dim,
         q_norm_eps=1e-6, kv_norm_eps=1e-6, dense_inner=c.intermediate_size,
-        n_experts=c.num_experts, top_k=c.num_experts_per_token, moe_inner=c.moe_intermediate_size,
-        n_shared=c.num_shared_experts, groups=c.num_expert_group, top_groups=c.topk_group,
+        n_experts=c.num_experts, top_k=c.num_experts_per_token,
+        moe_inner=c.moe_intermediate_size, n_shared=c.num_shared_experts,
+        groups=c.num_expert_group, top_groups=c.topk_group,
         score="sigmoid", routed_scaling=c.routed_scaling_factor, renormalize=c.moe_renormalize,
         rms_eps=c.rms_norm_eps, tied_embeddings=c.tie_word_embeddings,
     )  # fmt: skip
 
 
 def greedy(model, ids, n: int) -> list[int]:
-    """The n most probable next tokens, one after the other, from transformers with its cache."""
+    """n greedy tokens, one after the other, from transformers with its cache."""
     tokens, past, feed = [], None, list(ids)
     with torch.no_grad():
         for _ in range(n):

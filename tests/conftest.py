@@ -18,7 +18,7 @@ def use_the_installed_package() -> None:
 
 
 def show_children_the_same() -> None:
-    """Interpreters that tests start import this package too, not what the current folder holds."""
+    """Interpreters that tests start import this package too, not what their folder holds."""
     found = importlib.util.find_spec("kimi_linear")
     paths = [str(Path(found.origin).parent.parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

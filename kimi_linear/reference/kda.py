@@ -32,8 +32,9 @@ def log_decay(g: Any, gate: str = "direct", *, A_log: Any = None, dt_bias: Any =
     bounded    lower_bound * sigmoid(exp(A_log[h]) * (g + dt_bias[h, k]))
 
     g [T, H, K], [T, H, 1] or [T, H] for one rate a head; A_log of H elements (may be absent
-    for bounded: exp(A_log) = 1); dt_bias of H * K (or H) elements, or None. Returns [T, H, K or 1].
-    Raises ValueError for an unknown gate and for softplus without A_log.
+    for bounded: exp(A_log) = 1); dt_bias of H * K (or H) elements, or None.
+    Returns [T, H, K or 1]. Raises ValueError for an unknown gate, and for softplus without
+    A_log.
     Source: report section 4; flash-linear-attention, fla/ops/kda/gate.py.
     """
     g = np.asarray(g, np.float64)
@@ -67,7 +68,7 @@ def _inputs(q, k, v, g, beta, scale, gate, A_log, dt_bias, lower_bound, normaliz
     group, rest = divmod(v.shape[1], k.shape[1])
     if rest:
         raise ValueError(f"v.shape[1] must be a multiple of {k.shape[1]}, got {v.shape[1]}")
-    q, k = (np.repeat(x, group, axis=1) for x in (q, k))  # value head h reads key head h // group
+    q, k = (np.repeat(x, group, axis=1) for x in (q, k))  # head h reads key head h // group
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return q * scale, k, v, np.broadcast_to(g, k.shape), beta
 
@@ -117,7 +118,8 @@ def kda_decode(q, k, v, g, beta, state, *, slots=None, scale=None, gate="direct"
     """One token for each of N sequences; the formula of `kda_prefill`.
 
     q, k [N, Hk, K]; v [N, H, V]; g [N, H, K]; beta [N, H]; state [S, H, V, K], updated in place
-    at `slots` [N] (distinct; None: row n has slot n), other slots untouched. Returns o [N, H, V].
+    at `slots` [N] (distinct; None: row n has slot n), other slots untouched. Returns o
+    [N, H, V].
     """
     q, k, v, g, beta = _inputs(q, k, v, g, beta, scale, gate, A_log, dt_bias, lower_bound,
                                normalize, beta_logits)  # fmt: skip

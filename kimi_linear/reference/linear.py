@@ -41,7 +41,7 @@ class QuantizedWeight:
 
 
 def _pack(q):
-    """int4: byte i of a group of 32 holds column i low and column i + 16 high, each as q + 8."""
+    """int4: byte i of a group of 32 holds columns i (low) and i + 16 (high), each as q + 8."""
     groups = (q + 8).astype(np.uint8).reshape(*q.shape[:-1], -1, 2, 16)
     return (groups[..., 0, :] | groups[..., 1, :] << 4).reshape(*q.shape[:-1], -1)
 

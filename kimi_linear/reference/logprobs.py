@@ -20,9 +20,9 @@ def token_logprobs(hidden: Any, lm_head: Any, targets: Any, *,
         z = hidden lm_head^T;   logprobs[t] = z[targets[t]] - logsumexp(z)
 
     hidden [T, D]; lm_head [rows, D]; targets [T] ids, or -1 for a position that asks for none
-    (NaN, not greedy). Returns logprobs [T] and greedy [T] bool, whether the target is the argmax
-    (lowest id on a tie); with top > 0 also ids int32 and logprobs [T, top] of the best tokens,
-    best first, lower id on a tie.
+    (NaN, not greedy). Returns logprobs [T] and greedy [T] bool, whether the target is the
+    argmax (lowest id on a tie); with top > 0 also ids int32 and logprobs [T, top] of the best
+    tokens, best first, lower id on a tie.
     """
     hidden, lm_head = np.asarray(hidden, np.float64), dense(lm_head)
     targets = np.asarray(targets)

@@ -42,8 +42,8 @@ class State:
 class Model:
     """A Kimi Linear model in float64.
 
-    config: a KimiLinearConfig, or the fields of csrc/model/config.h by name: mixer ("kda", "mla")
-    and ffn ("dense", "moe") of each layer, kda_heads, kda_head_dim, gate,
+    config: a KimiLinearConfig, or the fields of csrc/model/config.h by name: mixer ("kda",
+    "mla") and ffn ("dense", "moe") of each layer, kda_heads, kda_head_dim, gate,
     gate_lower_bound, mla_heads, nope_dim, rope_dim, q_norm_eps, kv_norm_eps, top_k, groups,
     top_groups, score, routed_scaling, renormalize, rms_eps, tied_embeddings. Other sizes come
     from the tensors.
@@ -128,8 +128,9 @@ class Model:
             scaling=c.routed_scaling, renormalize=c.renormalize, score=c.score,
             groups=c.groups, top_groups=c.top_groups,
         )  # fmt: skip
+        E = logits.shape[1]
         w1, w3, w2 = (
-            np.stack([self.tensor(f"{at}experts.{e}.{w}.weight") for e in range(logits.shape[1])])
+            np.stack([self.tensor(f"{at}experts.{e}.{w}.weight") for e in range(E)])
             for w in ("w1", "w3", "w2")
         )
         has_shared = f"{at}shared_experts.gate_proj.weight" in self.tensors
@@ -137,7 +138,7 @@ class Model:
         return moe_experts(x, ids, weights, w1, w3, w2, shared=shared)
 
     def residuals(self, ids: Any, state: State) -> list[np.ndarray]:
-        """The residual stream [T, D] before the first layer and after each; advances `state`."""
+        """The residual stream [T, D] at the start and after each layer; `state` moves on."""
         c = self.config
         x = self.tensor("model.embed_tokens.weight")[np.asarray(ids)]
         streams = [x]
@@ -154,7 +155,7 @@ class Model:
     def forward(self, ids: Any, state: State | None = None) -> np.ndarray:
         """Logits [T, vocab] after each of T tokens; row t is the distribution of token t + 1.
 
-        With a `state`, the tokens continue its sequence and it moves on: feeding a prompt whole,
+        With a `state`, the tokens continue its sequence and it moves on: a prompt read whole,
         in pieces or token by token gives the same logits.
         """
         x = self.residuals(ids, State() if state is None else state)[-1]

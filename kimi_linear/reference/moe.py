@@ -65,9 +65,9 @@ def moe_experts(x: Any, ids: Any, weights: Any, w1: Any, w3: Any, w2: Any, *,
                 shared: Any = None) -> np.ndarray:  # fmt: skip
     """out[t] = sum_j weights[t, j] * mlp(x[t]; expert ids[t, j])  +  mlp(x[t]; shared).
 
-    x [T, D]; ids, weights [T, top_k]; w1 (gate), w3 (up) [E, I, D]; w2 (down) [E, D, I]; shared:
-    None or the (w1, w3, w2) of the expert that every token passes, [I', D] and [D, I'], which
-    has no weight. Returns [T, D].
+    x [T, D]; ids, weights [T, top_k]; w1 (gate), w3 (up) [E, I, D]; w2 (down) [E, D, I];
+    shared: None or the (w1, w3, w2) of the expert that every token passes, [I', D] and
+    [D, I'], which has no weight. Returns [T, D].
     """
     x, ids = np.asarray(x, np.float64), np.asarray(ids)
     weights = np.asarray(weights, np.float64)

@@ -63,7 +63,9 @@ def draw(z: np.ndarray, s: Sampling) -> int:
     return int(order[min(place, len(mass) - 1)])
 
 
-def sample(logits: Any, params: Any, *, seen: Any = None, top: int = 0) -> tuple[np.ndarray, ...]:
+def sample(
+    logits: Any, params: Any, *, seen: Any = None, top: int = 0
+) -> tuple[np.ndarray, ...]:
     """Draw one token a row.
 
         z: logits; for ids in `seen`: z > 0 ? z / penalty : z * penalty

@@ -21,7 +21,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    """(transformers' model, path): weights that do not amplify, for comparisons to tolerance."""
+    """(transformers' model, path): weights that do not amplify, to compare to a tolerance."""
     judge = hf_model("published-pattern", seed=3, gain=0.3)
     return judge, save(judge, tmp_path_factory.mktemp("calm"))
 
@@ -66,7 +66,9 @@ def test_cut_at_chunks_is_the_whole_to_the_bit(engine, ids, lengths):
     assert same(in_pieces(engine, ids, lengths), whole(engine, ids))
 
 
-@pytest.mark.parametrize("lengths", [cut(T, 1), cut(T, 7), cut(T, 65), [63, 1, 1, 135], [199, 1]])
+@pytest.mark.parametrize(
+    "lengths", [cut(T, 1), cut(T, 7), cut(T, 65), [63, 1, 1, 135], [199, 1]]
+)
 def test_cut_anywhere_is_the_whole(calm, ids, lengths):
     engine = open_engine(calm[1])
     assert relative_rms(in_pieces(engine, ids, lengths), whole(engine, ids)) < 1e-5
@@ -84,7 +86,8 @@ def test_a_small_step_does_not_show(path, ids):
 def test_a_row_in_a_batch_is_the_row_alone(engine, seed):
     """Ragged steps over sequences with other pasts, some rows of a single token."""
     r = np.random.default_rng(seed)
-    rows = [[others(n, 100 * seed + i) for n in r.choice([1, 1, 2, 17, 64, 65], 5)] for i in range(4)]
+    lengths = r.choice([1, 1, 2, 17, 64, 65], (4, 5))
+    rows = [[others(n, 100 * seed + i) for n in row] for i, row in enumerate(lengths)]
     together = [engine.seq_new() for _ in rows]
     batched = [np.array(engine.step(list(zip(together, turn, strict=True))))
                for turn in zip(*rows, strict=True)]  # fmt: skip
@@ -100,7 +103,7 @@ def test_a_row_in_a_batch_is_the_row_alone(engine, seed):
 @pytest.mark.parametrize("threads", [1, 7])
 @pytest.mark.parametrize("format", ["f32", "bf16", "int8", "int4"])
 def test_threads_do_not_change_bits(path, ids, format, threads):
-    two, other = open_engine(path, format=format), open_engine(path, format=format, threads=threads)
+    two, other = (open_engine(path, format=format, threads=n) for n in (2, threads))
     assert same(whole(other, ids), whole(two, ids))
     seqs = [(e, e.seq_new()) for e in (two, other)]
     decoded = [next_tokens(e, seq, e.step([(seq, ids[:70])])[0], 8) for e, seq in seqs]
@@ -129,7 +132,8 @@ def test_fork_is_recomputing(engine, ids):
 
 def test_released_memory_does_not_leak(poisoned_path, path, ids):
     """Every slot and page is filled with NaN, given back, and used again."""
-    engine, clean = (open_engine(p, max_batch=2, max_context=256) for p in (poisoned_path, path))
+    options = dict(max_batch=2, max_context=256)
+    engine, clean = (open_engine(p, **options) for p in (poisoned_path, path))
     want = whole(clean, ids)
     bad = [engine.seq_new(), engine.seq_new()]
     for seq in bad:
@@ -172,7 +176,8 @@ def stored(name, w, format):
     """A tensor as the runner holds it: the big matrices in `format`, the others wider."""
     if any(part in name for part in KEPT_F32):
         return w
-    return quantize(w, "bf16" if any(part in name for part in KEPT_BF16) else format).dequantize()
+    wide = any(part in name for part in KEPT_BF16)
+    return quantize(w, "bf16" if wide else format).dequantize()
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
@@ -212,5 +217,6 @@ def test_instruction_sets_agree(calm, ids, format):
     want = whole(engines[0], ids)
     for name, engine in zip(found, engines, strict=True):
         # With bfloat16 activations another order of summation may flip a rounding.
-        assert relative_rms(whole(engine, ids), want) < (1e-5 if format == "f32" else 0.02), name
+        allowed = 1e-5 if format == "f32" else 0.02
+        assert relative_rms(whole(engine, ids), want) < allowed, name
         engine.close()

@@ -62,7 +62,8 @@ def test_softplus_gate_agrees_with_transformers():
 
 
 def test_softplus_gate_keeps_small_decays():
-    got = log_decay(np.full((1, 1, 2), -40.0), "softplus", A_log=[0.0], dt_bias=np.zeros((1, 2)))
+    raw = np.full((1, 1, 2), -40.0)
+    got = log_decay(raw, "softplus", A_log=[0.0], dt_bias=np.zeros((1, 2)))
     assert np.allclose(got, -np.exp(-40.0), rtol=1e-12, atol=0)  # log(1 + exp) would say 0
 
 
@@ -126,8 +127,8 @@ def test_ragged_batch_is_its_sequences_alone():
 
 def test_decode_is_prefill_a_token_at_a_time():
     case = make_case(6, H=4, Hk=2)
-    gate = dict(gate="softplus", A_log=np.arange(4) / 2, dt_bias=np.arange(32.0).reshape(4, 8) / 9,
-                normalize=True, beta_logits=True)  # fmt: skip
+    gate = dict(gate="softplus", A_log=np.arange(4) / 2, normalize=True, beta_logits=True,
+                dt_bias=np.arange(32.0).reshape(4, 8) / 9)  # fmt: skip
     want, want_state = kda_prefill(**case, **gate)
     pool = np.full((3, 4, 5, 8), np.nan)
     pool[1] = 0

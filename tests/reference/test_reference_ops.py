@@ -150,8 +150,9 @@ def test_route_order_and_ties():
                                  renormalize=False, score="softmax")  # fmt: skip
     assert ids.tolist() == [[1, 3, 0, 2]]
     assert np.allclose(weights[0, 0] / weights[0, 2], np.exp(2.0))
-    ids, weights = ref.moe_route([[0.0, 2.0]], [1.0, 0.0], top_k=1, scaling=3.0, renormalize=False)
-    assert ids.tolist() == [[0]] and weights[0, 0] == 1.5  # chosen by its bias, weighted without
+    ids, weights = ref.moe_route([[0.0, 2.0]], [1.0, 0.0], top_k=1, scaling=3.0,
+                                 renormalize=False)  # fmt: skip
+    assert ids.tolist() == [[0]] and weights[0, 0] == 1.5  # chosen by bias, weighted without
 
 
 @given(cols=st.integers(1, 150), seed=st.integers(0, 99), exponent=st.integers(-30, 30))
@@ -212,7 +213,7 @@ def test_sampler_keeps_what_it_should():
     z = np.log([[0.1, 0.4, 0.1, 0.3, 0.05, 0.05]])
 
     def drawn(**changes):
-        rows = [ref.Sampling(temperature=1.0, seed=5, position=i, **changes) for i in range(400)]
+        rows = [ref.Sampling(1.0, seed=5, position=i, **changes) for i in range(400)]
         return set(ref.sample(np.repeat(z, 400, 0), rows)[0].tolist())
 
     assert drawn() == {0, 1, 2, 3, 4, 5}
@@ -232,7 +233,8 @@ def test_sampler_frequencies():
 
 
 def test_sampler_penalty_argmax_and_bad_rows():
-    z = np.array([[2.0, 1.9, -1.0], [-2.0, -2.1, -9.0], [0.0, np.nan, 1.0], [-np.inf] * 3, [0, np.inf, 1]])
+    bad = [[0.0, np.nan, 1.0], [-np.inf] * 3, [0.0, np.inf, 1.0]]
+    z = np.array([[2.0, 1.9, -1.0], [-2.0, -2.1, -9.0], *bad])
     seen = np.array([[0b001], [0b001], [0], [0], [0]], np.int32)
     rows = [ref.Sampling(repetition_penalty=1.2)] * 5
     ids, logprobs, top_ids, _ = ref.sample(z, rows, seen=seen, top=2)
