@@ -5,8 +5,6 @@
 
 #include "base/memory.h"
 
-#include <string.h>
-
 #define KL_FASTCALL(function) (PyCFunction)(void (*)(void))(function)
 
 /* ---- life ------------------------------------------------------------------------------ */
