@@ -103,6 +103,15 @@ def median_seconds(fn: Callable[[], Any], *, repeat: int = 5, warmup: int = 1) -
     return statistics.median(times)
 
 
+def compile_c(name: str) -> ctypes.CDLL:
+    """A C file of this folder, compiled for the machine it runs on."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / f"{name}.so"
+        flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, "-o", library, HERE / f"{name}.c"], check=True)
+        return ctypes.CDLL(str(library))
+
+
 class PlainRead:
     """Reading `nbytes` bytes of memory once, with `threads` threads: the floor of anything that
     must read its weights. A call returns bytes a second."""
@@ -111,12 +120,7 @@ class PlainRead:
         self.block = np.ones(nbytes // 8, np.uint64)
         self.parts = np.array_split(self.block, threads)
         self.pool = ThreadPoolExecutor(threads)
-        with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder) / "plain_read.so"
-            source = HERE / "plain_read.c"
-            flags = ["-O3", "-march=native", "-shared", "-fPIC"]
-            subprocess.run(["cc", *flags, "-o", library, source], check=True)
-            self.read = ctypes.CDLL(str(library)).plain_read
+        self.read = compile_c("plain_read").plain_read
         self.read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
     def __call__(self) -> float:

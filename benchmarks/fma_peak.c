@@ -6,6 +6,9 @@
  * vectors, so that the units never wait for a result.
  */
 #include <stdint.h>
+#if defined(__AVX512BF16__)
+#    include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #    define LANES 16
@@ -33,4 +36,26 @@ double fma_peak(int64_t rounds, float *out)
     for (int i = 1; i < VECTORS; i++) sum += acc[i];
     *out = sum[0];
     return 2.0 * (double)rounds * VECTORS * LANES;
+}
+
+/* The same for pairs of bfloat16 added to a float; 0 where the CPU has no instruction for it. */
+double bf16_peak(int64_t rounds, float *out)
+{
+    *out = 0.0f;
+#if defined(__AVX512BF16__)
+    __m512 acc[VECTORS];
+    __m512i pairs = _mm512_set1_epi16(0x3f7f);
+    for (int i = 0; i < VECTORS; i++) acc[i] = _mm512_set1_ps((float)i);
+    for (int64_t n = 0; n < rounds; n++) {
+#    pragma GCC unroll 24
+        for (int i = 0; i < VECTORS; i++)
+            acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)pairs, (__m512bh)pairs);
+    }
+    __m512 sum = acc[0];
+    for (int i = 1; i < VECTORS; i++) sum = _mm512_add_ps(sum, acc[i]);
+    *out = _mm512_cvtss_f32(sum);
+    return 4.0 * (double)rounds * VECTORS * LANES;
+#else
+    return 0.0 * (double)rounds;
+#endif
 }
