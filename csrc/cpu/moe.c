@@ -7,6 +7,10 @@
  *
  * Sorted pairs go in waves, which bounds the inner products kept at a time; a token's bits
  * depend neither on blocks nor on waves. A decode step is one wave: two parallel regions.
+ *
+ * Measured: one core of a Zen 5 beside others at work, 8 of 64 experts and a shared one, D =
+ * 2304, I = 1024, bf16: T = 1 31 GB/s of a plain read's 39; T = 512 325 GFLOP/s of 464 that
+ * registers allow (2026-11-22).
  */
 #include "cpu/product.h"
 

@@ -27,7 +27,10 @@ static inline vf v_set1(float x)
 {
     return _mm256_set1_ps(x);
 }
-static inline vf v_set1_bf16(const uint16_t *p) { return v_set1(kl_bf16_to_f32(*p)); }
+static inline vf v_set1_bf16(const uint16_t *p)
+{
+    return v_set1(kl_bf16_to_f32(*p));
+}
 static inline vf v_load(const float *p)
 {
     return _mm256_loadu_ps(p);
@@ -77,16 +80,18 @@ static inline vf v_load_i8(const int8_t *p)
 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
+/* (q + 8) scale - 8 scale in one rounding of a result that needs none. */
 static inline void v_load_i4(const uint8_t *p, vf scale, vf *w)
 {
-    const __m128i bytes = _mm_loadu_si128((const __m128i *)p), low = _mm_set1_epi8(15);
-    const __m128i even = _mm_and_si128(bytes, low);
-    const __m128i odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
-    const __m256i eight = _mm256_set1_epi32(8);
-    const __m128i part[4] = {even, _mm_srli_si128(even, 8), odd, _mm_srli_si128(odd, 8)};
-    for (int i = 0; i < 4; i++) {
-        const __m256i q = _mm256_sub_epi32(_mm256_cvtepu8_epi32(part[i]), eight);
-        w[i] = _mm256_mul_ps(_mm256_cvtepi32_ps(q), scale);
+    const __m256i low = _mm256_set1_epi32(15);
+    const vf offset = _mm256_mul_ps(_mm256_set1_ps(-8.0f), scale);
+    for (int i = 0; i < 2; i++) {
+        const __m128i eight = _mm_loadl_epi64((const __m128i *)(p + 8 * i));
+        const __m256i bytes = _mm256_cvtepu8_epi32(eight);
+        const vf q_low = _mm256_cvtepi32_ps(_mm256_and_si256(bytes, low));
+        const vf q_high = _mm256_cvtepi32_ps(_mm256_srli_epi32(bytes, 4));
+        w[i] = _mm256_fmadd_ps(q_low, scale, offset);
+        w[i + 2] = _mm256_fmadd_ps(q_high, scale, offset);
     }
 }
 
