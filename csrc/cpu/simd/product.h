@@ -9,7 +9,7 @@
  * Roofline     few rows of x: the weights' bytes; many: multiply-adds
  * Measured     one core of a Zen 5 beside others at work, thread time, best of 30. T = 512,
  *              K = 2304, O = 4096, share of multiply-adds on registers: AVX-512 f32 74 %, int8
- *              77 %, int4 78 % (of 233 GFLOP/s), bf16 pairs 74 % (of 464); AVX2 77..81 % (of 118).
+ *              77 %, int4 78 % (of 233 GFLOP/s), bf16 pairs 74 % (of 464); AVX2 80 % (of 118).
  *              T = 1, 80 MB of weights, share of a plain read at 38 GB/s: AVX-512 f32 93 %,
  *              bf16 87 %, int8 92 %, int4 58 %; AVX2 82, 84, 52, 27 % (2026-11-22)
  */
