@@ -2,10 +2,14 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def use_the_installed_package() -> None:
@@ -27,3 +31,24 @@ def show_children_the_same() -> None:
 
 use_the_installed_package()
 show_children_the_same()
+
+needs_compiler = pytest.mark.skipif(
+    not (ROOT / "csrc").is_dir() or shutil.which("make") is None or shutil.which("cc") is None,
+    reason="needs the source tree, make and a C compiler",
+)
+
+
+@pytest.fixture(scope="session")
+def c_build(tmp_path_factory):
+    """One folder for all: objects are shared by the builds of a mode."""
+    return tmp_path_factory.mktemp("c")
+
+
+def has_sanitizer(flag, folder):
+    source = folder / "probe.c"
+    source.write_text("int main(void) { return 0; }\n")
+    command = ["cc", f"-fsanitize={flag}", str(source), "-o", str(folder / "probe")]
+    return (
+        subprocess.run(command, capture_output=True).returncode == 0
+        and subprocess.run([str(folder / "probe")], capture_output=True).returncode == 0
+    )

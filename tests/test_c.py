@@ -2,36 +2,15 @@
 
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, has_sanitizer, needs_compiler
 
-ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 PROGRAMS = sorted(p.stem for p in (ROOT / "tests" / "c").glob("test_*.c"))
 
-pytestmark = pytest.mark.skipif(
-    not CSRC.is_dir() or shutil.which("make") is None or shutil.which("cc") is None,
-    reason="needs the source tree, make and a C compiler",
-)
-
-
-@pytest.fixture(scope="session")
-def c_build(tmp_path_factory):
-    """One folder for all: objects are shared by the programs of a mode."""
-    return tmp_path_factory.mktemp("c")
-
-
-def has_sanitizer(flag, folder):
-    source = folder / "probe.c"
-    source.write_text("int main(void) { return 0; }\n")
-    command = ["cc", f"-fsanitize={flag}", str(source), "-o", str(folder / "probe")]
-    return (
-        subprocess.run(command, capture_output=True).returncode == 0
-        and subprocess.run([str(folder / "probe")], capture_output=True).returncode == 0
-    )
+pytestmark = needs_compiler
 
 
 @pytest.mark.parametrize("mode", ["test", "asan", "tsan"])

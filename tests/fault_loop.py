@@ -1,0 +1,77 @@
+"""Fail the k-th allocation of the C core, for every k, while a model loads and generates.
+
+    python fault_loop.py FOLDER        with _core built under -DKL_FAULT_INJECTION
+
+Each failure must be a MemoryError and leave nothing behind; what follows it must work. Prints
+the number of failures of each stage, so that a loop over nothing would show.
+"""
+
+import gc
+import sys
+
+import numpy as np
+
+import kimi_linear as kl
+from kimi_linear import _core, testing
+
+
+def load(folder):
+    return kl.load(folder, device="cpu", dtype="int8", max_context=256, max_batch=2, progress=False)
+
+
+def use(model):
+    out = model.generate(
+        [[1, 2, 3], list(range(4, 90))], max_new_tokens=3, logprobs=2, repetition_penalty=1.3
+    )
+    return [c.token_ids for c in out], model.logprobs([5, 6, 7], top=2).logprobs.tolist()
+
+
+def operations():
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.standard_normal((20, 2, 8), np.float32) for _ in range(4))
+    beta = np.full((20, 2), 0.5, np.float32)
+    kl.ops.kda_prefill(q, k, v, -abs(g), beta, cu_seqlens=np.array([0, 7, 20]))
+    packed = kl.ops.quantize(rng.standard_normal((9, 70), np.float32), "int4")
+    kl.ops.linear(rng.standard_normal((3, 70), np.float32), packed)
+    kl.ops.mla_prefill(q, rng.standard_normal((20, 10), np.float32),
+                       rng.standard_normal((2, 12, 6), np.float32))  # fmt: skip
+
+
+def fail_each(action, stage):
+    """Run `action` with its k-th allocation failing, k = 1, 2, ..., until none fails."""
+    k = 0
+    while True:
+        k += 1
+        _core.fault_arm(k)
+        try:
+            action()
+        except MemoryError as e:
+            assert str(e), f"{stage}: allocation {k} failed without a message"
+            continue
+        finally:
+            reached = _core.fault_count()
+            _core.fault_arm(0)
+            gc.collect()
+        assert reached < k, f"{stage}: allocation {k} failed and nobody noticed"
+        print(f"{stage}: {k - 1} failures")
+        return
+
+
+def main():
+    folder = sys.argv[1]
+    testing.write_checkpoint(folder, testing.tiny_config(), seed=1, dtype="bf16")
+    with load(folder) as model:
+        want = use(model)
+
+    def load_once():
+        load(folder).close()
+
+    fail_each(load_once, "load")
+    fail_each(operations, "operations")
+    with load(folder) as model:
+        fail_each(lambda: use(model), "generate")
+        assert use(model) == want, "the model no longer gives what it gave"
+
+
+if __name__ == "__main__":
+    main()
