@@ -45,8 +45,7 @@ def fail_each(action, stage):
         _core.fault_arm(k)
         try:
             action()
-        except MemoryError as e:
-            assert str(e), f"{stage}: allocation {k} failed without a message"
+        except MemoryError:
             continue
         finally:
             reached = _core.fault_count()

@@ -11,12 +11,12 @@ from conftest import ROOT, has_sanitizer, needs_compiler
 
 pytestmark = needs_compiler
 
-# Everything that parses what others wrote, and every operation once.
+# What parses the bytes of others, and every operation, each allocation of it failing once.
 SUITES = [
-    "tests/python/test_checkpoint.py", "tests/python/test_config.py", "tests/python/test_hostile.py",
-    "tests/python/test_tokenizer.py", "tests/python/test_buffers.py", "tests/python/test_dlpack.py",
-    "tests/python/test_ops_api.py",
+    "tests/python/test_checkpoint.py", "tests/python/test_hostile.py", "tests/python/test_buffers.py",
+    "tests/python/test_dlpack.py", "tests/python/test_ops_api.py",
 ]  # fmt: skip
+NOT_HERE = "test_unused_capsules_do_not_leak"  # measures the process, whose freed memory ASan keeps
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_sanitized_module_is_the_one_imported(sanitized, c_build):
 
 
 def test_suites_under_sanitizers(sanitized):
-    run = python(sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUITES)
+    run = python(sanitized, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not {NOT_HERE}", *SUITES)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
 
