@@ -584,6 +584,80 @@ static void endings(void)
     kl_backend_close(be);
 }
 
+/* A request cut in two draws what it would have drawn in one: `position` counts its draws. */
+static void draws_have_positions(void)
+{
+    static load whole, rest;
+    enum { CUT = 7 };
+    kl_backend *be = open_backend();
+    kl_engine *e = open_engine(be, &tiny_options);
+    kl_error err = {KL_OK, ""};
+    make_load(&whole);
+    make_load(&rest);
+    for (int i = 0; i < N_REQUESTS; i++) {
+        kl_request *a = &whole.requests[i];
+        a->n_prompt = 5 + i;
+        a->max_new_tokens = 2 * CUT;
+        a->sampling.temperature = 3.0f;
+    }
+    EXPECT(run_load(e, &whole, MAX_EVENTS, &err) == KL_OK);
+    for (int i = 0; i < N_REQUESTS; i++) {
+        const kl_request *a = &whole.requests[i];
+        kl_request *b = &rest.requests[i];
+        *b = *a;
+        b->prompt = rest.prompts[i];
+        b->n_prompt = a->n_prompt + CUT;
+        b->max_new_tokens = CUT;
+        b->sampling.position = CUT;
+        memcpy(rest.prompts[i], a->prompt, (size_t)a->n_prompt * sizeof(int32_t));
+        memcpy(rest.prompts[i] + a->n_prompt, whole.out[i], CUT * sizeof(int32_t));
+    }
+    EXPECT(run_load(e, &rest, MAX_EVENTS, &err) == KL_OK);
+    for (int i = 0; i < N_REQUESTS; i++)
+        EXPECT(memcmp(rest.out[i], whole.out[i] + CUT, CUT * sizeof(int32_t)) == 0);
+    kl_engine_free(e);
+    kl_backend_close(be);
+}
+
+/* Under a penalty this large no token comes twice, from the prompt or from before; the request
+ * beside it, without one, is not touched by it. */
+static void penalties_remember_all_tokens(void)
+{
+    static load l, alone;
+    kl_backend *be = open_backend();
+    kl_engine *e = open_engine(be, &tiny_options);
+    kl_error err = {KL_OK, ""};
+    make_load(&l);
+    for (int i = 0; i < N_REQUESTS; i++) {
+        l.requests[i].n_prompt = 5;
+        l.requests[i].max_new_tokens = 15;
+        l.requests[i].sampling.temperature = 0.0f;
+        l.requests[i].sampling.repetition_penalty = i % 2 == 0 ? 1e6f : 1.0f;
+    }
+    EXPECT(run_load(e, &l, MAX_EVENTS, &err) == KL_OK);
+    int repeats = 0;
+    for (int i = 0; i < N_REQUESTS; i++)
+        for (int t = 0; t < 15; t++) {
+            for (int p = 0; p < 5; p++) EXPECT(i % 2 == 1 || l.out[i][t] != l.prompts[i][p]);
+            for (int before = 0; before < t; before++) {
+                EXPECT(i % 2 == 1 || l.out[i][t] != l.out[i][before]);
+                repeats += l.out[i][t] == l.out[i][before];
+            }
+        }
+    EXPECT(repeats > 0); /* greedy does repeat itself where nothing forbids it */
+    make_load(&alone);
+    for (int i = 0; i < N_REQUESTS; i++) {
+        alone.requests[i] = l.requests[i];
+        alone.requests[i].prompt = alone.prompts[i];
+        alone.requests[i].sampling.repetition_penalty = 1.0f;
+    }
+    EXPECT(run_load(e, &alone, MAX_EVENTS, &err) == KL_OK);
+    for (int i = 1; i < N_REQUESTS; i += 2)
+        EXPECT(memcmp(alone.out[i], l.out[i], sizeof l.out[i]) == 0);
+    kl_engine_free(e);
+    kl_backend_close(be);
+}
+
 /* One request meets a NaN: it is named, the others get the tokens they get without it. */
 static void a_nan_ends_one_request(void)
 {
@@ -873,6 +947,8 @@ int main(void)
     RUN(captures_are_the_stream_after_a_layer);
     RUN(schedules_do_not_change_tokens);
     RUN(endings);
+    RUN(draws_have_positions);
+    RUN(penalties_remember_all_tokens);
     RUN(a_nan_ends_one_request);
     RUN(generation_waits_for_nobody_in_vain);
     RUN(broken_checkpoints_are_named);
