@@ -113,6 +113,7 @@ class Generation:
     repetition_penalty, seed, stop_ids, top."""
 
     # [(request, id, logprob, finish or None, ((id, logprob), ...)), ...]; [] once all is done.
+    # A request of max_new_tokens 0 has one event, of id -1. process may change the row in place.
     def run(self, max_steps: int, process: Callable[[int, Any, Any], Any] | None,
         progress: Callable[[int, int], Any] | None, /) -> list[tuple]: ...
     def finish(self, request: int, /) -> None: ...
