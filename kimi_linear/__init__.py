@@ -63,12 +63,19 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(_import_module(f".{_HOMES[name]}", __name__), name)
-    elif name in _MODULES:
-        value = _import_module(f".{name}", __name__)
-    else:
+    if name not in _HOMES and name not in (*_MODULES, "_core"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value: Any = _import_module(f".{_HOMES.get(name, name)}", __name__)
+    except ModuleNotFoundError as e:
+        if e.name != f"{__name__}._core":
+            raise
+        raise ModuleNotFoundError(
+            f"{__file__}: the C core is not built beside it; run Python outside the checkout, "
+            f"where the installed package is found, or build in place with pip install -e .",
+            name=e.name,
+        ) from None
+    value = getattr(value, name) if name in _HOMES else value
     globals()[name] = value
     return value
 

@@ -28,6 +28,9 @@ EXAMPLES = """examples:
 """
 
 
+_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_args(argv)
@@ -49,7 +52,7 @@ def _run_command(args: argparse.Namespace) -> int:
         return 0
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError) as e:
+    except (*_EXPECTED, ImportError) as e:
         # Wrong arguments and wrong files differ from what fails while running.
         message = " ".join(str(e).split()) or type(e).__name__
         print(f"kimi-linear {args.command}: {message}", file=sys.stderr)
@@ -164,9 +167,9 @@ def _options(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace) -> "Model":
-    from .model import load
+    import kimi_linear as kl
 
-    return load(args.model, **_options(args, _MODEL_OPTIONS))
+    return kl.load(args.model, **_options(args, _MODEL_OPTIONS))
 
 
 # ---- commands ----------------------------------------------------------------------------
@@ -253,9 +256,9 @@ def info_command(args: argparse.Namespace) -> None:
 
 def plan_command(args: argparse.Namespace) -> None:
     """Print the memory plan."""
-    from .model import plan
+    import kimi_linear as kl
 
-    print(plan(args.model, **_options(args, _MODEL_OPTIONS)))
+    print(kl.plan(args.model, **_options(args, _MODEL_OPTIONS)))
 
 
 def bench_command(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from .tokenizer import Tokenizer, check_id
 if TYPE_CHECKING:
     import numpy as np
 
-STEPS_PER_CALL = 16  # steps between looks at the clock and at signals from Python
+STEPS_PER_CALL = 16  # steps of a call into the core, where no one waits for each token
 SHOWN_PROMPT = 8192  # tokens from which a prompt's progress is shown unasked
 
 
@@ -240,12 +240,11 @@ class Model:
             logits_processor=logits_processor,
         )
         rows, is_batch = prompt_rows(prompt, self._get_tokenizer, self.config.vocab_size)
-        for_all = STEPS_PER_CALL if not checked.stop else 1
         run = self._run(rows, checked)
         try:
             with self._prompt_progress(progress, rows) as callback:
                 while not run.done:
-                    run.step(for_all, callback)
+                    run.step(1 if checked.stop else STEPS_PER_CALL, callback)
             completions = run.completions()
         finally:
             run.close()

@@ -300,6 +300,17 @@ def test_nothing_named_by_the_checkpoint_is_run(tmp_path):
     assert "evil" not in sys.modules and not (tmp_path / "ran").exists()
 
 
+def test_a_checkout_that_is_not_built_says_so(tmp_path):
+    package = os.path.dirname(kl.__file__)
+    sources = [f for f in os.listdir(package) if f.endswith(".py")]
+    (tmp_path / "kimi_linear").mkdir()
+    for name in sources:
+        (tmp_path / "kimi_linear" / name).symlink_to(os.path.join(package, name))
+    for code in ("import kimi_linear; kimi_linear.load", "from kimi_linear import Model"):
+        done = python(code, env={"PYTHONPATH": str(tmp_path)}, check=False)
+        assert "ModuleNotFoundError" in done.stderr and "is not built" in done.stderr
+
+
 def test_show_config_tells_why_cuda_is_off(capsys):
     kl.show_config()
     shown = capsys.readouterr().out
