@@ -14,7 +14,7 @@ def describe() -> Report:
     rows = [
         ("kimi_linear", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        *((str(key), _text(value)) for key, value in _core.build_info().items()),
+        *((str(key), _text(value)) for key, value in _core.build_info().items() if value != ""),
     ]
     for device in ("cpu", "cuda"):
         try:

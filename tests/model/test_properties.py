@@ -1,5 +1,9 @@
 """What must hold whatever the weights: the runner's promises, most of them to the bit."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +224,31 @@ def test_instruction_sets_agree(calm, ids, format):
         allowed = 1e-5 if format == "f32" else 0.02
         assert relative_rms(whole(engine, ids), want) < allowed, name
         engine.close()
+
+
+def ended(child, seconds):
+    """Whether a child process ends by itself and well; one that does not is killed."""
+    for _ in range(10 * seconds):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return status == 0
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def test_a_child_of_fork_computes_the_same(path, ids, tmp_path):
+    """The pool's threads do not exist in a child; it must notice and start its own."""
+    e = open_engine(path, threads=3)
+    want = np.asarray(whole(e, ids))
+    child = os.fork()
+    if child == 0:  # leave by _exit alone, whatever happens: the child shares pytest's files
+        try:
+            np.save(tmp_path / "child.npy", whole(e, ids))
+        finally:
+            os._exit(0)
+    assert ended(child, 60), "the child waits for threads it does not have"
+    assert same(np.load(tmp_path / "child.npy"), want)
+    assert same(whole(e, ids), want), "the parent's pool did not survive"
+    e.close()
