@@ -32,12 +32,13 @@ TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
 ELEMENT = {"f32": 4, "bf16": 2}
 
 # The published shape on a smaller scale: three KDA layers to one MLA and a shorter last group,
-# a dense first layer, many small experts, latents of rank 512.
+# a dense first layer, latents of rank 512, and experts so many and small that a token uses one
+# in sixteen of them, as it does one sixteenth of the published model's parameters.
 SHAPE = dict(
-    vocab_size=32768, hidden_size=1024, intermediate_size=4096, moe_intermediate_size=128,
-    num_attention_heads=8, num_key_value_heads=8, num_experts=32, num_experts_per_token=4,
+    vocab_size=16384, hidden_size=768, intermediate_size=3072, moe_intermediate_size=128,
+    num_attention_heads=6, num_key_value_heads=6, num_experts=64, num_experts_per_token=4,
     num_shared_experts=1, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-    v_head_dim=128, linear_head_dim=128, linear_num_heads=8, num_expert_group=1, topk_group=1,
+    v_head_dim=128, linear_head_dim=128, linear_num_heads=6, num_expert_group=1, topk_group=1,
     pad_token_id=0, bos_token_id=1, eos_token_id=2, model_max_length=65536,
     pattern="KKKMKKKMKKKMKM",
 )  # fmt: skip
