@@ -2,25 +2,25 @@
 
     python examples/01_generate.py [DIR]
 
-DIR is a checkpoint directory; without it a tiny random model writes nonsense, in the same way.
+DIR is a checkpoint directory; without it the small model inside the package answers.
 """
 
 import sys
 
 import kimi_linear as kl
 
-model = kl.load(sys.argv[1]) if len(sys.argv) > 1 else kl.testing.random_model()
+model = kl.load(*sys.argv[1:2])  # without a path: the small model inside the package
 
 with model:
     print(model.info())
 
     print("\n-- whole")
-    answer = model.generate("The capital of France is", max_new_tokens=12)
+    answer = model.generate("Once upon a time", max_new_tokens=40)
     print(repr(answer.text), answer.finish_reason)
     print(answer.stats)
 
     print("\n-- streamed")
-    for chunk in model.stream("Once upon a time", max_new_tokens=12, temperature=0.8, seed=1):
+    for chunk in model.stream("The fox went to the", max_new_tokens=20, temperature=0.8, seed=1):
         print(chunk.text, end="", flush=True)
     print()
 
@@ -30,8 +30,7 @@ with model:
 
     print("\n-- chat")
     messages = [
-        {"role": "system", "content": "Answer in one sentence."},
-        {"role": "user", "content": "What is the main idea behind Kimi Linear?"},
+        {"role": "user", "content": "Remember these pairs: fox 17, owl 230. What is the value of owl?"},
     ]
     print(model.tokenizer.apply_chat_template(messages, tokenize=False))
     print(repr(model.chat(messages, max_new_tokens=12).text))

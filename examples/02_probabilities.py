@@ -8,7 +8,7 @@ import sys
 import kimi_linear as kl
 import numpy as np
 
-model = kl.load(sys.argv[1]) if len(sys.argv) > 1 else kl.testing.random_model()
+model = kl.load(*sys.argv[1:2])  # without a path: the small model inside the package
 
 with model:
     text = "Linear attention keeps a state of fixed size, whatever the length of the text."

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TERMINAL_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and LF
 EXAMPLES = """examples:
-  kimi-linear generate --model DIR "The capital of France is"
+  kimi-linear generate "Once upon a time"
   kimi-linear generate --model DIR --chat --temperature 0.7 "Is 123 a prime?"
   kimi-linear chat --model DIR --system "Answer in one sentence."
   kimi-linear score --model DIR "The capital of France is" " Paris"
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_score(commands)
     info = _add(commands, "info", info_command, "what is built in, and what a model is")
-    _add_model(info, required=False)
+    _add_model(info)
     plan = _add(commands, "plan", plan_command, "the memory a model would take")
     _add_model(plan)
     _add_bench(commands)
@@ -132,9 +132,10 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="the best counts")
 
 
-def _add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=required, metavar="DIR", help="checkpoint directory")
+    text = "checkpoint directory; without it, the small model inside the package"
+    group.add_argument("--model", metavar="DIR", help=text)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, f32, bf16, int8, int4 or fp8")
     group.add_argument("--max-context", type=int, metavar="N", help="tokens of a sequence")
@@ -169,6 +170,8 @@ def _options(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 def _load(args: argparse.Namespace) -> "Model":
     import kimi_linear as kl
 
+    if args.model is None:
+        print("the small model inside the package; --model DIR takes another", file=sys.stderr)
     return kl.load(args.model, **_options(args, _MODEL_OPTIONS))
 
 

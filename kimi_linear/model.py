@@ -28,6 +28,7 @@ from .tokenizer import Tokenizer, check_id
 if TYPE_CHECKING:
     import numpy as np
 
+SMALL_MODEL = Path(__file__).parent / "small_model"  # what load() takes without a path
 STEPS_PER_CALL = 16  # steps of a call into the core, where no one waits for each token
 SHOWN_PROMPT = 8192  # tokens from which a prompt's progress is shown unasked
 
@@ -45,8 +46,9 @@ def load(
 ) -> "Model":
     """Load a model.
 
-    path: a directory with config.json, safetensors files and tiktoken.model, or a Hub name
-    where huggingface_hub is installed. device: "cpu", "cuda", "cuda:N", or "auto": CUDA where
+    path: a directory with config.json, safetensors files and tiktoken.model, a Hub name where
+    huggingface_hub is installed, or None: the small trained model inside the package
+    (small_model/README.md says what it can do). device: "cpu", "cuda", "cuda:N", or "auto": CUDA where
     it works and the weights fit. dtype: storage of the big matrices, "bf16", "f32" (CPU),
     "int8", "int4", "fp8" (CUDA), or "auto": the checkpoint's, else the widest that fits.
     max_context: tokens of one sequence; max_batch: sequences alive at once; cache_bytes: memory
@@ -82,7 +84,7 @@ def load(
 
 
 def plan(
-    path: str | Path | KimiLinearConfig,
+    path: str | Path | KimiLinearConfig | None = None,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -120,7 +122,7 @@ def random(
 
 def _directory(path: str | Path | None) -> Path:
     if path is None:
-        raise ValueError("path: this package holds no model, pass a checkpoint directory")
+        return SMALL_MODEL
     if not isinstance(path, str | Path):
         raise TypeError(f"path: must be a directory, got {quote(path)}")
     directory = Path(path)

@@ -93,10 +93,15 @@ def test_info_plan_bench(path):
     assert re.fullmatch(r"prefill \d+\.\d tok/s\tdecode \d+\.\d tok/s\n", bench.stdout)
 
 
+def test_without_a_model_the_small_one_answers_and_says_so():
+    done = run("generate", "--chat", "Remember these pairs: fox 17, owl 230. What is the value of owl?")
+    assert done.stdout == "230\n"
+    assert done.stderr.startswith("the small model inside the package")
+
+
 @pytest.mark.parametrize(
     "args,code,message",
     [
-        (["generate", "x"], 2, "--model"),
         (["generate", "--model", "DIR"], 2, "prompt"),
         (["nonsense"], 2, "invalid choice"),
         ([], 2, "COMMAND"),

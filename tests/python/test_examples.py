@@ -1,4 +1,4 @@
-"""Every example runs, in a few seconds, on a random model, and is short."""
+"""Every example runs, in a few seconds, and is short."""
 
 import os
 import subprocess

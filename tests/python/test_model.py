@@ -222,7 +222,6 @@ def test_unused_tensors_are_noted(tmp_path):
 @pytest.mark.parametrize(
     "argument,error,message",
     [
-        (None, ValueError, "holds no model"),
         (3, TypeError, "path: must be a directory"),
         ("/nowhere/at/all", FileNotFoundError, "/nowhere/at/all is none"),
         ("./nowhere", FileNotFoundError, "is none"),

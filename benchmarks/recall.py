@@ -1,0 +1,80 @@
+"""Recall of a checkpoint by task and length: needles, i-th occurrence, key-value pairs.
+
+    python benchmarks/recall.py [--model DIR] [--samples 200] [--lengths 1024 2048 4096 8192]
+
+Greedy answers to conversations of examples/small_model/tasks.py, from seeds never used in
+training. An answer counts if every value asked for stands in it (`mrcr` must be exact). Prints
+a table and appends to results/recall.jsonl; without --model, the model inside the package.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+from common import Results, arguments
+
+import kimi_linear as kl
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "small_model"))
+from tasks import HELD_OUT_SEED, TASKS  # noqa: E402
+
+COLUMNS = {  # column: (generator, its options)
+    "single": ("single", {"turns": 1}),
+    "multikey 4": ("multikey", {"turns": 1}),
+    "multivalue 4": ("multivalue", {"turns": 1}),
+    "multiquery 4": ("multiquery", {"turns": 1}),
+    "i-th of 4": ("mrcr", {"n": 4, "turns": 1}),
+    "MQAR 16": ("mqar", {"n": 16, "queries": 1}),
+}
+CHARS_PER_TOKEN = 3.4
+
+
+def conversation(model, name, options, length, seed):
+    """(messages, answer) of at most `length` tokens, as near to it as the generator comes."""
+    size = int(length * CHARS_PER_TOKEN)
+    while True:
+        turns = TASKS[name](random.Random(seed), size, **options)
+        messages = [
+            {"role": "user" if role == "user" else "assistant", "content": text}
+            for role, text in turns[:-1]
+        ]
+        if len(model.tokenizer.apply_chat_template(messages)) <= length:
+            return messages, turns[-1][1]
+        size = int(size * 0.95)
+
+
+def is_right(name, answer, text):
+    if name == "mrcr":
+        return text == answer
+    values = answer.rstrip(".").split(" are ")[-1].split(" is ")[-1]
+    return all(v in text for v in values.replace(", and ", ", ").split(", "))
+
+
+def recall(model, column, length, samples):
+    name, options = COLUMNS[column]
+    pairs = [conversation(model, name, options, length, HELD_OUT_SEED + i) for i in range(samples)]
+    answers = model.generate([messages for messages, _ in pairs], max_new_tokens=160)
+    right = (is_right(name, a, c.text) for (_, a), c in zip(pairs, answers, strict=True))
+    return sum(right) / samples
+
+
+def main():
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--model", metavar="DIR")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    options = parser.parse_args()
+    results, table = Results(options), []
+    longest = max(options.lengths) + 256
+    with kl.load(options.model, dtype=options.dtype, max_context=longest) as model:
+        for length in options.lengths:
+            row = {c: recall(model, c, length, options.samples) for c in COLUMNS}
+            case = {"model": options.model or "small", "dtype": model.dtype, "tokens": length}
+            results.add("recall", case | {"samples": options.samples}, recall=row)
+            table.append(f"| {length} | " + " | ".join(f"{100 * v:.0f} %" for v in row.values()) + " |")
+    print("| tokens | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS), *table, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

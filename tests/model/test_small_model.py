@@ -1,0 +1,64 @@
+"""The model inside the package: what transformers says of it, and that it recalls."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import kimi_linear as kl
+import numpy as np
+import pytest
+from conftest import ROOT
+
+GOLDEN = json.loads((Path(__file__).parent / "small_model_golden.json").read_text())
+
+
+@pytest.fixture(scope="module", params=["f32", "bf16"])
+def model(request):
+    with kl.load(dtype=request.param, max_context=2048) as m:
+        yield m
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda g: f"{len(g['ids'])} tokens")
+def test_transformers_says_the_same(golden):
+    with kl.load(dtype="f32", max_context=2048) as m:
+        made = m.generate(golden["ids"], max_new_tokens=32, ignore_eos=True).token_ids
+        logprobs = m.logprobs(golden["ids"]).logprobs
+    assert made == golden["continuation"]
+    assert np.abs(logprobs - golden["logprobs"]).max() < 1e-3  # printed to 6 places, f32 both
+
+
+def test_it_is_small_and_has_a_card():
+    folder = Path(kl.model.SMALL_MODEL)
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 16_000_000
+    assert "model card" in (folder / "README.md").read_text().lower()
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """The generators that it was trained on, with seeds kept out of training."""
+    sys.path.insert(0, str(ROOT / "examples" / "small_model"))
+    import tasks
+
+    yield tasks
+    sys.path.pop(0)
+
+
+@pytest.mark.parametrize("name,kind", [("single", "numbers"), ("multikey", "numbers"), ("mqar", "")])
+def test_it_recalls(model, tasks, name, kind):
+    """A damaged state shows here as lost recall. Wrong by chance: one in a million each."""
+    right = 0
+    for i in range(8):
+        r = random.Random(tasks.HELD_OUT_SEED + i)
+        options = {"turns": 1, "value": kind, "key": "words"} if kind else {"n": 16, "queries": 1}
+        turns = tasks.TASKS[name](r, 2500, **options)
+        messages = [{"role": role, "content": text} for role, text in turns[:-1]]
+        answer = answer_of(model, messages)
+        right += answer.rstrip(".").endswith(turns[-1][1].rstrip(".").split()[-1])
+    assert right >= 7, f"{right} of 8"
+
+
+def answer_of(model, messages):
+    completion = model.chat(messages, max_new_tokens=48)
+    assert completion.finish_reason == "stop"
+    return completion.text
