@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from kimi_linear import reference
 from kimi_linear._backends import backend
+from variants import VARIANTS
 
 PAGE = 64
 BF16 = ml_dtypes.bfloat16
@@ -18,20 +19,6 @@ ODD = (3, 17, 5, 33, 21)
 NO_ROPE = (2, 16, 0, 48, 7)
 MANY_HEADS = (37, 5, 3, 11, 4)
 SCALE = 0.23
-
-
-def available_variants():
-    found = []
-    for name in ("scalar", "avx2", "avx512", "avx512bf16"):
-        try:
-            with backend(threads=1, cpu=name):
-                found.append(name)
-        except kl.DeviceError:
-            pass
-    return found
-
-
-VARIANTS = available_variants()
 
 
 def make_case(spans, dims, *, seed=0, dtype=np.float32, w_dtype=np.float32):
