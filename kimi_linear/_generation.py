@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import chat
 from ._sampling import LogitsProcessor, Sampling
 from ._text import TextBuilder
+from .memory import MemoryPlan
 from .results import Chunk, Completion, Stats, TokenLogprob
 from .tokenizer import Tokenizer
 
@@ -25,12 +26,12 @@ class Run:
         sampling: Sampling,
         tokenizer: Tokenizer | None,
         *,
-        max_context: int,
-        peak_bytes: int,
+        plan: MemoryPlan,
     ) -> None:
-        requests = [sampling.request(ids, i, max_context) for i, ids in enumerate(rows)]
+        requests = [sampling.request(ids, i, plan.max_context) for i, ids in enumerate(rows)]
         self._sampling = sampling
-        self._peak_bytes = peak_bytes
+        self._plan = plan
+        self._bytes = plan.weights + plan.workspace + sum(plan.of_sequence(len(r)) for r in rows)
         self._process = _processor(sampling.processors)
         self._rows = [_Row(ids, TextBuilder(tokenizer, sampling.stop)) for ids in rows]
         self._n_running = len(rows)
@@ -52,7 +53,9 @@ class Run:
             row = self._rows[i]
             if row.finish_reason:  # tokens of the same call, past a stop string
                 continue
+            before = self._plan.of_sequence(row.n_tokens)
             text = row.take(token_id, logprob, finish, top)
+            self._bytes += self._plan.of_sequence(row.n_tokens) - before
             if row.finish_reason:
                 self._n_running -= 1
                 if not finish:
@@ -69,7 +72,7 @@ class Run:
             new_tokens=len(row.token_ids),
             prefill_s=core["prefill_s"],
             decode_s=core["decode_s"],
-            peak_bytes=self._peak_bytes,
+            peak_bytes=min(self._bytes, self._plan.total),
         )
 
     def completions(self) -> list[Completion]:
@@ -101,6 +104,10 @@ class _Row:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.token_ids)
 
     def take(self, token_id: int, logprob: float, finish: str | None, top: Any) -> str:
         """Add a token; returns the text that became certain."""

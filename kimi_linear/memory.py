@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+PAGE_TOKENS = 64  # KL_PAGE_TOKENS of csrc/backend/ops.h
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -42,6 +44,11 @@ class MemoryPlan:
             kda_state_per_sequence=core["state_bytes_per_sequence"],
             mla_page_per_token=core["page_bytes_per_token"],
         )
+
+    def of_sequence(self, n_tokens: int) -> int:
+        """Bytes that a sequence of so many tokens occupies: its states and whole pages."""
+        pages = -(-n_tokens // PAGE_TOKENS)
+        return self.kda_state_per_sequence + pages * PAGE_TOKENS * self.mla_page_per_token
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much) for a reader, in the order of a table."""

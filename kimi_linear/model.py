@@ -312,8 +312,7 @@ class Model:
             rows,
             sampling,
             self._tokenizer,
-            max_context=self.plan.max_context,
-            peak_bytes=self.plan.total,
+            plan=self.plan,
         )
 
     def _prompt_progress(

@@ -19,7 +19,7 @@ class Stats:
     new_tokens: int
     prefill_s: float  # seconds in steps that fed prompts
     decode_s: float  # seconds in steps that only continued
-    peak_bytes: int  # memory of the model and its caches; a call takes no more
+    peak_bytes: int  # weights, workspace and the sequences of the call; never above the plan
 
     @property
     def prefill_rate(self) -> float:

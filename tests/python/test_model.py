@@ -826,7 +826,12 @@ def test_stats(model):
     stats = answer.stats
     assert (stats.prompt_tokens, stats.new_tokens) == (len(answer.prompt_token_ids), 5)
     assert stats.cached_tokens == 0 and stats.prefill_s > 0 and stats.decode_s > 0
-    assert stats.peak_bytes == model.plan.total
+    plan = model.plan
+    latents = 64 * plan.mla_page_per_token  # a page of 64 tokens holds them all
+    assert stats.peak_bytes == plan.weights + plan.workspace + plan.kda_state_per_sequence + latents
+    assert stats.peak_bytes < plan.total
+    longer = model.generate([5] * 62, max_new_tokens=5, ignore_eos=True).stats
+    assert longer.peak_bytes == stats.peak_bytes + latents
     assert "new 5" in str(stats)
 
 
