@@ -16,6 +16,7 @@ from common import Results, arguments
 import kimi_linear as kl
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "small_model"))
+from data import CHARS_PER_TOKEN  # noqa: E402
 from tasks import HELD_OUT_SEED, TASKS  # noqa: E402
 
 COLUMNS = {  # column: (generator, its options)
@@ -26,13 +27,12 @@ COLUMNS = {  # column: (generator, its options)
     "i-th of 4": ("mrcr", {"n": 4, "turns": 1}),
     "MQAR 16": ("mqar", {"n": 16, "queries": 1}),
 }
-CHARS_PER_TOKEN = 3.4
 
 
 def conversation(model, name, options, length, seed):
     """(messages, answer) of at most `length` tokens, as near to it as the generator comes."""
     size = int(length * CHARS_PER_TOKEN)
-    while True:
+    while size > 0:
         turns = TASKS[name](random.Random(seed), size, **options)
         messages = [
             {"role": "user" if role == "user" else "assistant", "content": text}
@@ -41,6 +41,7 @@ def conversation(model, name, options, length, seed):
         if len(model.tokenizer.apply_chat_template(messages)) <= length:
             return messages, turns[-1][1]
         size = int(size * 0.95)
+    raise SystemExit(f"{name}: no conversation fits {length} tokens")
 
 
 def is_right(name, answer, text):

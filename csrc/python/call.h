@@ -134,6 +134,8 @@ int kl_out_or_f32(kl_call *c, const char *name, PyObject *given, kl_dtype dtype,
                   const int64_t *shape, kl_tensor *view, int *index);
 /* A new array of bools (bytes 0 and 1). */
 int kl_out_bool(kl_call *c, int ndim, const int64_t *shape, kl_tensor *view, int *index);
+/* The n best alternatives of each row, shape [rows, n]; nothing where n is 0. */
+int kl_out_top(kl_call *c, const int64_t *shape, kl_tensor *ids, kl_tensor *logprobs);
 /* The array (new reference), or NULL with an exception. */
 PyObject *kl_out_take(kl_call *c, int index);
 /* A tuple of the outputs 0 .. n-1. */

@@ -121,6 +121,14 @@ int kl_out(kl_call *c, const char *name, PyObject *given, kl_dtype dtype, int nd
     return take_out(c, name, given, dtype, KL_SET(dtype), ndim, shape, may_be, view, index);
 }
 
+int kl_out_top(kl_call *c, const int64_t *shape, kl_tensor *ids, kl_tensor *logprobs)
+{
+    int index; /* the tuple of all outputs is what is returned */
+    if (shape[1] == 0) return 0;
+    if (kl_out(c, "top_ids", Py_None, KL_I32, 2, shape, NULL, ids, &index) < 0) return -1;
+    return kl_out(c, "top_logprobs", Py_None, KL_F32, 2, shape, NULL, logprobs, &index);
+}
+
 int kl_out_or_f32(kl_call *c, const char *name, PyObject *given, kl_dtype dtype, int ndim,
                   const int64_t *shape, kl_tensor *view, int *index)
 {

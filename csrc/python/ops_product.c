@@ -47,11 +47,7 @@ static PyObject *run_token_logprobs(kl_call *c, PyObject *const *args)
     if (kl_out(c, "logprobs", Py_None, KL_F32, 1, shape, NULL, &a.logprobs, &index) < 0 ||
         kl_out_bool(c, 1, shape, &a.greedy, &index) < 0)
         return NULL;
-    if (top > 0 &&
-        (kl_out(c, "top_ids", Py_None, KL_I32, 2, shape, NULL, &a.top_ids, &index) < 0 ||
-         kl_out(c, "top_logprobs", Py_None, KL_F32, 2, shape, NULL, &a.top_logprobs, &index) <
-             0))
-        return NULL;
+    if (kl_out_top(c, shape, &a.top_ids, &a.top_logprobs) < 0) return NULL;
     return kl_call_token_logprobs(c, &a) < 0 ? NULL : kl_out_take_all(c);
 }
 

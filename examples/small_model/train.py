@@ -1,10 +1,10 @@
 """Train the small model on one GPU, in runs that each end by the clock and can be resumed.
 
     python train.py --tokenizer DIR --corpus FILE --out DIR --minutes 9 [--resume FILE]
-                    [--stage 0|1|2]
+                    [--stage 0|1|2|3] [--init DIR]
 
 Stage 0 learns on short rows, stage 1 mixes lengths up to 4,096, stage 2 decays the learning
-rate to nothing. Writes state.pt (to resume), weights_*.npz (float32, to export) and log.jsonl.
+rate to nothing, stage 3 is 1 and 2 in one short run. Writes state.pt (to resume), weights_*.npz (float32, to export) and log.jsonl.
 """
 
 import argparse

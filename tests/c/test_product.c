@@ -2,11 +2,9 @@
  * test_product.c -- the dense layer, which has no name in Python; and every operation made of
  * products in workspace of exactly the size asked for, which the sanitizers watch.
  */
-#include "test.h"
+#include "operation.h"
 
-#include "backend/backend.h"
 #include "base/bf16.h"
-#include "base/memory.h"
 #include "base/rng.h"
 
 #include <math.h>
@@ -31,23 +29,6 @@ static void fill(float *x, int64_t n, int64_t first)
     for (int64_t i = 0; i < n; i++)
         x[i] = (float)(2.0 * kl_rng_uniform(7, (uint64_t)(first + i)) - 1.0);
 }
-
-static void poison(float *x, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++) x[i] = NAN;
-}
-
-/* Run an operation in a workspace of exactly its size, allocated for this call. */
-#define RUN_OP(op, be, a)                                                                      \
-    do {                                                                                       \
-        kl_error err_;                                                                         \
-        (a).ws.bytes = kl_workspace_##op((be), &(a));                                          \
-        (a).ws.data = kl_aligned_alloc((a).ws.bytes);                                          \
-        memset((a).ws.data, 0xff, (a).ws.bytes); /* NaN in floats */                           \
-        const kl_status status_ = kl_run_##op((be), &(a), &err_);                              \
-        EXPECT_TEXT(status_ == KL_OK ? "" : err_.message, "");                                 \
-        kl_free((a).ws.data);                                                                  \
-    } while (0)
 
 /* T above a block of 252 tokens; D and I unequal and no multiples of a vector. */
 enum { T = 260, D = 41, I = 53, TOP_K = 3, E = 5 };

@@ -3,11 +3,9 @@
  * which have no name in Python; and attention over pages whose unused parts are poison, in
  * workspace of exactly the size asked for, which the sanitizers watch.
  */
-#include "test.h"
+#include "operation.h"
 
-#include "backend/backend.h"
 #include "base/bf16.h"
-#include "base/memory.h"
 #include "base/rng.h"
 
 #include <math.h>
@@ -34,23 +32,6 @@ static void fill(float *x, int64_t n, int64_t first)
 {
     for (int64_t i = 0; i < n; i++) x[i] = number(first + i);
 }
-
-static void poison(float *x, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++) x[i] = NAN;
-}
-
-/* Run an operation in a workspace of exactly its size, allocated for this call. */
-#define RUN_OP(op, be, a)                                                                      \
-    do {                                                                                       \
-        kl_error err_;                                                                         \
-        (a).ws.bytes = kl_workspace_##op((be), &(a));                                          \
-        (a).ws.data = kl_aligned_alloc((a).ws.bytes);                                          \
-        memset((a).ws.data, 0xff, (a).ws.bytes); /* NaN in floats */                           \
-        const kl_status status_ = kl_run_##op((be), &(a), &err_);                              \
-        EXPECT_TEXT(status_ == KL_OK ? "" : err_.message, "");                                 \
-        kl_free((a).ws.data);                                                                  \
-    } while (0)
 
 /* ---- embedding and gather -------------------------------------------------------------- */
 
