@@ -139,22 +139,33 @@ static kl_status cuda_copy(kl_backend *be, void *dst, const void *src, size_t by
 
 static kl_status cuda_open(const kl_backend_options *options, kl_backend **out, kl_error *err);
 
-static const kl_backend_vtbl cuda_vtbl = {
-    .abi = KL_BACKEND_ABI,
-    .name = "cuda",
-    .open = cuda_open,
-    .close = cuda_close,
-    .info = cuda_info,
-    .sync = cuda_sync,
-    .set_stream = cuda_set_stream,
-    .alloc = cuda_alloc,
-    .free = cuda_free,
-    .zero = cuda_zero,
-    .copy_in = cuda_copy_in,
-    .copy_out = cuda_copy_out,
-    .copy = cuda_copy,
-    .kda_decode = kl_cuda_kda_decode,
-};
+static constexpr kl_backend_vtbl make_table()
+{
+    kl_backend_vtbl t = {
+        .abi = KL_BACKEND_ABI,
+        .name = "cuda",
+        .open = cuda_open,
+        .close = cuda_close,
+        .info = cuda_info,
+        .sync = cuda_sync,
+        .set_stream = cuda_set_stream,
+        .alloc = cuda_alloc,
+        .free = cuda_free,
+        .zero = cuda_zero,
+        .copy_in = cuda_copy_in,
+        .copy_out = cuda_copy_out,
+        .copy = cuda_copy,
+    };
+#define KL_ENTRY(op) t.op = kl_cuda_##op;
+    KL_CUDA_OPS(KL_ENTRY)
+#undef KL_ENTRY
+#define KL_ENTRY(op) t.op##_workspace = kl_cuda_##op##_workspace;
+    KL_CUDA_WORKSPACES(KL_ENTRY)
+#undef KL_ENTRY
+    return t;
+}
+
+static constexpr kl_backend_vtbl cuda_vtbl = make_table();
 
 static kl_status create_stream(kl_cuda_backend *self, kl_error *err)
 {

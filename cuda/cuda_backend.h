@@ -32,6 +32,23 @@ struct kl_cuda_backend {
  * the table starts with this. */
 kl_status kl_cuda_bind(kl_backend *be, kl_error *err);
 
-kl_status kl_cuda_kda_decode(kl_backend *be, const kl_kda_decode *a, kl_error *err);
+static inline cudaStream_t kl_cuda_stream(kl_backend *be)
+{
+    return reinterpret_cast<kl_cuda_backend *>(be)->stream;
+}
+
+/* The operations this backend has, a line each so that the list grows by lines:
+ *     X(op)   kl_cuda_<op>, in kernels/<op>*.cu */
+#define KL_CUDA_OPS(X) X(kda_decode)
+
+/* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
+#define KL_CUDA_WORKSPACES(X)
+
+#define KL_DECLARE(op) kl_status kl_cuda_##op(kl_backend *be, const kl_##op *a, kl_error *err);
+KL_CUDA_OPS(KL_DECLARE)
+#undef KL_DECLARE
+#define KL_DECLARE(op) size_t kl_cuda_##op##_workspace(kl_backend *be, const kl_##op *a);
+KL_CUDA_WORKSPACES(KL_DECLARE)
+#undef KL_DECLARE
 
 #endif

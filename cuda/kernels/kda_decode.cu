@@ -16,13 +16,12 @@
  *              at 0.9 flop/byte: memory-bound, 1.41 us on an H100 (3.0 TB/s)
  * Measured     not timed yet; right on an H100 (tests/ops/test_kda_on_cuda.py, 2026-11-22)
  */
-#include "../cuda_backend.h"
-
-#include <cuda_bf16.h>
+#include "../device/math.cuh"
+#include "../device/types.cuh"
+#include "../device/warp.cuh"
 
 namespace {
 
-constexpr int WARP = 32;
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
 constexpr int MAX_BLOCKS = 0x7fffffff; /* of the grid's x axis */
@@ -57,26 +56,8 @@ struct head {
 __device__ float load(const operand &x, long long n, long long i)
 {
     const long long at = n * x.stride + i;
-    return x.is_bf16 ? __bfloat162float(static_cast<const __nv_bfloat16 *>(x.data)[at])
+    return x.is_bf16 ? to_float(static_cast<const bf16 *>(x.data)[at])
                      : static_cast<const float *>(x.data)[at];
-}
-
-__device__ float warp_sum(float x)
-{
-    for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
-    return x;
-}
-
-/* Neither forms the exponential of a positive number. */
-__device__ float sigmoid(float x)
-{
-    const float e = expf(-fabsf(x));
-    return x >= 0 ? 1 / (1 + e) : e / (1 + e);
-}
-
-__device__ float softplus(float x)
-{
-    return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
 }
 
 __device__ float decay_of(const arguments &a, long long h, int channel, float g)
@@ -180,7 +161,7 @@ template <int VEC, int CHUNKS> struct share {
 __device__ void store_out(const arguments &a, long long at, float value)
 {
     if (a.q.is_bf16)
-        static_cast<__nv_bfloat16 *>(a.out)[at] = __float2bfloat16_rn(value);
+        static_cast<bf16 *>(a.out)[at] = from_float<bf16>(value);
     else
         static_cast<float *>(a.out)[at] = value;
 }

@@ -1,0 +1,65 @@
+/*
+ * types.cuh -- element types of activations: conversion, and vectors of up to 16 bytes.
+ */
+#ifndef KL_CUDA_DEVICE_TYPES_H
+#define KL_CUDA_DEVICE_TYPES_H
+
+#include "../cuda_backend.h"
+
+#include <cuda_bf16.h>
+
+using bf16 = __nv_bfloat16;
+
+__device__ inline float to_float(float x)
+{
+    return x;
+}
+
+__device__ inline float to_float(bf16 x)
+{
+    return __bfloat162float(x);
+}
+
+template <class T> __device__ T from_float(float x)
+{
+    if constexpr (sizeof(T) == 2)
+        return __float2bfloat16_rn(x);
+    else
+        return x;
+}
+
+/* N neighbours that are loaded and stored as one; N * sizeof(T) is 4, 8 or 16. */
+template <class T, int N> struct alignas(N * sizeof(T)) vec {
+    T x[N];
+};
+
+template <int N, class T> __device__ void load_floats(const T *from, float (&to)[N])
+{
+    const vec<T, N> v = *reinterpret_cast<const vec<T, N> *>(from);
+#pragma unroll
+    for (int i = 0; i < N; i++) to[i] = to_float(v.x[i]);
+}
+
+template <int N, class T> __device__ void store_floats(T *to, const float (&from)[N])
+{
+    vec<T, N> v;
+#pragma unroll
+    for (int i = 0; i < N; i++) v.x[i] = from_float<T>(from[i]);
+    *reinterpret_cast<vec<T, N> *>(to) = v;
+}
+
+/* Host: whether a base address and a stride of elements allow vectors of `bytes`. */
+inline bool is_aligned(const void *data, int64_t stride, size_t element, size_t bytes)
+{
+    return reinterpret_cast<uintptr_t>(data) % bytes == 0 &&
+           static_cast<size_t>(stride) * element % bytes == 0;
+}
+
+/* Host: call f with a value of the dtype's element type, float or bf16:
+ *     return with_float_type(x.dtype, [&](auto t) { return launch<decltype(t)>(...); }); */
+template <class F> kl_status with_float_type(kl_dtype dtype, F f)
+{
+    return dtype == KL_BF16 ? f(bf16{}) : f(float{});
+}
+
+#endif
