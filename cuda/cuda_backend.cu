@@ -144,6 +144,7 @@ static constexpr kl_backend_vtbl make_table()
     kl_backend_vtbl t = {
         .abi = KL_BACKEND_ABI,
         .name = "cuda",
+        .formats = (1u << KL_N_WEIGHT_FORMATS) - 1u,
         .open = cuda_open,
         .close = cuda_close,
         .info = cuda_info,

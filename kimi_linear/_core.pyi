@@ -41,7 +41,7 @@ class PackedWeight:
     """A matrix [out, in] (or a stack of them) in a weight format; accepted wherever a `w` is."""
 
     shape: tuple[int, ...]
-    format: str  # "f32", "bf16", "int8", "int4"
+    format: str  # "f32", "bf16", "int8", "int4", "fp8"
     nbytes: int
     def dequantize(self) -> Any: ...  # NumPy float32
 
@@ -85,7 +85,7 @@ def plan(backend: Backend, config: dict[str, Any], options: dict[str, Any], /) -
 class Engine:
     """csrc/model/engine.h. config: the fields of kl_config by name (mixer, ffn as lists of
     "kda"/"mla", "dense"/"moe"; gate "softplus"/"bounded"; score "sigmoid"/"softmax").
-    options: the fields of kl_engine_options (format "f32"/"bf16"/"int8"/"int4")."""
+    options: the fields of kl_engine_options (format "f32"/"bf16"/"int8"/"int4"/"fp8")."""
 
     def __new__(cls, backend: Backend, config: dict[str, Any], options: dict[str, Any], /) -> Engine: ...
     def plan(self) -> dict[str, int]: ...

@@ -296,8 +296,8 @@ def quantize(w: Any, dtype: str) -> PackedWeight:
 
     Args:
         w: [out, in] or [count, out, in].
-        dtype: "f32", "bf16", "int8" (groups of 64 columns) or "int4" (groups of 32), each group
-            with a bfloat16 scale.
+        dtype: "f32", "bf16", "int8" (groups of 64 columns), "int4" (groups of 32) or, on CUDA
+            only, "fp8" (e4m3, groups of 64); each group with a bfloat16 scale.
 
     Returns:
         A PackedWeight, accepted wherever a `w` is; `.dequantize()` gives the matrix that the

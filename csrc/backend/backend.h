@@ -16,7 +16,7 @@
 
 /* Raised with every change to kl_backend_vtbl or to a struct of ops.h; a library built with
  * another number is refused. */
-#define KL_BACKEND_ABI 1u
+#define KL_BACKEND_ABI 2u
 
 /* The only symbol the CUDA library exports. */
 #define KL_CUDA_ENTRY "kl_cuda_backend_entry"
@@ -41,6 +41,7 @@ typedef struct {
 typedef struct {
     unsigned abi;
     const char *name; /* "cpu", "cuda" */
+    unsigned formats; /* of weights that it computes with: a set of 1u << kl_weight_format */
 
     kl_status (*open)(const kl_backend_options *options, kl_backend **out, kl_error *err);
     void (*close)(kl_backend *be);
@@ -64,8 +65,8 @@ typedef struct {
     /* Operations. NULL: this backend lacks it. <op>_workspace NULL: it needs none. A larger
      * T, N or context never needs less workspace, so a plan may ask for the largest only. */
 #define KL_ENTRY(op)                                                                           \
-    kl_status (*op)(kl_backend *be, const kl_##op *a, kl_error *err);                          \
-    size_t (*op##_workspace)(kl_backend *be, const kl_##op *a);
+    kl_status (*op)(kl_backend * be, const kl_##op *a, kl_error *err);                         \
+    size_t (*op##_workspace)(kl_backend * be, const kl_##op *a);
     KL_OPS(KL_ENTRY)
 #undef KL_ENTRY
 } kl_backend_vtbl;

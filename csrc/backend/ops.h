@@ -309,7 +309,8 @@ typedef struct {
 } kl_sample;
 
 /* Store a matrix in a weight's format: rounding to bf16, or quantising each group with
- * scale = bf16(max|w| / qmax), q = clamp(round(w / scale)). src and out have equal shape. */
+ * scale = bf16(max|w| / qmax), q = clamp(round(w / scale)), qmax 127, 7 or 448. A scale of 0
+ * gives q = 0. src and out have equal shape. */
 typedef struct {
     kl_workspace ws;
     kl_tensor src; /* [rows, cols] f32 or bf16, rows strided             */

@@ -9,10 +9,12 @@
  *   KL_W_INT8             groups of 64 columns: w = q * scale, q in [-127, 127]
  *   KL_W_INT4             groups of 32 columns in 16 bytes: byte i holds column i in its low
  *                         nibble and column i + 16 in its high one, each as q + 8, q in [-7, 7]
+ *   KL_W_FP8              groups of 64 columns: w = q * scale, q an e4m3 number of one byte (no
+ *                         infinities, at most 448 either way); a format of CUDA only
  *
  * Scales are bf16, one a row and group, [count, rows, groups]. The last group is padded with
- * q = 0. q has at most 7 bits and a scale 8, so q * scale is exact in float32: every kernel
- * sees the same dequantised matrix.
+ * q = 0. q has at most 7 bits and a scale 8, so q * scale is exact in float32 unless it is
+ * subnormal: every kernel sees the same dequantised matrix.
  */
 #ifndef KL_BASE_WEIGHT_H
 #define KL_BASE_WEIGHT_H
@@ -20,10 +22,19 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef enum { KL_W_F32, KL_W_BF16, KL_W_INT8, KL_W_INT4, KL_N_WEIGHT_FORMATS } kl_weight_format;
+typedef enum {
+    KL_W_F32,
+    KL_W_BF16,
+    KL_W_INT8,
+    KL_W_INT4,
+    KL_W_FP8,
+    KL_N_WEIGHT_FORMATS
+} kl_weight_format;
 
 #define KL_INT8_GROUP 64
 #define KL_INT4_GROUP 32
+#define KL_FP8_GROUP  64
+#define KL_FP8_MAX    448.0f
 
 typedef struct {
     kl_weight_format format;
@@ -36,17 +47,25 @@ static inline int64_t kl_weight_groups(kl_weight_format format, int64_t cols)
 {
     if (format == KL_W_INT8) return (cols + KL_INT8_GROUP - 1) / KL_INT8_GROUP;
     if (format == KL_W_INT4) return (cols + KL_INT4_GROUP - 1) / KL_INT4_GROUP;
+    if (format == KL_W_FP8) return (cols + KL_FP8_GROUP - 1) / KL_FP8_GROUP;
     return 0;
 }
 
 static inline size_t kl_weight_row_bytes(kl_weight_format format, int64_t cols)
 {
     switch (format) {
-    case KL_W_F32: return (size_t)cols * 4;
-    case KL_W_BF16: return (size_t)cols * 2;
-    case KL_W_INT8: return (size_t)kl_weight_groups(format, cols) * KL_INT8_GROUP;
-    case KL_W_INT4: return (size_t)kl_weight_groups(format, cols) * KL_INT4_GROUP / 2;
-    case KL_N_WEIGHT_FORMATS: break;
+    case KL_W_F32:
+        return (size_t)cols * 4;
+    case KL_W_BF16:
+        return (size_t)cols * 2;
+    case KL_W_INT8:
+        return (size_t)kl_weight_groups(format, cols) * KL_INT8_GROUP;
+    case KL_W_INT4:
+        return (size_t)kl_weight_groups(format, cols) * KL_INT4_GROUP / 2;
+    case KL_W_FP8:
+        return (size_t)kl_weight_groups(format, cols) * KL_FP8_GROUP;
+    case KL_N_WEIGHT_FORMATS:
+        break;
     }
     return 0;
 }
@@ -59,8 +78,8 @@ static inline size_t kl_weight_data_bytes(const kl_weight *w)
 
 static inline size_t kl_weight_scale_bytes(const kl_weight *w)
 {
-    return (size_t)w->count * (size_t)w->rows *
-           (size_t)kl_weight_groups(w->format, w->cols) * sizeof(uint16_t);
+    return (size_t)w->count * (size_t)w->rows * (size_t)kl_weight_groups(w->format, w->cols) *
+           sizeof(uint16_t);
 }
 
 /* Rows [first, first + rows) of matrix `index` of a stack, as a weight of its own. */

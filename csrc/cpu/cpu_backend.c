@@ -137,6 +137,7 @@ const kl_backend_vtbl kl_cpu_vtbl = {
 #undef KL_ENTRY
         .abi = KL_BACKEND_ABI,
     .name = "cpu",
+    .formats = KL_CPU_FORMATS,
     .open = cpu_open,
     .close = cpu_close,
     .info = cpu_info,

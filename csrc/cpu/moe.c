@@ -197,7 +197,10 @@ static void run_block(block *b)
 
 kl_status kl_cpu_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error *err)
 {
-    (void)err;
+    const kl_weight *weights[] = {&a->w1,        &a->w3,        &a->w2,
+                                  &a->shared_w1, &a->shared_w3, &a->shared_w2};
+    for (size_t i = 0; i < sizeof weights / sizeof weights[0]; i++)
+        KL_TRY(kl_cpu_reads("moe_experts", weights[i], err));
     kl_arena arena;
     kl_arena_init(&arena, a->ws.data, a->ws.bytes);
     block b = lay_out(&arena, (const kl_cpu *)be, a);

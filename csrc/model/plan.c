@@ -46,7 +46,11 @@ static kl_status choose_counts(const planner *s, kl_plan *out, kl_error *err)
     const kl_engine_options *o = s->options;
     if ((int)o->format < 0 || o->format >= KL_N_WEIGHT_FORMATS)
         return kl_fail(err, KL_ERR_VALUE,
-                       "plan: format must be f32, bf16, int8 or int4, got %d", (int)o->format);
+                       "plan: format must be f32, bf16, int8, int4 or fp8, got %d",
+                       (int)o->format);
+    if ((s->be->vt->formats & 1u << o->format) == 0)
+        return kl_fail(err, KL_ERR_VALUE, "plan: fp8 is a format of CUDA only, got the %s",
+                       s->be->vt->name);
     KL_TRY(
         choose("max_batch", o->max_batch, DEFAULT_BATCH, KL_MAX_BATCH, &out->max_batch, err));
     KL_TRY(choose("step_tokens", o->step_tokens, DEFAULT_STEP_TOKENS, KL_MAX_STEP_TOKENS,

@@ -6,6 +6,7 @@
 #include "base/bf16.h"
 #include "base/memory.h"
 
+#include <math.h>
 #include <string.h>
 
 typedef struct {
@@ -14,7 +15,7 @@ typedef struct {
     bool stack;  /* three axes, even with one matrix         */
 } WeightObject;
 
-static const char *const formats[KL_N_WEIGHT_FORMATS] = {"f32", "bf16", "int8", "int4"};
+static const char *const formats[KL_N_WEIGHT_FORMATS] = {"f32", "bf16", "int8", "int4", "fp8"};
 
 const kl_weight *kl_weight_of(const kl_module *m, PyObject *o)
 {
@@ -106,28 +107,38 @@ PyObject *kl_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t nar
 
 /* ---- attributes ------------------------------------------------------------------------ */
 
+/* e4m3: a sign, four bits of exponent with bias 7, three of fraction; all ones is NaN. */
+static float fp8_value(uint8_t bits)
+{
+    const int exponent = bits >> 3 & 15, fraction = bits & 7;
+    const float size = (bits & 127) == 127 ? NAN
+                       : exponent == 0     ? ldexpf((float)fraction, -9)
+                                           : ldexpf((float)(8 + fraction), exponent - 10);
+    return bits >> 7 != 0 ? -size : size;
+}
+
 /* q of column `col` in a packed row. */
-static int quant_at(const kl_weight *w, const void *row, int64_t col)
+static float quant_at(const kl_weight *w, const void *row, int64_t col)
 {
     if (w->format == KL_W_INT8) return ((const int8_t *)row)[col];
+    if (w->format == KL_W_FP8) return fp8_value(((const uint8_t *)row)[col]);
     const int64_t in = col % KL_INT4_GROUP, half = KL_INT4_GROUP / 2;
     const uint8_t *group = (const uint8_t *)row + col / KL_INT4_GROUP * half;
-    return (in < half ? group[in] & 15 : group[in - half] >> 4) - 8;
+    return (float)((in < half ? group[in] & 15 : group[in - half] >> 4) - 8);
 }
 
 static void dequantize_row(const kl_weight *w, int64_t row, float *out)
 {
     const char *data = (char *)w->data + (size_t)row * kl_weight_row_bytes(w->format, w->cols);
     const int64_t groups = kl_weight_groups(w->format, w->cols);
-    const int64_t group = w->format == KL_W_INT8 ? KL_INT8_GROUP : KL_INT4_GROUP;
+    const int64_t group = w->format == KL_W_INT4 ? KL_INT4_GROUP : KL_INT8_GROUP;
     for (int64_t i = 0; i < w->cols; i++) {
         if (w->format == KL_W_F32)
             out[i] = ((const float *)data)[i];
         else if (w->format == KL_W_BF16)
             out[i] = kl_bf16_to_f32(((const uint16_t *)data)[i]);
         else
-            out[i] = (float)quant_at(w, data, i) *
-                     kl_bf16_to_f32(w->scales[row * groups + i / group]);
+            out[i] = quant_at(w, data, i) * kl_bf16_to_f32(w->scales[row * groups + i / group]);
     }
 }
 
@@ -177,7 +188,7 @@ static PyObject *weight_repr(PyObject *op)
 
 static PyGetSetDef weight_getset[] = {
     {"shape", weight_shape, NULL, "(out, in), or (count, out, in).", NULL},
-    {"format", weight_format, NULL, "'f32', 'bf16', 'int8' or 'int4'.", NULL},
+    {"format", weight_format, NULL, "'f32', 'bf16', 'int8', 'int4' or 'fp8'.", NULL},
     {"nbytes", weight_nbytes, NULL, "Bytes of values and scales.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

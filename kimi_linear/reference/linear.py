@@ -5,8 +5,16 @@ from typing import Any
 
 import numpy as np
 
-GROUP = {"int8": 64, "int4": 32}  # columns that share a scale
-QMAX = {"int8": 127, "int4": 7}
+GROUP = {"int8": 64, "int4": 32, "fp8": 64}  # columns that share a scale
+QMAX = {"int8": 127, "int4": 7, "fp8": 448}
+
+
+def round_e4m3(x: Any) -> np.ndarray:
+    """The nearest e4m3 numbers, ties to even, as float32: three bits of fraction, exponents down
+    to -6 and subnormals of 2^-9 below, at most 448 either way."""
+    x = np.asarray(x, np.float32)
+    step = np.exp2(np.maximum(np.frexp(x)[1] - 1, -6) - 3).astype(np.float32)
+    return np.clip(np.rint(x / step) * step, np.float32(-448), np.float32(448))
 
 
 def round_bf16(x: Any) -> np.ndarray:
@@ -21,7 +29,8 @@ class QuantizedWeight:
     """A matrix [..., out, in] as csrc/base/weight.h stores it.
 
     data: float32 values (f32, bf16); int8 [..., out, groups * 64] (int8); uint8
-    [..., out, groups * 16], two columns a byte (int4). scales: float32 values that are exact in
+    [..., out, groups * 16], two columns a byte (int4); float32 values that are exact in e4m3,
+    [..., out, groups * 64] (fp8). scales: float32 values that are exact in
     bfloat16, [..., out, groups], or None. The last group is padded with zeros.
     """
 
@@ -34,7 +43,7 @@ class QuantizedWeight:
         """The matrix this stands for, float32 [..., out, in]; q * scale is exact."""
         if self.scales is None:
             return self.data
-        q = self.data if self.format == "int8" else _unpack(self.data)
+        q = _unpack(self.data) if self.format == "int4" else self.data
         q = q.reshape(*self.scales.shape, GROUP[self.format]).astype(np.float32)
         w = (q * self.scales[..., None]).reshape(*self.shape[:-1], -1)
         return w[..., : self.shape[-1]]
@@ -53,12 +62,13 @@ def _unpack(data):
 
 
 def quantize(w: Any, dtype: str) -> QuantizedWeight:
-    """Store w [..., out, in] in a weight format: "f32", "bf16", "int8", "int4".
+    """Store w [..., out, in] in a weight format: "f32", "bf16", "int8", "int4", "fp8".
 
-    int8 has a scale for every 64 columns of a row, int4 for every 32:
+    int8 and fp8 have a scale for every 64 columns of a row, int4 for every 32:
         scale = bf16(max|w| / qmax),   q = clamp(round(w / scale), -qmax, qmax)
-    with qmax 127 or 7, in float32 arithmetic, rounding ties to even; a group of zeros has scale
-    0. |w - dequantized| <= scale / 2 up to the clamp. Raises ValueError for another dtype.
+    with qmax 127, 7 or 448, in float32 arithmetic, rounding ties to even (fp8: to an e4m3
+    number); a group of zeros has scale 0. |w - dequantized| <= scale / 2 up to the clamp, in fp8
+    <= max(|w| / 16, scale / 1024). Raises ValueError for another dtype.
     """
     w = np.asarray(w, np.float32)
     if dtype == "f32":
@@ -66,16 +76,20 @@ def quantize(w: Any, dtype: str) -> QuantizedWeight:
     if dtype == "bf16":
         return QuantizedWeight(dtype, w.shape, round_bf16(w))
     if dtype not in GROUP:
-        raise ValueError(f"dtype must be 'f32', 'bf16', 'int8' or 'int4', got {dtype!r}")
+        raise ValueError(f"dtype must be 'f32', 'bf16', 'int8', 'int4' or 'fp8', got {dtype!r}")
     pad = -w.shape[-1] % GROUP[dtype]
     padded = np.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, pad)])
     groups = padded.reshape(*w.shape[:-1], -1, GROUP[dtype])
     qmax = np.float32(QMAX[dtype])
     scales = round_bf16(np.abs(groups).max(axis=-1) / qmax)
     divisor = np.where(scales == 0, np.float32(1), scales)[..., None]
-    q = np.clip(np.rint(groups / divisor), -qmax, qmax).astype(np.int8)
-    q = np.where(scales[..., None] == 0, np.int8(0), q).reshape(*w.shape[:-1], -1)
-    data = q if dtype == "int8" else _pack(q)
+    ratios = np.where(scales[..., None] == 0, np.float32(0), groups / divisor)
+    if dtype == "fp8":
+        q = round_e4m3(ratios)
+    else:
+        q = np.clip(np.rint(ratios), -qmax, qmax).astype(np.int8)
+    q = q.reshape(*w.shape[:-1], -1)
+    data = _pack(q) if dtype == "int4" else q
     return QuantizedWeight(dtype, w.shape, data, scales)
 
 

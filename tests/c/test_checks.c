@@ -176,7 +176,7 @@ static void linear(void)
     BAD_VALUE(linear, a, a.w.count = 2,
               "linear: w must be 1 x [12, 6], each at least 1, got 2 x [12, 6]");
     BAD_TYPE(linear, a, a.w.format = (kl_weight_format)9,
-             "linear: w must be float32 or bfloat16, int8 or int4, got ?");
+             "linear: w must be float32 or bfloat16, int8, int4 or fp8, got ?");
 }
 
 /* Column slices of one buffer may be operand and result; shared columns may not. */

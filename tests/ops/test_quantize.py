@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from kimi_linear import reference
 from kimi_linear._backends import backend
+from kimi_linear.reference.linear import round_e4m3
 from products import BF16, FORMATS, VARIANTS, rows, same_bits
 
 GROUP = {"int8": 64, "int4": 32}
@@ -77,3 +78,20 @@ def test_the_float_formats_keep_what_is_not_finite():
         got = kl.ops.quantize(w, format).dequantize()
         np.testing.assert_array_equal(got, w)
         assert np.signbit(got[0, 3])
+
+
+def test_fp8_is_refused_by_the_cpu():
+    with pytest.raises(TypeError, match="pack_weight: fp8 is a format of CUDA only"):
+        kl.ops.quantize(np.ones((4, 70), np.float32), "fp8")
+
+
+def test_e4m3_of_the_specification():
+    """Its 256 numbers stay what they are, and others go to the nearest one."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    every = every[np.isfinite(every)]
+    assert len(every) == 254 and (round_e4m3(every) == every).all()
+    x = np.random.default_rng(4).uniform(-450, 450, 4000).astype(np.float32)
+    x *= np.exp2(-np.random.default_rng(5).integers(0, 20, 4000)).astype(np.float32)
+    want = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert (round_e4m3(x) == want).all()
