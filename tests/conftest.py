@@ -32,10 +32,26 @@ def show_children_the_same() -> None:
 use_the_installed_package()
 show_children_the_same()
 
+import variants  # noqa: E402  the package's first import, from where the lines above say
+
 needs_compiler = pytest.mark.skipif(
     not (ROOT / "csrc").is_dir() or shutil.which("make") is None or shutil.which("cc") is None,
     reason="needs the source tree, make and a C compiler",
 )
+
+
+@pytest.fixture(params=variants.VARIANTS)
+def variant(request):
+    """The name of where the test's `variants.ops` runs: an instruction set or "cuda"."""
+    with variants.on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=variants.DEVICES)
+def device(request):
+    """The same: "cpu" or "cuda"."""
+    with variants.on(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

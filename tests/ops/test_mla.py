@@ -4,13 +4,11 @@ Everything a call must not read is NaN: rows of pages past a sequence's length, 
 owns; table entries past it are absurd.
 """
 
-import kimi_linear as kl
 import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
-from kimi_linear._backends import backend
-from variants import VARIANTS
+from variants import every_device, on, ops, same_sums
 
 PAGE = 64
 BF16 = ml_dtypes.bfloat16
@@ -39,7 +37,7 @@ def prefill(case, **changes):
     case = {**case, **changes}
     H, V = case["q"].shape[1], value_width(case)
     out = np.full((len(case["q"]), H, V), np.nan, case["q"].dtype)
-    got = kl.ops.mla_prefill(**case, scale=SCALE, out=out)
+    got = ops.mla_prefill(**case, scale=SCALE, out=out)
     assert got is out
     return out
 
@@ -73,7 +71,7 @@ def decode(case, latents, **changes):
     case = {**case, **changes}
     q, w = case["q"], case["w_kv_b"]
     out = np.full((len(q), q.shape[1], value_width(case)), np.nan, q.dtype)
-    kl.ops.mla_decode(q, pages, table, lengths, w, scale=SCALE, out=out)
+    ops.mla_decode(q, pages, table, lengths, w, scale=SCALE, out=out)
     return out
 
 
@@ -95,42 +93,41 @@ def tolerance(dtype):
 LENGTHS = (1, 63, 64, 65, 127, 128, 129)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dims", [ODD, NO_ROPE, MANY_HEADS])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_prefill_matches_float64(variant, dims, dtype):
     new = [(0, n) for n in LENGTHS] + [(0, 0), (7, 0)]
     after = [(1, 1), (64, 1), (63, 2), (64, 65), (100, 30), (300, 70)]
     case = make_case(new + after, dims, dtype=dtype, w_dtype=dtype)
-    with backend(threads=2, cpu=variant):
-        got = prefill(case)
+    got = prefill(case)
     assert rel(got, reference.mla_prefill(**case, scale=SCALE)) < tolerance(dtype)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dims", [ODD, NO_ROPE, MANY_HEADS])
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_decode_matches_float64(variant, dims, dtype):
     case = make_case([(n - 1, 1) for n in (*LENGTHS, 1000)], dims, dtype=dtype, w_dtype=dtype)
     latents = whole_latents(case)
-    with backend(threads=2, cpu=variant):
-        got = decode(case, latents)
+    got = decode(case, latents)
     pages, table, lengths = to_pages(latents)
     want = reference.mla_decode(case["q"], pages, table, lengths, case["w_kv_b"], scale=SCALE)
     assert rel(got, want) < tolerance(dtype)
 
 
+@every_device
 def test_weights_may_have_another_dtype():
     case = make_case([(10, 100), (200, 1)], ODD, dtype=np.float32, w_dtype=BF16)
     assert rel(prefill(case), reference.mla_prefill(**case, scale=SCALE)) < 1e-6
 
 
+@every_device
 def test_default_scale():
     case = make_case([(0, 20)], ODD)
-    got = kl.ops.mla_prefill(**case)
+    got = ops.mla_prefill(**case)
     assert rel(got, reference.mla_prefill(**case)) < 1e-6
 
 
+@every_device
 @pytest.mark.parametrize("length", [8192, 8193, 12345])
 def test_decode_merges_many_parts(length):
     """Beyond 8,192 tokens the parts of a context grow instead of becoming more."""
@@ -139,6 +136,7 @@ def test_decode_merges_many_parts(length):
     assert rel(decode(case, whole_latents(case)), want) < 1e-6
 
 
+@every_device
 def test_decode_of_more_rows_than_fit_at_once():
     spans = [(int(n), 1) for n in np.random.default_rng(5).integers(0, 700, 150)]
     case = make_case(spans, NO_ROPE)
@@ -146,6 +144,7 @@ def test_decode_of_more_rows_than_fit_at_once():
     assert rel(decode(case, whole_latents(case)), want) < 1e-6
 
 
+@every_device
 def test_prefill_of_several_groups():
     """More than 32 tiles: the pages are expanded once for each group."""
     case = make_case([(70, 2200)], NO_ROPE)
@@ -157,6 +156,7 @@ def test_prefill_of_several_groups():
     assert rel(got[:90], reference.mla_prefill(**head, scale=SCALE)) < 1e-6
 
 
+@every_device
 @pytest.mark.parametrize("factor", [1e3, 1e-6])
 def test_sharp_and_flat_scores(factor):
     case = make_case([(100, 90), (200, 1)], ODD)
@@ -169,24 +169,27 @@ def test_sharp_and_flat_scores(factor):
 # ---- the two forms are one function ----------------------------------------------------------
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_decode_is_the_prefill_of_one_token(dtype):
     case = make_case([(n - 1, 1) for n in (*LENGTHS, 500)], ODD, dtype=dtype)
-    assert (prefill(case) == decode(case, whole_latents(case))).all()
+    assert same_sums(prefill(case), decode(case, whole_latents(case)), tolerance(dtype))
 
 
+@every_device
 @pytest.mark.parametrize("past,new", [(3, 16), (60, 20), (64, 9), (200, 2)])
 def test_few_tokens_are_decode_steps(past, new):
     """Up to 16 tokens within a page have the bits of as many single steps."""
     case = make_case([(past, new)], ODD)
-    assert (run_in_chunks(case, range(1, new)) == prefill(case)).all()
+    assert same_sums(run_in_chunks(case, range(1, new)), prefill(case), 1e-6)
 
 
-def test_plain_and_absorbed_agree():
+def test_plain_and_absorbed_agree(device):
     """A token among 40 goes through the plain form, alone through the absorbed one."""
     case = make_case([(300, 40)], ODD)
     steps = run_in_chunks(case, range(1, 40))
-    assert (steps != prefill(case)).any()  # or it would be one form
+    if device == "cpu":
+        assert (steps != prefill(case)).any()  # or it would be one form
     assert rel(prefill(case), steps.astype(float)) < 1e-6
 
 
@@ -204,15 +207,17 @@ def run_in_chunks(case, cuts):
     return np.concatenate(parts)
 
 
+@every_device
 @pytest.mark.parametrize("past", [0, 30, 64])
 def test_chunks_at_pages_change_no_bit(past):
     case = make_case([(past, 260)], ODD)
     whole = prefill(case)
     first = -past % PAGE or PAGE
     for cuts in ([first], [first + 64], [first, first + 64, first + 128]):
-        assert (run_in_chunks(case, cuts) == whole).all()
+        assert same_sums(run_in_chunks(case, cuts), whole, 1e-6)
 
 
+@every_device
 @pytest.mark.parametrize(
     "cuts", [[1], [63], [65], [100], [199], [7, 8, 9, 120], list(range(1, 200))]
 )
@@ -221,6 +226,7 @@ def test_chunks_elsewhere_agree(cuts):
     assert rel(run_in_chunks(case, cuts), prefill(case).astype(float)) < 1e-6
 
 
+@every_device
 def test_a_row_of_a_batch_is_the_row_alone():
     spans = [(0, 70), (0, 0), (130, 1), (0, 1), (65, 64), (3, 129)]
     case = make_case(spans, ODD)
@@ -228,24 +234,25 @@ def test_a_row_of_a_batch_is_the_row_alone():
     for n, (a, b) in enumerate(zip(case["cu_seqlens"], case["cu_seqlens"][1:], strict=False)):
         alone = prefill(case, q=case["q"][a:b], latent=case["latent"][a:b],
                         past=case["past"][n], cu_seqlens=None)  # fmt: skip
-        assert (together[a:b] == alone).all()
+        assert a == b or same_sums(alone, together[a:b], 1e-6)
 
 
+@every_device
 def test_a_row_of_a_decode_batch_is_the_row_alone():
     case = make_case([(n - 1, 1) for n in (1, 64, 65, 700, 3000)], MANY_HEADS)
     latents = whole_latents(case)
     together = decode(case, latents)
     for n, rows in enumerate(latents):
-        assert (decode({**case, "q": case["q"][n : n + 1]}, [rows]) == together[n]).all()
+        alone = decode({**case, "q": case["q"][n : n + 1]}, [rows])
+        assert same_sums(alone[0], together[n], 1e-6)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_threads_change_no_bit(variant):
     case = make_case([(0, 150), (500, 1), (90, 330)], ODD)
     steps = make_case([(1500, 1), (3, 1)], MANY_HEADS)
     results = []
     for threads in (1, 2, 7):
-        with backend(threads=threads, cpu=variant):
+        with on(variant, threads=threads):
             results.append((prefill(case), decode(steps, whole_latents(steps))))
     for other in results[1:]:
         assert (other[0] == results[0][0]).all() and (other[1] == results[0][1]).all()
@@ -254,12 +261,13 @@ def test_threads_change_no_bit(variant):
 def test_group_sizes_change_no_bit():
     """With more threads than heads, groups of tiles become smaller."""
     case = make_case([(0, 1000)], (1, 5, 3, 9, 6))
-    with backend(threads=1):
+    with on("cpu", threads=1):
         one = prefill(case)
-    with backend(threads=13):
+    with on("cpu", threads=13):
         assert (prefill(case) == one).all()
 
 
+@every_device
 def test_the_future_is_not_read():
     """Not even multiplied by zero: NaN there must not reach earlier tokens."""
     case = make_case([(10, 150)], ODD)
@@ -270,6 +278,7 @@ def test_the_future_is_not_read():
     assert np.isnan(got[100:]).all()
 
 
+@every_device
 def test_a_nan_stays_in_its_sequence():
     case = make_case([(10, 70), (64, 66), (5, 1)], ODD)
     want = prefill(case)
@@ -279,6 +288,7 @@ def test_a_nan_stays_in_its_sequence():
     assert np.isnan(got[70:-1]).all()
 
 
+@every_device
 def test_twice_the_same_and_inputs_untouched():
     case = make_case([(70, 100), (200, 1)], ODD)
     before = {k: np.copy(v) for k, v in case.items() if k != "past"}
@@ -286,6 +296,7 @@ def test_twice_the_same_and_inputs_untouched():
     assert all((case[k] == v).all() for k, v in before.items())
 
 
+@every_device
 def test_strided_queries():
     case = make_case([(5, 80), (90, 1)], ODD)
     wide = np.full((len(case["q"]), 2, *case["q"].shape[1:]), np.nan, np.float32)
@@ -293,6 +304,7 @@ def test_strided_queries():
     assert (prefill(case, q=wide[:, 0]) == prefill(case)).all()
 
 
+@every_device
 def test_nothing_to_do():
     case = make_case([(5, 0), (0, 0)], ODD)
     assert prefill(case).shape == (0, 3, 21)

@@ -1,12 +1,10 @@
 """rms_norm and gated_rms_norm against float64, and their properties."""
 
-import kimi_linear as kl
 import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
-from kimi_linear._backends import backend
-from variants import VARIANTS, error, same_bits
+from variants import error, every_device, on, ops, same_bits
 
 BF16 = ml_dtypes.bfloat16
 DTYPES = [np.float32, BF16]
@@ -33,66 +31,60 @@ def poisoned(x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_rms_norm(variant, dtype):
-    with backend(threads=2, cpu=variant):
-        for D in WIDTHS:
-            x = make_row((5, D), dtype)
-            y = kl.ops.rms_norm(x, weight(D), eps=EPS, out=poisoned(x))
-            assert error(y, reference.rms_norm(exact(x), weight(D), eps=EPS)) < BOUND[dtype], D
+    for D in WIDTHS:
+        x = make_row((5, D), dtype)
+        y = ops.rms_norm(x, weight(D), eps=EPS, out=poisoned(x))
+        assert error(y, reference.rms_norm(exact(x), weight(D), eps=EPS)) < BOUND[dtype], D
 
 
+@every_device
 def test_epsilon_is_added_to_the_mean():
     x = np.full((1, 64), 1e-3, np.float32)
-    y = kl.ops.rms_norm(x, np.ones(64, np.float32), eps=3e-6)
+    y = ops.rms_norm(x, np.ones(64, np.float32), eps=3e-6)
     assert np.allclose(y, 1e-3 / np.sqrt(1e-6 + 3e-6), rtol=1e-6)
-    y = kl.ops.gated_rms_norm(x, np.zeros_like(x), np.ones(64, np.float32), eps=3e-6)
+    y = ops.gated_rms_norm(x, np.zeros_like(x), np.ones(64, np.float32), eps=3e-6)
     assert np.allclose(y, 0.5e-3 / np.sqrt(1e-6 + 3e-6), rtol=1e-6)
-    assert not kl.ops.rms_norm(np.zeros_like(x), np.ones(64, np.float32), eps=EPS).any()
+    assert not ops.rms_norm(np.zeros_like(x), np.ones(64, np.float32), eps=EPS).any()
 
 
 @pytest.mark.parametrize("stored", ["float32", "as x"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_residual(variant, dtype, stored):
-    with backend(threads=2, cpu=variant):
-        for D in WIDTHS:
-            x = make_row((5, D), dtype)
-            residual = make_row((5, D), np.float32 if stored == "float32" else dtype, seed=1)
-            before = residual.copy()
-            y, r = kl.ops.rms_norm(x, weight(D), eps=EPS, residual=residual, out=poisoned(x))
-            assert same_bits(residual, before)
-            total = x.astype(np.float32) + residual.astype(np.float32)
-            assert same_bits(r, total.astype(residual.dtype)), D
-            # The norm is of the sum as it is stored: what a later norm of it would see.
-            assert error(y, reference.rms_norm(exact(r), weight(D), eps=EPS)) < BOUND[dtype], D
+    for D in WIDTHS:
+        x = make_row((5, D), dtype)
+        residual = make_row((5, D), np.float32 if stored == "float32" else dtype, seed=1)
+        before = residual.copy()
+        y, r = ops.rms_norm(x, weight(D), eps=EPS, residual=residual, out=poisoned(x))
+        assert same_bits(residual, before)
+        total = x.astype(np.float32) + residual.astype(np.float32)
+        assert same_bits(r, total.astype(residual.dtype)), D
+        # The norm is of the sum as it is stored: what a later norm of it would see.
+        assert error(y, reference.rms_norm(exact(r), weight(D), eps=EPS)) < BOUND[dtype], D
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_gated_rms_norm(variant, dtype):
-    with backend(threads=2, cpu=variant):
-        for D in WIDTHS:
-            x, z = make_row((5, 3, D), dtype), make_row((5, 3, D), dtype, seed=1)
-            z[0] = np.linspace(-100, 100, 3 * D).reshape(3, D)  # both ends of the sigmoid
-            y = kl.ops.gated_rms_norm(x, z, weight(D), eps=EPS, out=poisoned(x))
-            want = reference.gated_rms_norm(exact(x), exact(z), weight(D), eps=EPS)
-            assert error(y, want) < BOUND[dtype], D
-            assert np.isfinite(y.astype(np.float32)).all()
+    for D in WIDTHS:
+        x, z = make_row((5, 3, D), dtype), make_row((5, 3, D), dtype, seed=1)
+        z[0] = np.linspace(-100, 100, 3 * D).reshape(3, D)  # both ends of the sigmoid
+        y = ops.gated_rms_norm(x, z, weight(D), eps=EPS, out=poisoned(x))
+        want = reference.gated_rms_norm(exact(x), exact(z), weight(D), eps=EPS)
+        assert error(y, want) < BOUND[dtype], D
+        assert np.isfinite(y.astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_is_itself(variant, dtype):
     """Alone, in a batch, on any number of threads, strided, in place, again: the same bits."""
     T, H, D = 300, 3, 129
     x, z, w = make_row((T, H, D), dtype), make_row((T, H, D), dtype, seed=1), weight(D)
     calls = (
-        lambda x, z, out: kl.ops.rms_norm(x, w, eps=EPS, out=out),
-        lambda x, z, out: kl.ops.gated_rms_norm(x, z, w, eps=EPS, out=out),
+        lambda x, z, out: ops.rms_norm(x, w, eps=EPS, out=out),
+        lambda x, z, out: ops.gated_rms_norm(x, z, w, eps=EPS, out=out),
     )
     for call in calls:
-        with backend(threads=1, cpu=variant):
+        with on(variant, threads=1):
             want = call(x, z, poisoned(x))
             assert same_bits(call(x, z, poisoned(x)), want)
             for t in (0, 7, T - 1):
@@ -105,19 +97,17 @@ def test_a_row_is_itself(variant, dtype):
             assert call(own, z, own) is own
             assert same_bits(own, want)
         for threads in (2, 7):
-            with backend(threads=threads, cpu=variant):
+            with on(variant, threads=threads):
                 assert same_bits(call(x, z, poisoned(x)), want)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_nan_stays_in_its_row(variant):
     x, z = make_row((6, 50), np.float32), make_row((6, 50), np.float32, seed=1)
     w = weight(50)
-    with backend(threads=1, cpu=variant):
-        clean = kl.ops.rms_norm(x, w, eps=EPS), kl.ops.gated_rms_norm(x, z, w, eps=EPS)
-        x[2, 13] = np.nan
-        z[4, 49] = np.nan
-        plain, gated = kl.ops.rms_norm(x, w, eps=EPS), kl.ops.gated_rms_norm(x, z, w, eps=EPS)
+    clean = ops.rms_norm(x, w, eps=EPS), ops.gated_rms_norm(x, z, w, eps=EPS)
+    x[2, 13] = np.nan
+    z[4, 49] = np.nan
+    plain, gated = ops.rms_norm(x, w, eps=EPS), ops.gated_rms_norm(x, z, w, eps=EPS)
     assert np.isnan(plain[2]).all()
     assert np.isnan(gated[2]).all()
     others = np.arange(6) != 2
@@ -127,7 +117,8 @@ def test_nan_stays_in_its_row(variant):
     assert same_bits(gated[others], clean[1][others])
 
 
+@every_device
 def test_no_rows():
     x = np.empty((0, 64), np.float32)
-    assert kl.ops.rms_norm(x, weight(64), eps=EPS).shape == (0, 64)
-    assert kl.ops.gated_rms_norm(x, x, weight(64)).shape == (0, 64)
+    assert ops.rms_norm(x, weight(64), eps=EPS).shape == (0, 64)
+    assert ops.gated_rms_norm(x, x, weight(64)).shape == (0, 64)

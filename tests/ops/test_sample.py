@@ -1,19 +1,16 @@
 """sample against the float64 specification, by statistics, and its properties."""
 
-import kimi_linear as kl
 import numpy as np
 import pytest
-from kimi_linear import _core, reference
-from kimi_linear._backends import backend
+from kimi_linear import reference
 from kimi_linear.reference import Sampling
-from variants import VARIANTS
+from variants import every_device, on, ops
 
 VOCABULARY = 163_840
 
 
-def sample(logits, params, *, seen=None, top=0, threads=2, cpu=None):
-    with backend(threads=threads, cpu=cpu) as be:
-        return _core.sample(be, logits, [tuple(p) for p in params], seen, top)
+def sample(logits, params, *, seen=None, top=0):
+    return ops.sample(logits, [tuple(p) for p in params], seen, top)
 
 
 def f32(x):
@@ -46,7 +43,6 @@ def random_params(r, N):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("V", [1, 5, 31, 100, 5000])
 def test_same_ids_as_the_specification(variant, V):
     N, top = 200, min(V, 7)
@@ -57,13 +53,14 @@ def test_same_ids_as_the_specification(variant, V):
     logits[::3, V // 2 : V // 2 + 3] = logits[::3, V // 2 : V // 2 + 1]  # and ties
     params = random_params(r, N)
     seen = r.integers(-(2**31), 2**31, (N, -(-V // 32))).astype(np.int32)
-    got = sample(logits, params, seen=seen, top=top, cpu=variant)
+    got = sample(logits, params, seen=seen, top=top)
     want = reference.sample(logits, params, seen=seen, top=top)
     assert (got[0] == want[0]).all() and (got[2] == want[2]).all()
     np.testing.assert_allclose(got[1], want[1], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(got[3], want[3], rtol=1e-6, atol=1e-6)
 
 
+@every_device
 @pytest.mark.parametrize(
     "p",
     [
@@ -92,6 +89,7 @@ def chi_square(counts, p):
     return float(((counts - counts.sum() * p) ** 2 / (counts.sum() * p)).sum())
 
 
+@every_device
 @pytest.mark.parametrize(
     "temperature,top_k,top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.75)]
 )
@@ -115,6 +113,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     assert len(p) < 10 or chi_square(counts[: len(p)], warmer) > 70
 
 
+@every_device
 def test_seeds_and_positions_give_other_draws():
     z = np.zeros((400, 1000), np.float32)
     by_position = sample(z, [Sampling(1.0, seed=5, position=i) for i in range(400)])[0]
@@ -125,6 +124,7 @@ def test_seeds_and_positions_give_other_draws():
 # ---- edges -----------------------------------------------------------------------------------
 
 
+@every_device
 def test_cuts_that_leave_the_argmax():
     z = np.random.default_rng(3).standard_normal((50, 77)).astype(np.float32)
     for p in (Sampling(2.0, top_k=1), Sampling(2.0, top_p=1e-7), Sampling(2.0, min_p=1.0),
@@ -133,12 +133,14 @@ def test_cuts_that_leave_the_argmax():
         assert (ids == z.argmax(axis=1)).all()
 
 
+@every_device
 def test_argmax_takes_the_lowest_id_of_a_tie():
     z = np.zeros((1, 100), np.float32)
     z[0, [40, 41, 99]] = 2
     assert sample(z, [Sampling()])[0].tolist() == [40]
 
 
+@every_device
 def test_min_p_of_one_keeps_the_ties_of_the_maximum():
     z = np.random.default_rng(4).standard_normal(60).astype(np.float32)
     z[[7, 30, 59]] = 5
@@ -147,6 +149,7 @@ def test_min_p_of_one_keeps_the_ties_of_the_maximum():
     assert set(ids.tolist()) == {7, 30, 59}
 
 
+@every_device
 def test_penalty_moves_towards_less_likely():
     z = np.array([[2.0, 1.5, -1.0, -1.2]], np.float32)
     seen = bits_of([0, 2], 4)[None]
@@ -159,11 +162,13 @@ def test_penalty_moves_towards_less_likely():
     np.testing.assert_allclose(logprobs, want, rtol=1e-6)  # of the logits as given
 
 
+@every_device
 def test_penalty_needs_seen():
     z = np.array([[2.0, 1.5]], np.float32)
     assert sample(z, [Sampling(repetition_penalty=9.0)])[0].tolist() == [0]
 
 
+@every_device
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_that_have_no_answer(temperature):
     z = np.random.default_rng(5).standard_normal((5, 100)).astype(np.float32)
@@ -176,6 +181,7 @@ def test_rows_that_have_no_answer(temperature):
     assert (ids[[0, 4]] >= 0).all() and np.isfinite(logprobs[[0, 4]]).all()
 
 
+@every_device
 def test_masked_tokens_are_never_drawn():
     z = np.full((500, 64), -np.inf, np.float32)
     z[:, [3, 63]] = 1e4, 1e4 - 0.5
@@ -183,6 +189,7 @@ def test_masked_tokens_are_never_drawn():
     assert set(ids.tolist()) == {3, 63}
 
 
+@every_device
 def test_best_alternatives():
     z = np.zeros((1, 10), np.float32)
     z[0, [2, 5]] = -np.inf, 3
@@ -192,18 +199,21 @@ def test_best_alternatives():
     np.testing.assert_allclose(np.exp(logprobs.astype(float)).sum(), 1, rtol=1e-6)
 
 
-def test_rows_and_threads_are_independent():
+def test_rows_and_threads_are_independent(device):
     r = np.random.default_rng(6)
     z = (3 * r.standard_normal((40, 3000))).astype(np.float32)
     params = random_params(r, 40)
-    one = sample(z, params, top=3, threads=1)
+    with on(device, threads=1):
+        one = sample(z, params, top=3)
     for threads in (2, 7, 64):
-        other = sample(z, params, top=3, threads=threads)
+        with on(device, threads=threads):
+            other = sample(z, params, top=3)
         assert all((a == b).all() for a, b in zip(one, other, strict=True))
     alone = sample(z[17:18], params[17:18], top=3)
     assert all((a[17] == b[0]).all() for a, b in zip(one, alone, strict=True))
 
 
+@every_device
 def test_no_rows():
     ids, logprobs = sample(np.zeros((0, 5), np.float32), [])
     assert ids.shape == logprobs.shape == (0,)

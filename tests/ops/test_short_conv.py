@@ -1,12 +1,10 @@
 """short_conv against float64, and its properties. A state is a copy of inputs: compared exactly."""
 
-import kimi_linear as kl
 import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
-from kimi_linear._backends import backend
-from variants import VARIANTS, error, same_bits
+from variants import error, every_device, on, ops, same_bits
 
 BF16 = ml_dtypes.bfloat16
 DTYPES = [np.float32, BF16]
@@ -27,7 +25,7 @@ def make_case(C, W, dtype, lengths=LENGTHS, seed=0):
 
 def conv(case, **changes):
     case = {**case, **changes}
-    return kl.ops.short_conv(**case, out=np.full(case["x"].shape, np.nan, case["x"].dtype))
+    return ops.short_conv(**case, out=np.full(case["x"].shape, np.nan, case["x"].dtype))
 
 
 def truth(case, **changes):
@@ -36,35 +34,30 @@ def truth(case, **changes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_the_definition(variant, dtype):
-    with backend(threads=2, cpu=variant):
-        for W in range(1, 9):
-            for C in (1, 5, 131):
-                case = make_case(C, W, dtype)
-                for activation in ("silu", None):
-                    y, state = conv(case, activation=activation)
-                    want, want_state = truth(case, activation=activation)
-                    assert error(y, want) < BOUND[dtype], (W, C)
-                    assert same_bits(state, want_state.astype(dtype)), (W, C)
+    for W in range(1, 9):
+        for C in (1, 5, 131):
+            case = make_case(C, W, dtype)
+            for activation in ("silu", None):
+                y, state = conv(case, activation=activation)
+                want, want_state = truth(case, activation=activation)
+                assert error(y, want) < BOUND[dtype], (W, C)
+                assert same_bits(state, want_state.astype(dtype)), (W, C)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_more_channels_than_a_strip(variant, dtype):
     case = make_case(2500, 4, dtype, lengths=(3, 20))
-    with backend(threads=2, cpu=variant):
-        y, state = conv(case)
+    y, state = conv(case)
     want, want_state = truth(case)
     assert error(y, want) < BOUND[dtype]
     assert same_bits(state, want_state.astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_cuts_batches_and_threads_change_no_bit(variant, dtype):
     case = make_case(700, 4, dtype, lengths=(90,))
-    with backend(threads=1, cpu=variant):
+    with on(variant, threads=1):
         want, final = conv(case)
         for cut in (1, 2, 3, 50, 89):
             state, parts = case["state"], []
@@ -86,20 +79,18 @@ def test_cuts_batches_and_threads_change_no_bit(variant, dtype):
         wide[:, 3:703] = case["x"]
         assert same_bits(conv(case, x=wide[:, 3:703])[0], want)
     for threads in (2, 7):
-        with backend(threads=threads, cpu=variant):
+        with on(variant, threads=threads):
             y, state = conv(case)
             assert same_bits(y, want)
             assert same_bits(state, final)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_nan_reaches_only_its_window(variant):
     case = make_case(40, 4, np.float32, lengths=(20, 20))
-    with backend(threads=1, cpu=variant):
-        want, final = conv(case)
-        case["x"][10, 7] = np.nan
-        case["state"][1, 5, 2] = np.nan  # the input just before sequence 1
-        y, state = conv(case)
+    want, final = conv(case)
+    case["x"][10, 7] = np.nan
+    case["state"][1, 5, 2] = np.nan  # the input just before sequence 1
+    y, state = conv(case)
     for rows, channel in ((slice(10, 14), 7), (slice(20, 23), 5)):
         assert np.isnan(y[rows, channel]).all()
         y[rows, channel] = want[rows, channel]
@@ -107,6 +98,7 @@ def test_nan_reaches_only_its_window(variant):
     assert same_bits(state, final)
 
 
+@every_device
 def test_an_empty_sequence_keeps_its_state_and_no_state_is_zeros():
     case = make_case(40, 4, BF16)
     _, state = conv(case)
