@@ -40,6 +40,9 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
 /* The operations this backend has, a line each so that the list grows by lines:
  *     X(op)   kl_cuda_<op>, in kernels/<op>*.cu */
 #define KL_CUDA_OPS(X)                                                                         \
+    X(embedding)                                                                               \
+    X(gather)                                                                                  \
+    X(fill_normal)                                                                             \
     X(kda_decode)                                                                              \
     X(moe_route)
 

@@ -10,7 +10,14 @@
 
 #include <stdint.h>
 
-static inline void kl_philox(uint64_t seed, uint64_t index, uint32_t out[4])
+/* Compiled for the device too where this is CUDA, so that the constants stand here alone. */
+#ifdef __CUDACC__
+#    define KL_RNG_INLINE static inline __host__ __device__
+#else
+#    define KL_RNG_INLINE static inline
+#endif
+
+KL_RNG_INLINE void kl_philox(uint64_t seed, uint64_t index, uint32_t out[4])
 {
     uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = 0, c3 = 0;
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
@@ -27,7 +34,7 @@ static inline void kl_philox(uint64_t seed, uint64_t index, uint32_t out[4])
 }
 
 /* A double in [0, 1) with 53 random bits. */
-static inline double kl_rng_uniform(uint64_t seed, uint64_t index)
+KL_RNG_INLINE double kl_rng_uniform(uint64_t seed, uint64_t index)
 {
     uint32_t r[4];
     kl_philox(seed, index, r);

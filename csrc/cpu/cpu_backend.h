@@ -28,7 +28,7 @@ KL_OPS(KL_DECLARE)
 static inline kl_status kl_cpu_reads(const char *op, const kl_weight *w, kl_error *err)
 {
     if (w->data == NULL || (KL_CPU_FORMATS & 1u << w->format) != 0) return KL_OK;
-    return kl_fail(err, KL_ERR_TYPE, "%s: fp8 is a format of CUDA only, got it on the cpu", op);
+    return kl_fail(err, KL_ERR_VALUE, "%s: fp8 is a format of CUDA only, got it on the cpu", op);
 }
 
 /* For an operation that works in its operands alone; in its file, without a semicolon. */

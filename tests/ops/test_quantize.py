@@ -81,7 +81,7 @@ def test_the_float_formats_keep_what_is_not_finite():
 
 
 def test_fp8_is_refused_by_the_cpu():
-    with pytest.raises(TypeError, match="pack_weight: fp8 is a format of CUDA only"):
+    with pytest.raises(ValueError, match="pack_weight: fp8 is a format of CUDA only"):
         ops.quantize(np.ones((4, 70), np.float32), "fp8")
 
 

@@ -1,0 +1,100 @@
+/*
+ * embedding.cu -- picking rows: embedding and gather.
+ *
+ * Computes     out[n, :] = from[rows[n], :], in the dtype of out
+ * Shapes       from [R, D]; rows [N] i32; out [N, D]
+ * Layout       dense, row-major
+ * Precision    a copy, widened or rounded to the dtype of out
+ * Grid         one block a row; a thread asks for UNROLL pieces before it stores the first
+ * Roofline     N * D * (2 + 2) bytes for bf16: memory-bound, 12.6 us at N = 8192, D = 2304 on an
+ *              H100 (3.0 TB/s)
+ * Measured     not timed yet
+ */
+#include "../device/types.cuh"
+
+namespace {
+
+constexpr int THREADS = 96; /* D = 2304 in bf16 is three pieces for each */
+constexpr int UNROLL = 3;
+constexpr int64_t MAX_BLOCKS = 0x7fffffff; /* of the grid's x axis */
+
+/* The same type is copied bit by bit, so that a NaN stays what it is. */
+template <class To, class From> __device__ To convert(From x)
+{
+    if constexpr (sizeof(To) == sizeof(From))
+        return x;
+    else
+        return from_float<To>(to_float(x));
+}
+
+template <class From, class To, int VEC>
+__global__ __launch_bounds__(THREADS) void pick_kernel(const From *from, const int *rows,
+                                                       To *to, int64_t D)
+{
+    const int64_t n = blockIdx.x;
+    from += rows[n] * D;
+    to += n * D;
+    for (int64_t first = threadIdx.x * VEC; first < D; first += THREADS * VEC * UNROLL) {
+        vec<From, VEC> x[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int64_t i = first + u * THREADS * VEC;
+            if (i < D) x[u] = *reinterpret_cast<const vec<From, VEC> *>(from + i);
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            const int64_t i = first + u * THREADS * VEC;
+            vec<To, VEC> y;
+#pragma unroll
+            for (int j = 0; j < VEC; j++) y.x[j] = convert<To>(x[u].x[j]);
+            if (i < D) *reinterpret_cast<vec<To, VEC> *>(to + i) = y;
+        }
+    }
+}
+
+template <class From, class To>
+kl_status launch(const char *op, const kl_tensor &from, const kl_tensor &rows,
+                 const kl_tensor &out, cudaStream_t stream, kl_error *err)
+{
+    constexpr int VEC =
+        16 / static_cast<int>(sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
+    const int64_t N = out.shape[0], D = out.shape[1];
+    if (N > MAX_BLOCKS)
+        return kl_fail(err, KL_ERR_VALUE, "%s: rows must be <= %lld, got %lld", op,
+                       static_cast<long long>(MAX_BLOCKS), static_cast<long long>(N));
+    const bool wide = D % VEC == 0 && reinterpret_cast<uintptr_t>(from.data) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
+    const auto kernel = wide ? pick_kernel<From, To, VEC> : pick_kernel<From, To, 1>;
+    kernel<<<static_cast<unsigned>(N), THREADS, 0, stream>>>(
+        static_cast<const From *>(from.data), static_cast<const int *>(rows.data),
+        static_cast<To *>(out.data), D);
+    KL_CUDA_TRY(cudaGetLastError(), err);
+    return KL_OK;
+}
+
+kl_status pick(kl_backend *be, const char *op, const kl_tensor &from, const kl_tensor &rows,
+               const kl_tensor &out, kl_error *err)
+{
+    if (out.shape[0] == 0) return KL_OK;
+    KL_TRY(kl_cuda_bind(be, err));
+    return with_float_type(from.dtype, [&](auto f) {
+        return with_float_type(out.dtype, [&](auto t) {
+            return launch<decltype(f), decltype(t)>(op, from, rows, out, kl_cuda_stream(be),
+                                                    err);
+        });
+    });
+}
+
+} // namespace
+
+kl_status kl_cuda_embedding(kl_backend *be, const kl_embedding *a, kl_error *err)
+{
+    const kl_dtype dtype = a->table.format == KL_W_F32 ? KL_F32 : KL_BF16;
+    const kl_tensor table = kl_tensor_2d(a->table.data, dtype, a->table.rows, a->table.cols);
+    return pick(be, "embedding", table, a->ids, a->out, err);
+}
+
+kl_status kl_cuda_gather(kl_backend *be, const kl_gather *a, kl_error *err)
+{
+    return pick(be, "gather", a->x, a->rows, a->out, err);
+}
