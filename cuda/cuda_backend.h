@@ -44,10 +44,12 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(gather)                                                                                  \
     X(fill_normal)                                                                             \
     X(kda_decode)                                                                              \
-    X(moe_route)
+    X(moe_route)                                                                               \
+    X(moe_experts)
 
 /* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
-#define KL_CUDA_WORKSPACES(X)
+#define KL_CUDA_WORKSPACES(X)                                                                  \
+    X(moe_experts)
 
 #define KL_DECLARE(op) kl_status kl_cuda_##op(kl_backend *be, const kl_##op *a, kl_error *err);
 KL_CUDA_OPS(KL_DECLARE)

@@ -1,0 +1,87 @@
+/*
+ * moe.cuh -- what the kernels of moe_experts share: rows of (token, choice) pairs sorted by
+ * expert, cut into tiles, and a product of every tile with its expert's matrix.
+ */
+#ifndef KL_CUDA_DEVICE_MOE_H
+#define KL_CUDA_DEVICE_MOE_H
+
+#include "weight.cuh"
+
+/* Rows [first, first + n) of the sorted pairs, all of one expert; of the tokens where the expert
+ * is the shared one. n = 0: surplus, since the host knows only a bound of their number. */
+struct moe_tile {
+    int expert, first, n;
+};
+
+constexpr int MOE_SHARED = -1;
+
+/* out = x w^T, or silu(x w^T) * (x up^T) in the gated product, for rows [first, first + n) of
+ * each matrix: column i of out is row first + i. */
+struct moe_operand {
+    weight_view w, up; /* up unused in the plain product               */
+    kl_weight_format format, up_format;
+    const void *x;   /* [., w.cols] act                                */
+    const int *rows; /* row of x for each row of out; null: the same   */
+    void *out;       /* [., n]: act if gated, else f32                 */
+    int64_t first, n;
+};
+
+struct moe_product {
+    moe_operand routed, shared;
+    const moe_tile *tiles;
+    int64_t n_tiles;
+    int64_t groups; /* blocks for a tile; the launcher's own */
+};
+
+__device__ inline moe_tile tile_of_block(const moe_product &p)
+{
+    return p.tiles[blockIdx.x / p.groups];
+}
+
+__device__ inline int64_t group_of_block(const moe_product &p)
+{
+    return blockIdx.x % p.groups;
+}
+
+__device__ inline const moe_operand &operand_of(const moe_product &p, const moe_tile &tile)
+{
+    return tile.expert == MOE_SHARED ? p.shared : p.routed;
+}
+
+/* Row of the stack where the tile's matrix begins, less what the operand leaves out. */
+__device__ inline int64_t first_weight_row(const moe_operand &o, const moe_tile &tile)
+{
+    return (tile.expert == MOE_SHARED ? 0 : tile.expert * o.w.rows) + o.first;
+}
+
+/* Row of x for row i of a tile. */
+__device__ inline int64_t source_row(const moe_operand &o, const moe_tile &tile, int i)
+{
+    return o.rows == nullptr ? tile.first + i : o.rows[tile.first + i];
+}
+
+/* Host: the grid of a product whose blocks take `width` weight rows each. */
+inline kl_status moe_grid(moe_product &p, int64_t width, unsigned *blocks, kl_error *err)
+{
+    const int64_t widest = p.routed.n > p.shared.n ? p.routed.n : p.shared.n;
+    p.groups = (widest + width - 1) / width;
+    if (p.n_tiles > 0x7fffffff / p.groups)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "moe_experts: tiles * rows / %lld must fit a grid, got %lld * %lld",
+                       static_cast<long long>(width), static_cast<long long>(p.n_tiles),
+                       static_cast<long long>(p.groups));
+    *blocks = static_cast<unsigned>(p.n_tiles * p.groups);
+    return KL_OK;
+}
+
+/* A way to do the product: tiles of at most `tile` rows. The formats and dimensions that each
+ * takes are written in its file; the general one takes all. */
+struct moe_path {
+    int tile;
+    kl_status (*run)(moe_product p, bool gated, kl_dtype act, cudaStream_t stream,
+                     kl_error *err);
+};
+
+extern const moe_path kl_moe_general, kl_moe_few;
+
+#endif

@@ -1,0 +1,427 @@
+/*
+ * moe_experts.cu -- a layer of experts: the plan of its products, and their weighted sum.
+ *
+ * Computes     out[t] = sum_j weights[t, j] * expert_{ids[t, j]}(x[t]) + shared(x[t])
+ * Shapes       x, out [T, D]; ids, weights [T, top_k]; w1, w3 [E, I, D]; w2 [E, D, I]
+ * Layout       dense. (token, choice) pairs are sorted by expert, stable, so that a product reads
+ *              an expert's matrix for a tile of its tokens; the shared expert is one more,
+ *              over all tokens. The products are in moe_experts_{general,few}.cu
+ * Precision    f32 or bf16 in, inner products rounded to act, f32 results of the experts, f32
+ *              sum, rounded once; for bf16 activations weights become bf16 on their way
+ * Grid         plan: one block. combine: a thread an element of out. Tokens go in windows and the
+ *              down product in slices of columns, which bounds the workspace; a window's tiles
+ *              are known only on the device, their bound here, and surplus blocks leave
+ * Order        a row's bits depend on the path, which the number of tokens decides, and on no
+ *              other row
+ * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
+ *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
+ * Measured     not timed yet
+ */
+#include "../device/moe.cuh"
+#include "../device/warp.cuh"
+
+namespace {
+
+constexpr int64_t WINDOW_PAIRS = 65536; /* 256 for each of 256 experts: weights read for many */
+constexpr int64_t RESULT_BYTES = 160
+                                 << 20; /* of the experts, beyond which D is sliced        */
+constexpr int64_t SLICE = 128;          /* a slice is a multiple: whole tiles of a path    */
+constexpr int MIN_TILE = 8;             /* of the paths                                    */
+constexpr int MAX_WARPS = 32, MIN_WARPS = 8;
+constexpr int COMBINE_THREADS = 256;
+constexpr int64_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
+
+int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* ---- plan ------------------------------------------------------------------------------ */
+
+struct plan_arguments {
+    const int *ids; /* [pairs]                                               */
+    int *tokens;    /* [pairs] the token of each sorted pair                 */
+    int *places;    /* [pairs] where each pair was sorted to                 */
+    moe_tile *tiles;
+    int pairs, top_k, E, tile;
+    int routed_tiles; /* the bound; the shared expert's tiles follow         */
+    int shared_rows;  /* tokens, or 0 without a shared expert                */
+    int counters;     /* warps that count and place                          */
+};
+
+/* In shared memory, arrays of E. */
+struct plan_scratch {
+    int *counts; /* [counters][E] pairs of a warp's segment, then where its next pair goes */
+    int *totals, *starts, *tile_starts;
+};
+
+/* Call f(pair, expert, peers) for 32 pairs of this warp's segment at a time, in order; peers are
+ * the lanes with the same expert. Expert -1 past the end. */
+template <class F> __device__ void for_segment(const plan_arguments &a, F f)
+{
+    const int rounds = ((a.pairs + WARP - 1) / WARP + a.counters - 1) / a.counters;
+    for (int i = 0; i < rounds; i++) {
+        const int pair = (warp_id() * rounds + i) * WARP + lane_id();
+        const int e = pair < a.pairs ? a.ids[pair] : -1;
+        f(pair, e, __match_any_sync(ALL_LANES, e));
+        __syncwarp();
+    }
+}
+
+__device__ bool leads(unsigned peers)
+{
+    return __ffs(static_cast<int>(peers)) - 1 == lane_id();
+}
+
+/* One warp: the first pair and the first tile of every expert; returns the number of tiles. */
+__device__ int scan_experts(const plan_arguments &a, const plan_scratch &s)
+{
+    int pairs = 0, tiles = 0;
+    for (int base = 0; base < a.E; base += WARP) {
+        const int e = base + lane_id();
+        const int total = e < a.E ? s.totals[e] : 0;
+        int p = total, t = (total + a.tile - 1) / a.tile;
+        const int own = t;
+        for (int d = 1; d < WARP; d *= 2) {
+            const int p_below = __shfl_up_sync(ALL_LANES, p, d);
+            const int t_below = __shfl_up_sync(ALL_LANES, t, d);
+            if (lane_id() >= d) p += p_below, t += t_below;
+        }
+        if (e < a.E) s.starts[e] = pairs + p - total, s.tile_starts[e] = tiles + t - own;
+        pairs += __shfl_sync(ALL_LANES, p, WARP - 1);
+        tiles += __shfl_sync(ALL_LANES, t, WARP - 1);
+    }
+    return tiles;
+}
+
+__device__ void write_tiles(const plan_arguments &a, const plan_scratch &s, int used)
+{
+    for (int e = threadIdx.x; e < a.E; e += blockDim.x)
+        for (int done = 0, i = s.tile_starts[e]; done < s.totals[e]; done += a.tile, i++)
+            a.tiles[i] = {e, s.starts[e] + done, min(a.tile, s.totals[e] - done)};
+    for (int i = used + threadIdx.x; i < a.routed_tiles; i += blockDim.x)
+        a.tiles[i] = {0, 0, 0};
+    for (int i = threadIdx.x; i * a.tile < a.shared_rows; i += blockDim.x)
+        a.tiles[a.routed_tiles + i] = {MOE_SHARED, i * a.tile,
+                                       min(a.tile, a.shared_rows - i * a.tile)};
+}
+
+/* A stable counting sort: each warp counts a segment of the pairs, and later places it. */
+__global__ __launch_bounds__(MAX_WARPS *WARP) void moe_plan_kernel(
+    __grid_constant__ const plan_arguments a)
+{
+    extern __shared__ int arrays[];
+    __shared__ int used;
+    int *const after = arrays + a.counters * a.E;
+    const plan_scratch s = {arrays, after, after + a.E, after + 2 * a.E};
+    int *const mine = s.counts + warp_id() * a.E;
+    const bool counts = warp_id() < a.counters;
+    for (int i = threadIdx.x; i < a.counters * a.E; i += blockDim.x) s.counts[i] = 0;
+    __syncthreads();
+    if (counts)
+        for_segment(a, [&](int, int e, unsigned peers) {
+            if (e >= 0 && leads(peers)) mine[e] += __popc(peers);
+        });
+    __syncthreads();
+    for (int e = threadIdx.x; e < a.E; e += blockDim.x) {
+        int total = 0;
+        for (int w = 0; w < a.counters; w++) total += s.counts[w * a.E + e];
+        s.totals[e] = total;
+    }
+    __syncthreads();
+    if (warp_id() == 0) {
+        const int tiles = scan_experts(a, s);
+        if (lane_id() == 0) used = tiles;
+    }
+    __syncthreads();
+    write_tiles(a, s, used);
+    for (int e = threadIdx.x; e < a.E; e += blockDim.x)
+        for (int w = 0, next = s.starts[e]; w < a.counters; w++) {
+            const int n = s.counts[w * a.E + e];
+            s.counts[w * a.E + e] = next;
+            next += n;
+        }
+    __syncthreads();
+    if (!counts) return;
+    for_segment(a, [&](int pair, int e, unsigned peers) {
+        const int place = e < 0 ? 0 : mine[e] + __popc(peers & ((1u << lane_id()) - 1));
+        __syncwarp();
+        if (e < 0) return;
+        if (leads(peers)) mine[e] += __popc(peers);
+        a.tokens[place] = pair / a.top_k;
+        a.places[pair] = place;
+    });
+}
+
+/* ---- combine --------------------------------------------------------------------------- */
+
+struct combine_arguments {
+    const float *y, *shared; /* [pairs, slice], [n, slice] or null */
+    const int *places;       /* [n, top_k]                         */
+    const float *weights;    /* [n, top_k]                         */
+    void *out;               /* [n, D], from the slice's first column */
+    int64_t slice, D;
+    int top_k;
+};
+
+template <class act>
+__global__ __launch_bounds__(COMBINE_THREADS) void moe_combine_kernel(
+    __grid_constant__ const combine_arguments a)
+{
+    const int64_t t = blockIdx.x;
+    const int64_t column = static_cast<int64_t>(blockIdx.y) * COMBINE_THREADS + threadIdx.x;
+    if (column >= a.slice) return;
+    const int *places = a.places + t * a.top_k;
+    const float *weights = a.weights + t * a.top_k;
+    float sum = 0;
+#pragma unroll 8
+    for (int j = 0; j < a.top_k; j++)
+        sum = fmaf(weights[j], a.y[places[j] * a.slice + column], sum);
+    if (a.shared != nullptr) sum += a.shared[t * a.slice + column];
+    static_cast<act *>(a.out)[t * a.D + column] = from_float<act>(sum);
+}
+
+/* ---- host: sizes ----------------------------------------------------------------------- */
+
+/* Of the largest window; a call with fewer tokens is one window. */
+struct sizes {
+    int64_t D, I, E, top_k, I2; /* I2: the shared expert's width, 0 without one */
+    int64_t n, pairs;           /* tokens and pairs of a window                 */
+    int64_t slice;              /* columns of out in one down product           */
+    size_t tokens, places, tiles, inner, results, end; /* offsets in the workspace */
+};
+
+int64_t tiles_of(int64_t rows, int tile)
+{
+    return (rows + tile - 1) / tile;
+}
+
+/* Experts that have pairs have at most one tile that is not full. */
+int64_t bound_routed_tiles(const sizes &s, int64_t pairs, int tile)
+{
+    return least(pairs, pairs / tile + least(s.E, pairs));
+}
+
+size_t take(size_t *end, int64_t count, size_t element)
+{
+    const size_t at = *end;
+    *end = (at + static_cast<size_t>(count) * element + 255) / 256 * 256;
+    return at;
+}
+
+sizes sizes_of(const kl_moe_experts *a)
+{
+    sizes s = {};
+    s.D = a->w1.cols, s.I = a->w1.rows, s.E = a->w1.count, s.top_k = a->ids.shape[1];
+    s.I2 = a->shared_w1.data == nullptr ? 0 : a->shared_w1.rows;
+    const int64_t window = WINDOW_PAIRS / s.top_k;
+    s.n = least(a->x.shape[0], window < 1 ? 1 : window);
+    s.pairs = s.n * s.top_k;
+    const int64_t rows = s.pairs + (s.I2 > 0 ? s.n : 0);
+    const int64_t fit = rows == 0 ? s.D : RESULT_BYTES / 4 / rows / SLICE * SLICE;
+    s.slice = least(s.D, fit < SLICE ? SLICE : fit);
+    s.tokens = take(&s.end, s.pairs, sizeof(int));
+    s.places = take(&s.end, s.pairs, sizeof(int));
+    s.tiles = take(&s.end, bound_routed_tiles(s, s.pairs, MIN_TILE) + tiles_of(s.n, MIN_TILE),
+                   sizeof(moe_tile));
+    s.inner = take(&s.end, s.pairs * s.I + s.n * s.I2, kl_dtype_bytes(a->x.dtype));
+    /* The bound, not what the slices of this many rows take: more tokens never ask for less. */
+    const int64_t whole = rows * s.D, bound = least(whole, RESULT_BYTES / 4);
+    s.results = take(&s.end, rows * s.slice > bound ? rows * s.slice : bound, sizeof(float));
+    return s;
+}
+
+/* ---- host: one window ------------------------------------------------------------------ */
+
+struct window {
+    const kl_moe_experts *a;
+    const sizes *s;
+    const moe_path *path;
+    cudaStream_t stream;
+    int64_t first, n, pairs, routed_tiles, shared_tiles;
+    int *tokens, *places;
+    moe_tile *tiles;
+    char *inner;
+    float *results;
+};
+
+bool has_fast_shape(const kl_weight &w)
+{
+    return w.cols % 64 == 0 && w.rows % 64 == 0 && has_pieces(weight_view_of(w));
+}
+
+/* Whether the tensor cores' paths take the call. */
+bool is_fast(const kl_moe_experts *a)
+{
+    if (a->x.dtype != KL_BF16 || !is_aligned(a->x.data, a->x.shape[1], 2, 16)) return false;
+    if (a->w1.format != a->w3.format || !has_fast_shape(a->w1) || !has_fast_shape(a->w3) ||
+        !has_fast_shape(a->w2))
+        return false;
+    return a->shared_w1.data == nullptr ||
+           (a->shared_w1.format == a->shared_w3.format && has_fast_shape(a->shared_w1) &&
+            has_fast_shape(a->shared_w3) && has_fast_shape(a->shared_w2));
+}
+
+const moe_path *path_of(const kl_moe_experts *a)
+{
+    return is_fast(a) ? &kl_moe_few : &kl_moe_general;
+}
+
+window window_of(const kl_moe_experts *a, const sizes &s, cudaStream_t stream)
+{
+    char *ws = static_cast<char *>(a->ws.data);
+    window w = {.a = a, .s = &s, .path = path_of(a), .stream = stream};
+    w.tokens = reinterpret_cast<int *>(ws + s.tokens);
+    w.places = reinterpret_cast<int *>(ws + s.places);
+    w.tiles = reinterpret_cast<moe_tile *>(ws + s.tiles);
+    w.inner = ws + s.inner;
+    w.results = reinterpret_cast<float *>(ws + s.results);
+    return w;
+}
+
+kl_status run_plan(const window &w, kl_error *err)
+{
+    const int64_t E = w.s->E,
+                  arrays = SHARED_LIMIT / 4 / E - 4; /* less three, and the static */
+    if (arrays < 1)
+        return kl_fail(err, KL_ERR_VALUE, "moe_experts: E must be <= %lld, got %lld",
+                       static_cast<long long>(SHARED_LIMIT / 20), static_cast<long long>(E));
+    const int64_t counters = least(least(MAX_WARPS, arrays), tiles_of(w.pairs, WARP));
+    const plan_arguments p = {
+        .ids = static_cast<const int *>(w.a->ids.data) + w.first * w.s->top_k,
+        .tokens = w.tokens,
+        .places = w.places,
+        .tiles = w.tiles,
+        .pairs = static_cast<int>(w.pairs),
+        .top_k = static_cast<int>(w.s->top_k),
+        .E = static_cast<int>(E),
+        .tile = w.path->tile,
+        .routed_tiles = static_cast<int>(w.routed_tiles),
+        .shared_rows = w.shared_tiles > 0 ? static_cast<int>(w.n) : 0,
+        .counters = static_cast<int>(counters),
+    };
+    const int bytes = static_cast<int>((counters + 3) * E * 4);
+    const int warps = static_cast<int>(counters < MIN_WARPS ? MIN_WARPS : counters);
+    KL_CUDA_TRY(cudaFuncSetAttribute(moe_plan_kernel,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                err);
+    moe_plan_kernel<<<1, warps * WARP, bytes, w.stream>>>(p);
+    KL_CUDA_TRY(cudaGetLastError(), err);
+    return KL_OK;
+}
+
+/* Both experts' tiles in one launch, if their formats allow it. */
+kl_status run_product(const window &w, const moe_operand &routed, const moe_operand *shared,
+                      bool gated, kl_error *err)
+{
+    const kl_dtype act = w.a->x.dtype;
+    const moe_product all = {routed, shared == nullptr ? routed : *shared, w.tiles,
+                             w.routed_tiles + w.shared_tiles, 0};
+    if (shared == nullptr || shared->format == routed.format || w.path == &kl_moe_general)
+        return w.path->run(all, gated, act, w.stream, err);
+    const moe_product first = {routed, routed, w.tiles, w.routed_tiles, 0};
+    const moe_product second = {*shared, *shared, w.tiles + w.routed_tiles, w.shared_tiles, 0};
+    KL_TRY(w.path->run(first, gated, act, w.stream, err));
+    return w.path->run(second, gated, act, w.stream, err);
+}
+
+moe_operand gated_operand(const kl_weight &w1, const kl_weight &w3, const void *x,
+                          const int *rows, void *out)
+{
+    return {
+        weight_view_of(w1), weight_view_of(w3), w1.format, w3.format, x, rows, out, 0, w1.rows};
+}
+
+moe_operand plain_operand(const kl_weight &w2, const void *x, void *out, int64_t first,
+                          int64_t n)
+{
+    const weight_view view = weight_view_of(w2);
+    return {view, view, w2.format, w2.format, x, nullptr, out, first, n};
+}
+
+kl_status run_inner(const window &w, char *shared_inner, kl_error *err)
+{
+    const kl_moe_experts *a = w.a;
+    const size_t row = static_cast<size_t>(w.s->D) * kl_dtype_bytes(a->x.dtype);
+    const char *x = static_cast<const char *>(a->x.data) + static_cast<size_t>(w.first) * row;
+    const moe_operand routed = gated_operand(a->w1, a->w3, x, w.tokens, w.inner);
+    if (w.shared_tiles == 0) return run_product(w, routed, nullptr, true, err);
+    const moe_operand shared =
+        gated_operand(a->shared_w1, a->shared_w3, x, nullptr, shared_inner);
+    return run_product(w, routed, &shared, true, err);
+}
+
+/* Columns [column, column + n) of out. */
+kl_status run_slice(const window &w, const char *shared_inner, int64_t column, int64_t n,
+                    kl_error *err)
+{
+    const kl_moe_experts *a = w.a;
+    float *const shared_results = w.shared_tiles > 0 ? w.results + w.pairs * n : nullptr;
+    const moe_operand routed = plain_operand(a->w2, w.inner, w.results, column, n);
+    if (shared_results == nullptr) {
+        KL_TRY(run_product(w, routed, nullptr, false, err));
+    } else {
+        const moe_operand shared =
+            plain_operand(a->shared_w2, shared_inner, shared_results, column, n);
+        KL_TRY(run_product(w, routed, &shared, false, err));
+    }
+    const int64_t at = w.first * w.s->D + column;
+    const combine_arguments c = {
+        .y = w.results,
+        .shared = shared_results,
+        .places = w.places,
+        .weights = static_cast<const float *>(a->weights.data) + w.first * w.s->top_k,
+        .out = static_cast<char *>(a->out.data) +
+               static_cast<size_t>(at) * kl_dtype_bytes(a->out.dtype),
+        .slice = n,
+        .D = w.s->D,
+        .top_k = static_cast<int>(w.s->top_k),
+    };
+    const dim3 grid(static_cast<unsigned>(w.n),
+                    static_cast<unsigned>(tiles_of(n, COMBINE_THREADS)));
+    return with_float_type(a->out.dtype, [&](auto t) {
+        moe_combine_kernel<decltype(t)><<<grid, COMBINE_THREADS, 0, w.stream>>>(c);
+        KL_CUDA_TRY(cudaGetLastError(), err);
+        return KL_OK;
+    });
+}
+
+kl_status run_window(window &w, kl_error *err)
+{
+    const sizes &s = *w.s;
+    w.n = least(w.a->x.shape[0] - w.first, s.n);
+    w.pairs = w.n * s.top_k;
+    w.routed_tiles = bound_routed_tiles(s, w.pairs, w.path->tile);
+    w.shared_tiles = s.I2 > 0 ? tiles_of(w.n, w.path->tile) : 0;
+    char *const shared_inner =
+        w.inner + static_cast<size_t>(w.pairs * s.I) * kl_dtype_bytes(w.a->x.dtype);
+    KL_TRY(run_plan(w, err));
+    KL_TRY(run_inner(w, shared_inner, err));
+    for (int64_t column = 0; column < s.D; column += s.slice)
+        KL_TRY(run_slice(w, shared_inner, column, least(s.slice, s.D - column), err));
+    return KL_OK;
+}
+
+} // namespace
+
+size_t kl_cuda_moe_experts_workspace(kl_backend *, const kl_moe_experts *a)
+{
+    return sizes_of(a).end;
+}
+
+kl_status kl_cuda_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error *err)
+{
+    const int64_t T = a->x.shape[0];
+    const sizes s = sizes_of(a);
+    if (T == 0) return KL_OK;
+    if (s.top_k > WINDOW_PAIRS || s.D > (int64_t)0xffff * COMBINE_THREADS)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "moe_experts: top_k must be <= %lld and D <= %lld, got %lld and %lld",
+                       static_cast<long long>(WINDOW_PAIRS),
+                       static_cast<long long>(0xffff * COMBINE_THREADS),
+                       static_cast<long long>(s.top_k), static_cast<long long>(s.D));
+    KL_TRY(kl_cuda_bind(be, err));
+    window w = window_of(a, s, kl_cuda_stream(be));
+    for (; w.first < T; w.first += s.n) KL_TRY(run_window(w, err));
+    return KL_OK;
+}
