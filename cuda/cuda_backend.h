@@ -45,11 +45,14 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(fill_normal)                                                                             \
     X(kda_decode)                                                                              \
     X(moe_route)                                                                               \
-    X(moe_experts)
+    X(moe_experts)                                                                             \
+    X(mla_append)                                                                              \
+    X(mla_decode)
 
 /* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
 #define KL_CUDA_WORKSPACES(X)                                                                  \
-    X(moe_experts)
+    X(moe_experts)                                                                             \
+    X(mla_decode)
 
 #define KL_DECLARE(op) kl_status kl_cuda_##op(kl_backend *be, const kl_##op *a, kl_error *err);
 KL_CUDA_OPS(KL_DECLARE)
