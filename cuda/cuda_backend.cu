@@ -184,6 +184,7 @@ static kl_status cuda_open(const kl_backend_options *options, kl_backend **out, 
     if (self == nullptr) return kl_fail(err, KL_ERR_MEMORY, "cuda: no memory for a backend");
     self->base.vt = &cuda_vtbl;
     self->device = options->device;
+    self->batch_invariant = options->batch_invariant;
     const kl_status status = create_stream(self, err);
     if (status != KL_OK) {
         cuda_close(&self->base);

@@ -15,6 +15,7 @@ struct kl_cuda_backend {
     int device;
     cudaStream_t stream; /* where work goes: our own, or the caller's after set_stream() */
     cudaStream_t own;
+    bool batch_invariant; /* kl_backend_options: one order of sums, whatever the batch */
 };
 
 /* Turn a CUDA result into a kl_status, naming the call. Also used right after a launch:
@@ -43,6 +44,8 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(embedding)                                                                               \
     X(gather)                                                                                  \
     X(fill_normal)                                                                             \
+    X(linear)                                                                                  \
+    X(mlp)                                                                                     \
     X(kda_decode)                                                                              \
     X(moe_route)                                                                               \
     X(moe_experts)                                                                             \
@@ -51,6 +54,8 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
 
 /* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
 #define KL_CUDA_WORKSPACES(X)                                                                  \
+    X(linear)                                                                                  \
+    X(mlp)                                                                                     \
     X(moe_experts)                                                                             \
     X(mla_decode)
 

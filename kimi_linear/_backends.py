@@ -42,14 +42,15 @@ def cpu_variant() -> str | None:
 
 
 def open_backend(name: str, index: int = 0, *, threads: int | None = None,
-                 cpu: str | None = None) -> _core.Backend:  # fmt: skip
-    """A backend of one's own. threads, cpu: None for what the environment says.
+                 cpu: str | None = None, batch_invariant: bool = False) -> _core.Backend:  # fmt: skip
+    """A backend of one's own. threads, cpu: None for what the environment says. batch_invariant:
+    a row's result does not depend on which rows share its call; the CPU is so always.
 
     Raises DeviceError where the device, its driver or the instruction set is not there,
     ValueError for a name or number that no backend has.
     """
     if name != "cpu":
-        return _core.Backend(name, index, 0, None, CUDA_LIBRARY)
+        return _core.Backend(name, index, 0, None, CUDA_LIBRARY, batch_invariant)
     threads = cpu_threads() if threads is None else threads
     return _core.Backend("cpu", index, threads, cpu or cpu_variant(), CUDA_LIBRARY)
 

@@ -49,7 +49,8 @@ class Backend:
     """An open device. name: "cpu" or "cuda"."""
 
     def __new__(
-        cls, name: str, device: int, threads: int, variant: str | None, cuda_library: str, /
+        cls, name: str, device: int, threads: int, variant: str | None, cuda_library: str,
+        batch_invariant: bool = False, /
     ) -> Backend: ...
     def info(self) -> dict[str, Any]: ...  # name, variant, total_bytes, free_bytes, threads
 

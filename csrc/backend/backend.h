@@ -23,11 +23,13 @@
 
 typedef struct kl_backend kl_backend;
 
-/* What a backend is opened with; zero means its own choice. */
+/* What a backend is opened with; zero means its own choice. batch_invariant: a row's result has
+ * the same bits whichever rows share its call, at the cost of the fastest matrix products. */
 typedef struct {
     int device;              /* ordinal; 0 on the CPU                        */
     int threads;             /* CPU: worker threads, the caller's included   */
     const char *cpu_variant; /* CPU: a name of cpu/kernels.h, "avx2", or NULL */
+    bool batch_invariant;    /* CUDA: see below; the CPU always is               */
 } kl_backend_options;
 
 typedef struct {

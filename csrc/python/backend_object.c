@@ -60,12 +60,13 @@ static PyObject *backend_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
 {
     const char *name, *variant, *cuda_library;
     kl_backend_options options = {0};
+    int batch_invariant = 0;
     if (kwargs != NULL && PyDict_Size(kwargs) != 0) {
         PyErr_SetString(PyExc_TypeError, "Backend: takes no keyword arguments");
         return NULL;
     }
-    if (!PyArg_ParseTuple(args, "siizs:Backend", &name, &options.device, &options.threads,
-                          &variant, &cuda_library))
+    if (!PyArg_ParseTuple(args, "siizs|p:Backend", &name, &options.device, &options.threads,
+                          &variant, &cuda_library, &batch_invariant))
         return NULL;
     if (options.device < 0 || options.threads < 0) {
         PyErr_Format(PyExc_ValueError,
@@ -74,6 +75,7 @@ static PyObject *backend_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         return NULL;
     }
     options.cpu_variant = variant;
+    options.batch_invariant = batch_invariant != 0;
 
     BackendObject *self =
         (BackendObject *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
@@ -124,7 +126,8 @@ static PyType_Slot backend_slots[] = {
     {Py_tp_new, backend_new},
     {Py_tp_dealloc, backend_dealloc},
     {Py_tp_methods, backend_methods},
-    {Py_tp_doc, "Backend(name, device, threads, variant, cuda_library, /)\n--\n\n"
+    {Py_tp_doc, "Backend(name, device, threads, variant, cuda_library, "
+                "batch_invariant=False, /)\n--\n\n"
                 "An open device. name: 'cpu' or 'cuda'."},
     {0, NULL},
 };

@@ -14,6 +14,7 @@
 #include "mma.cuh"
 #include "types.cuh"
 
+#include <cuda_fp8.h>
 #include <stdint.h>
 
 /* One stack of matrices; `rows` counts those of a single matrix. */
@@ -192,6 +193,37 @@ template <> struct weight_codec<KL_W_INT4> {
         const int i = static_cast<int>(col % GROUP);
         const int byte = row.data[col / GROUP * (GROUP / 2) + i % 16];
         return ((i < 16 ? byte & 15 : byte >> 4) - 8) * to_float(row.scales[col / GROUP]);
+    }
+};
+
+template <> struct weight_codec<KL_W_FP8> {
+    static constexpr int PIECE = 16, GROUP = KL_FP8_GROUP;
+    /* Two e4m3 numbers, which float16 holds exactly. */
+    static __device__ float2 two(uint32_t bytes)
+    {
+        const __half2_raw h =
+            __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(bytes), __NV_E4M3);
+        return __half22float2(h);
+    }
+    static __device__ void floats(uint4 raw, float s, float (&to)[PIECE])
+    {
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < PIECE / 2; i++) {
+            const float2 q = two(words[i / 2] >> i % 2 * 16 & 0xffffu);
+            to[2 * i] = q.x * s;
+            to[2 * i + 1] = q.y * s;
+        }
+    }
+    static __device__ void pairs(uint4 raw, float s, uint32_t (&to)[PIECE / 2])
+    {
+        float f[PIECE];
+        floats(raw, s, f);
+        round_pairs(f, to);
+    }
+    static __device__ float at(weight_row row, int64_t col)
+    {
+        return two(row.data[col]).x * to_float(row.scales[col / GROUP]);
     }
 };
 

@@ -1,0 +1,32 @@
+/*
+ * product.h -- the matrix product behind linear and mlp: out = x w^T, or with a second weight
+ * `up`  out = silu(x w^T) * (x up^T).
+ */
+#ifndef KL_CUDA_PRODUCT_H
+#define KL_CUDA_PRODUCT_H
+
+#include "cuda_backend.h"
+
+typedef struct {
+    const void *x; /* [T, w.cols] */
+    kl_dtype act;
+    int64_t T, x_stride;
+    kl_weight w, up; /* [O, in]; up.data NULL: none */
+    void *out;       /* [T, O] */
+    kl_dtype out_dtype;
+    int64_t out_stride;
+} kl_cuda_product;
+
+/* Enqueue it, with at least kl_cuda_product_workspace() bytes of scratch memory. */
+kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace ws,
+                              kl_error *err);
+size_t kl_cuda_product_workspace(const kl_cuda_product *p);
+
+/* The ways to compute it: a weight that streams by once, for a few tokens; tiles of tokens and
+ * outputs, for many (not float32 weights); both on the tensor cores, and only where
+ * kl_cuda_product_run() finds alignment and bf16; and the one that takes everything. */
+kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error *err);
+kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err);
+kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error *err);
+
+#endif
