@@ -50,14 +50,16 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(moe_route)                                                                               \
     X(moe_experts)                                                                             \
     X(mla_append)                                                                              \
-    X(mla_decode)
+    X(mla_decode)                                                                              \
+    X(mla_prefill)
 
 /* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
 #define KL_CUDA_WORKSPACES(X)                                                                  \
     X(linear)                                                                                  \
     X(mlp)                                                                                     \
     X(moe_experts)                                                                             \
-    X(mla_decode)
+    X(mla_decode)                                                                              \
+    X(mla_prefill)
 
 #define KL_DECLARE(op) kl_status kl_cuda_##op(kl_backend *be, const kl_##op *a, kl_error *err);
 KL_CUDA_OPS(KL_DECLARE)
