@@ -51,7 +51,8 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(moe_experts)                                                                             \
     X(mla_append)                                                                              \
     X(mla_decode)                                                                              \
-    X(mla_prefill)
+    X(token_logprobs)                                                                          \
+    X(sample)
 
 /* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
 #define KL_CUDA_WORKSPACES(X)                                                                  \
@@ -59,7 +60,7 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(mlp)                                                                                     \
     X(moe_experts)                                                                             \
     X(mla_decode)                                                                              \
-    X(mla_prefill)
+    X(token_logprobs)
 
 #define KL_DECLARE(op) kl_status kl_cuda_##op(kl_backend *be, const kl_##op *a, kl_error *err);
 KL_CUDA_OPS(KL_DECLARE)
