@@ -51,6 +51,7 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(moe_experts)                                                                             \
     X(mla_append)                                                                              \
     X(mla_decode)                                                                              \
+    X(mla_prefill)                                                                             \
     X(token_logprobs)                                                                          \
     X(sample)
 
@@ -60,6 +61,7 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(mlp)                                                                                     \
     X(moe_experts)                                                                             \
     X(mla_decode)                                                                              \
+    X(mla_prefill)                                                                             \
     X(token_logprobs)
 
 #define KL_DECLARE(op) kl_status kl_cuda_##op(kl_backend *be, const kl_##op *a, kl_error *err);

@@ -70,11 +70,9 @@ static void drop_output(kl_output *out)
 void kl_call_end(kl_call *c)
 {
     PyObject *type, *value, *trace;
-    kl_backend *be = c->dev->be;
     PyErr_Fetch(&type, &value, &trace); /* dropping arrays may run Python */
     for (int i = 0; i < c->n_outputs; i++) drop_output(&c->outputs[i]);
-    for (int i = 0; i < c->n_device_blocks; i++)
-        be->vt->free(be, c->device_blocks[i].data, c->device_blocks[i].bytes);
+    while (c->n_device_blocks > 0) kl_call_give_back(c);
     for (int i = 0; i < c->arrays.n; i++) kl_array_release((kl_array *)c->arrays.items + i);
     for (int i = 0; i < c->blocks.n; i++) kl_free(((void **)c->blocks.items)[i]);
     table_end(&c->arrays);
@@ -115,23 +113,6 @@ void *kl_call_malloc(kl_call *c, size_t bytes)
     return kl_call_keep(c, block) < 0 ? NULL : block;
 }
 
-int kl_call_alloc(kl_call *c, size_t bytes, void **out)
-{
-    kl_error err = {KL_OK, ""};
-    kl_status status = KL_ERR_MEMORY;
-    if (c->n_device_blocks == KL_CALL_DEVICE_BLOCKS)
-        kl_error_set(&err, status, "%s: more than %d temporaries", c->op,
-                     KL_CALL_DEVICE_BLOCKS);
-    else
-        status = c->dev->be->vt->alloc(c->dev->be, bytes, out, &err);
-    if (status != KL_OK) {
-        kl_raise(c->m, &err);
-        return -1;
-    }
-    c->device_blocks[c->n_device_blocks++] = (kl_workspace){*out, bytes};
-    return 0;
-}
-
 /* ---- one array ------------------------------------------------------------------------- */
 
 /* The first array decides what outputs are. */
@@ -155,7 +136,7 @@ static int learn_stream(kl_call *c, const kl_array *a)
     if (c->api->current_work_stream(a->device.device_type, a->device.device_id, &c->stream) !=
         0)
         return -1;
-    c->stream_given = true;
+    c->stream_given = c->stream_is_current = true;
     return 0;
 }
 

@@ -19,7 +19,7 @@
 /* Places for this many of each thing without an allocation; a list of pasts may need more. */
 #define KL_CALL_INLINE        24
 #define KL_CALL_OUTPUTS       4
-#define KL_CALL_DEVICE_BLOCKS 2
+#define KL_CALL_DEVICE_BLOCKS 8
 
 /* Dtypes an argument may have, as a set. */
 #define KL_SET(dtype) (1u << (dtype))
@@ -50,6 +50,13 @@ typedef struct {
     bool given;
 } kl_output;
 
+/* A temporary in the device's memory: the backend's, or the framework's. */
+typedef struct {
+    void *data;
+    size_t bytes;
+    DLManagedTensorVersioned *managed; /* the framework's, or NULL */
+} kl_device_block;
+
 /* Items that grow beyond the call's own memory when they must. */
 typedef struct {
     void *items; /* kl_free() unless it is the inline part */
@@ -64,7 +71,8 @@ typedef struct {
     kl_device *dev;
     PyObject *backend; /* strong: keeps dev open */
     bool stream_given;
-    void *stream; /* CUDA */
+    bool stream_is_current; /* of the framework, as it said itself */
+    void *stream;           /* CUDA */
 
     kl_family family;
     PyObject *like;               /* the first array, strong               */
@@ -76,7 +84,7 @@ typedef struct {
     kl_table blocks; /* void *, kl_free()d at the end      */
     int n_outputs, n_device_blocks;
     kl_output outputs[KL_CALL_OUTPUTS];
-    kl_workspace device_blocks[KL_CALL_DEVICE_BLOCKS]; /* given back to the backend */
+    kl_device_block device_blocks[KL_CALL_DEVICE_BLOCKS];
 
     kl_array first_arrays[KL_CALL_INLINE];
     kl_span first_spans[KL_CALL_INLINE];
@@ -107,21 +115,33 @@ int kl_arg_rows(kl_call *c, const char *name, PyObject *o, kl_tensor *out, int64
 int kl_arg_weight(kl_call *c, const char *name, PyObject *o, int ndim, kl_weight *out);
 /* A PackedWeight of f32 or bf16, or a float array of three axes. */
 int kl_arg_weight_3d(kl_call *c, const char *name, PyObject *o, kl_tensor *out);
-/* An integer array, validated and copied: values in [lo, hi]. */
+/* An integer array with values in [lo, hi]: of the host's, validated and copied to where the
+ * tensors live; on a GPU already, int32 as it is, for reading it would wait for the device. */
 int kl_arg_ids(kl_call *c, const char *name, PyObject *o, int ndim, int64_t lo, int64_t hi,
                kl_tensor *out);
-/* cu_seqlens over T tokens: starts at 0, never falls, ends at T; None: one sequence. */
+/* cu_seqlens over T tokens: starts at 0, never falls, ends at T (not checked on a GPU); None:
+ * one sequence. */
 int kl_arg_cu_seqlens(kl_call *c, PyObject *o, int64_t T, kl_tensor *out);
 /* Slots of N sequences in a pool of S: distinct; None: absent. */
 int kl_arg_slots(kl_call *c, PyObject *o, int64_t N, int64_t S, kl_tensor *out);
 /* None, or a finite float; None gives size^-0.5. */
 int kl_arg_scale(kl_call *c, PyObject *o, int64_t size, float *out);
 
+static inline void *kl_managed_data(const DLManagedTensorVersioned *managed)
+{
+    return (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
+}
+
 /* Memory of kl_malloc's kind that ends with the call; keep() takes it even when it fails. */
 int kl_call_keep(kl_call *c, void *block);
 void *kl_call_malloc(kl_call *c, size_t bytes);
-/* Memory of the backend that ends with the call. */
+/* Memory of the device that ends with the call, or before. The framework's own where work goes
+ * to its current stream: then nothing waits, and the call can be captured in a graph. */
 int kl_call_alloc(kl_call *c, size_t bytes, void **out);
+void kl_call_give_back(kl_call *c); /* the last of it */
+/* An array of the framework's memory (KL_FROM_EXCHANGE). */
+int kl_call_new_managed(kl_call *c, DLDataType dtype, int ndim, const int64_t *shape,
+                        DLManagedTensorVersioned **out);
 
 /* ---- outputs --------------------------------------------------------------------------- */
 
@@ -141,6 +161,15 @@ PyObject *kl_out_take(kl_call *c, int index);
 /* A tuple of the outputs 0 .. n-1. */
 PyObject *kl_out_take_all(kl_call *c);
 
+/* Whether an array is in the memory of the call's GPU: 1, 0, or -1. */
+int kl_call_on_gpu(const kl_call *c, PyObject *o);
+/* Replace dense host memory by a copy where the call's tensors live. */
+int kl_call_send(kl_call *c, void **data, size_t bytes);
+/* A host copy of the device's memory, which ends with the call: waits for the device. */
+int kl_call_fetch(kl_call *c, const void *data, size_t bytes, void **host);
+
+int kl_call_sync(kl_call *c); /* wait for the stream */
+
 /* dst <- src (same shape; rows strided if it has two axes), or zeros where src is absent. */
 int kl_call_fill(kl_call *c, const kl_tensor *dst, const kl_tensor *src);
 
@@ -151,7 +180,8 @@ int kl_call_fill(kl_call *c, const kl_tensor *dst, const kl_tensor *src);
 KL_OPS(KL_DECLARE)
 #undef KL_DECLARE
 
-/* The weight inside a PackedWeight, or NULL (no exception) for another object. */
-const kl_weight *kl_weight_of(const kl_module *m, PyObject *o);
+/* The weight inside a PackedWeight and the device it is on, or NULL (no exception) for another
+ * object. */
+const kl_weight *kl_weight_of(const kl_module *m, PyObject *o, const kl_device **dev);
 
 #endif

@@ -20,8 +20,8 @@ static void set_error(void *ctx, const char *kind, const char *message)
                  "%s: %s: %s", c->op, kind, message);
 }
 
-static int new_managed(kl_call *c, DLDataType dtype, int ndim, const int64_t *shape,
-                       kl_output *out, void **data)
+int kl_call_new_managed(kl_call *c, DLDataType dtype, int ndim, const int64_t *shape,
+                        DLManagedTensorVersioned **out)
 {
     int64_t copy[KL_ARRAY_NDIM];
     memcpy(copy, shape, sizeof(int64_t) * (size_t)ndim);
@@ -37,8 +37,7 @@ static int new_managed(kl_call *c, DLDataType dtype, int ndim, const int64_t *sh
             PyErr_Format(c->m->OutOfMemory, "%s: the framework has no memory", c->op);
         return -1;
     }
-    out->managed = managed;
-    *data = (char *)managed->dl_tensor.data + managed->dl_tensor.byte_offset;
+    *out = managed;
     return 0;
 }
 
@@ -46,8 +45,11 @@ static int new_output(kl_call *c, DLDataType dtype, int ndim, const int64_t *sha
                       kl_output *out, void **data)
 {
     if (c->family == KL_FROM_EXCHANGE && c->api->managed_tensor_allocator != NULL &&
-        c->api->managed_tensor_to_py_object_no_sync != NULL)
-        return new_managed(c, dtype, ndim, shape, out, data);
+        c->api->managed_tensor_to_py_object_no_sync != NULL) {
+        if (kl_call_new_managed(c, dtype, ndim, shape, &out->managed) < 0) return -1;
+        *data = kl_managed_data(out->managed);
+        return 0;
+    }
     if (c->family == KL_FROM_NUMPY && c->dev->is_cpu)
         out->object = kl_numpy_new(dtype, c->descr, ndim, shape, data);
     else
@@ -218,11 +220,13 @@ static void unlock_stream(kl_call *c)
 
 /* Wait where nobody else orders what follows: for memory that is given back with the call, and
  * for frameworks that cannot tell their stream and take our arrays. */
-static kl_status settle(kl_call *c, bool temporaries, kl_error *err)
+static kl_status settle(kl_call *c, kl_error *err)
 {
     kl_backend *be = c->dev->be;
-    const bool ordered = be->vt->set_stream != NULL && c->family == KL_FROM_EXCHANGE;
-    return c->dev->is_cpu || (ordered && !temporaries) ? KL_OK : be->vt->sync(be, err);
+    bool ordered = be->vt->set_stream != NULL && c->family == KL_FROM_EXCHANGE;
+    for (int i = 0; i < c->n_device_blocks; i++)
+        ordered = ordered && c->device_blocks[i].managed != NULL;
+    return c->dev->is_cpu || ordered ? KL_OK : be->vt->sync(be, err);
 }
 
 static kl_status copy_rows(kl_backend *be, const kl_tensor *dst, const kl_tensor *src,
@@ -233,6 +237,24 @@ static kl_status copy_rows(kl_backend *be, const kl_tensor *dst, const kl_tensor
         KL_TRY(be->vt->copy(be, (char *)dst->data + (size_t)i * row,
                             (char *)src->data + (size_t)(i * src->stride[0]) * item, row, err));
     return KL_OK;
+}
+
+static kl_status send(kl_call *c, void *dst, const void *src, size_t bytes, kl_error *err)
+{
+    KL_TRY(lock_stream(c, err));
+    const kl_status status = c->dev->be->vt->copy_in(c->dev->be, dst, src, bytes, err);
+    unlock_stream(c);
+    return status;
+}
+
+static kl_status fetch(kl_call *c, void *dst, const void *src, size_t bytes, kl_error *err)
+{
+    kl_backend *be = c->dev->be;
+    KL_TRY(lock_stream(c, err));
+    kl_status status = bytes == 0 ? KL_OK : be->vt->copy_out(be, dst, src, bytes, err);
+    if (status == KL_OK) status = be->vt->sync(be, err);
+    unlock_stream(c);
+    return status;
 }
 
 static kl_status fill(kl_call *c, const kl_tensor *dst, const kl_tensor *src, kl_error *err)
@@ -267,6 +289,36 @@ int kl_call_fill(kl_call *c, const kl_tensor *dst, const kl_tensor *src)
     Py_END_ALLOW_THREADS return finish(c, status, &err);
 }
 
+int kl_call_send(kl_call *c, void **data, size_t bytes)
+{
+    kl_error err = {KL_OK, ""};
+    kl_status status;
+    void *there;
+    if (c->dev->is_cpu) return 0;
+    if (kl_call_alloc(c, bytes, &there) < 0) return -1;
+    Py_BEGIN_ALLOW_THREADS status = send(c, there, *data, bytes, &err);
+    Py_END_ALLOW_THREADS *data = there;
+    return finish(c, status, &err);
+}
+
+int kl_call_sync(kl_call *c)
+{
+    kl_error err = {KL_OK, ""};
+    kl_status status;
+    Py_BEGIN_ALLOW_THREADS status = fetch(c, NULL, NULL, 0, &err);
+    Py_END_ALLOW_THREADS return finish(c, status, &err);
+}
+
+int kl_call_fetch(kl_call *c, const void *data, size_t bytes, void **host)
+{
+    kl_error err = {KL_OK, ""};
+    kl_status status;
+    *host = kl_call_malloc(c, bytes);
+    if (*host == NULL) return -1;
+    Py_BEGIN_ALLOW_THREADS status = fetch(c, *host, data, bytes, &err);
+    Py_END_ALLOW_THREADS return finish(c, status, &err);
+}
+
 static bool allowed_pair(const kl_span *a, const kl_span *b)
 {
     return a->may_be != NULL && strcmp(a->may_be, b->name) == 0 && a->lo == b->lo &&
@@ -296,27 +348,23 @@ static int refuse_overlaps(const kl_call *c)
 #define KL_DEFINE(name)                                                                        \
     static kl_status run_##name(kl_call *c, kl_##name *a, kl_error *err)                       \
     {                                                                                          \
-        kl_backend *be = c->dev->be;                                                           \
-        KL_TRY(kl_check_##name(a, err));                                                       \
-        a->ws = (kl_workspace){NULL, kl_workspace_##name(be, a)};                              \
-        if (a->ws.bytes != 0) KL_TRY(be->vt->alloc(be, a->ws.bytes, &a->ws.data, err));        \
-        kl_status status = lock_stream(c, err);                                                \
-        if (status == KL_OK) {                                                                 \
-            status = kl_run_##name(be, a, err);                                                \
-            if (status == KL_OK)                                                               \
-                status = settle(c, a->ws.bytes != 0 || c->n_device_blocks != 0, err);          \
-            unlock_stream(c);                                                                  \
-        }                                                                                      \
-        if (a->ws.bytes != 0) be->vt->free(be, a->ws.data, a->ws.bytes);                       \
+        KL_TRY(lock_stream(c, err));                                                           \
+        kl_status status = kl_run_##name(c->dev->be, a, err);                                  \
+        if (status == KL_OK) status = settle(c, err);                                          \
+        unlock_stream(c);                                                                      \
         return status;                                                                         \
     }                                                                                          \
     int kl_call_##name(kl_call *c, kl_##name *a)                                               \
     {                                                                                          \
         kl_error err = {KL_OK, ""};                                                            \
-        kl_status status;                                                                      \
         if (refuse_overlaps(c) < 0) return -1;                                                 \
+        kl_status status = kl_check_##name(a, &err);                                           \
+        if (status != KL_OK) return finish(c, status, &err);                                   \
+        a->ws = (kl_workspace){NULL, kl_workspace_##name(c->dev->be, a)};                      \
+        if (a->ws.bytes != 0 && kl_call_alloc(c, a->ws.bytes, &a->ws.data) < 0) return -1;     \
         Py_BEGIN_ALLOW_THREADS status = run_##name(c, a, &err);                                \
-        Py_END_ALLOW_THREADS return finish(c, status, &err);                                   \
+        Py_END_ALLOW_THREADS if (a->ws.bytes != 0) kl_call_give_back(c);                       \
+        return finish(c, status, &err);                                                        \
     }
 KL_OPS(KL_DEFINE)
 #undef KL_DEFINE

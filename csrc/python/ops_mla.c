@@ -66,6 +66,24 @@ static int take_past(kl_call *c, PyObject *past, const kl_tensor *latent, past_r
     return 0;
 }
 
+/* Boundaries of the sequences as the host can read them. On a GPU that waits, save for a single
+ * sequence, which is as long as there are tokens. */
+static int host_boundaries(kl_call *c, const kl_mla *a, const int32_t **cu)
+{
+    const int64_t N = a->cu_seqlens.shape[0] - 1;
+    void *host = a->cu_seqlens.data;
+    if (!c->dev->is_cpu && N == 1) {
+        int32_t *one = host = kl_call_malloc(c, 2 * sizeof *one);
+        if (one == NULL) return -1;
+        one[0] = 0;
+        one[1] = (int32_t)a->q.shape[0];
+    } else if (!c->dev->is_cpu &&
+               kl_call_fetch(c, a->cu_seqlens.data, (size_t)(N + 1) * sizeof **cu, &host) < 0)
+        return -1;
+    *cu = host;
+    return 0;
+}
+
 /* Number the pages that the contexts need; sets lengths and block_table. */
 static int lay_pages(kl_call *c, const past_rows *past, const int32_t *cu, kl_mla *a,
                      int64_t *n_pages)
@@ -95,30 +113,44 @@ static int lay_pages(kl_call *c, const past_rows *past, const int32_t *cu, kl_ml
     a->lengths = kl_tensor_1d(lengths, KL_I32, past->N);
     a->block_table = kl_tensor_2d(table, KL_I32, past->N, widest);
     *n_pages = total;
-    return 0;
+    if (kl_call_send(c, &a->lengths.data, (size_t)past->N * sizeof *lengths) < 0) return -1;
+    return kl_call_send(c, &a->block_table.data, (size_t)(past->N * widest) * sizeof *table);
 }
 
-/* Write one sequence's past into its pages. */
-static int append_past(kl_call *c, const kl_mla *a, int64_t n, const kl_tensor *rows)
+/* Write each sequence's past into its pages. */
+static int append_pasts(kl_call *c, const kl_mla *a, const past_rows *past)
 {
-    int32_t cu[2] = {0, (int32_t)rows->shape[0]};
     const int64_t B = a->block_table.shape[1];
-    kl_mla_append append = {
-        .raw = *rows,
-        .pages = a->pages,
-        .block_table = kl_tensor_2d((int32_t *)a->block_table.data + n * B, KL_I32, 1, B),
-        .lengths = kl_tensor_1d(&cu[1], KL_I32, 1),
-        .cu_seqlens = kl_tensor_1d(cu, KL_I32, 2),
-    };
-    return rows->shape[0] == 0 ? 0 : kl_call_mla_append(c, &append);
+    const size_t bytes = (size_t)(2 * past->N + 1) * sizeof(int32_t);
+    int32_t *bounds = kl_call_malloc(c, bytes); /* 0 and the length, for each sequence */
+    if (bounds == NULL) return -1;
+    for (int64_t n = 0; n < past->N; n++) {
+        bounds[2 * n] = 0;
+        bounds[2 * n + 1] = (int32_t)past->rows[n].shape[0];
+    }
+    void *there = bounds;
+    if (kl_call_send(c, &there, bytes) < 0) return -1;
+    for (int64_t n = 0; n < past->N; n++) {
+        int32_t *cu = (int32_t *)there + 2 * n;
+        kl_mla_append append = {
+            .raw = past->rows[n],
+            .pages = a->pages,
+            .block_table = kl_tensor_2d((int32_t *)a->block_table.data + n * B, KL_I32, 1, B),
+            .lengths = kl_tensor_1d(&cu[1], KL_I32, 1),
+            .cu_seqlens = kl_tensor_1d(cu, KL_I32, 2),
+        };
+        if (past->rows[n].shape[0] != 0 && kl_call_mla_append(c, &append) < 0) return -1;
+    }
+    return 0;
 }
 
 static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, kl_mla *a)
 {
     past_rows rows = {.N = a->cu_seqlens.shape[0] - 1};
+    const int32_t *cu;
     int64_t P;
-    if (take_past(c, past, latent, &rows) < 0 ||
-        lay_pages(c, &rows, a->cu_seqlens.data, a, &P) < 0)
+    if (take_past(c, past, latent, &rows) < 0 || host_boundaries(c, a, &cu) < 0 ||
+        lay_pages(c, &rows, cu, a, &P) < 0)
         return -1;
     const int64_t width = latent->shape[1], count = P > 0 ? P : 1;
     void *data;
@@ -127,8 +159,7 @@ static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, kl_ml
                       &data) < 0)
         return -1;
     a->pages = kl_tensor_3d(data, latent->dtype, count, KL_PAGE_TOKENS, width);
-    for (int64_t n = 0; n < rows.N; n++)
-        if (append_past(c, a, n, &rows.rows[n]) < 0) return -1;
+    if (past != Py_None && append_pasts(c, a, &rows) < 0) return -1;
     kl_mla_append append = {.raw = *latent,
                             .pages = a->pages,
                             .block_table = a->block_table,
@@ -176,11 +207,12 @@ PyObject *kl_py_mla_prefill(PyObject *module, PyObject *const *args, Py_ssize_t 
     return result;
 }
 
-/* Every entry that a context reads must name a page. */
+/* Every entry that a context reads must name a page. Not looked at on a GPU. */
 static int check_table(const kl_call *c, const kl_mla *a)
 {
     const int32_t *table = a->block_table.data, *lengths = a->lengths.data;
     const int64_t N = a->lengths.shape[0], B = a->block_table.shape[1], P = a->pages.shape[0];
+    if (!c->dev->is_cpu) return 0;
     if (a->block_table.shape[0] != N) {
         PyErr_Format(PyExc_ValueError, "%s: block_table must have %lld rows, got %lld", c->op,
                      (long long)N, (long long)a->block_table.shape[0]);

@@ -53,7 +53,9 @@ static int take_params(kl_call *c, PyObject *params, int64_t N, const kl_samplin
         Py_XDECREF(row);
         if (failed) return -1;
     }
-    *out = rows;
+    void *there = rows;
+    if (kl_call_send(c, &there, (size_t)N * sizeof *rows) < 0) return -1;
+    *out = there;
     return 0;
 }
 

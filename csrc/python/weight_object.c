@@ -11,23 +11,31 @@
 
 typedef struct {
     PyObject_HEAD
-    kl_weight w; /* data and scales are our own, host memory */
-    bool stack;  /* three axes, even with one matrix         */
+    kl_weight w;    /* data and scales are our own, in the device's memory */
+    kl_device *dev; /* a reference of ours                              */
+    bool stack;     /* three axes, even with one matrix         */
 } WeightObject;
 
 static const char *const formats[KL_N_WEIGHT_FORMATS] = {"f32", "bf16", "int8", "int4", "fp8"};
 
-const kl_weight *kl_weight_of(const kl_module *m, PyObject *o)
+const kl_weight *kl_weight_of(const kl_module *m, PyObject *o, const kl_device **dev)
 {
-    return Py_TYPE(o) == m->weight_type ? &((WeightObject *)o)->w : NULL;
+    WeightObject *self = (WeightObject *)o;
+    if (Py_TYPE(o) != m->weight_type) return NULL;
+    *dev = self->dev;
+    return &self->w;
 }
 
 static void weight_dealloc(PyObject *op)
 {
     WeightObject *self = (WeightObject *)op;
     PyTypeObject *type = Py_TYPE(op);
-    kl_free(self->w.data);
-    kl_free(self->w.scales);
+    if (self->dev != NULL) {
+        kl_backend *be = self->dev->be;
+        be->vt->free(be, self->w.data, kl_weight_data_bytes(&self->w));
+        be->vt->free(be, self->w.scales, kl_weight_scale_bytes(&self->w));
+        kl_device_unref(self->dev);
+    }
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }
@@ -43,12 +51,16 @@ static WeightObject *weight_alloc(kl_call *c, kl_weight_format format, int64_t c
     if (self == NULL) return NULL;
     /* In no format is a row longer than in float32 by more than one group. */
     self->w = (kl_weight){.format = format, .count = count, .rows = rows, .cols = cols};
-    self->w.data = kl_aligned_alloc(kl_weight_data_bytes(&self->w));
+    self->dev = kl_device_ref(c->dev);
+    kl_backend *be = c->dev->be;
+    kl_error err = {KL_OK, ""};
     const size_t scales = kl_weight_scale_bytes(&self->w);
-    if (scales != 0) self->w.scales = kl_aligned_alloc(scales);
-    if (self->w.data == NULL || (scales != 0 && self->w.scales == NULL)) {
-        PyErr_Format(c->m->OutOfMemory, "%s: no memory for %zu bytes", c->op,
-                     kl_weight_data_bytes(&self->w) + scales);
+    void *memory = NULL;
+    kl_status status = be->vt->alloc(be, kl_weight_data_bytes(&self->w), &self->w.data, &err);
+    if (status == KL_OK && scales != 0) status = be->vt->alloc(be, scales, &memory, &err);
+    self->w.scales = memory;
+    if (status != KL_OK) {
+        kl_raise(c->m, &err);
         Py_DECREF(self);
         return NULL;
     }
@@ -87,7 +99,8 @@ static PyObject *run_quantize(kl_call *c, PyObject *const *args)
                                       src.shape[ndim - 2], src.shape[ndim - 1]);
     if (self == NULL) return NULL;
     self->stack = ndim == 3;
-    if (pack_all(c, &src, &self->w) < 0) {
+    /* Later calls may come on any stream. */
+    if (pack_all(c, &src, &self->w) < 0 || kl_call_sync(c) < 0) {
         Py_DECREF(self);
         return NULL;
     }
@@ -142,18 +155,52 @@ static void dequantize_row(const kl_weight *w, int64_t row, float *out)
     }
 }
 
+/* The weight in host memory, to be freed with kl_free(). */
+static kl_status copy_to_host(const WeightObject *self, kl_weight *out, kl_error *err)
+{
+    kl_backend *be = self->dev->be;
+    const size_t bytes = kl_weight_data_bytes(&self->w);
+    const size_t scales = kl_weight_scale_bytes(&self->w);
+    *out = self->w;
+    out->data = kl_aligned_alloc(bytes);
+    out->scales = scales == 0 ? NULL : kl_aligned_alloc(scales);
+    if (out->data == NULL || (scales != 0 && out->scales == NULL))
+        return kl_fail(err, KL_ERR_MEMORY, "dequantize: no memory for %zu bytes",
+                       bytes + scales);
+    pthread_mutex_lock(&self->dev->lock);
+    kl_status status = be->vt->copy_out(be, out->data, self->w.data, bytes, err);
+    if (status == KL_OK && scales != 0)
+        status = be->vt->copy_out(be, out->scales, self->w.scales, scales, err);
+    if (status == KL_OK) status = be->vt->sync(be, err);
+    pthread_mutex_unlock(&self->dev->lock);
+    return status;
+}
+
+static kl_status dequantize(const WeightObject *self, float *out, kl_error *err)
+{
+    kl_weight w;
+    const kl_status status = copy_to_host(self, &w, err);
+    for (int64_t row = 0; status == KL_OK && row < w.count * w.rows; row++)
+        dequantize_row(&w, row, out + row * w.cols);
+    kl_free(w.data);
+    kl_free(w.scales);
+    return status;
+}
+
 /* To look at what quantisation did; the operations read the packed form. */
 static PyObject *weight_dequantize(PyObject *op, PyObject *Py_UNUSED(none))
 {
     const WeightObject *self = (WeightObject *)op;
-    const kl_weight *w = &self->w;
-    const int64_t shape[3] = {w->count, w->rows, w->cols};
+    const int64_t shape[3] = {self->w.count, self->w.rows, self->w.cols};
+    kl_error err = {KL_OK, ""};
+    kl_status status;
     void *data;
     PyObject *array = kl_numpy_empty(KL_F32, self->stack ? 3 : 2, shape + !self->stack, &data);
     if (array == NULL) return NULL;
-    Py_BEGIN_ALLOW_THREADS for (int64_t row = 0; row < w->count * w->rows; row++)
-        dequantize_row(w, row, (float *)data + row * w->cols);
-    Py_END_ALLOW_THREADS return array;
+    Py_BEGIN_ALLOW_THREADS status = dequantize(self, data, &err);
+    Py_END_ALLOW_THREADS if (status == KL_OK) return array;
+    Py_DECREF(array);
+    return kl_raise(kl_module_of_instance(op), &err);
 }
 
 static PyObject *weight_shape(PyObject *op, void *Py_UNUSED(closure))

@@ -1,0 +1,222 @@
+/*
+ * mla_prefill_expand.cuh -- mla_prefill's keys and values of a window of the contexts, and the
+ * fragments of shared memory that they and the attention are multiplied from.
+ *
+ * Computes     [k_nope | v] = w_kv_b c for the pages of a window, rounded to bf16; k_pe as it is
+ * Shapes       pages [P, 64, rank+64], w_kv_b [H, 256, rank], rank a multiple of 64
+ * Order        rank in steps of 16, whatever the window is
+ * Rows past what a sequence's queries see become zeros: a weight of zero would not hide NaN.
+ */
+#ifndef KL_CUDA_KERNELS_MLA_PREFILL_EXPAND_H
+#define KL_CUDA_KERNELS_MLA_PREFILL_EXPAND_H
+
+#include "../device/mma.cuh"
+#include "../device/warp.cuh"
+#include "mla_prefill.cuh"
+
+namespace {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP;
+constexpr int BLOCKS_PER_SM = 2; /* one computes scores while the other waits for a barrier */
+constexpr int PAGE = KL_PAGE_TOKENS;
+constexpr int NOPE = 128, ROPE = 64, QK = NOPE + ROPE, V = 128;
+constexpr int PIECE = 8; /* elements of 16 bytes */
+constexpr float LOG2_E = 1.4426950408889634f;
+
+/* Rows in shared memory hold COLS elements. Piece p of row r lies at p ^ (r % 8), so that the
+ * eight rows of an ldmatrix touch all banks. COLS is a multiple of 64. */
+template <int COLS> __device__ bf16 *at(bf16 *base, int row, int piece)
+{
+    return base + row * COLS + ((piece ^ (row % 8)) * PIECE);
+}
+
+/* A 16 x 16 of A from rows of A. */
+template <int COLS> __device__ void load_a(uint32_t (&a)[4], bf16 *base, int row, int piece)
+{
+    const int lane = lane_id();
+    ldmatrix(a, at<COLS>(base, row + lane % 16, piece + lane / 16));
+}
+
+/* Two neighbours 16 x 8 of B from rows of B^T: b[0..1] the columns `row`.., b[2..3] 8 on. */
+template <int COLS> __device__ void load_b(uint32_t (&b)[4], bf16 *base, int row, int piece)
+{
+    const int lane = lane_id();
+    ldmatrix(b, at<COLS>(base, row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
+}
+
+/* The same from rows of B: b[0..1] the columns of `piece`, b[2..3] of the next. */
+template <int COLS>
+__device__ void load_b_rows(uint32_t (&b)[4], bf16 *base, int row, int piece)
+{
+    const int lane = lane_id();
+    ldmatrix_transposed(b, at<COLS>(base, row + lane % 16, piece + lane / 16));
+}
+
+__device__ void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                         const uint32_t (&b)[4])
+{
+    mma_bf16(left, a, {b[0], b[1]});
+    mma_bf16(right, a, {b[2], b[3]});
+}
+
+/* 2^x; tiny results are 0. */
+__device__ float power_of_2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* The last sequence whose running number is at or before `number`: those with nothing of their
+ * own share it with the next. */
+template <int mla_sequence::*member>
+__device__ int find_owner(const mla_sequence *sequences, int N, int number)
+{
+    int low = 0, high = N;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (sequences[middle].*member <= number)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+constexpr int TILE = 128; /* tokens and outputs of a tile */
+constexpr int DEPTH = 64; /* channels of a stage */
+constexpr int STAGES = 3;
+constexpr int STAGE = 2 * TILE * DEPTH; /* elements: latents, then weights */
+
+/* A page of the running numbers: where it lies, and how many of its rows are read. */
+struct page_rows {
+    const bf16 *latents;
+    int count;
+};
+
+__device__ page_rows find_page(const mla_call &a, const mla_plan &plan, int page)
+{
+    const bf16 *pages = static_cast<const bf16 *>(a.pages);
+    const int N = static_cast<int>(a.N);
+    if (page >= plan.sequences[N].first_page) return {pages, 0};
+    const int n = find_owner<&mla_sequence::first_page>(plan.sequences, N, page);
+    const mla_sequence &s = plan.sequences[n];
+    const int index = page - s.first_page;
+    const long long id = a.block_table[n * a.B + index];
+    return {pages + id * PAGE * (a.rank + a.rope), min(s.end - index * PAGE, PAGE)};
+}
+
+/* One stage: 128 latents and 128 rows of weights, 64 channels each; zeros past the pages' rows. */
+__device__ void load_stage(const mla_call &a, const page_rows (&from)[2], const bf16 *weights,
+                           int channel, bf16 *stage)
+{
+    const int width = a.rank + a.rope, piece = threadIdx.x % 8;
+#pragma unroll
+    for (int i = 0; i < TILE / 16; i++) {
+        const int row = i * 16 + threadIdx.x / 8, in_page = row % PAGE;
+        const page_rows &page = from[i * 16 / PAGE];
+        const bool inside = in_page < page.count;
+        const bf16 *latent = page.latents + (inside ? in_page : 0) * width;
+        copy_async(at<DEPTH>(stage, row, piece), latent + channel + piece * PIECE, inside);
+        copy_async(at<DEPTH>(stage + TILE * DEPTH, row, piece),
+                   weights + static_cast<long long>(row) * a.rank + channel + piece * PIECE,
+                   true);
+    }
+}
+
+/* A warp's 64 x 64 of the product. */
+__device__ void multiply_stage(bf16 *stage, float (&sums)[4][8][4])
+{
+    const int rows = warp_id() / 2 * 64, cols = warp_id() % 2 * 64;
+#pragma unroll
+    for (int k = 0; k < DEPTH / 16; k++) {
+        uint32_t x[4][4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) load_a<DEPTH>(x[m], stage, rows + m * 16, 2 * k);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            uint32_t w[4];
+            load_b<DEPTH>(w, stage + TILE * DEPTH, cols + n * 16, 2 * k);
+#pragma unroll
+            for (int m = 0; m < 4; m++) mma_pair(sums[m][2 * n], sums[m][2 * n + 1], x[m], w);
+        }
+    }
+}
+
+__device__ void store_tile(const float (&sums)[4][8][4], bf16 *to)
+{
+    const int lane = lane_id();
+    const int row = warp_id() / 2 * 64 + lane / 4, col = warp_id() % 2 * 64 + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < 4; m++)
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            const float(&s)[4] = sums[m][n];
+            uint32_t *const at =
+                reinterpret_cast<uint32_t *>(to + (row + m * 16) * TILE + col + n * 8);
+            at[0] = pack_bf16(s[0], s[1]);
+            at[8 * TILE / 2] = pack_bf16(s[2], s[3]);
+        }
+}
+
+/* to [128, 128] <- the latents of two pages times 128 rows of weights. */
+__device__ void expand_tile(const mla_call &a, const page_rows (&from)[2], const bf16 *weights,
+                            bf16 *to, bf16 *shared)
+{
+    const int steps = a.rank / DEPTH;
+    float sums[4][8][4] = {};
+    __syncthreads(); /* the tile before this is done with shared memory */
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) {
+        if (s < steps) load_stage(a, from, weights, s * DEPTH, shared + s * STAGE);
+        copy_commit();
+    }
+    for (int s = 0; s < steps; s++) {
+        copy_wait<STAGES - 2>();
+        __syncthreads();
+        const int next = s + STAGES - 1;
+        if (next < steps)
+            load_stage(a, from, weights, next * DEPTH, shared + next % STAGES * STAGE);
+        copy_commit();
+        multiply_stage(shared + s % STAGES * STAGE, sums);
+    }
+    store_tile(sums, to);
+}
+
+__device__ void copy_k_pe(const mla_call &a, const page_rows (&from)[2], bf16 *to)
+{
+    for (int i = threadIdx.x; i < TILE * ROPE / PIECE; i += THREADS) {
+        const int row = i / (ROPE / PIECE), piece = i % (ROPE / PIECE), in_page = row % PAGE;
+        const page_rows &page = row < PAGE ? from[0] : from[1];
+        uint4 x = {0, 0, 0, 0};
+        if (in_page < page.count)
+            x = *reinterpret_cast<const uint4 *>(page.latents + in_page * (a.rank + a.rope) +
+                                                 a.rank + piece * PIECE);
+        *reinterpret_cast<uint4 *>(to + row * ROPE + piece * PIECE) = x;
+    }
+}
+
+/* All blocks: pages [first, end) of the running numbers. */
+__device__ void expand_window(const mla_call &a, const mla_plan &plan, const mla_window &window,
+                              int first, int end, bf16 *shared)
+{
+    const long long pairs = (end - first + 1) / 2, items = pairs * 2 * a.H;
+    const long long tokens = window.pages * PAGE;
+    for (long long i = blockIdx.x; i < items; i += gridDim.x) {
+        const int pair = static_cast<int>(i / (2 * a.H)),
+                  part = static_cast<int>(i % (2 * a.H));
+        const int h = part / 2, page = first + 2 * pair;
+        const page_rows from[2] = {find_page(a, plan, page), find_page(a, plan, page + 1)};
+        const long long row = h * tokens + pair * TILE;
+        bf16 *to = (part % 2 == 0 ? window.keys : window.values) + row * TILE;
+        const bf16 *weights =
+            static_cast<const bf16 *>(a.w_kv_b) + static_cast<long long>(part) * TILE * a.rank;
+        if (part == 0) copy_k_pe(a, from, window.k_pe + pair * TILE * ROPE);
+        expand_tile(a, from, weights, to, shared);
+    }
+}
+
+} // namespace
+
+#endif
