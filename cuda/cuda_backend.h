@@ -43,6 +43,10 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
 #define KL_CUDA_OPS(X)                                                                         \
     X(embedding)                                                                               \
     X(gather)                                                                                  \
+    X(rms_norm)                                                                                \
+    X(gated_rms_norm)                                                                          \
+    X(short_conv)                                                                              \
+    X(pack_weight)                                                                             \
     X(fill_normal)                                                                             \
     X(linear)                                                                                  \
     X(mlp)                                                                                     \
