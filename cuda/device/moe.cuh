@@ -82,6 +82,6 @@ struct moe_path {
                      kl_error *err);
 };
 
-extern const moe_path kl_moe_general, kl_moe_few;
+extern const moe_path kl_moe_general, kl_moe_few, kl_moe_many, kl_moe_most;
 
 #endif

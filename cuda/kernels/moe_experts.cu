@@ -5,7 +5,7 @@
  * Shapes       x, out [T, D]; ids, weights [T, top_k]; w1, w3 [E, I, D]; w2 [E, D, I]
  * Layout       dense. (token, choice) pairs are sorted by expert, stable, so that a product reads
  *              an expert's matrix for a tile of its tokens; the shared expert is one more,
- *              over all tokens. The products are in moe_experts_{general,few}.cu
+ *              over all tokens. The products are in moe_experts_{general,few,many}.cu
  * Precision    f32 or bf16 in, inner products rounded to act, f32 results of the experts, f32
  *              sum, rounded once; for bf16 activations weights become bf16 on their way
  * Grid         plan: one block. combine: a thread an element of out. Tokens go in windows and the
@@ -26,7 +26,8 @@ constexpr int64_t WINDOW_PAIRS = 65536; /* 256 for each of 256 experts: weights 
 constexpr int64_t RESULT_BYTES = 160
                                  << 20; /* of the experts, beyond which D is sliced        */
 constexpr int64_t SLICE = 128;          /* a slice is a multiple: whole tiles of a path    */
-constexpr int MIN_TILE = 8;             /* of the paths                                    */
+constexpr int64_t FEW_PAIRS = 4, MANY_PAIRS = 96; /* an expert, up to which a path is taken */
+constexpr int MIN_TILE = 8; /* of the paths                                    */
 constexpr int MAX_WARPS = 32, MIN_WARPS = 8;
 constexpr int COMBINE_THREADS = 256;
 constexpr int64_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
@@ -262,15 +263,17 @@ bool is_fast(const kl_moe_experts *a)
             has_fast_shape(a->shared_w3) && has_fast_shape(a->shared_w2));
 }
 
-const moe_path *path_of(const kl_moe_experts *a)
+const moe_path *path_of(const kl_moe_experts *a, const sizes &s)
 {
-    return is_fast(a) ? &kl_moe_few : &kl_moe_general;
+    if (!is_fast(a)) return &kl_moe_general;
+    if (s.pairs <= FEW_PAIRS * s.E) return &kl_moe_few;
+    return s.pairs <= MANY_PAIRS * s.E ? &kl_moe_many : &kl_moe_most;
 }
 
 window window_of(const kl_moe_experts *a, const sizes &s, cudaStream_t stream)
 {
     char *ws = static_cast<char *>(a->ws.data);
-    window w = {.a = a, .s = &s, .path = path_of(a), .stream = stream};
+    window w = {.a = a, .s = &s, .path = path_of(a, s), .stream = stream};
     w.tokens = reinterpret_cast<int *>(ws + s.tokens);
     w.places = reinterpret_cast<int *>(ws + s.places);
     w.tiles = reinterpret_cast<moe_tile *>(ws + s.tiles);
