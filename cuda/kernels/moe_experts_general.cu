@@ -35,6 +35,8 @@ __device__ float weight_at(const weight_view &w, kl_weight_format format, int64_
         return weight_codec<KL_W_INT8>::at(at, col);
     case KL_W_INT4:
         return weight_codec<KL_W_INT4>::at(at, col);
+    case KL_W_FP8:
+        return weight_codec<KL_W_FP8>::at(at, col);
     default:
         return weight_codec<KL_W_BF16>::at(at, col);
     }
