@@ -8,7 +8,7 @@
  * Precision    integers
  * Grid         one block: a thread for each sequence, a scan for the running numbers
  * Roofline     16 bytes a sequence: as long as a launch takes
- * Measured     not timed yet
+ * Measured     not timed yet; right on an H100 (2026-11-22)
  */
 #include "mla_prefill.cuh"
 
@@ -29,19 +29,6 @@ struct counts {
 __device__ counts operator+(const counts &a, const counts &b)
 {
     return {a.pages + b.pages, a.tiles + b.tiles, a.few + b.few};
-}
-
-/* Tiles of ops.h are cut at pages: only a first and a last one can be few. */
-__device__ mla_sequence cut_sequence(const mla_call &a, long long n)
-{
-    const int page = KL_PAGE_TOKENS, length = a.lengths[n];
-    const int count = a.cu_seqlens[n + 1] - a.cu_seqlens[n], start = length - count;
-    const int first_end = min(start / page * page + page, length);
-    mla_sequence s = {start, length, a.cu_seqlens[n] - start, 0, 0};
-    if (first_end - start <= KL_MLA_FEW_TOKENS) s.begin = first_end;
-    const int last_begin = (length - 1) / page * page;
-    if (s.begin <= last_begin && length - last_begin <= KL_MLA_FEW_TOKENS) s.end = last_begin;
-    return s;
 }
 
 __device__ counts count_sequence(const mla_sequence &s, int n_new)
@@ -79,7 +66,8 @@ __device__ void list_few(const mla_sequence &s, int start, int length, int at, i
 }
 
 __global__ __launch_bounds__(THREADS) void plan_kernel(__grid_constant__ const mla_call a,
-                                                       __grid_constant__ const mla_plan plan)
+                                                       __grid_constant__ const mla_plan plan,
+                                                       __grid_constant__ const mla_few few)
 {
     __shared__ counts shared[THREADS];
     counts done = {0, 0, 0};
@@ -89,17 +77,16 @@ __global__ __launch_bounds__(THREADS) void plan_kernel(__grid_constant__ const m
         counts mine = {0, 0, 0}, total;
         int n_new = 0;
         if (n < a.N) n_new = a.cu_seqlens[n + 1] - a.cu_seqlens[n];
-        if (n_new > 0) s = cut_sequence(a, n), mine = count_sequence(s, n_new);
+        if (n_new > 0) s = mla_cut_sequence(a, n), mine = count_sequence(s, n_new);
         const counts before = done + scan(mine, shared, total);
         s.first_page = before.pages, s.first_tile = before.tiles;
         if (n < a.N) plan.sequences[n] = s;
-        if (n_new > 0)
-            list_few(s, a.lengths[n] - n_new, a.lengths[n], before.few, plan.few.list);
+        if (n_new > 0) list_few(s, a.lengths[n] - n_new, a.lengths[n], before.few, few.tokens);
         done = done + total;
     }
     if (threadIdx.x != 0) return;
     plan.sequences[a.N] = {0, 0, 0, done.pages, done.tiles};
-    *plan.few.count = done.few;
+    *few.count = done.few;
     plan.next_item[0] = plan.next_item[1] = 0;
 }
 
@@ -145,77 +132,159 @@ bool is_vectored(const mla_call &c)
 
 struct layout {
     mla_plan plan;
+    mla_few few;
     mla_window window;
     size_t bytes;
 };
 
-template <class T> T *take(char *base, size_t &used, size_t count)
+/* A bump allocator over the workspace; with a base of NULL it only measures. */
+struct taker {
+    char *base;
+    size_t used;
+
+    template <class T> T *take(size_t count)
+    {
+        char *const at = base == nullptr ? nullptr : base + used;
+        used += (count * sizeof(T) + ALIGN - 1) / ALIGN * ALIGN;
+        return reinterpret_cast<T *>(at);
+    }
+};
+
+void take_window(const mla_call &c, taker *memory, mla_window *w)
 {
-    char *const at = base + used;
-    used += (count * sizeof(T) + ALIGN - 1) / ALIGN * ALIGN;
-    return reinterpret_cast<T *>(at);
+    const long long pages = c.N * c.B;
+    const size_t rows = static_cast<size_t>(c.T * c.H);
+    w->pages = min((pages + 1) / 2 * 2, static_cast<long long>(MLA_WINDOW_PAGES));
+    const size_t tokens = static_cast<size_t>(w->pages) * KL_PAGE_TOKENS;
+    w->keys = memory->take<bf16>(static_cast<size_t>(c.H) * tokens * c.nope);
+    w->values = memory->take<bf16>(static_cast<size_t>(c.H) * tokens * c.V);
+    w->k_pe = memory->take<bf16>(tokens * c.rope);
+    const bool spans = pages > w->pages;
+    w->x = memory->take<float>(spans ? rows * c.V : 0);
+    w->max_sum = memory->take<float>(spans ? rows * 2 : 0);
 }
 
-/* The workspace from `base` on; with a base of NULL only its size means anything. */
-layout lay_out(const mla_call &c, void *workspace)
+/* The call of mla_decode for the few. */
+kl_mla_decode decode_of(const kl_mla_prefill *a, const mla_few &few)
 {
-    char *const base = static_cast<char *>(workspace);
-    const size_t N = static_cast<size_t>(c.N), H = static_cast<size_t>(c.H);
-    const size_t T = static_cast<size_t>(c.T);
-    layout l = {};
-    size_t used = 0;
-    l.plan.sequences = take<mla_sequence>(base, used, N + 1);
-    l.plan.next_item = take<unsigned>(base, used, 2);
-    l.plan.few.count = take<int>(base, used, 1);
-    l.plan.few.most = min(c.T, 2 * KL_MLA_FEW_TOKENS * c.N);
-    l.plan.few.list = take<int>(base, used, static_cast<size_t>(l.plan.few.most));
+    kl_mla_decode d = *a;
+    d.ws = few.ws;
+    d.q = kl_tensor_3d(few.q, a->q.dtype, few.most, a->q.shape[1], a->q.shape[2]);
+    d.out = kl_tensor_3d(few.out, a->q.dtype, few.most, a->q.shape[1], a->out.shape[2]);
+    d.block_table = kl_tensor_2d(few.block_table, KL_I32, few.most, a->block_table.shape[1]);
+    d.lengths = kl_tensor_1d(few.lengths, KL_I32, few.most);
+    d.cu_seqlens = {};
+    return d;
+}
 
-    const long long pages = c.N * c.B;
-    l.window.pages = min((pages + 1) / 2 * 2, static_cast<long long>(MLA_WINDOW_PAGES));
-    const size_t tokens = static_cast<size_t>(l.window.pages) * KL_PAGE_TOKENS;
-    const size_t nope = static_cast<size_t>(c.nope), V = static_cast<size_t>(c.V);
-    l.window.keys = take<bf16>(base, used, H * tokens * nope);
-    l.window.values = take<bf16>(base, used, H * tokens * V);
-    l.window.k_pe = take<bf16>(base, used, tokens * static_cast<size_t>(c.rope));
-    const bool spans = pages > l.window.pages;
-    l.window.x = take<float>(base, used, spans ? T * H * V : 0);
-    l.window.max_sum = take<float>(base, used, spans ? T * H * 2 : 0);
-    l.bytes = used;
+void take_few(kl_backend *be, const kl_mla_prefill *a, const mla_call &c, taker *memory,
+              mla_few *few)
+{
+    const size_t most = static_cast<size_t>(few->most), H = static_cast<size_t>(c.H);
+    const size_t element = kl_dtype_bytes(a->q.dtype);
+    few->q = memory->take<char>(most * H * static_cast<size_t>(c.nope + c.rope) * element);
+    few->out = memory->take<char>(most * H * static_cast<size_t>(c.V) * element);
+    few->block_table = memory->take<int>(most * static_cast<size_t>(c.B));
+    few->lengths = memory->take<int>(most);
+    const kl_mla_decode d = decode_of(a, *few);
+    few->ws.bytes = kl_cuda_mla_decode_workspace(be, &d);
+    few->ws.data = memory->take<char>(few->ws.bytes);
+}
+
+/* The two forms run one after the other, in the same memory. */
+layout lay_out(kl_backend *be, const kl_mla_prefill *a, const mla_call &c)
+{
+    layout l = {};
+    taker memory = {static_cast<char *>(a->ws.data), 0};
+    l.plan.sequences = memory.take<mla_sequence>(static_cast<size_t>(c.N) + 1);
+    l.plan.next_item = memory.take<unsigned>(2);
+    l.few.count = memory.take<int>(1);
+    l.few.most = min(c.T, 2 * KL_MLA_FEW_TOKENS * c.N);
+    l.few.tokens = memory.take<int>(static_cast<size_t>(l.few.most));
+    taker other = memory;
+    take_few(be, a, c, &memory, &l.few);
+    if (has_tiles(a, c)) take_window(c, &other, &l.window);
+    l.bytes = max(memory.used, other.used);
     return l;
 }
 
-kl_status run_both(const kl_mla_prefill *a, const mla_call &c, cudaStream_t stream,
-                   kl_error *err)
+/* ---- the few tokens -------------------------------------------------------------------------- */
+
+/* A block's copy of `count` elements between vectors of any alignment. */
+template <class T> __device__ void copy(const T *from, long long count, T *to)
 {
-    /* The caller aligns to 64 bytes, which is enough: ALIGN only keeps the parts' lines apart. */
-    const layout l = lay_out(c, a->ws.data);
-    plan_kernel<<<1, THREADS, 0, stream>>>(c, l.plan);
+    for (long long i = threadIdx.x; i < count; i += THREADS) to[i] = from[i];
+}
+
+template <class T>
+__global__ __launch_bounds__(THREADS) void gather_kernel(__grid_constant__ const mla_call a,
+                                                         __grid_constant__ const mla_few few)
+{
+    const long long row = blockIdx.x, width = a.H * static_cast<long long>(a.nope + a.rope);
+    const bool used = row < *few.count;
+    if (threadIdx.x == 0) few.lengths[row] = 0;
+    if (!used) return;
+    const int token = few.tokens[row];
+    const int n = mla_find_sequence(a.cu_seqlens, static_cast<int>(a.N), token);
+    const int length = a.lengths[n] - (a.cu_seqlens[n + 1] - token) + 1;
+    if (threadIdx.x == 0) few.lengths[row] = length;
+    copy(static_cast<const T *>(a.q) + token * a.q_stride, width,
+         static_cast<T *>(few.q) + row * width);
+    copy(a.block_table + n * a.B, (length - 1) / KL_PAGE_TOKENS + 1,
+         few.block_table + row * a.B);
+}
+
+template <class T>
+__global__ __launch_bounds__(THREADS) void scatter_kernel(__grid_constant__ const mla_call a,
+                                                          __grid_constant__ const mla_few few)
+{
+    const long long row = blockIdx.x, width = a.H * static_cast<long long>(a.V);
+    if (row < *few.count)
+        copy(static_cast<const T *>(few.out) + row * width, width,
+             static_cast<T *>(a.out) + few.tokens[row] * width);
+}
+
+template <class T>
+kl_status run_few(kl_backend *be, const kl_mla_prefill *a, const mla_call &c,
+                  const mla_few &few, kl_error *err)
+{
+    const unsigned blocks = static_cast<unsigned>(few.most);
+    const kl_mla_decode decode = decode_of(a, few);
+    gather_kernel<T><<<blocks, THREADS, 0, kl_cuda_stream(be)>>>(c, few);
     KL_CUDA_TRY(cudaGetLastError(), err);
-    KL_TRY(mla_prefill_tiles(c, l.plan, l.window, stream, err));
-    return mla_prefill_rows(a, c, l.plan.few, stream, err);
+    KL_TRY(kl_cuda_mla_decode(be, &decode, err));
+    scatter_kernel<T><<<blocks, THREADS, 0, kl_cuda_stream(be)>>>(c, few);
+    KL_CUDA_TRY(cudaGetLastError(), err);
+    return KL_OK;
 }
 
 } // namespace
 
-size_t kl_cuda_mla_prefill_workspace(kl_backend *, const kl_mla_prefill *a)
+size_t kl_cuda_mla_prefill_workspace(kl_backend *be, const kl_mla_prefill *a)
 {
-    const mla_call c = call_of(a);
-    return has_tiles(a, c) ? lay_out(c, nullptr).bytes : 0;
+    return lay_out(be, a, call_of(a)).bytes;
 }
 
 kl_status kl_cuda_mla_prefill(kl_backend *be, const kl_mla_prefill *a, kl_error *err)
 {
     const mla_call c = call_of(a);
     const cudaStream_t stream = kl_cuda_stream(be);
-    if (a->q.shape[1] > INT_MAX || a->q.shape[2] > INT_MAX || a->w_kv_b.shape[1] > INT_MAX ||
-        a->pages.shape[2] > INT_MAX || c.N * c.B > INT_MAX)
+    if (a->q.shape[0] > INT_MAX || a->q.shape[1] > INT_MAX || a->q.shape[2] > INT_MAX ||
+        a->w_kv_b.shape[1] > INT_MAX || a->pages.shape[2] > INT_MAX || c.N * c.B > INT_MAX)
         return kl_fail(err, KL_ERR_VALUE,
-                       "mla_prefill: H, nope+rope, nope+V, rank+rope and N * B must each be "
+                       "mla_prefill: T, H, nope+rope, nope+V, rank+rope and N * B must each be "
                        "<= %d",
                        INT_MAX);
     if (c.T == 0) return KL_OK;
     KL_TRY(kl_cuda_bind(be, err));
+    const layout l = lay_out(be, a, c);
+    plan_kernel<<<1, THREADS, 0, stream>>>(c, l.plan, l.few);
+    KL_CUDA_TRY(cudaGetLastError(), err);
     /* The running maximum is one of raw scores: a scale that is not positive would turn it. */
-    if (has_tiles(a, c) && is_vectored(c) && c.scale > 0) return run_both(a, c, stream, err);
-    return mla_prefill_rows(a, c, {nullptr, nullptr, c.T}, stream, err);
+    if (has_tiles(a, c) && is_vectored(c) && c.scale > 0)
+        KL_TRY(mla_prefill_tiles(c, l.plan, l.window, stream, err));
+    else
+        KL_TRY(mla_prefill_rows(a, c, stream, err));
+    return with_float_type(a->q.dtype,
+                           [&](auto t) { return run_few<decltype(t)>(be, a, c, l.few, err); });
 }

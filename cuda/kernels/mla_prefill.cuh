@@ -7,7 +7,7 @@
 
 #include "../device/types.cuh"
 
-/* Tokens of the context whose keys and values exist at a time: 256 KiB each at H = 32, bf16. */
+/* Tokens of the context whose keys and values exist at a time: 16 KiB each at H = 32. */
 constexpr int MLA_WINDOW_PAGES = 128;
 constexpr int MLA_QUERIES =
     128; /* positions of a tile of queries, which starts at a multiple */
@@ -31,16 +31,48 @@ struct mla_sequence {
     int first_page, first_tile;
 };
 
-/* Tokens for which the absorbed form is cheaper: the first *count of list; list null: all. */
-struct mla_rows {
-    int *list, *count;
-    long long most; /* that there can be, from shapes */
+/* The positions of a sequence that the plain form takes, without running numbers. Tiles of ops.h
+ * are cut at pages: only a first and a last one can be few. */
+__device__ inline mla_sequence mla_cut_sequence(const mla_call &a, long long n)
+{
+    const int page = KL_PAGE_TOKENS, length = a.lengths[n];
+    const int count = a.cu_seqlens[n + 1] - a.cu_seqlens[n], start = length - count;
+    const int first_end = min(start / page * page + page, length);
+    mla_sequence s = {start, length, a.cu_seqlens[n] - start, 0, 0};
+    if (first_end - start <= KL_MLA_FEW_TOKENS) s.begin = first_end;
+    const int last_begin = (length - 1) / page * page;
+    if (s.begin <= last_begin && length - last_begin <= KL_MLA_FEW_TOKENS) s.end = last_begin;
+    return s;
+}
+
+/* The last sequence that begins at or before a token: empty ones before it begin there too. */
+__device__ inline int mla_find_sequence(const int *cu_seqlens, int N, int token)
+{
+    int low = 0, high = N;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (cu_seqlens[middle] <= token)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* The other tokens, as rows of a call of mla_decode; those past the count have length 0. */
+struct mla_few {
+    int *tokens; /* [most] */
+    int *count;
+    void *q, *out;    /* [most, H, nope+rope], [most, H, V] */
+    int *block_table; /* [most, B] */
+    int *lengths;     /* [most] */
+    long long most;   /* that there can be, from shapes */
+    kl_workspace ws;  /* of mla_decode */
 };
 
 struct mla_plan {
     mla_sequence *sequences; /* [N+1] */
-    mla_rows few;
-    unsigned *next_item; /* [2] work counters of even and odd windows */
+    unsigned *next_item;     /* [2] work counters of even and odd windows */
 };
 
 /* Memory of the plain form, all of it in the workspace. */
@@ -53,11 +85,11 @@ struct mla_window {
     long long pages; /* of a window: even */
 };
 
-/* The absorbed form, for any dimensions and dtypes: a block for each row and head. */
-kl_status mla_prefill_rows(const kl_mla_prefill *a, const mla_call &call, const mla_rows &rows,
-                           cudaStream_t stream, kl_error *err);
+/* Any dimensions and dtypes: a block for each row and head. */
+kl_status mla_prefill_rows(const kl_mla_prefill *a, const mla_call &call, cudaStream_t stream,
+                           kl_error *err);
 
-/* The plain form, for the model's dimensions in bf16: tiles of queries, windows of contexts. */
+/* The model's dimensions in bf16: tiles of queries, windows of contexts. */
 kl_status mla_prefill_tiles(const mla_call &call, const mla_plan &plan,
                             const mla_window &window, cudaStream_t stream, kl_error *err);
 

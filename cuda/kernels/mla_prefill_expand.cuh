@@ -24,33 +24,48 @@ constexpr int NOPE = 128, ROPE = 64, QK = NOPE + ROPE, V = 128;
 constexpr int PIECE = 8; /* elements of 16 bytes */
 constexpr float LOG2_E = 1.4426950408889634f;
 
-/* Rows in shared memory hold COLS elements. Piece p of row r lies at p ^ (r % 8), so that the
- * eight rows of an ldmatrix touch all banks. COLS is a multiple of 64. */
+/* Rows in shared memory hold COLS elements, a multiple of 64. Piece p of row r lies at
+ * p ^ (r % 8), so that the eight rows of an ldmatrix touch all banks; neighbours 8 rows or 8
+ * pieces apart lie a constant apart. */
 template <int COLS> __device__ bf16 *at(bf16 *base, int row, int piece)
 {
     return base + row * COLS + ((piece ^ (row % 8)) * PIECE);
 }
 
-/* A 16 x 16 of A from rows of A. */
-template <int COLS> __device__ void load_a(uint32_t (&a)[4], bf16 *base, int row, int piece)
+/* Where a lane's part of an ldmatrix starts. The fragment 2 j pieces on is at
+ * (start ^ j % 4 * 32) + j / 4 * 128 bytes: bases are multiples of 128 bytes. */
+template <int COLS> __device__ uint32_t start_a(bf16 *base)
 {
     const int lane = lane_id();
-    ldmatrix(a, at<COLS>(base, row + lane % 16, piece + lane / 16));
+    return shared_address(at<COLS>(base, lane % 16, lane / 16));
 }
 
-/* Two neighbours 16 x 8 of B from rows of B^T: b[0..1] the columns `row`.., b[2..3] 8 on. */
-template <int COLS> __device__ void load_b(uint32_t (&b)[4], bf16 *base, int row, int piece)
+/* Of B from rows of B^T. */
+template <int COLS> __device__ uint32_t start_b(bf16 *base)
 {
     const int lane = lane_id();
-    ldmatrix(b, at<COLS>(base, row + lane % 8 + lane / 16 * 8, piece + lane / 8 % 2));
+    return shared_address(at<COLS>(base, lane % 8 + lane / 16 * 8, lane / 8 % 2));
 }
 
-/* The same from rows of B: b[0..1] the columns of `piece`, b[2..3] of the next. */
-template <int COLS>
-__device__ void load_b_rows(uint32_t (&b)[4], bf16 *base, int row, int piece)
+__device__ uint32_t step(uint32_t start, int j)
 {
-    const int lane = lane_id();
-    ldmatrix_transposed(b, at<COLS>(base, row + lane % 16, piece + lane / 16));
+    return (start ^ (j % 4 * 32)) + j / 4 * 128;
+}
+
+/* A 16 x 16 of A, or two neighbours 16 x 8 of B whose rows of B^T follow one another. */
+__device__ void load_fragment(uint32_t (&r)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+/* Two neighbours 16 x 8 of B from rows of B, found like A. */
+__device__ void load_fragment_rows(uint32_t (&r)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
 }
 
 __device__ void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
@@ -128,16 +143,18 @@ __device__ void load_stage(const mla_call &a, const page_rows (&from)[2], const 
 /* A warp's 64 x 64 of the product. */
 __device__ void multiply_stage(bf16 *stage, float (&sums)[4][8][4])
 {
-    const int rows = warp_id() / 2 * 64, cols = warp_id() % 2 * 64;
+    constexpr int ROWS = 16 * DEPTH * sizeof(bf16); /* bytes of 16 of them */
+    const uint32_t latents = start_a<DEPTH>(stage + warp_id() / 2 * 64 * DEPTH);
+    const uint32_t weights = start_b<DEPTH>(stage + (TILE + warp_id() % 2 * 64) * DEPTH);
 #pragma unroll
     for (int k = 0; k < DEPTH / 16; k++) {
         uint32_t x[4][4];
 #pragma unroll
-        for (int m = 0; m < 4; m++) load_a<DEPTH>(x[m], stage, rows + m * 16, 2 * k);
+        for (int m = 0; m < 4; m++) load_fragment(x[m], step(latents, k) + m * ROWS);
 #pragma unroll
         for (int n = 0; n < 4; n++) {
             uint32_t w[4];
-            load_b<DEPTH>(w, stage + TILE * DEPTH, cols + n * 16, 2 * k);
+            load_fragment(w, step(weights, k) + n * ROWS);
 #pragma unroll
             for (int m = 0; m < 4; m++) mma_pair(sums[m][2 * n], sums[m][2 * n + 1], x[m], w);
         }

@@ -1,5 +1,5 @@
 /*
- * mla_prefill_rows.cu -- latent attention of single rows in the absorbed form, any dimensions.
+ * mla_prefill_rows.cu -- mla_prefill for any dimensions and dtypes, row by row.
  *
  * Computes     q' = scale [W_UK^T q_nope | q_pe];  x = softmax(q' [c | k_pe]^T) c;  o = W_UV x
  * Shapes       q [T, H, nope+rope], pages [P, 64, rank+rope], w_kv_b [H, nope+V, rank],
@@ -10,9 +10,8 @@
  *              each with a running maximum, sum and x of its own in shared memory; the four are
  *              merged in order. So a row's bits follow from its position alone
  * Roofline     2 (2 rank + rope) flops a row, head and position, for latents that all heads of
- *              a row read through the L2. It is the way for shapes and dtypes that the tensor
- *              cores' kernel does not take, and for rows too few to expand a context for
- * Measured     not timed yet
+ *              a row read through the L2: not for speed. Absorbed, for that is less to keep
+ * Measured     not timed yet; right on an H100 (2026-11-22)
  */
 #include "../device/warp.cuh"
 #include "mla_prefill.cuh"
@@ -26,20 +25,6 @@ constexpr int THREADS = WARPS * WARP;
 constexpr int KEYS = 4; /* positions of a warp at a time: independent sums hide the latency */
 constexpr long long MAX_BLOCKS = 0x7fffffff;
 constexpr long long MAX_SHARED = 227 * 1024;
-
-/* The last sequence that begins at or before a token: empty ones before it begin there too. */
-__device__ int find_sequence(const int *cu_seqlens, int N, int token)
-{
-    int low = 0, high = N;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (cu_seqlens[middle] <= token)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
 
 /* A block's shared memory. x has a row of `rank` for each warp; query is [rank+rope]. */
 struct scratch {
@@ -191,16 +176,15 @@ __device__ void finish(const mla_call &a, const float *x, const W *w_uv, T *out)
 }
 
 template <class T, class W, int VEC>
-__global__ __launch_bounds__(THREADS) void rows_kernel(__grid_constant__ const mla_call a,
-                                                       __grid_constant__ const mla_rows rows)
+__global__ __launch_bounds__(THREADS) void rows_kernel(__grid_constant__ const mla_call a)
 {
     extern __shared__ __align__(16) float shared[];
-    const int row = blockIdx.x / a.H, h = blockIdx.x % a.H;
-    if (rows.list != nullptr && row >= *rows.count) return;
+    const int token = blockIdx.x / a.H, h = blockIdx.x % a.H;
+    const int n = mla_find_sequence(a.cu_seqlens, static_cast<int>(a.N), token);
+    const mla_sequence sequence = mla_cut_sequence(a, n);
+    const int position = token - sequence.token_shift;
+    if (position < sequence.begin || position >= sequence.end) return; /* mla_decode's */
     const scratch s = take_scratch(a, shared);
-    const int token = rows.list == nullptr ? row : rows.list[row];
-    const int n = find_sequence(a.cu_seqlens, static_cast<int>(a.N), token);
-    const int length = a.lengths[n] - (a.cu_seqlens[n + 1] - token) + 1;
     const T *q = static_cast<const T *>(a.q) + token * a.q_stride +
                  static_cast<long long>(h) * (a.nope + a.rope);
     const W *w =
@@ -208,50 +192,49 @@ __global__ __launch_bounds__(THREADS) void rows_kernel(__grid_constant__ const m
     T *out = static_cast<T *>(a.out) + (static_cast<long long>(token) * a.H + h) * a.V;
 
     absorb(a, q, w, s);
-    attend<T, VEC>(a, a.block_table + n * a.B, length, s);
+    attend<T, VEC>(a, a.block_table + n * a.B, position + 1, s);
     merge(a, s);
     finish(a, s.x, w + static_cast<long long>(a.nope) * a.rank, out);
 }
 
 template <class T, class W, int VEC>
-kl_status launch(const mla_call &a, const mla_rows &rows, cudaStream_t stream, kl_error *err)
+kl_status launch(const mla_call &a, cudaStream_t stream, kl_error *err)
 {
     const long long bytes = scratch_floats(a) * 4;
     const auto kernel = rows_kernel<T, W, VEC>;
     KL_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      static_cast<int>(bytes)),
                 err);
-    const unsigned blocks = static_cast<unsigned>(rows.most * a.H);
-    kernel<<<blocks, THREADS, static_cast<size_t>(bytes), stream>>>(a, rows);
+    const unsigned blocks = static_cast<unsigned>(a.T * a.H);
+    kernel<<<blocks, THREADS, static_cast<size_t>(bytes), stream>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;
 }
 
 template <class T, class W>
-kl_status launch_vector(const mla_call &a, const mla_rows &rows, cudaStream_t stream,
-                        kl_error *err)
+kl_status launch_vector(const mla_call &a, cudaStream_t stream, kl_error *err)
 {
     const bool vector = a.rank % 4 == 0 && a.rope % 4 == 0 &&
                         reinterpret_cast<uintptr_t>(a.pages) % (4 * sizeof(T)) == 0;
-    if (vector) return launch<T, W, 4>(a, rows, stream, err);
-    return launch<T, W, 1>(a, rows, stream, err);
+    if (vector) return launch<T, W, 4>(a, stream, err);
+    return launch<T, W, 1>(a, stream, err);
 }
 
 } // namespace
 
-kl_status mla_prefill_rows(const kl_mla_prefill *a, const mla_call &call, const mla_rows &rows,
-                           cudaStream_t stream, kl_error *err)
+kl_status mla_prefill_rows(const kl_mla_prefill *a, const mla_call &call, cudaStream_t stream,
+                           kl_error *err)
 {
-    if (rows.most > MAX_BLOCKS / call.H)
+    if (call.T > MAX_BLOCKS / call.H)
         return kl_fail(err, KL_ERR_VALUE, "mla_prefill: T * H must be <= %lld, got T %lld",
-                       MAX_BLOCKS, rows.most);
+                       MAX_BLOCKS, call.T);
     if (scratch_floats(call) * 4 > MAX_SHARED)
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_prefill: 5 rank + rope + nope must be about <= %lld, got rank %d",
                        MAX_SHARED / 4, call.rank);
     return with_float_type(a->q.dtype, [&](auto t) {
         return with_float_type(a->w_kv_b.dtype, [&](auto w) {
-            return launch_vector<decltype(t), decltype(w)>(call, rows, stream, err);
+            return launch_vector<decltype(t), decltype(w)>(call, stream, err);
         });
     });
 }
