@@ -256,6 +256,8 @@ template <class F> auto with_format(kl_weight_format format, F f)
         return f(format_constant<KL_W_INT8>{});
     case KL_W_INT4:
         return f(format_constant<KL_W_INT4>{});
+    case KL_W_FP8:
+        return f(format_constant<KL_W_FP8>{});
     default:
         return f(format_constant<KL_W_BF16>{});
     }
