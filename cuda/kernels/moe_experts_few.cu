@@ -4,7 +4,8 @@
  * Computes     out = x w^T, or silu(x w^T) * (x up^T), tile by tile (device/moe.cuh)
  * Shapes       x [., K] rows gathered; w, up [E, N, K]; out [., N]; K and N multiples of 64
  * Layout       dense, 16-byte aligned rows; w and up of one format
- * Precision    x bf16; weights to bf16 unless they are; f32 sums; out bf16 gated, f32 plain
+ * Precision    x bf16; f32 and int4 weights to bf16, int8 and fp8 exact; f32 sums; out bf16
+ *              gated, f32 plain
  * Grid         one block for each tile of 8 tokens and 16 rows of the matrix, its warps taking
  *              turns at the columns. Weights go from memory straight into the fragments of the
  *              tensor cores, as A, with the tokens as B: the columns of a product may come in any
@@ -49,19 +50,28 @@ struct lane_rows {
     }
 };
 
-/* sum += rows x^T over one piece of a lane. */
+/* sum += rows x^T over one piece of each lane. Where the pieces of four lanes are one group, its
+ * scale is applied to their f32 sum, so that the weights lose nothing. */
 template <kl_weight_format format>
 __device__ void multiply(const lane_rows &rows, const uint4 (&raw)[2], int64_t piece,
                          const uint32_t (&x)[weight_codec<format>::PIECE / 2], float (&sum)[4])
 {
     using codec = weight_codec<format>;
+    constexpr bool whole_group = codec::GROUP == LANES * codec::PIECE;
+    float scale[2], part[4] = {};
     uint32_t w[2][codec::PIECE / 2];
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-        codec::pairs(raw[i], scale_at<format>(rows.at[i], piece * codec::PIECE), w[i]);
+    for (int i = 0; i < 2; i++) {
+        scale[i] = scale_at<format>(rows.at[i], piece * codec::PIECE);
+        codec::pairs(raw[i], whole_group ? 1.0f : scale[i], w[i]);
+    }
+    float(&to)[4] = whole_group ? part : sum;
 #pragma unroll
     for (int s = 0; s < codec::PIECE / 2; s += 2)
-        mma_bf16(sum, {w[0][s], w[1][s], w[0][s + 1], w[1][s + 1]}, {x[s], x[s + 1]});
+        mma_bf16(to, {w[0][s], w[1][s], w[0][s + 1], w[1][s + 1]}, {x[s], x[s + 1]});
+    if constexpr (whole_group)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[i] = fmaf(scale[i / 2], part[i], sum[i]);
 }
 
 /* This warp's share of the columns; lane 4 r + c holds rows r, r + 8 and tokens 2c, 2c + 1. */
