@@ -51,6 +51,7 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(linear)                                                                                  \
     X(mlp)                                                                                     \
     X(kda_decode)                                                                              \
+    X(kda_prefill)                                                                             \
     X(moe_route)                                                                               \
     X(moe_experts)                                                                             \
     X(mla_append)                                                                              \
@@ -61,6 +62,7 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
 
 /* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
 #define KL_CUDA_WORKSPACES(X)                                                                  \
+    X(kda_prefill)                                                                             \
     X(linear)                                                                                  \
     X(mlp)                                                                                     \
     X(moe_experts)                                                                             \

@@ -1,0 +1,255 @@
+/*
+ * kda.cuh -- what the kernels of Kimi Delta Attention share: their arguments, the gate, and one
+ * token on rows of the state (kda_decode's arithmetic, in its order).
+ */
+#ifndef KL_CUDA_DEVICE_KDA_H
+#define KL_CUDA_DEVICE_KDA_H
+
+#include "math.cuh"
+#include "types.cuh"
+#include "warp.cuh"
+
+constexpr float KDA_NORM_EPS = 1e-6f; /* ops.h, under `normalize` */
+
+struct kda_operand {
+    const void *data;
+    long long stride; /* elements between tokens */
+    bool is_bf16;
+};
+
+struct kda_arguments {
+    float *state;
+    kda_operand q, k, v, g, beta;
+    const int *slots;     /* or null: n -> n */
+    const int *cu;        /* cu_seqlens; null in decode */
+    const float *A_log;   /* or null */
+    const float *dt_bias; /* or null */
+    void *out;
+    long long H, Hk, V, tiles;
+    int K;
+    kl_gate gate;
+    float lower_bound, scale;
+    bool normalize, beta_logits;
+};
+
+/* The head a block works on, in shared memory. */
+struct kda_head {
+    float q[KL_KDA_MAX_K], k[KL_KDA_MAX_K], decay[KL_KDA_MAX_K];
+    float q_factor, k_factor;
+};
+
+__device__ inline float kda_load(const kda_operand &x, long long t, long long i)
+{
+    const long long at = t * x.stride + i;
+    return x.is_bf16 ? to_float(static_cast<const bf16 *>(x.data)[at])
+                     : static_cast<const float *>(x.data)[at];
+}
+
+__device__ inline float kda_decay(const kda_arguments &a, long long h, int channel, float g)
+{
+    if (a.gate != KL_GATE_DIRECT) {
+        const float rate = a.A_log == nullptr ? 1.0f : expf(a.A_log[h]);
+        if (a.dt_bias != nullptr) g += a.dt_bias[h * a.K + channel];
+        g = a.gate == KL_GATE_SOFTPLUS ? -rate * softplus(g)
+                                       : a.lower_bound * sigmoid(rate * g);
+    }
+    return expf(g);
+}
+
+/* What brings a vector of K channels to unit length; called by one warp. */
+__device__ inline float kda_norm_factor(const float *x, int K)
+{
+    float sum = 0;
+    for (int i = threadIdx.x % WARP; i < K; i += WARP) sum += x[i] * x[i];
+    return 1 / sqrtf(warp_sum(sum) + KDA_NORM_EPS);
+}
+
+/* Token t of head h, by the whole block; what `s` held may be overwritten at once. */
+__device__ inline void kda_prepare(const kda_arguments &a, long long t, long long h,
+                                   kda_head &s)
+{
+    const long long hk = h / (a.H / a.Hk);
+    const int warp = threadIdx.x / WARP;
+    for (int i = threadIdx.x; i < a.K; i += blockDim.x) {
+        s.q[i] = kda_load(a.q, t, hk * a.K + i);
+        s.k[i] = kda_load(a.k, t, hk * a.K + i);
+        s.decay[i] = kda_decay(a, h, i, kda_load(a.g, t, h * a.K + i));
+    }
+    __syncthreads();
+    if (warp == 0) s.q_factor = a.normalize ? kda_norm_factor(s.q, a.K) : 1.0f;
+    if (warp == 1) s.k_factor = a.normalize ? kda_norm_factor(s.k, a.K) : 1.0f;
+    __syncthreads();
+}
+
+/* A lane's share of a vector of K channels: CHUNKS pieces of VEC neighbours, WARP * VEC apart.
+ * Channels past K are zero and never stored. */
+template <int VEC, int CHUNKS> struct kda_share {
+    float x[CHUNKS][VEC];
+
+    static __device__ int channel(int chunk)
+    {
+        return (chunk * WARP + static_cast<int>(threadIdx.x) % WARP) * VEC;
+    }
+
+    __device__ void read(const float *from, int K)
+    {
+        for (int c = 0; c < CHUNKS; c++) {
+            const int i = channel(c);
+            if constexpr (VEC == 4) {
+                const float4 f =
+                    i < K ? *reinterpret_cast<const float4 *>(from + i) : float4{0, 0, 0, 0};
+                x[c][0] = f.x, x[c][1] = f.y, x[c][2] = f.z, x[c][3] = f.w;
+            } else
+                x[c][0] = i < K ? from[i] : 0.0f;
+        }
+    }
+
+    __device__ void write(float *to, int K) const
+    {
+        for (int c = 0; c < CHUNKS; c++) {
+            const int i = channel(c);
+            if (i >= K) continue;
+            if constexpr (VEC == 4)
+                *reinterpret_cast<float4 *>(to + i) =
+                    float4{x[c][0], x[c][1], x[c][2], x[c][3]};
+            else
+                to[i] = x[c][0];
+        }
+    }
+
+    __device__ void scale(float factor)
+    {
+        for (int c = 0; c < CHUNKS; c++)
+            for (int j = 0; j < VEC; j++) x[c][j] *= factor;
+    }
+
+    __device__ void multiply(const kda_share &y)
+    {
+        for (int c = 0; c < CHUNKS; c++)
+            for (int j = 0; j < VEC; j++) x[c][j] *= y.x[c][j];
+    }
+
+    __device__ void add_scaled(const kda_share &y, float factor)
+    {
+        for (int c = 0; c < CHUNKS; c++)
+            for (int j = 0; j < VEC; j++) x[c][j] = fmaf(factor, y.x[c][j], x[c][j]);
+    }
+
+    /* The whole warp's dot product, in every lane. */
+    __device__ float dot(const kda_share &y) const
+    {
+        float sum = 0;
+        for (int c = 0; c < CHUNKS; c++)
+            for (int j = 0; j < VEC; j++) sum = fmaf(x[c][j], y.x[c][j], sum);
+        return warp_sum(sum);
+    }
+};
+
+__device__ inline void kda_store_out(const kda_arguments &a, long long at, float value)
+{
+    if (a.q.is_bf16)
+        static_cast<bf16 *>(a.out)[at] = from_float<bf16>(value);
+    else
+        static_cast<float *>(a.out)[at] = value;
+}
+
+/* A warp's rows of the state, one token at a time. */
+template <int VEC, int CHUNKS, int ROWS> struct kda_rows {
+    using lane_share = kda_share<VEC, CHUNKS>;
+    lane_share rows[ROWS];
+
+    __device__ void read(const kda_arguments &a, const float *state, long long first)
+    {
+        for (int r = 0; r < ROWS; r++)
+            rows[r].read(state + (first + r) * a.K, first + r < a.V ? a.K : 0);
+    }
+
+    __device__ void write(const kda_arguments &a, float *state, long long first) const
+    {
+        for (int r = 0; r < ROWS; r++)
+            if (first + r < a.V) rows[r].write(state + (first + r) * a.K, a.K);
+    }
+
+    __device__ static void read_v(const kda_arguments &a, long long t, long long h,
+                                  long long first, float (&v)[ROWS])
+    {
+        for (int r = 0; r < ROWS; r++)
+            v[r] = first + r < a.V ? kda_load(a.v, t, h * a.V + first + r) : 0.0f;
+    }
+
+    /* Token t of head h, which kda_prepare() has left in s. */
+    __device__ void step(const kda_arguments &a, long long t, long long h, long long first,
+                         const kda_head &s, const float (&v)[ROWS])
+    {
+        lane_share q, k, decay;
+        q.read(s.q, a.K), k.read(s.k, a.K), decay.read(s.decay, a.K);
+        q.scale(s.q_factor), k.scale(s.k_factor);
+        const float raw_beta = kda_load(a.beta, t, h);
+        const float beta = a.beta_logits ? sigmoid(raw_beta) : raw_beta;
+
+        for (int r = 0; r < ROWS; r++) {
+            rows[r].multiply(decay);
+            const float u = beta * (v[r] - rows[r].dot(k));
+            rows[r].add_scaled(k, u);
+            const float o = a.scale * rows[r].dot(q);
+            /* The test is the same for the whole warp: the sums stay legal. */
+            if (first + r < a.V && threadIdx.x % WARP == 0)
+                kda_store_out(a, (t * a.H + h) * a.V + first + r, o);
+        }
+    }
+};
+
+/* Host. */
+
+inline kda_operand kda_operand_of(const kl_tensor &t)
+{
+    return {t.data, t.stride[0], t.dtype == KL_BF16};
+}
+
+inline kda_arguments kda_arguments_of(const kl_kda *a)
+{
+    return {
+        .state = static_cast<float *>(a->state.data),
+        .q = kda_operand_of(a->q),
+        .k = kda_operand_of(a->k),
+        .v = kda_operand_of(a->v),
+        .g = kda_operand_of(a->g),
+        .beta = kda_operand_of(a->beta),
+        .slots = static_cast<const int *>(a->slots.data),
+        .cu = static_cast<const int *>(a->cu_seqlens.data),
+        .A_log = static_cast<const float *>(a->A_log.data),
+        .dt_bias = static_cast<const float *>(a->dt_bias.data),
+        .out = a->out.data,
+        .H = a->state.shape[1],
+        .Hk = a->q.shape[1],
+        .V = a->state.shape[2],
+        .tiles = 0,
+        .K = static_cast<int>(a->state.shape[3]),
+        .gate = a->gate,
+        .lower_bound = a->lower_bound,
+        .scale = a->scale,
+        .normalize = a->normalize,
+        .beta_logits = a->beta_logits,
+    };
+}
+
+/* Rows of the state start at multiples of K floats: four channels at a time need both. */
+inline bool kda_is_vector(const kda_arguments &a)
+{
+    return a.K % 4 == 0 && reinterpret_cast<uintptr_t>(a.state) % 16 == 0;
+}
+
+/* Blocks for N sequences, H heads and tiles of `rows` rows of the state, as a grid's x axis. */
+inline kl_status kda_grid(const char *op, kda_arguments &a, long long N, long long rows,
+                          unsigned *blocks, kl_error *err)
+{
+    constexpr long long MAX_BLOCKS = 0x7fffffff;
+    a.tiles = (a.V + rows - 1) / rows;
+    if (N > MAX_BLOCKS / a.H || N * a.H > MAX_BLOCKS / a.tiles)
+        return kl_fail(err, KL_ERR_VALUE, "%s: N * H * (V / %lld) must be <= %lld, got N %lld",
+                       op, rows, MAX_BLOCKS, N);
+    *blocks = static_cast<unsigned>(N * a.H * a.tiles);
+    return KL_OK;
+}
+
+#endif

@@ -1,0 +1,78 @@
+/*
+ * kda_prefill.cu -- Kimi Delta Attention over ragged sequences, token after token: every shape
+ * and type. kda_prefill_chunked.cu is faster where it applies.
+ *
+ * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;  o = scale S q,
+ *              with a, b and the normalised q, k of backend/ops.h
+ * Shapes       q, k [T, Hk, K]; v, out [T, H, V]; g [T, H, K]; beta [T, H]; state [S, H, V, K]
+ * Layout       the state dense with K contiguous; of the others the first axis may be strided
+ * Precision    f32 or bf16 in, f32 arithmetic and state, out as q
+ * Grid         one block for each sequence, head and tile of state rows. The rows stay in
+ *              registers, a warp ROWS of them, from the first token to the last; the block
+ *              prepares each token once, in shared memory.
+ * Order        kda_decode's: prefilling a sequence in any pieces gives its bits
+ * Roofline     bytes as kda_prefill_chunked.cu; bound instead by the chain of T tokens
+ * Measured     not timed yet
+ */
+#include "kda_prefill.cuh"
+
+namespace {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP;
+
+template <int VEC, int CHUNKS, int ROWS>
+__global__
+__launch_bounds__(THREADS) void kda_prefill_kernel(__grid_constant__ const kda_arguments a)
+{
+    using warp_rows = kda_rows<VEC, CHUNKS, ROWS>;
+    __shared__ __align__(16) kda_head s;
+    const long long tile = blockIdx.x % a.tiles, unit = blockIdx.x / a.tiles;
+    const long long n = unit / a.H, h = unit % a.H;
+    const long long slot = a.slots == nullptr ? n : a.slots[n];
+    const long long first = (tile * WARPS + threadIdx.x / WARP) * ROWS;
+    float *state = a.state + (slot * a.H + h) * a.V * a.K;
+    const int begin = a.cu[n], end = a.cu[n + 1];
+    if (begin >= end) return;
+
+    warp_rows rows;
+    rows.read(a, state, first);
+    for (long long t = begin; t < end; t++) {
+        float v[ROWS];
+        warp_rows::read_v(a, t, h, first, v);
+        kda_prepare(a, t, h, s);
+        rows.step(a, t, h, first, s, v);
+        __syncthreads(); /* the next token overwrites s */
+    }
+    rows.write(a, state, first);
+}
+
+template <int VEC, int CHUNKS, int ROWS>
+kl_status launch(kda_arguments &a, long long N, cudaStream_t stream, kl_error *err)
+{
+    unsigned blocks;
+    KL_TRY(kda_grid("kda_prefill", a, N, WARPS * ROWS, &blocks, err));
+    kda_prefill_kernel<VEC, CHUNKS, ROWS><<<blocks, THREADS, 0, stream>>>(a);
+    KL_CUDA_TRY(cudaGetLastError(), err);
+    return KL_OK;
+}
+
+} // namespace
+
+size_t kl_cuda_kda_prefill_workspace(kl_backend *, const kl_kda_prefill *a)
+{
+    return kda_chunked_workspace(a);
+}
+
+kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
+{
+    kda_arguments args = kda_arguments_of(a);
+    const long long N = a->cu_seqlens.shape[0] - 1;
+    if (N == 0 || a->q.shape[0] == 0) return KL_OK;
+    KL_TRY(kl_cuda_bind(be, err));
+    const cudaStream_t stream = kl_cuda_stream(be);
+    if (kda_chunked_applies(a)) return kda_prefill_chunked(a, stream, err);
+    if (kda_is_vector(args) && args.K <= 128) return launch<4, 1, 8>(args, N, stream, err);
+    if (kda_is_vector(args)) return launch<4, 2, 4>(args, N, stream, err);
+    return launch<1, KL_KDA_MAX_K / WARP, 4>(args, N, stream, err);
+}

@@ -1,0 +1,425 @@
+/*
+ * kda_prefill_prepare.cu -- chunked KDA prefill, first half: what a chunk of 64 tokens asks of
+ * the state and leaves in it, for all chunks at once.
+ *
+ * Computes     the operands of kda_prefill.cuh: gate, norms, A and M, X = (1 + A)^-1 diag(b), and
+ *              k and q times their products of decays
+ * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; chunks [count, H]
+ * Layout       first axes may be strided; q and k in rows of 16-byte pieces
+ * Precision    decays are products of exp(log-decay) in f32, never quotients and never exponentials
+ *              of differences of sums. Diagonal 16 x 16 blocks of A and M: f32 throughout. The
+ *              others: tf32 operands (11 bits), f32 sums. The inverse: f32. Stored in bf16.
+ * Grid         one block for each chunk number and head; two blocks on a multiprocessor
+ * Roofline     bytes: 770 B a token and head in (q, k, g), 1,036 out; about 60,000 f32 instructions
+ *              a chunk and head for the diagonal blocks
+ * Measured     not timed yet
+ */
+#include "../device/mma.cuh"
+#include "kda_prefill.cuh"
+
+namespace {
+
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * WARP;
+constexpr int BLOCKS = KDA_TOKENS / KDA_BLOCK; /* 16-token blocks of a chunk */
+constexpr int PAIRS = BLOCKS * (BLOCKS - 1) / 2;
+constexpr int PITCH16 = KDA_K + 8, PITCH32 = KDA_K + 4; /* rows a bank apart */
+constexpr int SOLVERS = KDA_TOKENS / WARP;              /* warps that invert */
+
+static_assert(THREADS == 2 * KDA_K, "decays are made by two threads a channel");
+static_assert(WARPS == 2 * BLOCKS, "diagonal blocks are made by two warps each");
+static_assert(WARPS >= PAIRS, "the other blocks are made by one warp a pair");
+
+struct prepare_memory {
+    bf16 q[KDA_TOKENS][PITCH16], k[KDA_TOKENS][PITCH16]; /* as given */
+    float from_start[KDA_TOKENS]
+                    [PITCH32]; /* first a_l; then a_s ... a_l from l's block's start s */
+    float to_end[KDA_TOKENS]
+                [PITCH32];      /* a_{l+1} ... a_e to its end e                         */
+    float block[BLOCKS][KDA_K]; /* a_s ... a_e                                          */
+    float A[BLOCKS * (BLOCKS + 1) / 2][KDA_BLOCK]
+           [KDA_BLOCK]; /* blocks on and below the diagonal */
+    float q_factor[KDA_TOKENS], k_factor[KDA_TOKENS], beta[KDA_TOKENS];
+};
+static_assert(2 * (sizeof(prepare_memory) + 1024) <= 228 * 1024, "two blocks a multiprocessor");
+
+__device__ constexpr int block_of(int row, int column)
+{
+    return row * (row + 1) / 2 + column;
+}
+
+/* ---- inputs -------------------------------------------------------------------------------- */
+
+/* 64 rows of 128 values, zeros past the last token. */
+__device__ void fetch_rows(bf16 (*to)[PITCH16], const kda_operand &x, long long token,
+                           long long offset, int tokens)
+{
+    constexpr int PIECES = KDA_K / 8;
+    for (int i = threadIdx.x; i < KDA_TOKENS * PIECES; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        const bool inside = row < tokens;
+        const bf16 *from = static_cast<const bf16 *>(x.data) +
+                           (token + (inside ? row : 0)) * x.stride + offset + 8 * piece;
+        copy_async(&to[row][8 * piece], from, inside);
+    }
+}
+
+/* A token that is not there decays nothing, asks nothing and writes nothing. */
+__device__ void read_decays(const kda_arguments &a, long long token, long long h, int tokens,
+                            prepare_memory &m)
+{
+    const int channel = threadIdx.x % KDA_K, first = threadIdx.x / KDA_K * (KDA_TOKENS / 2);
+#pragma unroll 8
+    for (int i = first; i < first + KDA_TOKENS / 2; i++)
+        m.from_start[i][channel] =
+            i < tokens ? kda_decay(a, h, channel, kda_load(a.g, token + i, h * KDA_K + channel))
+                       : 1.0f;
+    if (threadIdx.x >= KDA_TOKENS) return;
+    const int i = threadIdx.x;
+    const float raw = i < tokens ? kda_load(a.beta, token + i, h) : 0.0f;
+    m.beta[i] = i >= tokens ? 0.0f : a.beta_logits ? sigmoid(raw) : raw;
+}
+
+__device__ float row_factor(const bf16 *row)
+{
+    float x[4], sum = 0;
+    load_floats(row + 4 * lane_id(), x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum += x[i] * x[i];
+    return 1 / sqrtf(warp_sum(sum) + KDA_NORM_EPS);
+}
+
+__device__ void find_factors(const kda_arguments &a, prepare_memory &m)
+{
+    constexpr int ROWS = KDA_TOKENS / WARPS;
+    for (int i = warp_id() * ROWS; i < (warp_id() + 1) * ROWS; i++) {
+        const float q = a.normalize ? row_factor(m.q[i]) : 1.0f;
+        const float k = a.normalize ? row_factor(m.k[i]) : 1.0f;
+        if (lane_id() == 0) m.q_factor[i] = q * a.scale, m.k_factor[i] = k;
+    }
+}
+
+/* ---- A and M ------------------------------------------------------------------------------- */
+
+/* sum_d x_i k_j a_{j+1} ... a_i for a diagonal block: a lane has a column j and half of the
+ * channels, and lengthens the product of decays as it walks down the rows. */
+__device__ void diagonal_sums(const prepare_memory &m, const bf16 (*x)[PITCH16], int start,
+                              float (&sum)[KDA_BLOCK])
+{
+    const int j = lane_id() % KDA_BLOCK, half = lane_id() / KDA_BLOCK;
+#pragma unroll
+    for (int i = 0; i < KDA_BLOCK; i++) sum[i] = 0;
+#pragma unroll 1
+    for (int quad = 0; quad < KDA_K / 8; quad++) {
+        const int d = 8 * quad + 4 * half;
+        float kj[4], e[4] = {0, 0, 0, 0};
+        load_floats(&m.k[start + j][d], kj);
+#pragma unroll
+        for (int i = 0; i < KDA_BLOCK; i++) {
+            float xi[4], ai[4];
+            load_floats(&x[start + i][d], xi);
+            load_floats(&m.from_start[start + i][d], ai);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                e[c] = i == j ? kj[c] : e[c] * ai[c];
+                sum[i] = fmaf(xi[c], e[c], sum[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < KDA_BLOCK; i++) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], KDA_BLOCK);
+}
+
+/* Two warps a diagonal block: one for A, one for M. */
+__device__ void diagonal_block(prepare_memory &m, kda_chunk &out)
+{
+    const int b = warp_id() / 2, start = b * KDA_BLOCK, j = lane_id() % KDA_BLOCK;
+    const bool is_M = warp_id() % 2;
+    float sum[KDA_BLOCK];
+    diagonal_sums(m, is_M ? m.q : m.k, start, sum);
+    if (lane_id() >= KDA_BLOCK) return;
+    const float column = m.k_factor[start + j];
+#pragma unroll
+    for (int i = 0; i < KDA_BLOCK; i++) {
+        const int row = start + i;
+        if (is_M)
+            out.M[row][8 * kda_swizzle(row, (start + j) / 8) + j % 8] =
+                from_float<bf16>(j <= i ? sum[i] * m.q_factor[row] * column : 0.0f);
+        else
+            m.A[block_of(b, b)][i][j] =
+                j < i ? sum[i] * m.beta[row] * m.k_factor[row] * column : 0.0f;
+    }
+}
+
+/* Turn the decays of tokens into products from the start and to the end of their blocks. */
+__device__ void multiply_decays(prepare_memory &m)
+{
+    const int channel = threadIdx.x % KDA_K;
+#pragma unroll
+    for (int n = 0; n < BLOCKS / 2; n++) {
+        const int b = threadIdx.x / KDA_K * (BLOCKS / 2) + n, start = b * KDA_BLOCK;
+        float a[KDA_BLOCK], product = 1;
+#pragma unroll
+        for (int i = 0; i < KDA_BLOCK; i++) a[i] = m.from_start[start + i][channel];
+#pragma unroll
+        for (int i = 0; i < KDA_BLOCK; i++) m.from_start[start + i][channel] = product *= a[i];
+        m.block[b][channel] = product;
+        product = 1;
+#pragma unroll
+        for (int i = KDA_BLOCK - 1; i >= 0; i--) {
+            m.to_end[start + i][channel] = product;
+            product *= a[i];
+        }
+    }
+}
+
+__device__ uint32_t to_tf32(float x)
+{
+    uint32_t r;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
+    return r;
+}
+
+/* Block row of a pair 0 .. 5 of blocks below the diagonal, row by row. */
+__device__ int pair_row(int pair)
+{
+    return pair < 1 ? 1 : pair < 3 ? 2 : 3;
+}
+
+/* The products of whole blocks between column block b and row block r. */
+__device__ float between(const prepare_memory &m, int r, int b, int channel)
+{
+    float product = 1;
+    for (int i = b + 1; i < r; i++) product *= m.block[i][channel];
+    return product;
+}
+
+/* Sums over channels of a pair of blocks: k_i k_j and q_i k_j, each with the decays from j to the
+ * end of its block, between the blocks, and from the start of i's block to i. */
+__device__ void pair_sums(const prepare_memory &m, int r, int b, float (&kk)[2][4],
+                          float (&qk)[2][4])
+{
+    const int row = r * KDA_BLOCK + lane_id() / 4, column = b * KDA_BLOCK + lane_id() / 4;
+#pragma unroll 2
+    for (int step = 0; step < KDA_K / 8; step++) {
+        uint32_t k[4], q[4], right[2][2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int d = 8 * step + lane_id() % 4 + i / 2 * 4, y = row + i % 2 * 8;
+            const float decay = m.from_start[y][d];
+            k[i] = to_tf32(to_float(m.k[y][d]) * decay);
+            q[i] = to_tf32(to_float(m.q[y][d]) * decay);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int d = 8 * step + lane_id() % 4 + 4 * i;
+            const float middle = between(m, r, b, d);
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                const int y = column + 8 * t;
+                right[t][i] = to_tf32(to_float(m.k[y][d]) * (m.to_end[y][d] * middle));
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < 2; t++) mma_tf32(kk[t], k, right[t]), mma_tf32(qk[t], q, right[t]);
+    }
+}
+
+__device__ void lower_block(prepare_memory &m, kda_chunk &out, int pair)
+{
+    const int r = pair_row(pair), b = pair - r * (r - 1) / 2;
+    float kk[2][4] = {}, qk[2][4] = {};
+    pair_sums(m, r, b, kk, qk);
+#pragma unroll
+    for (int t = 0; t < 2; t++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = lane_id() / 4 + 8 * half, j = 8 * t + 2 * (lane_id() % 4);
+            const int row = r * KDA_BLOCK + i, column = b * KDA_BLOCK + j;
+            const float x = m.k_factor[column], y = m.k_factor[column + 1];
+            const float A = m.beta[row] * m.k_factor[row], M = m.q_factor[row];
+            m.A[block_of(r, b)][i][j] = kk[t][2 * half] * A * x;
+            m.A[block_of(r, b)][i][j + 1] = kk[t][2 * half + 1] * A * y;
+            *reinterpret_cast<uint32_t *>(
+                &out.M[row][8 * kda_swizzle(row, column / 8) + column % 8]) =
+                pack_bf16(qk[t][2 * half] * M * x, qk[t][2 * half + 1] * M * y);
+        }
+}
+
+/* ---- results ------------------------------------------------------------------------------- */
+
+/* A thread solves (1 + A) x = e_j b_j by forward substitution; it needs no other thread. */
+__device__ void invert(const prepare_memory &m, kda_chunk &out)
+{
+    const int j = threadIdx.x;
+    float x[KDA_TOKENS];
+#pragma unroll
+    for (int i = 0; i < KDA_TOKENS; i++) {
+        float sum[4] = {0, 0, 0, 0}; /* four chains of additions hide their latency */
+#pragma unroll
+        for (int l = 0; l < i; l++)
+            sum[l % 4] =
+                fmaf(m.A[block_of(i / KDA_BLOCK, l / KDA_BLOCK)][i % KDA_BLOCK][l % KDA_BLOCK],
+                     x[l], sum[l % 4]);
+        x[i] = (i == j ? 1.0f : 0.0f) - ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+    const float b = m.beta[j];
+#pragma unroll
+    for (int i = 0; i < KDA_TOKENS; i++)
+        if (j / KDA_BLOCK <= i / KDA_BLOCK)
+            out.X[i][8 * kda_swizzle(i, j / 8) + j % 8] =
+                from_float<bf16>(i > j ? x[i] * b : 0);
+}
+
+/* Eight neighbouring channels of one token. */
+__device__ void write_operands(const prepare_memory &m, kda_chunk &out, int row, int piece)
+{
+    const int b = row / KDA_BLOCK, first = 8 * piece;
+    float q[8], k[8], q_decayed[8], k_decayed[8], k_left[8];
+    load_floats(&m.q[row][first], q);
+    load_floats(&m.k[row][first], k);
+#pragma unroll
+    for (int c = 0; c < 8; c++) {
+        const int d = first + c;
+        const float E = m.from_start[row][d] * between(m, b, -1, d);
+        const float F = m.to_end[row][d] * between(m, BLOCKS, b, d);
+        q_decayed[c] = q[c] * m.q_factor[row] * E;
+        k_decayed[c] = k[c] * m.k_factor[row] * E;
+        k_left[c] = k[c] * m.k_factor[row] * F;
+    }
+    const int at = 8 * kda_swizzle(row, piece);
+    store_floats(&out.q_decayed[row][at], q_decayed);
+    store_floats(&out.k_decayed[row][at], k_decayed);
+    store_floats(&out.k_left[row][at], k_left);
+}
+
+__device__ void write_all_operands(const prepare_memory &m, kda_chunk &out, int thread,
+                                   int threads)
+{
+    constexpr int PIECES = KDA_K / 8;
+    for (int i = thread; i < KDA_TOKENS * PIECES; i += threads)
+        write_operands(m, out, i / PIECES, i % PIECES);
+    for (int d = thread; d < KDA_K; d += threads) out.decay[d] = between(m, BLOCKS, -1, d);
+    for (int i = thread; i < KDA_TOKENS; i += threads) out.beta[i] = m.beta[i];
+}
+
+/* ---- the kernel ---------------------------------------------------------------------------- */
+
+/* The sequence that a chunk's number falls to: the last n with kda_first_chunk(n) <= number. */
+__device__ long long sequence_of(const int *cu, long long N, long long number)
+{
+    long long low = 0, high = N - 1;
+    while (low < high) {
+        const long long middle = (low + high + 1) / 2;
+        if (kda_first_chunk(cu, middle) <= number)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+__global__ __launch_bounds__(THREADS,
+                             2) void kda_prepare_kernel(__grid_constant__ const kda_arguments a,
+                                                        __grid_constant__ const kda_window w,
+                                                        long long N)
+{
+    extern __shared__ __align__(128) unsigned char bytes[];
+    prepare_memory &m = *reinterpret_cast<prepare_memory *>(bytes);
+    const long long h = blockIdx.x % a.H, number = w.first + blockIdx.x / a.H;
+    const long long n = sequence_of(a.cu, N, number);
+    const long long token = a.cu[n] + (number - kda_first_chunk(a.cu, n)) * KDA_TOKENS;
+    const long long left = a.cu[n + 1] - token;
+    const int tokens = static_cast<int>(left < KDA_TOKENS ? left : KDA_TOKENS);
+    if (tokens <= 1) return; /* no chunk, or one that kda_scan takes as a single token */
+
+    const long long offset = h / (a.H / a.Hk) * KDA_K;
+    kda_chunk &out = w.chunks[blockIdx.x];
+    fetch_rows(m.q, a.q, token, offset, tokens);
+    fetch_rows(m.k, a.k, token, offset, tokens);
+    copy_commit();
+    read_decays(a, token, h, tokens, m);
+    copy_wait<0>();
+    __syncthreads();
+    find_factors(a, m);
+    __syncthreads();
+    diagonal_block(m, out);
+    __syncthreads();
+    multiply_decays(m);
+    __syncthreads();
+    if (warp_id() < PAIRS) lower_block(m, out, warp_id());
+    __syncthreads();
+    if (warp_id() < SOLVERS)
+        invert(m, out);
+    else
+        write_all_operands(m, out, threadIdx.x - SOLVERS * WARP, THREADS - SOLVERS * WARP);
+}
+
+} // namespace
+
+kl_status kda_prepare_window(const kda_arguments &a, long long N, const kda_window &w,
+                             cudaStream_t stream, kl_error *err)
+{
+    constexpr int bytes = static_cast<int>(sizeof(prepare_memory));
+    KL_CUDA_TRY(cudaFuncSetAttribute(kda_prepare_kernel,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                err);
+    const unsigned blocks = static_cast<unsigned>(w.count * a.H);
+    kda_prepare_kernel<<<blocks, THREADS, bytes, stream>>>(a, w, N);
+    KL_CUDA_TRY(cudaGetLastError(), err);
+    return KL_OK;
+}
+
+/* ---- all windows --------------------------------------------------------------------------- */
+
+/* Enough for 2,400 chunks in flight, 79 of 32 heads; and all of an 8,192-token call in two. */
+constexpr size_t WORKSPACE_BYTES = 160u << 20;
+
+static long long chunk_numbers(const kl_kda *a)
+{
+    return a->q.shape[0] / KDA_TOKENS + a->cu_seqlens.shape[0] - 1;
+}
+
+static long long window_chunks(const kl_kda *a)
+{
+    const size_t bytes = static_cast<size_t>(a->state.shape[1]) * sizeof(kda_chunk);
+    const long long most = bytes > WORKSPACE_BYTES ? 1 : WORKSPACE_BYTES / bytes;
+    const long long all = chunk_numbers(a);
+    return all < most ? all : most;
+}
+
+/* A property of types and widths, which a plan knows before there are tensors. */
+static bool shapes_fit(const kl_kda *a)
+{
+    return a->q.dtype == KL_BF16 && a->state.shape[3] == KDA_K && a->state.shape[2] % 32 == 0 &&
+           a->state.shape[2] > 0;
+}
+
+bool kda_chunked_applies(const kl_kda *a)
+{
+    const auto pieces = [](const kl_tensor &t) {
+        return is_aligned(t.data, t.stride[0], sizeof(bf16), 16);
+    };
+    return shapes_fit(a) && pieces(a->q) && pieces(a->k) && pieces(a->v) &&
+           is_aligned(a->out.data, 0, sizeof(bf16), 16) &&
+           is_aligned(a->state.data, 0, sizeof(float), 16) && is_aligned(a->ws.data, 0, 1, 16);
+}
+
+size_t kda_chunked_workspace(const kl_kda *a)
+{
+    if (!shapes_fit(a)) return 0;
+    return static_cast<size_t>(window_chunks(a) * a->state.shape[1]) * sizeof(kda_chunk);
+}
+
+kl_status kda_prefill_chunked(const kl_kda *a, cudaStream_t stream, kl_error *err)
+{
+    const kda_arguments args = kda_arguments_of(a);
+    const long long N = a->cu_seqlens.shape[0] - 1, all = chunk_numbers(a);
+    kda_window w = {static_cast<kda_chunk *>(a->ws.data), 0, window_chunks(a)};
+    for (; w.first < all; w.first += w.count) {
+        if (w.count > all - w.first) w.count = all - w.first;
+        KL_TRY(kda_prepare_window(args, N, w, stream, err));
+        KL_TRY(kda_scan_window(args, N, w, stream, err));
+    }
+    return KL_OK;
+}
