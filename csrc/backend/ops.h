@@ -158,8 +158,8 @@ typedef enum {
  *
  * kda_decode: T = N, one token for each sequence, cu_seqlens absent. kda_prefill computes the
  * same function of any lengths; it may reorder the arithmetic within chunks that start at a
- * sequence's first token of the call, KL_KDA_CHUNK tokens each (on CUDA 64), and takes the
- * order of kda_decode for a chunk of a single token. No exponential of a positive number is formed. */
+ * sequence's first token of the call, KL_KDA_CHUNK tokens each (64 on CUDA), and takes the order
+ * of kda_decode for a chunk of a single token. No exponential of a positive number is formed. */
 typedef struct {
     kl_workspace ws;
     kl_tensor q, k;       /* [T, Hk, K] act, rows strided                */
@@ -180,8 +180,7 @@ typedef struct {
 typedef kl_kda kl_kda_prefill;
 typedef kl_kda kl_kda_decode;
 
-/* Cutting a prefill at multiples of it changes no bit; on CUDA, at multiples of 64. */
-#define KL_KDA_CHUNK 16
+#define KL_KDA_CHUNK 16 /* cutting a prefill at its multiples changes no bit (64 on CUDA) */
 #define KL_KDA_MAX_K 256
 
 /* Tokens of an MLA page; also the block of the context that attention reads at a time. */
