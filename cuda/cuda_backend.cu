@@ -6,6 +6,7 @@
  */
 #include "cuda_backend.h"
 
+#include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -22,6 +23,69 @@ kl_status kl_cuda_bind(kl_backend *be, kl_error *err)
     KL_CUDA_TRY(cudaSetDevice(self_of(be)->device), err);
     return KL_OK;
 }
+
+/* ---- the caller's context -------------------------------------------------------------- */
+
+template <class F> static F driver_function(const char *name)
+{
+    cudaDriverEntryPointQueryResult found;
+    void *function = nullptr;
+    const cudaError_t e = cudaGetDriverEntryPointByVersion(name, &function, CUDART_VERSION,
+                                                           cudaEnableDefault, &found);
+    return e == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<F>(function)
+               : nullptr;
+}
+
+/* The driver's own view of what is current on a thread. To restore it with cudaSetDevice() would
+ * create a context on a device that the caller never used, and lose one that is not the
+ * runtime's. Null where there is no driver: then nothing can become current. */
+struct driver {
+    decltype(&cuCtxGetCurrent) get = driver_function<decltype(get)>("cuCtxGetCurrent");
+    decltype(&cuCtxSetCurrent) set = driver_function<decltype(set)>("cuCtxSetCurrent");
+};
+
+static const driver &the_driver()
+{
+    static const driver found;
+    return found;
+}
+
+/* From here to the end of the scope the current context may change; then it is what it was. */
+struct kept_context {
+    CUcontext before = nullptr;
+
+    kept_context()
+    {
+        (void)current(&before); /* fails before the first use: then there is none */
+    }
+
+    ~kept_context()
+    {
+        CUcontext now = nullptr;
+        if (current(&now) && now != before) (void)the_driver().set(before);
+    }
+
+    static bool current(CUcontext *out)
+    {
+        const driver &d = the_driver();
+        return d.get != nullptr && d.set != nullptr && d.get(out) == CUDA_SUCCESS;
+    }
+
+    kept_context(const kept_context &) = delete;
+    kept_context &operator=(const kept_context &) = delete;
+};
+
+/* entry<f>::call is f for the table: it leaves the calling thread's device as it was. */
+template <auto f> struct entry;
+
+template <class R, class... A, R (*f)(A...)> struct entry<f> {
+    static R call(A... args)
+    {
+        const kept_context kept;
+        return f(args...);
+    }
+};
 
 /* ---- life and info --------------------------------------------------------------------- */
 
@@ -145,19 +209,19 @@ static constexpr kl_backend_vtbl make_table()
         .abi = KL_BACKEND_ABI,
         .name = "cuda",
         .formats = (1u << KL_N_WEIGHT_FORMATS) - 1u,
-        .open = cuda_open,
-        .close = cuda_close,
-        .info = cuda_info,
-        .sync = cuda_sync,
+        .open = entry<cuda_open>::call,
+        .close = entry<cuda_close>::call,
+        .info = entry<cuda_info>::call,
+        .sync = entry<cuda_sync>::call,
         .set_stream = cuda_set_stream,
-        .alloc = cuda_alloc,
-        .free = cuda_free,
-        .zero = cuda_zero,
-        .copy_in = cuda_copy_in,
-        .copy_out = cuda_copy_out,
-        .copy = cuda_copy,
+        .alloc = entry<cuda_alloc>::call,
+        .free = entry<cuda_free>::call,
+        .zero = entry<cuda_zero>::call,
+        .copy_in = entry<cuda_copy_in>::call,
+        .copy_out = entry<cuda_copy_out>::call,
+        .copy = entry<cuda_copy>::call,
     };
-#define KL_ENTRY(op) t.op = kl_cuda_##op;
+#define KL_ENTRY(op) t.op = entry<kl_cuda_##op>::call;
     KL_CUDA_OPS(KL_ENTRY)
 #undef KL_ENTRY
 #define KL_ENTRY(op) t.op##_workspace = kl_cuda_##op##_workspace;

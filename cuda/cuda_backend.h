@@ -30,7 +30,7 @@ struct kl_cuda_backend {
     } while (0)
 
 /* The current device is a property of the calling thread, and callers have many: every entry of
- * the table starts with this. */
+ * the table starts with this. The table puts back what was current before. */
 kl_status kl_cuda_bind(kl_backend *be, kl_error *err);
 
 static inline cudaStream_t kl_cuda_stream(kl_backend *be)

@@ -310,7 +310,9 @@ typedef struct {
 
 /* Store a matrix in a weight's format: rounding to bf16, or quantising each group with
  * scale = bf16(max|w| / qmax), q = clamp(round(w / scale)), qmax 127, 7 or 448. A scale of 0
- * gives q = 0. src and out have equal shape. */
+ * gives q = 0. src and out have equal shape. A group that is not finite is refused by the CPU,
+ * with its place; on CUDA, where nobody waits for the answer, its scale is NaN and so it reads
+ * as NaN. */
 typedef struct {
     kl_workspace ws;
     kl_tensor src; /* [rows, cols] f32 or bf16, rows strided             */
