@@ -85,6 +85,13 @@ kl_status kl_seq_new(kl_engine *e, kl_seq *out, kl_error *err);
 kl_status kl_seq_fork(kl_engine *e, kl_seq seq, kl_seq *out, kl_error *err);
 kl_status kl_seq_release(kl_engine *e, kl_seq seq, kl_error *err);
 kl_status kl_seq_length(const kl_engine *e, kl_seq seq, int64_t *out, kl_error *err);
+/* What a KDA layer remembers of a sequence, between device and host: the state [H, V, K] and the
+ * conv window [C, W-1], oldest first, as f32 (exact: a window of bf16 is widened and narrowed
+ * again). Writing replaces both. */
+kl_status kl_seq_read_kda(kl_engine *e, kl_seq seq, int64_t layer, float *state, float *window,
+                          kl_error *err);
+kl_status kl_seq_write_kda(kl_engine *e, kl_seq seq, int64_t layer, const float *state,
+                           const float *window, kl_error *err);
 void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used);
 
 /* ---- one step -------------------------------------------------------------------------- */

@@ -234,6 +234,12 @@ static PyMethodDef engine_methods[] = {
      "seq_release($self, seq, /)\n--\n\nGive a sequence back."},
     {"seq_length", engine_seq_length, METH_O,
      "seq_length($self, seq, /)\n--\n\nTokens fed so far."},
+    {"seq_read_kda", KL_FASTCALL(kl_engine_py_read_kda), METH_FASTCALL,
+     "seq_read_kda($self, seq, layer, /)\n--\n\n"
+     "(state [H, V, K], conv window [C, W-1]) of a KDA layer, f32."},
+    {"seq_write_kda", KL_FASTCALL(kl_engine_py_write_kda), METH_FASTCALL,
+     "seq_write_kda($self, seq, layer, state, window, /)\n--\n\n"
+     "Replace what seq_read_kda gives."},
     {"feed", KL_FASTCALL(kl_engine_py_feed), METH_FASTCALL,
      "feed($self, seq, ids, progress, /)\n--\n\nAppend tokens to a sequence."},
     {"logits", KL_FASTCALL(kl_engine_py_logits), METH_FASTCALL,

@@ -81,7 +81,9 @@ int kl_dict_float(const char *op, PyObject *dict, const char *key, const float *
 
 PyObject *kl_plan_dict(const kl_plan *plan);
 
-/* Methods of Engine in engine_prompts.c. */
+/* Methods of Engine in engine_kda.c and engine_prompts.c. */
+PyObject *kl_engine_py_read_kda(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+PyObject *kl_engine_py_write_kda(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_feed(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_logits(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_logprobs(PyObject *op, PyObject *const *args, Py_ssize_t nargs);

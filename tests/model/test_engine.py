@@ -537,3 +537,50 @@ def test_bad_sources_are_named(fds, sources, error, message):
     engine = _core.Engine(backend, core_config(hf_config(CASE)), AUTO | dict(format="f32"))
     with pytest.raises(error, match=message):
         engine.load(fds, sources, None)
+
+
+# ---- the memory of a KDA layer ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["f32", "bf16"])
+def test_kda_memory_moves_between_sequences(path, format):
+    """A sequence without MLA layers' pages cannot be moved whole, so the whole one is forked and
+    its KDA memory damaged, then put back: the same bits as without."""
+    e = open_engine(path, threads=1, format=format)
+    seq = e.seq_new()
+    e.feed(seq, IDS[:100], None)
+    copy = e.seq_fork(seq)
+    kept = {}
+    for layer in (i for i, mixer in enumerate(e_config()["mixer"]) if mixer == "kda"):
+        kept[layer] = state, window = e.seq_read_kda(copy, layer)
+        assert np.abs(state).max() > 0 and np.abs(window).max() > 0
+        e.seq_write_kda(copy, layer, np.full_like(state, 7), np.full_like(window, 7))
+        assert (e.seq_read_kda(copy, layer)[0] == 7).all()
+        assert (e.seq_read_kda(copy, layer)[1] == 7).all()
+    for layer, memory in kept.items():
+        e.seq_write_kda(copy, layer, *memory)
+    one, other = (np.array(e.logits(s, IDS[100:], False, None)) for s in (seq, copy))
+    assert one.tobytes() == other.tobytes()
+
+
+def test_kda_memory_is_checked(engine):
+    seq = engine.seq_new()
+    mixers = e_config()["mixer"]
+    kda, mla = mixers.index("kda"), mixers.index("mla")
+    state, window = engine.seq_read_kda(seq, kda)
+    for layer in (mla, len(mixers)):
+        with pytest.raises(ValueError, match="layer must be one with KDA"):
+            engine.seq_read_kda(seq, layer)
+    with pytest.raises(ValueError, match="state must be a dense float32"):
+        engine.seq_write_kda(seq, kda, state[1:], window)
+    with pytest.raises(ValueError, match="window must be a dense float32"):
+        engine.seq_write_kda(seq, kda, state, window.astype(np.float64))
+    with pytest.raises(ValueError, match="state must be a dense float32"):
+        engine.seq_write_kda(seq, kda, state.transpose(0, 2, 1), window)
+    engine.seq_release(seq)
+    with pytest.raises(ValueError, match="sequence"):
+        engine.seq_read_kda(seq, kda)
+
+
+def e_config():
+    return core_config(hf_config(CASE))
