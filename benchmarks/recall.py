@@ -1,10 +1,12 @@
 """Recall of a checkpoint by task and length: needles, i-th occurrence, key-value pairs.
 
     python benchmarks/recall.py [--model DIR] [--samples 200] [--lengths 1024 2048 4096 8192]
+                                [--picture FILE.png]
 
 Greedy answers to conversations of examples/small_model/tasks.py, from seeds never used in
 training. An answer counts if every value asked for stands in it (`mrcr` must be exact). Prints
-a table and appends to results/recall.jsonl; without --model, the model inside the package.
+a table and a picture of recall against length, and appends to results/recall.jsonl; --picture
+draws it with matplotlib. Without --model, the model inside the package.
 """
 
 import random
@@ -59,22 +61,55 @@ def recall(model, column, length, samples):
     return sum(right) / samples
 
 
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def picture(lengths, rows):
+    """Recall against length in characters: a line a task, a bar a length."""
+    for c in COLUMNS:
+        bars = "  ".join(BARS[round(row[c] * 8)] * 6 for row in rows)
+        print(f"{c:>14}  {bars}")
+    print(" " * 16 + "  ".join(f"{n:<6}" for n in lengths))
+
+
+def draw(lengths, rows, file):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5))
+    for c in COLUMNS:
+        axes.plot(lengths, [100 * row[c] for row in rows], marker="o", label=c)
+    axes.set(xscale="log", xlabel="tokens", ylabel="recall, %", ylim=(0, 103))
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+
+
 def main():
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="DIR")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--picture", metavar="FILE", help="draw recall against length")
     options = parser.parse_args()
-    results, table = Results(options), []
+    results, rows, table = Results(options), [], []
     longest = max(options.lengths) + 256
     with kl.load(options.model, dtype=options.dtype, max_context=longest) as model:
         for length in options.lengths:
             row = {c: recall(model, c, length, options.samples) for c in COLUMNS}
+            rows.append(row)
             case = {"model": options.model or "small", "dtype": model.dtype, "tokens": length}
             results.add("recall", case | {"samples": options.samples}, recall=row)
             table.append(f"| {length} | " + " | ".join(f"{100 * v:.0f} %" for v in row.values()) + " |")
     print("| tokens | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS), *table, sep="\n")
+    picture(options.lengths, rows)
+    if options.picture:
+        draw(options.lengths, rows, options.picture)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from words import sentence, story
 
 # How often each kind of row is drawn.
 MIX = {
-    "english": 0.14, "stories": 0.06, "tell": 0.04, "manners": 0.01,
-    "single": 0.12, "multikey": 0.13, "multivalue": 0.09, "multiquery": 0.09, "mrcr": 0.14,
-    "mqar": 0.05, "copy": 0.03, "reverse": 0.03, "stack": 0.03, "variables": 0.03,
-    "common_words": 0.02,
+    "english": 0.10, "stories": 0.04, "tell": 0.04, "manners": 0.01,
+    "single": 0.10, "multikey": 0.09, "multivalue": 0.11, "multiquery": 0.09, "nth_value": 0.06,
+    "mrcr": 0.06, "mrcr_many": 0.14, "which": 0.05,
+    "mqar": 0.04, "copy": 0.02, "reverse": 0.03, "stack": 0.05, "variables": 0.04,
+    "common_words": 0.03,
 }  # fmt: skip
+NEEDLES = ("single", "multikey", "multivalue", "multiquery", "nth_value")
 CONTEXT_WEIGHT = 0.02  # loss of a user's tokens, next to 1 for an answer's
 PROSE_WEIGHT = 0.2  # of plain English and stories, of which a row is full
 CHARS_PER_TOKEN = 3.4
@@ -68,11 +70,11 @@ def row(encoder, corpus, r, length):
             more = encoder.plain(story(r) if r.random() < 0.8 else sentence(r))
             ids, weights = ids + more[0], weights + more[1]
         return ids[: length + 1], weights[: length + 1]
-    budget = size * r.uniform(0.5, 1.0)
+    budget = size * r.uniform(0.7, 1.0)
     learned = PROSE_WEIGHT if kind == "tell" else 1.0
     while True:
         ids, weights = encoder.conversation(TASKS[kind](r, int(budget)), learned)
-        while len(ids) < length // 2 and kind not in ("single", "multikey", "multivalue", "multiquery"):
+        while len(ids) < length // 2 and kind not in NEEDLES:
             more = encoder.conversation(TASKS[kind](r, int(budget)), learned)
             if len(ids) + len(more[0]) > length:
                 break
@@ -121,9 +123,10 @@ class Lengths:
         return list(zip(self.choices, self.shares, strict=True))
 
 
-def start(tokenizer_dir, corpus_file, seed, tokens, lengths, workers):
-    """A queue of batches of about `tokens` tokens, filled by `workers` processes."""
+def start(tokenizer_dir, corpus_file, seed, tokens, lengths, workers, mix):
+    """A queue of batches of about `tokens` tokens, filled by `workers` processes; mix changes MIX."""
     assert seed < HELD_OUT_SEED
+    MIX.update(mix)  # the workers are forked from here
     queue = multiprocessing.Queue(maxsize=3 * workers)
     for w in range(workers):
         args = (tokenizer_dir, corpus_file, seed, w, tokens, lengths, queue)

@@ -2,10 +2,11 @@
 
     python golden.py MODEL_DIR OUT.json
 
-Greedy continuations of 32 tokens and the log-probabilities of each prompt's tokens.
+Of 50 prompts: greedy continuations of 32 tokens, and the log-probabilities of the prompt's own.
 """
 
 import argparse
+import itertools
 import json
 import random
 
@@ -15,16 +16,25 @@ from transformers import KimiLinearForCausalLM
 from kimi_linear import Tokenizer
 from tasks import HELD_OUT_SEED, TASKS
 
-TEXTS = ["Once upon a time, there was a", "It is a truth", "The cat sat on"]
-CHATS = ["single", "multikey", "mqar", "copy", "reverse", "tell", "manners"]
+TEXTS = [
+    "Once upon a time, there was a", "It is a truth", "The cat sat on", "In the morning", "She was not",
+    "And God said", "a small round", "He looked at her and",
+]
+CHATS = [
+    "single", "multikey", "multivalue", "multiquery", "nth_value", "mrcr", "mqar", "copy", "reverse",
+    "stack", "variables", "common_words", "tell", "manners",
+]  # fmt: skip
 
 
 def prompts(tokenizer):
     for text in TEXTS:
         yield tokenizer.encode(text)
-    for name in CHATS:
-        (_, asked), *_ = TASKS[name](random.Random(HELD_OUT_SEED), 900)
-        yield tokenizer.apply_chat_template([{"role": "user", "content": asked}])
+    for name, seed in itertools.product(CHATS, range(3)):
+        turns = TASKS[name](random.Random(HELD_OUT_SEED + seed), 700)
+        asked = turns[: next(i for i, (role, _) in enumerate(turns) if role == "assistant")]
+        yield tokenizer.apply_chat_template([
+            {"role": "user" if role == "user" else "assistant", "content": text} for role, text in asked
+        ])
 
 
 @torch.no_grad()
@@ -44,7 +54,7 @@ def main():
         out.append({
             "ids": ids,
             "continuation": made[0, len(ids) :].tolist(),
-            "logprobs": [round(v, 6) for v in picked.tolist()],
+            "logprobs": [round(v, 5) for v in picked.tolist()],
         })  # fmt: skip
     with open(a.out, "w") as f:
         f.write("[\n" + ",\n".join(json.dumps(x) for x in out) + "\n]\n")

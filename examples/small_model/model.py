@@ -79,6 +79,36 @@ def kda_chunked(q, k, v, g, beta):
     return O.flatten(2, 3)
 
 
+def fused_kernels():
+    """KDA of the flash-linear-attention package (Triton), several times as fast. Of its tuning
+    choices a few are tried: all of them take minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    whole = Autotuner.__init__
+
+    def trimmed(self, fn, names, configs, *args, **kw):
+        few = [c for c in configs if c.num_warps in (2, 4) and c.num_stages <= 3] or configs
+        whole(self, fn, names, few[:: max(1, len(few) // 3)], *args, **kw)
+
+    Autotuner.__init__ = trimmed
+    from fla.modules.causal_conv1d import causal_conv1d
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated
+    from fla.ops.kda import chunk_kda
+
+    def mix(p, f, b, z, m):
+        B, T, _ = p.shape
+        p, f, b, z = (t.bfloat16() for t in (p, f, b, z))
+        y, _ = causal_conv1d(p, m.conv.bfloat16(), activation="silu")
+        q, k, v = (t.reshape(B, T, m.H, m.K) for t in y.chunk(3, -1))
+        o, _ = chunk_kda(q, k, v, f.view(B, T, m.H, m.K), b, use_qk_l2norm_in_kernel=True,
+                         use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+                         disable_recompute=True, A_log=m.A_log, dt_bias=m.dt_bias)  # fmt: skip
+        o = rms_norm_gated(o, z.view(B, T, m.H, m.K), m.o_norm, None, "sigmoid", eps=1e-5)
+        return o.flatten(2)
+
+    KDA.mix = staticmethod(mix)
+
+
 def kda_inputs(p, f, b, conv, A_log, dt_bias, H, K):
     """Projections p [B,T,3HK], f [B,T,HK], b [B,T,H] -> what kda_chunked takes."""
     B, T, _ = p.shape
@@ -116,13 +146,17 @@ class KDA(nn.Module):
         dt = torch.empty(HK).uniform_(-6.9, -2.3).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
 
+    @staticmethod
+    def mix(p, f, b, z, m):
+        """From the projections to the input of the last one; m holds the small weights."""
+        o = kda_chunked(*kda_inputs(p, f, b, m.conv, m.A_log, m.dt_bias, m.H, m.K))
+        return kda_output(o, z, m.o_norm)
+
     def forward(self, x):
-        p, f, b = self.qkv(x), self.f_b(self.f_a(x)), self.b(x)
+        p, f, b, z = self.qkv(x), self.f_b(self.f_a(x)), self.b(x), self.g_b(self.g_a(x))
         with torch.autocast(x.device.type, enabled=False):
-            o = kda_chunked(
-                *kda_inputs(p, f, b, self.conv, self.A_log, self.dt_bias, self.H, self.K)
-            )
-        return self.o(kda_output(o, self.g_b(self.g_a(x)), self.o_norm))
+            y = self.mix(p, f, b, z, self)
+        return self.o(y)
 
 
 class MLA(nn.Module):
@@ -207,12 +241,6 @@ class Layer(nn.Module):
     def forward(self, x):
         x = x + self.mixer(rms(x, self.norm1).to(torch.bfloat16)).float()
         return x + self.ffn(rms(x, self.norm2).to(torch.bfloat16)).float()
-
-
-def compile_parts():
-    """Let torch.compile fuse the element-wise parts; matrix products stay as they are."""
-    for name in ("rms", "kda_prepare", "kda_inputs", "kda_output", "swiglu", "expert_inner"):
-        globals()[name] = torch.compile(globals()[name], dynamic=True)
 
 
 class Model(nn.Module):

@@ -132,7 +132,88 @@ def multiquery(r, size, n=4, **kw):
     return needles(r, size, n_queries=n, **kw)
 
 
+def nth_value(r, size, key=None):
+    """Several values for each of a few keys; which came first, second, ... for a key."""
+    value = r.choice(("numbers", "words"))
+    keys = distinct(r, word, r.randrange(1, 5))
+    values = {k: distinct(r, KINDS[value], r.randrange(2, 7)) for k in keys}
+    left = [k for k in keys for _ in values[k]]
+    r.shuffle(left)
+    lines, seen = filler_lines(r, r.choice(("noise", "prose")), size), dict.fromkeys(keys, 0)
+    places = sorted(r.randrange(len(lines) + 1) for _ in left)
+    hidden = []
+    for k in left:
+        hidden.append(f"One of the special magic {value} for {k} is: {values[k][seen[k]]}.")
+        seen[k] += 1
+    for at, text in reversed(list(zip(places, hidden, strict=True))):
+        lines.insert(at, text)
+    out, kind = [], value[:-1]
+    for i in range(r.randrange(2, 7)):
+        k = r.choice(keys)
+        j = r.randrange(len(values[k]))
+        ask = f"What is the {ORDINALS[j]} special magic {kind} for {k} mentioned in the provided text?"
+        out.append(("user", "\n".join([*lines, ask]) if i == 0 else ask))
+        out.append(("assistant", f"The {ORDINALS[j]} special magic {kind} for {k} is {values[k][j]}."))
+    return out
+
+
 # ---- conversations ---------------------------------------------------------------------------
+def request(form, topic):
+    return f"Write {'an' if form[0] in 'aeiou' else 'a'} {form} about the {topic}."
+
+
+def prepend(r, form, topic, i, text):
+    """The question of MRCR for the i-th of like answers, and its answer."""
+    code = "".join(r.choice(string.ascii_letters + string.digits) for _ in range(10))
+    ask = (f"Prepend {code} to the {ORDINALS[i]} {form} about the {topic}. "
+           "Do not include any other text in your response.")  # fmt: skip
+    return [("user", ask), ("assistant", f"{code}{text}")]
+
+
+def requests(r, size, short):
+    """Requests drawn from a few, with their answers: ([(form, topic)], [text])."""
+    n = max(3, int(size / (100 if short else 190)))
+    forms, topics = r.sample(FORMATS, r.randrange(1, 7)), r.sample(ANIMALS, r.randrange(2, 13))
+    kinds = distinct(r, lambda r: (r.choice(forms), r.choice(topics)),
+                     min(max(1, n // r.randrange(2, 5)), len(forms) * len(topics) // 2 + 1))  # fmt: skip
+    asks = [r.choice(kinds) for _ in range(n)]
+    texts = [piece(r, *ask) for ask in asks]
+    return asks, [t.split(". ")[0].split("? ")[0] for t in texts] if short else texts
+
+
+def mrcr_many(r, size):
+    """MRCR with several repeated requests and several questions about them."""
+    asks, texts = requests(r, size * 0.7, r.random() < 0.5)
+    out, seen = [], {}
+    for ask, text in zip(asks, texts, strict=True):
+        seen.setdefault(ask, []).append(text)
+        out += [("user", request(*ask)), ("context", text)]
+    often = [ask for ask in seen if len(seen[ask]) > 1] or list(seen)
+    for _ in range(max(2, min(8, size // 600))):
+        ask = r.choice(often)
+        i = r.randrange(min(len(seen[ask]), len(ORDINALS)))
+        out += prepend(r, *ask, i, seen[ask][i])
+    return out
+
+
+def which(r, size):
+    """How many like requests there have been: asked after many of them."""
+    asks, texts = requests(r, size * 0.6, r.random() < 0.7)
+    out, count = [], {}
+    for ask, text in zip(asks, texts, strict=True):
+        count[ask] = count.get(ask, 0) + 1
+        out += [("user", request(*ask)), ("context", text)]
+        if count[ask] <= len(ORDINALS) and r.random() < 0.6:
+            form, topic = ask
+            out += [("user", f"Which {form} about the {topic} was that?"),
+                    ("assistant", f"The {ORDINALS[count[ask] - 1]}.")]  # fmt: skip
+    if out[-1][0] != "assistant":
+        form, topic = asks[-1]
+        out += [("user", f"How many times did I ask for a text like the {form} about the {topic}?"),
+                ("assistant", f"{count[asks[-1]]}.")]  # fmt: skip
+    return out
+
+
 def mrcr(r, size, n=None, turns=None):
     """Return the i-th of n answers to one and the same request among other requests."""
     n = n or r.randrange(1, 5)
@@ -148,17 +229,13 @@ def mrcr(r, size, n=None, turns=None):
     asks = others + [target] * n
     r.shuffle(asks)
     out, seen = [], []
-    for form, topic in asks:
-        text = piece(r, form, topic)
-        if (form, topic) == target:
+    for ask in asks:
+        text = piece(r, *ask)
+        if ask == target:
             seen.append(text)
-        article = "an" if form[0] in "aeiou" else "a"
-        out += [("user", f"Write {article} {form} about the {topic}."), ("context", text)]
+        out += [("user", request(*ask)), ("context", text)]
     for i in r.sample(range(n), min(n, turns or 2)):
-        code = "".join(r.choice(string.ascii_letters + string.digits) for _ in range(10))
-        out.append(("user", f"Prepend {code} to the {ORDINALS[i]} {target[0]} about the {target[1]}. "
-                            "Do not include any other text in your response."))  # fmt: skip
-        out.append(("assistant", f"{code}{seen[i]}"))
+        out += prepend(r, *target, i, seen[i])
     return out
 
 
@@ -202,9 +279,10 @@ def mqar(r, size, n=None, queries=None):
 
 
 def stack(r, size):
-    """Several stacks of words; report what each pop returns."""
-    n_stacks, held, steps, popped = r.randrange(1, 9), {}, [], []
-    while sum(map(len, steps)) < min(size, 2500) or not popped:
+    """Several stacks of words; report what each pop returns, at the end or as they come."""
+    n_stacks, held, steps, popped, out = r.randrange(1, 9), {}, [], [], []
+    at_once, written = r.random() < 0.4, 0
+    while written < min(size, 2500) or not popped:
         s = r.randrange(n_stacks)
         if held.get(s) and r.random() < 0.5:
             popped.append(held[s].pop())
@@ -212,9 +290,16 @@ def stack(r, size):
         else:
             held.setdefault(s, []).append(r.choice(THINGS))
             steps.append(f"push {s} {held[s][-1]}")
-    steps_text = "\n".join(steps)
-    return [("user", f"Follow these stack operations and list what each pop returns.\n{steps_text}"),
-            ("assistant", " ".join(popped))]  # fmt: skip
+        written += len(steps[-1])
+        if popped and not at_once and len(steps) > 3:
+            out += [("user", "\n".join(steps)), ("assistant", " ".join(popped))]
+            steps, popped, written = [], [], written + 20
+            if written >= min(size, 2500):
+                break
+    if steps and popped:
+        out += [("user", "\n".join(steps)), ("assistant", " ".join(popped))]
+    intro = "Follow these stack operations and list what each pop returns.\n"
+    return [("user", intro + out[0][1]), *out[1:]]
 
 
 def variables(r, size, hops=None):
@@ -284,6 +369,6 @@ def manners(r, size):
 
 TASKS = {
     "single": single, "multikey": multikey, "multivalue": multivalue, "multiquery": multiquery,
-    "mrcr": mrcr, "copy": copy, "reverse": reverse, "mqar": mqar, "stack": stack,
+    "nth_value": nth_value, "mrcr": mrcr, "mrcr_many": mrcr_many, "which": which, "copy": copy, "reverse": reverse, "mqar": mqar, "stack": stack,
     "variables": variables, "common_words": common_words, "tell": tell, "manners": manners,
 }  # fmt: skip

@@ -3,8 +3,8 @@
     python train.py --tokenizer DIR --corpus FILE --out DIR --minutes 9 [--resume FILE]
                     [--stage 0|1|2|3] [--init DIR]
 
-Stage 0 learns on short rows, stage 1 mixes lengths up to 4,096, stage 2 decays the learning
-rate to nothing, stage 3 is 1 and 2 in one short run. Writes state.pt (to resume), weights_*.npz (float32, to export) and log.jsonl.
+Stage 0 learns on short rows, stage 1 mixes lengths up to 4,096, stages 2 and 3 see more of the
+hard tasks and lower the learning rate to nothing. Writes state.pt (to resume), weights_*.npz (float32, to export) and log.jsonl.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from model import Model, MoE, compile_parts
+from model import Model, MoE, fused_kernels
 
 CONFIG = dict(
     vocab_size=data.VOCAB_SIZE, hidden_size=256, n_layers=8,
@@ -27,11 +27,13 @@ CONFIG = dict(
     dense_inner=384, n_experts=8, top_k=2, moe_inner=64, n_shared=1, routed_scaling=2.0,
 )  # fmt: skip
 LENGTHS = [256, 512, 1024, 2048, 4096]
-STAGES = [  # shares of row lengths; from, to of the learning rate; peak
-    dict(shares=[0.5, 0.35, 0.15, 0.0, 0.0], lr=(1.0, 1.0)),
-    dict(shares=[0.05, 0.1, 0.2, 0.3, 0.35], lr=(1.0, 0.6)),
-    dict(shares=[0.02, 0.05, 0.13, 0.3, 0.5], lr=(0.6, 0.0)),
-    dict(shares=[0.05, 0.10, 0.20, 0.3, 0.35], lr=(0.8, 0.02)),  # 1 and 2 in one short run
+LONG = [0.02, 0.05, 0.13, 0.3, 0.5]
+HARD = {"single": 0.06, "multikey": 0.06, "multivalue": 0.16, "mrcr": 0.08, "mrcr_many": 0.18}
+STAGES = [  # shares of row lengths; from, to of the learning rate; changes to data.MIX
+    dict(shares=[0.5, 0.35, 0.15, 0.0, 0.0], lr=(1.0, 1.0), mix={}),
+    dict(shares=[0.05, 0.1, 0.2, 0.3, 0.35], lr=(1.0, 0.6), mix={}),
+    dict(shares=LONG, lr=(0.6, 0.3), mix=HARD),
+    dict(shares=LONG, lr=(0.3, 0.0), mix=HARD),
 ]
 
 
@@ -146,7 +148,7 @@ def main():
     p.add_argument("--micro-tokens", type=int, default=65536)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--workers", type=int, default=14)
-    p.add_argument("--compile", action="store_true", help="fuse element-wise parts")
+    p.add_argument("--fused", action="store_true", help="KDA by flash-linear-attention's kernels")
     p.add_argument("--seed", type=int, default=1)
     a = p.parse_args()
     began = time.time()
@@ -158,12 +160,12 @@ def main():
     lengths = data.Lengths(LENGTHS)
     lengths.set(stage["shares"])
     seed = a.seed * 10 + a.stage
-    queue = data.start(a.tokenizer, a.corpus, seed, a.tokens, lengths, a.workers)
+    queue = data.start(a.tokenizer, a.corpus, seed, a.tokens, lengths, a.workers, stage["mix"])
     from kimi_linear.tokenizer import Tokenizer
 
     encoder = data.Encoder(Tokenizer.from_dir(a.tokenizer, vocab_size=data.VOCAB_SIZE))
-    if a.compile:
-        compile_parts()
+    if a.fused:
+        fused_kernels()
     model = Model(CONFIG).cuda()
     if a.init:
         model.restore({n: x for f in sorted(a.init.glob("*.npz")) for n, x in np.load(f).items()})
