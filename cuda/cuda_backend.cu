@@ -9,6 +9,7 @@
 #include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* The kernels are compiled for sm_90a, whose code runs on this capability and no other. */
 static constexpr int MAJOR = 9, MINOR = 0;
@@ -181,9 +182,48 @@ static kl_status copy(kl_backend *be, void *dst, const void *src, size_t bytes,
     return KL_OK;
 }
 
+/* So few bytes travel as a kernel's argument: boundaries and ids of a call. Such a copy can be
+ * captured in a graph, for it does not come back to the host's memory when that is replayed. */
+struct small_block {
+    unsigned char bytes[2048];
+};
+
+static __global__ void store_small(unsigned char *dst, const __grid_constant__ small_block src,
+                                   int n)
+{
+    for (int i = threadIdx.x; i < n; i += blockDim.x) dst[i] = src.bytes[i];
+}
+
+static kl_status copy_small(kl_backend *be, void *dst, const void *src, size_t bytes,
+                            kl_error *err)
+{
+    small_block block;
+    KL_TRY(kl_cuda_bind(be, err));
+    memcpy(block.bytes, src, bytes);
+    store_small<<<1, 256, 0, self_of(be)->stream>>>(static_cast<unsigned char *>(dst), block,
+                                                    static_cast<int>(bytes));
+    KL_CUDA_TRY(cudaGetLastError(), err);
+    return KL_OK;
+}
+
+static kl_status refuse_capture(kl_backend *be, size_t bytes, kl_error *err)
+{
+    cudaStreamCaptureStatus now;
+    KL_TRY(kl_cuda_bind(be, err));
+    KL_CUDA_TRY(cudaStreamIsCapturing(self_of(be)->stream, &now), err);
+    if (now == cudaStreamCaptureStatusNone) return KL_OK;
+    return kl_fail(err, KL_ERR_DEVICE,
+                   "cuda: in a graph at most %zu bytes can come from the host's memory, got "
+                   "%zu: pass arrays that are on the device",
+                   sizeof(small_block), bytes);
+}
+
 static kl_status cuda_copy_in(kl_backend *be, void *dst, const void *src, size_t bytes,
                               kl_error *err)
 {
+    if (bytes <= sizeof(small_block))
+        return bytes == 0 ? KL_OK : copy_small(be, dst, src, bytes, err);
+    KL_TRY(refuse_capture(be, bytes, err));
     return copy(be, dst, src, bytes, cudaMemcpyHostToDevice, err);
 }
 

@@ -32,6 +32,12 @@ def make_case(T, D, vocab, *, format="f32", dtype=np.float32, seed=0):
     return hidden.astype(dtype), lm_head, targets, dense
 
 
+def tolerance(variant, dtype, format, logits):
+    """CUDA's tensor cores take bf16 by bf16, to which weights of other formats are rounded."""
+    rounds = variant == "cuda" and dtype == BF16 and format != "bf16"
+    return 4e-3 * np.abs(logits).max() if rounds else 2e-5
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_matches_float64(variant, format, dtype):
@@ -39,16 +45,17 @@ def test_matches_float64(variant, format, dtype):
         hidden, lm_head, targets, dense = make_case(T, D, vocab, format=format, dtype=dtype)
         got = ops.token_logprobs(hidden, lm_head, targets, top=top)
         want = reference.token_logprobs(hidden, dense, targets, top=top)
-        np.testing.assert_allclose(got[0], want[0], atol=2e-5, equal_nan=True)
-        np.testing.assert_array_equal(got[1], want[1])
-        np.testing.assert_allclose(got[3], want[3], atol=2e-5)
+        logits = hidden.astype(np.float64) @ dense.T
+        atol = tolerance(variant, dtype, format, logits)
+        np.testing.assert_allclose(got[0], want[0], atol=atol, equal_nan=True)
+        np.testing.assert_allclose(got[3], want[3], atol=atol)
         assert (np.diff(got[3], axis=1) <= 0).all()
         # neighbours closer than a rounding may change places, and only they
-        moved = got[2] != want[2]
-        assert moved.mean() < 0.005
-        logits = hidden.astype(np.float64) @ dense.T
         exact = np.take_along_axis(logits, got[2].astype(np.int64), 1)
-        assert (np.diff(exact, axis=1) < 2e-5).all()
+        assert (np.diff(exact, axis=1) < atol).all()
+        if atol == 2e-5:
+            assert (got[2] != want[2]).mean() < 0.005
+            np.testing.assert_array_equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16", "int4"])

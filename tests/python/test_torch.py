@@ -10,94 +10,44 @@ torch = pytest.importorskip("torch")
 
 import kimi_linear.torch as klt  # noqa: E402
 from kimi_linear import ops  # noqa: E402
-
-T, H, K, V, RANK, ROPE, NOPE, E, D, I = 21, 2, 8, 12, 16, 4, 8, 5, 10, 6
-
-
-def rand(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-generator = torch.Generator().manual_seed(3)
-CU = torch.tensor([0, 5, 5, T])
-KDA = dict(
-    q=rand(T, H, K), k=torch.nn.functional.normalize(rand(T, H, K), dim=-1), v=rand(T, H, V),
-    g=-rand(T, H, K).abs(), beta=rand(T, H).sigmoid(),
+from torch_cases import (  # noqa: E402
+    CASES, CU, LATENT, MLA_Q, RANK, ROPE, W_KV_B, D, T, X, case_on, cloned, moved, rand,
 )  # fmt: skip
-STATE = rand(4, H, V, K)
-LATENT, W_KV_B = rand(T, RANK + ROPE), rand(H, NOPE + V, RANK)
-MLA_Q = rand(T, H, NOPE + ROPE)
-W1, W3, W2 = rand(E, I, D), rand(E, I, D), rand(E, D, I)
-IDS = torch.randint(0, E, (T, 3), generator=generator, dtype=torch.int32)
-X = rand(T, D)
 
-CASES = {
-    "kda_prefill": ((*KDA.values(),), {}),
-    "kda_prefill ragged": (
-        (*KDA.values(),),
-        dict(cu_seqlens=CU, initial_state=STATE[:3], gate="softplus", A_log=rand(H),
-             dt_bias=rand(H, K), normalize=True, beta_logits=True, scale=0.5),
-    ),
-    "kda_decode": ((*(t[:4] for t in KDA.values()), STATE.clone()), {}),
-    "kda_decode slots": (
-        (*(t[:2] for t in KDA.values()), STATE.clone()),
-        dict(slots=torch.tensor([3, 0])),
-    ),
-    "short_conv": ((X, rand(D, 4)), {}),
-    "short_conv ragged": ((X, rand(D, 4)), dict(cu_seqlens=CU, activation=None)),
-    "gated_rms_norm": ((rand(T, H, V), rand(T, H, V), rand(V)), dict(eps=1e-6)),
-    "rms_norm": ((X, rand(D)), dict(eps=1e-5)),
-    "rms_norm residual": ((X, rand(D)), dict(eps=1e-5, residual=rand(T, D))),
-    "mla_prefill": ((MLA_Q, LATENT, W_KV_B), {}),
-    "mla_prefill past": (
-        (MLA_Q, LATENT, W_KV_B),
-        dict(cu_seqlens=CU, past=[rand(70, RANK + ROPE), None, rand(3, RANK + ROPE)]),
-    ),
-    "mla_prefill one past": ((MLA_Q, LATENT, W_KV_B), dict(past=rand(3, RANK + ROPE))),
-    "mla_decode": (
-        (MLA_Q[:2], rand(3, 64, RANK + ROPE), torch.tensor([[0, 2], [1, -1]]),
-         torch.tensor([65, 3], dtype=torch.int32), W_KV_B), {},
-    ),
-    "moe_route": ((rand(T, E), rand(E)), dict(top_k=2, scaling=2.5)),
-    "moe_route no bias": ((rand(T, E), None), dict(top_k=1, scaling=1.0, score="softmax")),
-    "moe_experts": ((X, IDS, rand(T, 3), W1, W3, W2), {}),
-    "moe_experts shared": (
-        (X, IDS, rand(T, 3), W1, W3, W2), dict(shared=(W1[0], W3[0], W2[0])),
-    ),
-    "linear": ((X, rand(7, D)), {}),
-    "linear of three axes": ((X.view(3, 7, D), rand(7, D)), {}),
-    "linear bfloat16": ((X.bfloat16(), rand(7, D)), {}),
-    "token_logprobs": ((X, rand(9, D), torch.arange(T) % 10 - 1), {}),
-    "token_logprobs top": ((X, rand(9, D), torch.arange(T) % 10 - 1), dict(top=3)),
-}  # fmt: skip
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+)
 
 
-def cloned(value):
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    return type(value)(map(cloned, value)) if isinstance(value, list | tuple) else value
+@pytest.fixture(params=["cpu", CUDA])
+def place(request):
+    return request.param
+
+
+def assert_same(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_as_ops(case):
-    name, (args, options) = case.split()[0], CASES[case]
+def test_same_as_ops(case, place):
+    name, args, options = case_on(case, place)
     want_args, got_args = cloned(args), cloned(args)
     want = getattr(ops, name)(*want_args, **options)
     got = getattr(klt, name)(*got_args, **options)
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(got_args, want_args, rtol=0, atol=0)  # state, too
+    assert_same(got, want)
+    assert_same(got_args, want_args)  # state, too
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiles_whole(case):
-    name, (args, options) = case.split()[0], CASES[case]
+def test_compiles_whole(case, place):
+    name, args, options = case_on(case, place)
     torch._dynamo.reset()
     compiled = torch.compile(getattr(klt, name), fullgraph=True, backend="aot_eager")
     want_args, got_args = cloned(args), cloned(args)
     want = getattr(ops, name)(*want_args, **options)
     got = compiled(*got_args, **options)
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(got_args, want_args, rtol=0, atol=0)
+    assert_same(got, want)
+    assert_same(got_args, want_args)
 
 
 OPCHECKS = ["kda_prefill ragged", "kda_decode slots", "short_conv ragged", "gated_rms_norm",
@@ -106,24 +56,24 @@ OPCHECKS = ["kda_prefill ragged", "kda_decode slots", "short_conv ragged", "gate
 
 
 @pytest.mark.parametrize("case", OPCHECKS)
-def test_opcheck(case):
-    name, (args, options) = case.split()[0], CASES[case]
+def test_opcheck(case, place):
+    name, args, options = case_on(case, place)
     if name == "token_logprobs":  # opcheck does not hold NaN equal
         args = (*args[:2], args[2].clamp(min=0))
-    torch.library.opcheck(getattr(torch.ops.kimi_linear, name), cloned(args), options)
+    torch.library.opcheck(getattr(torch.ops.kimi_linear, name), args, options)
 
 
-def test_opcheck_of_what_the_functions_rearrange():
+def test_opcheck_of_what_the_functions_rearrange(place):
     op = torch.ops.kimi_linear
-    torch.library.opcheck(op.add_rms_norm, (X, rand(D), rand(T, D)), dict(eps=1e-5))
+    args = moved((X, rand(D), rand(T, D)), place)
+    torch.library.opcheck(op.add_rms_norm, args, dict(eps=1e-5))
     past = [rand(70, RANK + ROPE), rand(0, RANK + ROPE), rand(3, RANK + ROPE)]
-    torch.library.opcheck(
-        op.mla_prefill, (MLA_Q, LATENT, W_KV_B), dict(cu_seqlens=CU, past=past)
-    )
+    options = moved(dict(cu_seqlens=CU, past=past), place)
+    torch.library.opcheck(op.mla_prefill, moved((MLA_Q, LATENT, W_KV_B), place), options)
 
 
-def test_a_model_of_several_operations_compiles():
-    weight, w = rand(D), rand(D, D)
+def test_a_model_of_several_operations_compiles(place):
+    weight, w, conv, x = moved((rand(D), rand(D, D), rand(D, 4), X), place)
 
     def block(x):
         for _ in range(2):
@@ -131,9 +81,8 @@ def test_a_model_of_several_operations_compiles():
             x = torch.tanh(klt.linear(x, w))
         return x
 
-    conv = rand(D, 4)
     compiled = torch.compile(block, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(X), block(X), rtol=0, atol=0)
+    assert_same(compiled(x), block(x))
 
 
 @pytest.mark.parametrize("name", [n for n in klt.__all__])

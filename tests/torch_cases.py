@@ -1,0 +1,94 @@
+"""Small calls of every operation on torch tensors, and how to bring them to a device."""
+
+import torch
+
+T, H, K, V, RANK, ROPE, NOPE, E, D, I = 21, 2, 8, 12, 16, 4, 8, 5, 10, 6
+
+
+def rand(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+generator = torch.Generator().manual_seed(3)
+CU = torch.tensor([0, 5, 5, T])
+KDA = dict(
+    q=rand(T, H, K), k=torch.nn.functional.normalize(rand(T, H, K), dim=-1), v=rand(T, H, V),
+    g=-rand(T, H, K).abs(), beta=rand(T, H).sigmoid(),
+)  # fmt: skip
+STATE = rand(4, H, V, K)
+LATENT, W_KV_B = rand(T, RANK + ROPE), rand(H, NOPE + V, RANK)
+MLA_Q = rand(T, H, NOPE + ROPE)
+W1, W3, W2 = rand(E, I, D), rand(E, I, D), rand(E, D, I)
+IDS = torch.randint(0, E, (T, 3), generator=generator, dtype=torch.int32)
+X = rand(T, D)
+
+CASES = {
+    "kda_prefill": ((*KDA.values(),), {}),
+    "kda_prefill ragged": (
+        (*KDA.values(),),
+        dict(cu_seqlens=CU, initial_state=STATE[:3], gate="softplus", A_log=rand(H),
+             dt_bias=rand(H, K), normalize=True, beta_logits=True, scale=0.5),
+    ),
+    "kda_decode": ((*(t[:4] for t in KDA.values()), STATE.clone()), {}),
+    "kda_decode slots": (
+        (*(t[:2] for t in KDA.values()), STATE.clone()),
+        dict(slots=torch.tensor([3, 0])),
+    ),
+    "short_conv": ((X, rand(D, 4)), {}),
+    "short_conv ragged": ((X, rand(D, 4)), dict(cu_seqlens=CU, activation=None)),
+    "gated_rms_norm": ((rand(T, H, V), rand(T, H, V), rand(V)), dict(eps=1e-6)),
+    "rms_norm": ((X, rand(D)), dict(eps=1e-5)),
+    "rms_norm residual": ((X, rand(D)), dict(eps=1e-5, residual=rand(T, D))),
+    "mla_prefill": ((MLA_Q, LATENT, W_KV_B), {}),
+    "mla_prefill past": (
+        (MLA_Q, LATENT, W_KV_B),
+        dict(cu_seqlens=CU, past=[rand(70, RANK + ROPE), None, rand(3, RANK + ROPE)]),
+    ),
+    "mla_prefill one past": ((MLA_Q, LATENT, W_KV_B), dict(past=rand(3, RANK + ROPE))),
+    "mla_decode": (
+        (MLA_Q[:2], rand(3, 64, RANK + ROPE), torch.tensor([[0, 2], [1, -1]]),
+         torch.tensor([65, 3], dtype=torch.int32), W_KV_B), {},
+    ),
+    "moe_route": ((rand(T, E), rand(E)), dict(top_k=2, scaling=2.5)),
+    "moe_route no bias": ((rand(T, E), None), dict(top_k=1, scaling=1.0, score="softmax")),
+    "moe_experts": ((X, IDS, rand(T, 3), W1, W3, W2), {}),
+    "moe_experts shared": (
+        (X, IDS, rand(T, 3), W1, W3, W2), dict(shared=(W1[0], W3[0], W2[0])),
+    ),
+    "linear": ((X, rand(7, D)), {}),
+    "linear of three axes": ((X.view(3, 7, D), rand(7, D)), {}),
+    "linear bfloat16": ((X.bfloat16(), rand(7, D)), {}),
+    "token_logprobs": ((X, rand(9, D), torch.arange(T) % 10 - 1), {}),
+    "token_logprobs top": ((X, rand(9, D), torch.arange(T) % 10 - 1), dict(top=3)),
+}  # fmt: skip
+
+
+def mapped(value, change):
+    """The same nest of lists, tuples and dicts with change(tensor) for each tensor."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(v, change) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(v, change) for v in value)
+    return value
+
+
+def cloned(value):
+    return mapped(value, torch.Tensor.clone)
+
+
+def moved(value, device):
+    """Copies on a device. Integers are int32 on a GPU."""
+
+    def move(tensor):
+        narrow = device != "cpu" and tensor.dtype == torch.int64
+        return (tensor.int() if narrow else tensor.clone()).to(device)
+
+    return mapped(value, move)
+
+
+def case_on(name, device):
+    """(operation, arguments, options)."""
+    args, options = CASES[name]
+    return name.split()[0], moved(args, device), moved(options, device)
