@@ -5,7 +5,7 @@ import pytest
 from kimi_linear import NumericalError, reference
 from kimi_linear.reference.linear import round_e4m3
 from products import BF16, FORMATS, rows
-from variants import every_device, on, ops, same_bits
+from variants import CPU_VARIANTS, CUDA, every_device, on, ops, same_bits
 
 GROUP = {"int8": 64, "int4": 32}
 LEVELS = {"int8": 127, "int4": 7}
@@ -59,6 +59,7 @@ def test_a_stack_is_its_matrices():
             assert same_bits(whole[e], ops.quantize(w[e], format).dequantize())
 
 
+@pytest.mark.parametrize("variant", CPU_VARIANTS)
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_refuses_what_is_not_finite_by_place(variant, format, bad):
@@ -78,6 +79,33 @@ def test_the_float_formats_keep_what_is_not_finite():
         got = ops.quantize(w, format).dequantize()
         np.testing.assert_array_equal(got, w)
         assert np.signbit(got[0, 3])
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_group_that_is_not_finite_reads_as_nan_on_cuda(device, format, bad):
+    w = np.ones((3, 200), np.float32)
+    w[1, 77] = bad
+    size = 32 if format == "int4" else 64
+    with on(device):
+        got = ops.quantize(w, format).dequantize()
+    spoilt = np.zeros(w.shape, bool)
+    spoilt[1, 77 // size * size : (77 // size + 1) * size] = True
+    assert np.isnan(got[spoilt]).all() and (abs(got[~spoilt] - 1) < 0.01).all()
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_fp8_has_the_bits_of_the_specification(device, dtype):
+    r = np.random.default_rng(6)
+    for n, k in ((1, 1), (7, 5), (64, 33), (3, 129), (700, 130)):
+        w = (rows(r, n, k, pad=0) * np.exp(3 * r.standard_normal((n, 1)))).astype(dtype)
+        w[n // 2] = 0.0
+        with on(device):
+            got = ops.quantize(w, "fp8").dequantize()
+        want = reference.quantize(w.astype(np.float32), "fp8").dequantize()
+        assert same_bits(got, want.astype(np.float32)), (n, k)
 
 
 def test_fp8_is_refused_by_the_cpu():
