@@ -302,14 +302,14 @@ __device__ void attend(const mla_call &a, const task &t, const mla_window &windo
         suspend_rows(a, t, window, s);
 }
 
-/* Tile number `tile` of head h against pages [first, end) of the running numbers. */
-__device__ task find_task(const mla_call &a, const mla_plan &plan, int tile, int h, int first,
-                          int end)
+/* Tile number `tile` against pages [first, end) of the running numbers: all but the head. */
+__device__ void find_task(const mla_call &a, const mla_plan &plan, int tile, int first, int end,
+                          task &t)
 {
     const int n =
         find_owner<&mla_sequence::first_tile>(plan.sequences, static_cast<int>(a.N), tile);
     const mla_sequence s = plan.sequences[n];
-    task t = {.begin = s.begin, .end = s.end, .token_shift = s.token_shift, .h = h};
+    t.begin = s.begin, t.end = s.end, t.token_shift = s.token_shift;
     t.base = (s.begin / QUERIES + tile - s.first_tile) * QUERIES;
     const int pages = (min(t.base + QUERIES, s.end) - 1) / PAGE + 1;
     t.page = max(0, first - s.first_page);
@@ -317,27 +317,42 @@ __device__ task find_task(const mla_call &a, const mla_plan &plan, int tile, int
     t.in_window = s.first_page + t.page - first;
     t.resumed = t.page > 0;
     t.ends = t.page_end == pages;
-    return t;
 }
 
+/* The tiles of the sequences that have pages in [first, end). */
+struct tile_range {
+    int first;
+    unsigned count;
+};
+
+__device__ tile_range find_tiles(const mla_call &a, const mla_plan &plan, int first, int end)
+{
+    const mla_sequence *all = plan.sequences;
+    const int N = static_cast<int>(a.N);
+    const int tile = all[find_owner<&mla_sequence::first_page>(all, N, first)].first_tile;
+    const int last = find_owner<&mla_sequence::first_page>(all, N, end - 1);
+    return {tile, static_cast<unsigned>(all[last + 1].first_tile - tile)};
+}
+
+/* All blocks. What a task is lies in shared memory: registers are for the sums. */
 __device__ void attend_window(const mla_call &a, const mla_plan &plan, const mla_window &window,
                               int first, int end, unsigned *next_item, bf16 *shared)
 {
-    __shared__ unsigned taken;
-    const int N = static_cast<int>(a.N);
-    const mla_sequence *all = plan.sequences;
-    const int tile = all[find_owner<&mla_sequence::first_page>(all, N, first)].first_tile;
-    const int last = find_owner<&mla_sequence::first_page>(all, N, end - 1);
-    const unsigned tiles = static_cast<unsigned>(all[last + 1].first_tile - tile);
+    __shared__ task t;
+    const tile_range tiles = find_tiles(a, plan, first, end);
     for (;;) {
-        __syncthreads(); /* everybody is done with `taken` and the last task's memory */
-        if (threadIdx.x == 0) taken = atomicAdd(next_item, 1u);
+        __syncthreads(); /* everybody is done with the last task */
+        if (threadIdx.x == 0) {
+            const unsigned item = atomicAdd(next_item, 1u);
+            const unsigned h = item / tiles.count, back = item % tiles.count;
+            t.h = static_cast<int>(h);
+            /* Late tiles first: they see most. */
+            if (t.h < a.H)
+                find_task(a, plan, tiles.first + static_cast<int>(tiles.count - 1 - back),
+                          first, end, t);
+        }
         __syncthreads();
-        const unsigned item = taken;
-        if (item >= tiles * static_cast<unsigned>(a.H)) return;
-        /* Late tiles first: they see most. */
-        const int number = tile + static_cast<int>(tiles - 1 - item % tiles);
-        const task t = find_task(a, plan, number, static_cast<int>(item / tiles), first, end);
+        if (t.h >= a.H) return;
         if (t.page < t.page_end) attend(a, t, window, shared);
     }
 }
