@@ -1,14 +1,17 @@
 /*
  * mla_prefill.cu -- latent attention of many new tokens: which form each of them takes.
  *
- * Computes     the plan of a call: the positions of each sequence that the plain form takes, in
- *              tiles of 128 queries, and the tokens left to the absorbed form
- * Shapes       lengths [N], cu_seqlens [N+1], both on the device
- * Layout       a struct for each sequence with running numbers of its first page and tile
- * Precision    integers
- * Grid         one block: a thread for each sequence, a scan for the running numbers
- * Roofline     16 bytes a sequence: as long as a launch takes
- * Measured     not timed yet; right on an H100 (2026-11-22)
+ * Computes     a plan of the call, the plain form by mla_prefill_tiles.cu or, where its dimensions
+ *              are others, mla_prefill_rows.cu, and the tokens of tiles of few by mla_decode
+ * Shapes       lengths [N], cu_seqlens [N+1], both on the device: what follows from them, such as
+ *              the number of few tokens, is found there, and launches are made for the most
+ * Layout       the plan is a struct for each sequence with running numbers of its first page and
+ *              tile, and a list of the few tokens; these become dense rows of a call
+ * Precision    as the kernels that are called
+ * Grid         plan: one block, a thread for each sequence; gather, scatter: a block for each row
+ * Roofline     a launch's time each, beside kernels of milliseconds
+ * Measured     not timed yet; right on an H100 (tests/ops/test_mla.py, test_mla_tiles.py,
+ *              2026-11-22)
  */
 #include "mla_prefill.cuh"
 
@@ -58,7 +61,7 @@ __device__ counts scan(const counts &mine, counts *shared, counts &total)
     return before;
 }
 
-/* Tokens [cu, begin) and [end, length) of a sequence, from place `at` of the list. */
+/* Positions [start, begin) and [end, length) of a sequence, from place `at` of the list. */
 __device__ void list_few(const mla_sequence &s, int start, int length, int at, int *list)
 {
     for (int p = start; p < s.begin; p++) list[at++] = p + s.token_shift;

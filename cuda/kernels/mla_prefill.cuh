@@ -9,8 +9,8 @@
 
 /* Tokens of the context whose keys and values exist at a time: 16 KiB each at H = 32. */
 constexpr int MLA_WINDOW_PAGES = 128;
-constexpr int MLA_QUERIES =
-    128; /* positions of a tile of queries, which starts at a multiple */
+/* Positions of a tile of queries, which starts at a multiple of it. */
+constexpr int MLA_QUERIES = 128;
 
 struct mla_call {
     const void *q, *pages, *w_kv_b;

@@ -11,10 +11,11 @@
  *              wait for each other, and attend to it (a head and 128 queries a block, taken from
  *              a counter, the next head when one is through: a head's window stays in the L2).
  *              Where a context goes on, the maxima and sums wait in f32 for the next window
- * Order        64 keys at a time from position 0 on, whatever the windows and the batch are
- * Roofline     4 * 160 flops a query, head and key seen, 2 * 256 rank for each head and key of a
- *              context: 1.4 TFLOP for 8192 tokens on 8192, 1.4 ms on an H100 at 990 TFLOP/s.
- *              mma.sync reaches about 60 % of that
+ * Order        32 keys at a time from position 0 on, whatever the windows and the batch are. A
+ *              latent that is not finite spoils the queries before it in its run of 32, too
+ * Roofline     640 flops for each query, head and key it sees, 512 rank for each key of a head:
+ *              0.69 TFLOP for 8192 tokens and 32 heads, 0.70 ms on an H100 at 990 TFLOP/s, of
+ *              which mma.sync reaches about 60 %
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
 #include "mla_prefill_expand.cuh"
@@ -26,6 +27,9 @@ namespace {
 
 constexpr int QUERIES = MLA_QUERIES;
 constexpr int WARP_ROWS = QUERIES / WARPS; /* two fragments: each key read feeds both */
+constexpr int KEYS = 32;                   /* a softmax's: 64 leave no register to load ahead */
+
+typedef float score_sums[2][KEYS / 8][4];
 
 /* Shared memory: queries, two pages of keys, one of values. */
 constexpr int KEYS_AT = QUERIES * QK;
@@ -93,8 +97,8 @@ __device__ void load_values(const mla_window &window, int h, int page, bf16 *to)
     for (int i = 0; i < PAGE; i += 8) copy_async(to + i * V, value + i * V, true);
 }
 
-/* scores <- q k^T, a warp's 32 queries by 64 keys. */
-__device__ void score(bf16 *queries, bf16 *keys, float (&scores)[2][8][4])
+/* scores <- q k^T, a warp's 32 queries by KEYS keys. */
+__device__ void score(bf16 *queries, bf16 *keys, score_sums &scores)
 {
     constexpr int ROWS = 16 * QK * sizeof(bf16); /* bytes of 16 of them */
     const uint32_t q_start = start_a<QK>(queries + warp_id() * WARP_ROWS * QK);
@@ -102,7 +106,7 @@ __device__ void score(bf16 *queries, bf16 *keys, float (&scores)[2][8][4])
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+        for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) scores[m][n][j] = 0;
 #pragma unroll
@@ -111,7 +115,7 @@ __device__ void score(bf16 *queries, bf16 *keys, float (&scores)[2][8][4])
 #pragma unroll
         for (int m = 0; m < 2; m++) load_fragment(q[m], step(q_start, k) + m * ROWS);
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
+        for (int n = 0; n < KEYS / 16; n++) {
             uint32_t b[4];
             load_fragment(b, step(k_start, k) + n * ROWS);
 #pragma unroll
@@ -122,33 +126,46 @@ __device__ void score(bf16 *queries, bf16 *keys, float (&scores)[2][8][4])
 }
 
 /* Positions after a query's own: no weight, whatever the score. */
-__device__ void mask(int base, int first_key, float (&scores)[2][8][4])
+__device__ void mask(int base, int first_key, score_sums &scores)
 {
     const int column = first_key + lane_id() % 4 * 2;
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+        for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 if (column + n * 8 + j % 2 > base + row_of(2 * m + j / 2))
                     scores[m][n][j] = -INFINITY;
 }
 
-/* Scores become weights 2^(factor (score - max)); what was summed before is scaled down. */
-__device__ void soften(float factor, float (&scores)[2][8][4], rows_state &s)
+/* Late in a context maxima seldom change: then there is nothing to do, and nothing changes. */
+__device__ void scale_rows(const float (&keep)[4], rows_state &s)
 {
+    const bool changes = keep[0] != 1 || keep[1] != 1 || keep[2] != 1 || keep[3] != 1;
+    if (!__any_sync(ALL_LANES, changes)) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int n = 0; n < 16; n++)
+            s.x[i / 2][n][i % 2 * 2] *= keep[i], s.x[i / 2][n][i % 2 * 2 + 1] *= keep[i];
+}
+
+/* Scores become weights 2^(factor (score - max)); what was summed before is scaled down. */
+__device__ void soften(float factor, score_sums &scores, rows_state &s)
+{
+    float keeps[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int m = i / 2, half = i % 2 * 2;
         float best = s.max[i], sum = 0;
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+        for (int n = 0; n < KEYS / 8; n++)
             best = fmaxf(best, fmaxf(scores[m][n][half], scores[m][n][half + 1]));
         best = warp_max<4>(best);
         const float keep = power_of_2((s.max[i] - best) * factor), shift = best * factor;
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+        for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int j = half; j < half + 2; j++) {
                 scores[m][n][j] = power_of_2(fmaf(scores[m][n][j], factor, -shift));
@@ -156,18 +173,18 @@ __device__ void soften(float factor, float (&scores)[2][8][4], rows_state &s)
             }
         s.sum[i] = fmaf(s.sum[i], keep, warp_sum<4>(sum));
         s.max[i] = best;
-#pragma unroll
-        for (int n = 0; n < 16; n++) s.x[m][n][half] *= keep, s.x[m][n][half + 1] *= keep;
+        keeps[i] = keep;
     }
+    scale_rows(keeps, s);
 }
 
 /* x += weights v. */
-__device__ void gather(bf16 *values, const float (&weights)[2][8][4], rows_state &s)
+__device__ void gather(bf16 *values, const score_sums &weights, rows_state &s)
 {
     constexpr int ROWS = 16 * V * sizeof(bf16);
     const uint32_t start = start_a<V>(values);
 #pragma unroll
-    for (int k = 0; k < PAGE / 16; k++) {
+    for (int k = 0; k < KEYS / 16; k++) {
         uint32_t p[2][4];
 #pragma unroll
         for (int m = 0; m < 2; m++)
@@ -263,12 +280,33 @@ __device__ void finish_rows(const mla_call &a, const task &t, const rows_state &
 
 /* ---- one task, one window, all of them -------------------------------------------------------- */
 
+/* One page, from `position` on. Its values may still be on their way. */
+__device__ void attend_page(int base, int position, float factor, bf16 *queries, bf16 *keys,
+                            bf16 *values, rows_state &s)
+{
+    const int first_row = base + warp_id() * WARP_ROWS, last_row = first_row + WARP_ROWS - 1;
+#pragma unroll
+    for (int i = 0; i < PAGE; i += KEYS) {
+        score_sums scores;
+        const bool seen = position + i <= last_row; /* by any row of this warp */
+        if (seen) {
+            score(queries, keys + i * QK, scores);
+            if (position + i + KEYS - 1 > first_row) mask(base, position + i, scores);
+            soften(factor, scores, s);
+        }
+        if (i == 0) {
+            copy_wait<1>();
+            __syncthreads();
+        }
+        if (seen) gather(values + i * V, scores, s);
+    }
+}
+
 /* Keys are asked for a page ahead, values while the scores are computed. */
 __device__ void attend(const mla_call &a, const task &t, const mla_window &window, bf16 *shared)
 {
     bf16 *const values = shared + VALUES_AT;
     const float factor = a.scale * LOG2_E;
-    const int last_row = t.base + warp_id() * WARP_ROWS + WARP_ROWS - 1;
     rows_state s;
     load_queries(a, t, shared);
     load_keys(window, t.h, t.in_window, shared + KEYS_AT);
@@ -284,17 +322,8 @@ __device__ void attend(const mla_call &a, const task &t, const mla_window &windo
         if (page + 1 < t.page_end)
             load_keys(window, t.h, number + 1, shared + KEYS_AT + (1 - turn) * PAGE * QK);
         copy_commit();
-        float scores[2][8][4];
-        const bool seen = page * PAGE <= last_row; /* by any row of this warp */
-        if (seen) {
-            score(shared, shared + KEYS_AT + turn * PAGE * QK, scores);
-            if (page * PAGE + PAGE > last_row - WARP_ROWS + 1)
-                mask(t.base, page * PAGE, scores);
-            soften(factor, scores, s);
-        }
-        copy_wait<1>();
-        __syncthreads(); /* values are there */
-        if (seen) gather(values, scores, s);
+        attend_page(t.base, page * PAGE, factor, shared, shared + KEYS_AT + turn * PAGE * QK,
+                    values, s);
     }
     if (t.ends)
         finish_rows(a, t, s);
