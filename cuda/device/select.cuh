@@ -198,7 +198,8 @@ __device__ inline void add_member(select_shared &s, bool member, uint32_t bin, u
 /* A Row has `values` [n], order(i, value) and mass(order). */
 
 template <class Row>
-__device__ __noinline__ void count_digits(const Row &row, int64_t n, const place &p, select_shared &s)
+__device__ __noinline__ void count_digits(const Row &row, int64_t n, const place &p,
+                                          select_shared &s)
 {
     for (int b = threadIdx.x; b < BINS; b += SELECT_THREADS)
         s.low[b] = s.high[b] = s.count[b] = 0;
@@ -296,8 +297,8 @@ __device__ inline uint64_t sort_entries(uint64_t mine, select_shared &s)
 
 /* The entries of a place in their order, one a thread, NO_ENTRY behind them. */
 template <class Row>
-__device__ __noinline__ uint64_t list_entries(const Row &row, int64_t n, const place &p, bool from_start,
-                                 select_shared &s)
+__device__ __noinline__ uint64_t list_entries(const Row &row, int64_t n, const place &p,
+                                              bool from_start, select_shared &s)
 {
     if (threadIdx.x == 0) s.listed = 0;
     __syncthreads();
@@ -341,14 +342,8 @@ __device__ find_result find(const Row &row, int64_t n, tally need, select_shared
 
 struct plain_row {
     const float *values;
-    static __device__ uint64_t order(uint32_t i, float value)
-    {
-        return order_of(value, i);
-    }
-    static __device__ uint64_t mass(uint64_t)
-    {
-        return 0;
-    }
+    static __device__ uint64_t order(uint32_t i, float value) { return order_of(value, i); }
+    static __device__ uint64_t mass(uint64_t) { return 0; }
 };
 
 /* The first `count` entries (at most 256), best first: thread t < count holds entry t. */

@@ -1,20 +1,20 @@
 /*
  * sample.cu -- drawing the next token of each row.
  *
- * Computes     p = softmax(z / temperature), cut by top_k, top_p and min_p, and one id of it, all
- *              as in backend/ops.h; the log-probability of the id and of the n best
+ * Computes     p = softmax(z / temperature), cut by top_k, top_p and min_p, and one id of it,
+ *              all as in backend/ops.h; the log-probability of the id and of the n best
  * Shapes       logits [N, V], ids and logprobs [N], alternatives [N, n], seen [N, ceil(V / 32)]
  * Layout       dense
- * Precision    exponentials in f32, rounded to multiples of at most 2^-31 of the largest (2^-44 at
- *              V = 163,840) and summed as integers, exactly; log softmax in f64
+ * Precision    exponentials in f32, rounded to multiples of at most 2^-31 of the largest (2^-44
+ *              at V = 163,840) and summed as integers, exactly; log softmax in f64
  * Grid         a cluster of 8 blocks a row; a row is not sorted, device/select.cuh says how its
  *              cuts and its draw are found
  * Order        every cut keeps a head of the order of falling p, so the mass kept is the least
  *              of those the cuts keep, and drawing is finding a mass once more. A thread's
  *              exponentials are added in rising order, then warps, blocks and the cluster
- * Roofline     4 V bytes, 0.2 us at V = 163,840; two passes when the temperature is 0, else five
- *              to nine, of which all but the first hit the L2
- * Measured     not timed yet
+ * Roofline     4 V bytes, 0.2 us at V = 163,840; three passes when the temperature is 0, else
+ *              six or more, of which all but the first hit the L2
+ * Measured     not timed alone; right on an H100 (tests/ops/test_sample.py, 2026-11-22)
  *
  * A row whose largest logit is not finite yields id -1: NaN, all -inf, and +inf too, for then
  * the softmax is NaN.
@@ -56,20 +56,14 @@ struct sampled_row {
         return order_of(penalized(i, z), i);
     }
 
-    __device__ float weight(float z) const
-    {
-        return expf((z - top) / temperature);
-    }
+    __device__ float weight(float z) const { return expf((z - top) / temperature); }
 
     __device__ uint64_t mass_of(float weight) const
     {
         return weight > 0 ? __float2ull_rn(weight * mass_of_one) : 0;
     }
 
-    __device__ uint64_t mass(uint64_t order) const
-    {
-        return mass_of(weight(value_of(order)));
-    }
+    __device__ uint64_t mass(uint64_t order) const { return mass_of(weight(value_of(order))); }
 };
 
 /* Of the logits as given; `top` is NaN if there is one among them. */
@@ -95,7 +89,8 @@ __device__ double find_log_sum(const arguments &a, const float *logits, float to
     for_each(logits, a.V, [&](uint32_t, float z, bool inside) {
         if (inside) sum += static_cast<double>(expf(z - top));
     });
-    sum = cluster_reduce(sum, [](double x, double y) { return x + y; }, s);
+    sum = cluster_reduce(
+        sum, [](double x, double y) { return x + y; }, s);
     return static_cast<double>(top) + log(sum);
 }
 
@@ -108,7 +103,8 @@ __device__ uint64_t find_argmax(const arguments &a, const sampled_row &row, sele
         const uint64_t order = row.order(i, z);
         best = order < best ? order : best;
     });
-    return cluster_reduce(best, [](uint64_t x, uint64_t y) { return x < y ? x : y; }, s);
+    return cluster_reduce(
+        best, [](uint64_t x, uint64_t y) { return x < y ? x : y; }, s);
 }
 
 /* The mass of all entries, and of those that min_p leaves; the best always stays. */
@@ -147,10 +143,10 @@ __device__ int draw(const arguments &a, const kl_sampling &p, const sampled_row 
         const uint64_t head = find(row, a.V, enough, s).mass;
         kept = head < kept ? head : kept;
     }
-    /* The first entry whose mass and that of all before it exceed this: 2^53 steps of the uniform
-     * may round up to the very end. */
-    uint64_t target = static_cast<uint64_t>(kl_rng_uniform(p.seed, p.position) *
-                                            static_cast<double>(kept));
+    /* The first entry whose mass and that of all before it exceed this. The product may round
+     * up to the very end. */
+    uint64_t target =
+        static_cast<uint64_t>(kl_rng_uniform(p.seed, p.position) * static_cast<double>(kept));
     target = target < kept ? target : kept - 1;
     return find(row, a.V, {target + 1, ~0u}, s).id;
 }
@@ -186,7 +182,7 @@ __device__ void store_best(const arguments &a, int64_t n, const float *logits, b
 }
 
 __global__ __cluster_dims__(RANKS, 1, 1)
-__launch_bounds__(SELECT_THREADS, 1) void sample_kernel(__grid_constant__ const arguments a)
+    __launch_bounds__(SELECT_THREADS, 1) void sample_kernel(__grid_constant__ const arguments a)
 {
     extern __shared__ __align__(16) unsigned char shared[];
     select_shared &s = *reinterpret_cast<select_shared *>(shared);
