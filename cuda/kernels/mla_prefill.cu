@@ -10,8 +10,7 @@
  * Precision    as the kernels that are called
  * Grid         plan: one block, a thread for each sequence; gather, scatter: a block for each row
  * Roofline     a launch's time each, beside kernels of milliseconds
- * Measured     not timed yet; right on an H100 (tests/ops/test_mla.py, test_mla_tiles.py,
- *              2026-11-22)
+ * Measured     not timed yet; right on an H100 (tests/ops/test_mla.py, 2026-11-22)
  */
 #include "mla_prefill.cuh"
 
