@@ -58,18 +58,17 @@ __device__ void store_gated(const moe_operand &o, const moe_tile &tile, int64_t 
             }
 }
 
-template <kl_weight_format format, bool gated, int M>
-__global__ __launch_bounds__(
-    shape_of<M>::THREADS,
-    format == KL_W_BF16 ? 2 : 1) void moe_many_kernel(__grid_constant__ const moe_product p)
+/* Columns of out of a block. */
+template <bool gated> constexpr int WIDTH = gated ? N / 2 : N;
+
+/* Whether the block has work, and if so its sums. */
+template <kl_weight_format format, bool gated, class S>
+__device__ bool multiply_tile(const moe_product &p, bf16 *stages, float (&acc)[S::MI][S::NI][4])
 {
-    using S = shape_of<M>;
-    constexpr int WIDTH = gated ? N / 2 : N; /* columns of out */
-    extern __shared__ __align__(128) bf16 stages[];
     const moe_tile tile = tile_of_block(p);
     const moe_operand &o = operand_of(p, tile);
-    const int64_t column = group_of_block(p) * WIDTH, K = o.w.cols;
-    if (tile.n == 0 || column >= o.n) return;
+    const int64_t column = group_of_block(p) * WIDTH<gated>, K = o.w.cols;
+    if (tile.n == 0 || column >= o.n) return false;
     const int64_t first = first_weight_row(o, tile) + column;
     const auto x_row = [&](int i) -> const bf16 * {
         return i < tile.n ? static_cast<const bf16 *>(o.x) + source_row(o, tile, i) * K
@@ -82,8 +81,22 @@ __global__ __launch_bounds__(
         else
             return column + i < o.n ? row_of(o.w, first + i) : weight_row{nullptr, nullptr};
     };
-    float acc[S::MI][S::NI][4];
     gemm_tile<S, format>(acc, stages, x_row, w_row, static_cast<int>(K));
+    return true;
+}
+
+template <kl_weight_format format, bool gated, int M>
+__global__ __launch_bounds__(
+    shape_of<M>::THREADS,
+    format == KL_W_BF16 ? 2 : 1) void moe_many_kernel(__grid_constant__ const moe_product p)
+{
+    using S = shape_of<M>;
+    extern __shared__ __align__(128) bf16 stages[];
+    float acc[S::MI][S::NI][4];
+    if (!multiply_tile<format, gated, S>(p, stages, acc)) return;
+    const moe_tile tile = tile_of_block(p); /* again: registers are short in between */
+    const moe_operand &o = operand_of(p, tile);
+    const int64_t column = group_of_block(p) * WIDTH<gated>;
     if constexpr (gated)
         store_gated<S>(o, tile, column, acc);
     else
@@ -95,7 +108,7 @@ kl_status launch(moe_product &p, cudaStream_t stream, kl_error *err)
 {
     using S = shape_of<M>;
     unsigned blocks;
-    KL_TRY(moe_grid(p, gated ? N / 2 : N, &blocks, err));
+    KL_TRY(moe_grid(p, WIDTH<gated>, &blocks, err));
     KL_CUDA_TRY(cudaFuncSetAttribute(moe_many_kernel<format, gated, M>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      S::SHARED_BYTES),
