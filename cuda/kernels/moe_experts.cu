@@ -48,6 +48,7 @@ struct plan_arguments {
     int routed_tiles; /* the bound; the shared expert's tiles follow         */
     int shared_rows;  /* tokens, or 0 without a shared expert                */
     int counters;     /* warps that count and place                          */
+    int bits;         /* of an expert's number                               */
 };
 
 /* In shared memory, arrays of E. */
@@ -56,15 +57,32 @@ struct plan_scratch {
     int *totals, *starts, *tile_starts;
 };
 
+/* The lanes with this lane's expert, by a ballot for each bit: eight for 256 experts, where
+ * match.any takes its time for each value in the warp, an order of magnitude more. */
+__device__ unsigned lanes_with(int e, int bits)
+{
+    unsigned peers = __ballot_sync(ALL_LANES, e >= 0);
+    if (e < 0) peers = ~peers;
+    for (int b = 0; b < bits; b++) {
+        const bool set = e >> b & 1;
+        const unsigned with = __ballot_sync(ALL_LANES, set);
+        peers &= set ? with : ~with;
+    }
+    return peers;
+}
+
 /* Call f(pair, expert, peers) for 32 pairs of this warp's segment at a time, in order; peers are
  * the lanes with the same expert. Expert -1 past the end. */
 template <class F> __device__ void for_segment(const plan_arguments &a, F f)
 {
     const int rounds = ((a.pairs + WARP - 1) / WARP + a.counters - 1) / a.counters;
+    const int first = warp_id() * rounds * WARP + lane_id();
+    const auto load = [&](int pair) { return pair < a.pairs ? a.ids[pair] : -1; };
+    int next = load(first);
     for (int i = 0; i < rounds; i++) {
-        const int pair = (warp_id() * rounds + i) * WARP + lane_id();
-        const int e = pair < a.pairs ? a.ids[pair] : -1;
-        f(pair, e, __match_any_sync(ALL_LANES, e));
+        const int pair = first + i * WARP, e = next;
+        if (i + 1 < rounds) next = load(pair + WARP); /* on its way while f works */
+        f(pair, e, lanes_with(e, a.bits));
         __syncwarp();
     }
 }
@@ -192,7 +210,7 @@ struct sizes {
     size_t tokens, places, tiles, inner, results, end; /* offsets in the workspace */
 };
 
-int64_t tiles_of(int64_t rows, int tile)
+int64_t tiles_of(int64_t rows, int64_t tile)
 {
     return (rows + tile - 1) / tile;
 }
@@ -220,7 +238,9 @@ sizes sizes_of(const kl_moe_experts *a)
     s.pairs = s.n * s.top_k;
     const int64_t rows = s.pairs + (s.I2 > 0 ? s.n : 0);
     const int64_t fit = rows == 0 ? s.D : RESULT_BYTES / 4 / rows / SLICE * SLICE;
-    s.slice = least(s.D, fit < SLICE ? SLICE : fit);
+    const int64_t slices = tiles_of(s.D, fit < SLICE ? SLICE : fit); /* of about one width */
+    s.slice = tiles_of(tiles_of(s.D, slices), SLICE) * SLICE;
+    s.slice = least(s.D, s.slice);
     s.tokens = take(&s.end, s.pairs, sizeof(int));
     s.places = take(&s.end, s.pairs, sizeof(int));
     s.tiles = take(&s.end, bound_routed_tiles(s, s.pairs, MIN_TILE) + tiles_of(s.n, MIN_TILE),
@@ -290,6 +310,8 @@ kl_status run_plan(const window &w, kl_error *err)
         return kl_fail(err, KL_ERR_VALUE, "moe_experts: E must be <= %lld, got %lld",
                        static_cast<long long>(SHARED_LIMIT / 20), static_cast<long long>(E));
     const int64_t counters = least(least(MAX_WARPS, arrays), tiles_of(w.pairs, WARP));
+    int bits = 0;
+    while (E > int64_t{1} << bits) bits++;
     const plan_arguments p = {
         .ids = static_cast<const int *>(w.a->ids.data) + w.first * w.s->top_k,
         .tokens = w.tokens,
@@ -302,6 +324,7 @@ kl_status run_plan(const window &w, kl_error *err)
         .routed_tiles = static_cast<int>(w.routed_tiles),
         .shared_rows = w.shared_tiles > 0 ? static_cast<int>(w.n) : 0,
         .counters = static_cast<int>(counters),
+        .bits = bits,
     };
     const int bytes = static_cast<int>((counters + 3) * E * 4);
     const int warps = static_cast<int>(counters < MIN_WARPS ? MIN_WARPS : counters);

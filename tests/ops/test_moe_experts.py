@@ -134,3 +134,31 @@ def test_formats_may_differ(shared_format):
     pairs = [weight(r, *s, format=shared_format) for s in ((20, 40), (20, 40), (40, 20))]
     given["shared"], want["shared"] = (tuple(p[i] for p in pairs) for i in (0, 1))
     assert relative(run(given), reference.moe_experts(**want)) < 4e-3
+
+
+# Multiples of 64, which the tensor cores take on CUDA: few pairs an expert, tiles of 64 and 128.
+TILED = ((9, 192, 64, 128, 16, 2), (300, 128, 64, 64, 16, 4), (700, 64, 128, 64, 9, 2))
+
+
+@every_device
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", TILED)
+def test_tiled_sizes(format, shape):
+    """Weights may be rounded to bfloat16 there, beside the two roundings of `tolerance`."""
+    given, want = make_case(*shape, format=format, dtype=BF16)
+    got = run(given)
+    assert relative(got, reference.moe_experts(**want)) < 4.5e-3
+    assert same_bits(run(given), got)
+
+
+@every_device
+@pytest.mark.parametrize("shape", TILED)
+def test_a_nan_stays_in_its_row_of_a_tile(shape):
+    given, _ = make_case(*shape, format="bf16", dtype=BF16)
+    clean = run(given)
+    x = given["x"].copy()
+    x[5, 0] = np.nan
+    got = run(given, x=x)
+    assert np.isnan(got[5].astype(np.float32)).all()
+    keep = np.arange(shape[0]) != 5
+    assert same_bits(got[keep], clean[keep])
