@@ -15,7 +15,10 @@
  *              other row
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
  *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
- * Measured     not timed yet
+ * Measured     H100 with another job beside, bf16, 256 experts, 8 chosen and a shared one, D = 2304,
+ *              I = 1024: T = 1 55 us in four kernels (plan 3.8, 31.9, 17.1, combine 2.0), T = 16
+ *              0.51 ms, T = 128 1.3 ms, T = 2048 1.6 ms; 65536 pairs are sorted in 0.115 ms, most
+ *              of it the scattered stores of one block (2026-11-22)
  */
 #include "../device/moe.cuh"
 #include "../device/warp.cuh"

@@ -13,7 +13,8 @@
  * Order        an element: a warp's columns in rising order, then the warps in order
  * Roofline     bytes = the weights of the experts chosen, read once for every 8 tokens: 42 us for
  *              a token of the model in bf16 at 3.0 TB/s
- * Measured     not timed yet
+ * Measured     H100 with another job beside, bf16, 256 experts: T = 1 2.66 TB/s gated and 2.48
+ *              TB/s plain, T = 16 2.86, T = 128 2.8 (2026-11-22)
  */
 #include "../device/math.cuh"
 #include "../device/moe.cuh"
