@@ -301,7 +301,10 @@ def quantize(w: Any, dtype: str) -> PackedWeight:
 
     Returns:
         A PackedWeight, accepted wherever a `w` is; `.dequantize()` gives the matrix that the
-        operations see.
+        operations see. A group that is not finite reads as NaN on CUDA.
+
+    Raises:
+        NumericalError: a group is not finite (CPU), with the row and column.
 
     Source: csrc/base/weight.h.
     """
