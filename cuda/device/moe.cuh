@@ -7,8 +7,8 @@
 
 #include "weight.cuh"
 
-/* Rows [first, first + n) of the sorted pairs, all of one expert; of the tokens where the expert
- * is the shared one. n = 0: surplus, since the host knows only a bound of their number. */
+/* Rows [first, first + n) of the sorted pairs, all of one expert; of the tokens where the
+ * expert is the shared one. n = 0: surplus, since the host knows only a bound. */
 struct moe_tile {
     int expert, first, n;
 };

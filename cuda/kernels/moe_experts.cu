@@ -3,22 +3,22 @@
  *
  * Computes     out[t] = sum_j weights[t, j] * expert_{ids[t, j]}(x[t]) + shared(x[t])
  * Shapes       x, out [T, D]; ids, weights [T, top_k]; w1, w3 [E, I, D]; w2 [E, D, I]
- * Layout       dense. (token, choice) pairs are sorted by expert, stable, so that a product reads
- *              an expert's matrix for a tile of its tokens; the shared expert is one more,
- *              over all tokens. The products are in moe_experts_{general,few,many}.cu
+ * Layout       dense. (token, choice) pairs are sorted by expert, stable, so that a product
+ *              reads an expert's matrix for a tile of its tokens; the shared expert is one
+ *              more, over all tokens. The products are in moe_experts_{general,few,many}.cu
  * Precision    f32 or bf16 in, inner products rounded to act, f32 results of the experts, f32
  *              sum, rounded once; for bf16 activations weights become bf16 on their way
- * Grid         plan: one block. combine: a thread an element of out. Tokens go in windows and the
- *              down product in slices of columns, which bounds the workspace; a window's tiles
- *              are known only on the device, their bound here, and surplus blocks leave
+ * Grid         plan: one block. combine: a thread an element of out. Tokens go in windows and
+ *              the down product in slices of columns, which bounds the workspace; a window's
+ *              tiles are known only on the device, their bound here, and surplus blocks leave
  * Order        a row's bits depend on the path, which the number of tokens decides, and on no
  *              other row
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
  *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
- * Measured     H100 with another job beside, bf16, 256 experts, 8 chosen and a shared one, D = 2304,
- *              I = 1024: T = 1 55 us in four kernels (plan 3.8, 31.9, 17.1, combine 2.0), T = 16
- *              0.51 ms, T = 128 1.3 ms, T = 2048 1.6 ms; 65536 pairs are sorted in 0.115 ms, most
- *              of it the scattered stores of one block (2026-11-22)
+ * Measured     H100 with another job beside, bf16, 256 experts, 8 chosen and a shared one, D =
+ *              2304, I = 1024: T = 1 55 us in four kernels (plan 3.8, 31.9, 17.1, combine 2.0),
+ *              T = 16 0.51 ms, T = 128 1.3 ms, T = 2048 1.6 ms; 65536 pairs are sorted in 0.115
+ *              ms, by one block (2026-11-22)
  */
 #include "../device/moe.cuh"
 #include "../device/warp.cuh"
@@ -74,8 +74,8 @@ __device__ unsigned lanes_with(int e, int bits)
     return peers;
 }
 
-/* Call f(pair, expert, peers) for 32 pairs of this warp's segment at a time, in order; peers are
- * the lanes with the same expert. Expert -1 past the end. */
+/* Call f(pair, expert, peers) for 32 pairs of this warp's segment at a time, in order; peers
+ * are the lanes with the same expert. Expert -1 past the end. */
 template <class F> __device__ void for_segment(const plan_arguments &a, F f)
 {
     const int rounds = ((a.pairs + WARP - 1) / WARP + a.counters - 1) / a.counters;

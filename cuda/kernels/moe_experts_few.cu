@@ -8,11 +8,11 @@
  *              gated, f32 plain
  * Grid         one block for each tile of 8 tokens and 16 rows of the matrix, its warps taking
  *              turns at the columns. Weights go from memory straight into the fragments of the
- *              tensor cores, as A, with the tokens as B: the columns of a product may come in any
- *              order that both share, so a lane reads 16 bytes of a row as they lie
+ *              tensor cores, as A, with the tokens as B: the columns of a product may come in
+ *              any order that both share, so a lane reads 16 bytes of a row as they lie
  * Order        an element: a warp's columns in rising order, then the warps in order
- * Roofline     bytes = the weights of the experts chosen, read once for every 8 tokens: 42 us for
- *              a token of the model in bf16 at 3.0 TB/s
+ * Roofline     bytes = the weights of the experts chosen, read once for every 8 tokens: 42 us
+ *              for a token of the model in bf16 at 3.0 TB/s
  * Measured     H100 with another job beside, bf16, 256 experts: T = 1 2.66 TB/s gated and 2.48
  *              TB/s plain, T = 16 2.86, T = 128 2.8 (2026-11-22)
  */
@@ -51,8 +51,8 @@ struct lane_rows {
     }
 };
 
-/* sum += rows x^T over one piece of each lane. Where the pieces of four lanes are one group, its
- * scale is applied to their f32 sum, so that the weights lose nothing. */
+/* sum += rows x^T over one piece of each lane. Where the pieces of four lanes are one group,
+ * its scale is applied to their f32 sum, so that the weights lose nothing. */
 template <kl_weight_format format>
 __device__ void multiply(const lane_rows &rows, const uint4 (&raw)[2], int64_t piece,
                          const uint32_t (&x)[weight_codec<format>::PIECE / 2], float (&sum)[4])

@@ -21,7 +21,7 @@ constexpr int TILE = 32, STEP = 32, THREADS = 256;
 constexpr int EACH = TILE * TILE / THREADS; /* elements of a thread, in one column */
 constexpr int STRIDE = THREADS / TILE;      /* between them                        */
 
-/* A tile of x or of a matrix, column by column; the padding keeps both accesses off one bank. */
+/* A tile of x or of a matrix, column by column; padding keeps both accesses off one bank. */
 using panel = float[STEP][TILE + 1];
 
 __device__ float weight_at(const weight_view &w, kl_weight_format format, int64_t row,
@@ -42,7 +42,7 @@ __device__ float weight_at(const weight_view &w, kl_weight_format format, int64_
     }
 }
 
-/* Columns [k, k + STEP) of the rows that `at(row, column)` reads, zeros outside rows and cols. */
+/* Columns [k, k + STEP) of the rows that `at(row, column)` reads, zeros outside. */
 template <class F>
 __device__ void fill_panel(panel &to, int rows, int64_t k, int64_t cols, F at)
 {

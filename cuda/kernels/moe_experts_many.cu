@@ -5,16 +5,16 @@
  * Shapes       x [., K] rows gathered; w, up [E, N, K]; out [., N]; K and N multiples of 64
  * Layout       dense, 16-byte aligned rows; w and up of one format
  * Precision    x bf16; weights to bf16 unless they are; f32 sums; out bf16 gated, f32 plain
- * Grid         one block for each tile of 64 or 128 tokens and 128 rows of the matrix, or 64 of w
- *              and the same 64 of up, eight and eight in turn: the two halves of an element of
- *              the gated product are then neighbours in one thread's registers. Blocks of a tile
- *              are neighbours, and tiles of an expert: its rows and its matrix stay in the L2
+ * Grid         one block for each tile of 64 or 128 tokens and 128 rows of the matrix, or 64 of
+ *              w and the same 64 of up, eight and eight in turn: the two halves of an element
+ *              of the gated product are then neighbours in one thread's registers. Blocks of a
+ *              tile are neighbours, and tiles of an expert: its rows and matrix stay in the L2
  * Order        one chain of mma over the columns, the same for both tiles
  * Roofline     2 * rows * N * K flops; mma.sync reaches about 600 TFLOP/s of an H100's 990.
  *              8192 tokens of the model's experts are 1.04e12 flops, 1.7 ms
- * Measured     H100 with another job beside, bf16, gated: 64 experts of 1024 rows 313 TFLOP/s, one
- *              expert of 8192 rows 317 (cuBLAS, plain 787); 256 experts of 256 rows 129, not yet
- *              understood: the tiles that are not full explain a fifth (2026-11-22)
+ * Measured     H100 with another job beside, bf16, gated: 64 experts of 1024 rows 313 TFLOP/s,
+ *              one expert of 8192 rows 317 (cuBLAS, plain 787); 256 experts of 256 rows 129,
+ *              not yet understood: the tiles that are not full explain a fifth (2026-11-22)
  */
 #include "../device/gemm.cuh"
 #include "../device/math.cuh"

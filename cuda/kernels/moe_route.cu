@@ -4,8 +4,8 @@
  * Computes     s = sigmoid(logits) or softmax;  ids = top_k of s + bias;  weights from s alone
  * Shapes       logits [T, E]; bias [E]; ids, weights [T, top_k]
  * Layout       dense, row-major
- * Precision    f32; a NaN ranks above every number, so that it is chosen and its weight shows it
- * Grid         one warp a token. Scores and keys lie in shared memory, expert e with lane
+ * Precision    f32; a NaN ranks above every number, so that it is chosen and seen in a weight
+ * Grid         one warp a token. Scores and keys lie in shared memory, expert e of lane
  *              e % 32; a lane knows the best of its own, so that a choice is two reductions over
  *              the warp and one lane's search for its next best
  * Order        the sum of softmax: a lane's experts in rising order, then five butterfly steps;
@@ -57,7 +57,7 @@ __device__ scratch scratch_of_warp(const arguments &a)
             reinterpret_cast<int *>(mine + 2 * a.E + a.groups)};
 }
 
-/* Unsigned numbers in the order of the floats, NaN with +infinity at the top, both zeros one. */
+/* Unsigned numbers in the order of the floats, NaN at the top with +infinity, zeros equal. */
 __device__ unsigned key_of(float x)
 {
     if (!(x == x)) x = INFINITY;
