@@ -6,7 +6,7 @@
  * Layout       dense, row-major
  * Precision    f32; a NaN ranks above every number, so that it is chosen and seen in a weight
  * Grid         one warp a token. Scores and keys lie in shared memory, expert e of lane
- *              e % 32; a lane knows the best of its own, so that a choice is two reductions over
+ *              e % 32; a lane knows the best of its own, so that a choice is two reductions of
  *              the warp and one lane's search for its next best
  * Order        the sum of softmax: a lane's experts in rising order, then five butterfly steps;
  *              the sum of the weights in the order of the choice
