@@ -6,6 +6,8 @@
  */
 #include "cuda_backend.h"
 
+#include "blas.h"
+
 #include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -112,8 +114,10 @@ static kl_status check_device(int device, kl_error *err)
 static void cuda_close(kl_backend *be)
 {
     kl_cuda_backend *self = self_of(be);
-    if (self->own != nullptr && cudaSetDevice(self->device) == cudaSuccess)
+    if (self->own != nullptr && cudaSetDevice(self->device) == cudaSuccess) {
+        kl_cuda_blas_free(self->blas);
         cudaStreamDestroy(self->own);
+    }
     free(self);
 }
 

@@ -15,7 +15,8 @@ struct kl_cuda_backend {
     int device;
     cudaStream_t stream; /* where work goes: our own, or the caller's after set_stream() */
     cudaStream_t own;
-    bool batch_invariant; /* kl_backend_options: one order of sums, whatever the batch */
+    struct kl_cuda_blas *blas; /* blas.h; NULL until the first product that wants it */
+    bool batch_invariant;      /* kl_backend_options: one order of sums, whatever the batch */
 };
 
 /* Turn a CUDA result into a kl_status, naming the call. Also used right after a launch:

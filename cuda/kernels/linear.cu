@@ -8,6 +8,7 @@
  * Roofline     theirs; the inner product of mlp is written and read once more, 2 * 2 T I bytes
  * Measured     not timed yet
  */
+#include "../blas.h"
 #include "../device/weight.cuh"
 #include "../product.h"
 
@@ -83,20 +84,23 @@ kl_cuda_product product_of(const kl_linear *a)
 
 } // namespace
 
-kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace,
+kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace ws,
                               kl_error *err)
 {
     if (p->T == 0 || p->w.rows == 0) return KL_OK;
+    const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+    if (p->T > FEW_TOKENS && !invariant && kl_cuda_blas_takes(p))
+        return kl_cuda_blas_run(be, p, ws, err);
     if (!suits_tensor_cores(p)) return kl_cuda_product_any(be, p, err);
     if (p->w.format == KL_W_F32) return kl_cuda_product_few(be, p, err);
-    const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (p->T <= FEW_TOKENS && !invariant) return kl_cuda_product_few(be, p, err);
     return kl_cuda_product_many(be, p, err);
 }
 
-size_t kl_cuda_product_workspace(const kl_cuda_product *)
+size_t kl_cuda_product_workspace(const kl_cuda_product *p)
 {
-    return 0;
+    const bool quantised = p->w.format != KL_W_F32 && p->w.format != KL_W_BF16;
+    return p->T <= FEW_TOKENS || quantised ? 0 : KL_CUDA_BLAS_BYTES;
 }
 
 kl_status kl_cuda_linear(kl_backend *be, const kl_linear *a, kl_error *err)
