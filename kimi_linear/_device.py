@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _core
-from ._backends import shared
+from ._backends import open_backend, shared
 from ._files import quote
 from .config import KimiLinearConfig
 from .errors import DeviceError, OutOfMemory
@@ -23,6 +23,7 @@ class Options:
     max_context: int
     max_batch: int
     cache_bytes: int
+    batch_invariant: bool = False
 
     def core(self, dtype: str) -> dict[str, Any]:
         """The core's ``kl_engine_options``."""
@@ -47,9 +48,16 @@ class Choice:
 
 
 def check_options(
-    device: Any, dtype: Any, max_context: Any, max_batch: Any, cache_bytes: Any
+    device: Any,
+    dtype: Any,
+    max_context: Any,
+    max_batch: Any,
+    cache_bytes: Any,
+    batch_invariant: Any = False,
 ) -> Options:
     """Raises TypeError or ValueError naming the argument."""
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: must be a bool, got {quote(batch_invariant)}")
     if not isinstance(device, str):
         raise TypeError(
             f"device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r:.60}"
@@ -74,6 +82,7 @@ def check_options(
         _count("max_context", max_context),
         _count("max_batch", max_batch),
         _count("cache_bytes", cache_bytes),
+        batch_invariant,
     )
 
 
@@ -106,8 +115,11 @@ def _choose_dtype(
     config: KimiLinearConfig, stored: str, options: Options, device: str, notes: tuple[str, ...]
 ) -> Choice:
     kind, _, number = device.partition(":")
-    backend = shared(kind, int(number or 0))
     on_cuda = kind == "cuda"
+    if options.batch_invariant and on_cuda:  # a backend of its own; the CPU is so always
+        backend = open_backend(kind, int(number or 0), batch_invariant=True)
+    else:
+        backend = shared(kind, int(number or 0))
     candidates = [options.dtype]
     if options.dtype == "auto":
         widest = "bf16" if on_cuda else stored

@@ -59,9 +59,9 @@ def load(
     Raises ConfigError, WeightsError or TokenizerError for a bad directory, OutOfMemory with the
     figures, DeviceError, OSError.
     """
-    if not isinstance(batch_invariant, bool):
-        raise TypeError(f"batch_invariant: must be a bool, got {quote(batch_invariant)}")
-    options = check_options(device, dtype, max_context, max_batch, cache_bytes)
+    options = check_options(
+        device, dtype, max_context, max_batch, cache_bytes, batch_invariant
+    )
     reporter = Progress(progress, "weights", "B")
     with Checkpoint(_directory(path)) as checkpoint:
         sources = checkpoint.sources()
@@ -99,7 +99,9 @@ def plan(
     path: also a KimiLinearConfig, such as KimiLinearConfig.kimi_linear_48b(). Raises like
     `load`, OutOfMemory included.
     """
-    options = check_options(device, dtype, max_context, max_batch, cache_bytes)
+    options = check_options(
+        device, dtype, max_context, max_batch, cache_bytes, batch_invariant
+    )
     if isinstance(path, KimiLinearConfig):
         return choose(path, "bf16", options).plan
     with Checkpoint(_directory(path)) as checkpoint:
@@ -111,7 +113,10 @@ def random(
 ) -> "Model":
     """A model with random weights made on the device; see kimi_linear.testing."""
     names = ("device", "dtype", "max_context", "max_batch", "cache_bytes")
-    checked = check_options(*(options.pop(n, "auto" if n[0] == "d" else None) for n in names))
+    checked = check_options(
+        *(options.pop(n, "auto" if n[0] == "d" else None) for n in names),
+        options.pop("batch_invariant", False),
+    )
     if options:
         raise TypeError(f"random_model: unknown argument {quote(next(iter(options)))}")
     choice = choose(config, "bf16", checked)
