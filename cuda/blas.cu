@@ -1,12 +1,13 @@
 /*
  * blas.cu -- cuBLASLt behind dlopen: its library, its handle, and the algorithm of each shape.
  *
- * Row-major out = x w^T is, to a library of column-major matrices, out^T [O, T] = (w^T)^T x^T. Sums
- * are f32 without TF32 and without a split of the columns, so that they have one order. Which order
- * depends on T: a batch-invariant backend does not come here.
+ * Row-major out = x w^T is, to a library of column-major matrices, out^T [O, T] = (w^T)^T x^T.
+ * Sums are f32 without TF32 and without a split of the columns, so that they have one order.
+ * Which order depends on T: a batch-invariant backend does not come here.
  *
- * Shapes recur (a model has a dozen weights, a prefill one length of chunk), so a shape is looked
- * up in a small table before cuBLASLt is asked for its algorithm, which takes tens of microseconds.
+ * Shapes recur (a model has a dozen weights, a prefill one length of chunk), so a shape is
+ * looked up in a small table before cuBLASLt is asked for its algorithm, which takes tens of
+ * microseconds.
  */
 #include "blas.h"
 

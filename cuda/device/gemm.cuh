@@ -3,9 +3,9 @@
  * format, f32 sums.
  *
  * A tile is M rows of x by N rows of the weight. Both are brought to shared memory as bf16,
- * GEMM_K columns at a time, GEMM_STAGES of them in flight: x and bf16 weights by cp.async; other
- * weights through registers, dequantised on the way. An output is one chain of mma over k = 0, 16,
- * ..., the same in every shape of tile, so its bits depend on its own row of x only.
+ * GEMM_K columns at a time, GEMM_STAGES of them in flight: x and bf16 weights by cp.async;
+ * other weights through registers, dequantised on the way. An output is one chain of mma over k
+ * = 0, 16, ..., the same in every shape of tile, so its bits depend on its own row of x only.
  *
  * Rows are named by functors, for gathered rows and for two weights in one tile:
  *     const bf16 *x_row(int i)       row i of the tile, or nullptr: zeros
@@ -19,7 +19,8 @@
 #include "warp.cuh"
 #include "weight.cuh"
 
-/* 64 columns of bf16 are 128 bytes, one pass over the banks, and a whole group of each format. */
+/* 64 columns of bf16 are 128 bytes, one pass over the banks, and a whole group of each
+ * format. */
 constexpr int GEMM_K = 64, GEMM_STAGES = 3;
 constexpr int GEMM_CHUNK = 8; /* bf16 in 16 bytes */
 constexpr int GEMM_CHUNKS = GEMM_K / GEMM_CHUNK;
@@ -69,8 +70,8 @@ template <int ROWS, int THREADS> struct gemm_copier {
     }
 };
 
-/* What a thread brings of N rows of a weight that is not bf16: fetch() loads pieces to registers,
- * store() dequantises them to shared memory. */
+/* What a thread brings of N rows of a weight that is not bf16: fetch() loads pieces to
+ * registers, store() dequantises them to shared memory. */
 template <kl_weight_format format, int N, int THREADS> struct gemm_pieces {
     using codec = weight_codec<format>;
     static constexpr int PIECE = codec::PIECE, PER_ROW = GEMM_K / PIECE, TOTAL = N * PER_ROW;
@@ -210,8 +211,8 @@ __device__ void gemm_tile(float (&acc)[S::MI][S::NI][4], bf16 *shared, XRow x_ro
     }
 }
 
-/* f(row, column, even, odd) for each pair of neighbouring outputs of this thread; row and column
- * count from the tile's corner, columns are even. */
+/* f(row, column, even, odd) for each pair of neighbouring outputs of this thread; row and
+ * column count from the tile's corner, columns are even. */
 template <class S, class F>
 __device__ void gemm_for_pairs(const float (&acc)[S::MI][S::NI][4], F f)
 {

@@ -1,11 +1,11 @@
 /*
- * stream.cuh -- x w^T for a few rows of x: each weight is read once, straight from memory to the
- * registers that feed the tensor cores.
+ * stream.cuh -- x w^T for a few rows of x: each weight is read once, straight from memory to
+ * the registers that feed the tensor cores.
  *
- * The weight's rows are the m side of the mma, rows of x its narrow n side. Which columns an mma
- * multiplies together is free, as long as both operands agree: lane (r, c) of 4 r + c takes the
- * c-th piece of 16 bytes of rows r and r + 8, and column group i of four columns of those pieces
- * goes to mma i. So no shuffle and no shared memory lies between memory and mma.
+ * The weight's rows are the m side of the mma, rows of x its narrow n side. Which columns an
+ * mma multiplies together is free, as long as both operands agree: lane (r, c) of 4 r + c takes
+ * the c-th piece of 16 bytes of rows r and r + 8, and column group i of four columns of those
+ * pieces goes to mma i. So no shuffle and no shared memory lies between memory and mma.
  *
  * The warps of a block take turns along the columns; their sums are added in the order of the
  * warps. Neither that order nor an mma's depends on how many rows of x there are.
@@ -24,13 +24,13 @@ constexpr int STREAM_TOKENS = 8; /* rows of x in a fragment: n of an mma */
 constexpr int STREAM_WARPS = 8;
 constexpr int STREAM_THREADS = STREAM_WARPS * WARP;
 
-/* Sums of the warps: [STREAM_WARPS][N * STREAM_TOKENS][STREAM_PITCH]; odd, so that the tokens of
- * a fragment lie in different banks. */
+/* Sums of the warps: [STREAM_WARPS][N * STREAM_TOKENS][STREAM_PITCH]; odd, so that the
+ * tokens of a fragment lie in different banks. */
 constexpr int STREAM_PITCH = STREAM_ROWS + 1;
 template <int N> constexpr int STREAM_FLOATS = STREAM_WARPS *N *STREAM_TOKENS *STREAM_PITCH;
 
-/* How a lane multiplies its two pieces of the weight with its columns of x, N fragments of them.
- * TERMS of bf16 make a weight; DEPTH pieces of a row are in flight. */
+/* How a lane multiplies its two pieces of the weight with its columns of x, N fragments of
+ * them. TERMS of bf16 make a weight; DEPTH pieces of a row are in flight. */
 template <kl_weight_format format> struct stream_format {
     using codec = weight_codec<format>;
     static constexpr int PIECE = codec::PIECE, TERMS = format == KL_W_F32 ? 3 : 1;
@@ -127,8 +127,9 @@ template <kl_weight_format format, int N> struct stream_step {
     }
 };
 
-/* This warp's share of a tile's sums. w: rows r and r + 8 of the tile, x: rows r, r + 8, ... of
- * x, r = lane / 4; absent rows are null. K is a multiple of 8, rows of x are 16-byte aligned. */
+/* This warp's share of a tile's sums. w: rows r and r + 8 of the tile, x: rows r, r + 8, ...
+ * of x, r = lane / 4; absent rows are null. K is a multiple of 8, rows of x are 16-byte
+ * aligned. */
 template <kl_weight_format format, int N>
 __device__ void stream_multiply(float (&acc)[N][4], const weight_row (&w)[2],
                                 const bf16 *const (&x)[N], int K)

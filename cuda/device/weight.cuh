@@ -1,6 +1,6 @@
 /*
- * weight.cuh -- a kl_weight as kernels read it: rows in pieces of 16 bytes, dequantised to floats
- * or to bf16 pairs.
+ * weight.cuh -- a kl_weight as kernels read it: rows in pieces of 16 bytes, dequantised to
+ * floats or to bf16 pairs.
  *
  * A piece holds PIECE neighbouring columns, a divisor of the group, so one scale serves it.
  * Integers become floats without a conversion: the byte q is placed in the mantissa of a large
@@ -81,8 +81,8 @@ __device__ void round_pairs(const float (&from)[PIECE], uint32_t (&to)[PIECE / 2
     for (int i = 0; i < PIECE / 2; i++) to[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
 }
 
-/* A format: PIECE columns in 16 bytes, GROUP columns with one scale (0: none), floats() and pairs()
- * of a piece in the order of its columns, and at(), one value of a row. */
+/* A format: PIECE columns in 16 bytes, GROUP columns with one scale (0: none), floats() and
+ * pairs() of a piece in the order of its columns, and at(), one value of a row. */
 template <kl_weight_format format> struct weight_codec;
 
 template <> struct weight_codec<KL_W_F32> {
@@ -166,7 +166,8 @@ template <> struct weight_codec<KL_W_INT4> {
             to[i + 16] = fmaf(raise_byte((w >> 4) & 0x0f0f0f0fu, i % 4), s, less);
         }
     }
-    /* Nibbles n to the bf16 pair (128 + n), then - 136, which is exact, then times the scale. */
+    /* Nibbles n to the bf16 pair (128 + n), then - 136, which is exact, then times the
+     * scale. */
     static __device__ uint32_t pair(uint32_t nibbles, uint32_t selector, __nv_bfloat162 s)
     {
         const uint32_t raised = choose_bytes(nibbles, 0x43434343u, selector);

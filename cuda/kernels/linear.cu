@@ -6,7 +6,7 @@
  * Precision    that of linear_few.cu, linear_many.cu and linear_any.cu; inner rounded to act
  * Grid         theirs
  * Roofline     theirs; the inner product of mlp is written and read once more, 2 * 2 T I bytes
- * Measured     not timed yet
+ * Measured     those of the kernels
  */
 #include "../blas.h"
 #include "../device/weight.cuh"

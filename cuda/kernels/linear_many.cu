@@ -8,7 +8,8 @@
  *              together share their rows of the weight in the L2. A tile with a second weight
  *              holds their rows in turn, so that a thread has both factors of an output
  * Roofline     2 T O in flops at 660 TFLOP/s, what mma.sync reaches of the H100's 989
- * Measured     not timed yet
+ * Measured     H100 that another job was using, best of 25: T = 4096, [4096, 2304] bf16 283 us,
+ *              273 TFLOP/s; int8 464 us, int4 412 us, fp8 488 us; cuBLASLt takes 105 us in bf16
  */
 #include "../device/gemm.cuh"
 #include "../device/math.cuh"
