@@ -21,6 +21,9 @@ namespace {
 constexpr int THREADS = 256;
 constexpr size_t ALIGN = 128; /* of each part of the workspace: a cache line */
 
+/* Few tokens of one call of mla_decode: no more memory than the plain form's, which it shares. */
+constexpr long long FEW_ROWS = 512;
+
 /* ---- the plan ---------------------------------------------------------------------------- */
 
 /* What a sequence adds to the running numbers. */
@@ -166,15 +169,15 @@ void take_window(const mla_call &c, taker *memory, mla_window *w)
     w->max_sum = memory->take<float>(spans ? rows * 2 : 0);
 }
 
-/* The call of mla_decode for the few. */
+/* One call of mla_decode. */
 kl_mla_decode decode_of(const kl_mla_prefill *a, const mla_few &few)
 {
     kl_mla_decode d = *a;
     d.ws = few.ws;
-    d.q = kl_tensor_3d(few.q, a->q.dtype, few.most, a->q.shape[1], a->q.shape[2]);
-    d.out = kl_tensor_3d(few.out, a->q.dtype, few.most, a->q.shape[1], a->out.shape[2]);
-    d.block_table = kl_tensor_2d(few.block_table, KL_I32, few.most, a->block_table.shape[1]);
-    d.lengths = kl_tensor_1d(few.lengths, KL_I32, few.most);
+    d.q = kl_tensor_3d(few.q, a->q.dtype, few.rows, a->q.shape[1], a->q.shape[2]);
+    d.out = kl_tensor_3d(few.out, a->q.dtype, few.rows, a->q.shape[1], a->out.shape[2]);
+    d.block_table = kl_tensor_2d(few.block_table, KL_I32, few.rows, a->block_table.shape[1]);
+    d.lengths = kl_tensor_1d(few.lengths, KL_I32, few.rows);
     d.cu_seqlens = {};
     return d;
 }
@@ -182,12 +185,12 @@ kl_mla_decode decode_of(const kl_mla_prefill *a, const mla_few &few)
 void take_few(kl_backend *be, const kl_mla_prefill *a, const mla_call &c, taker *memory,
               mla_few *few)
 {
-    const size_t most = static_cast<size_t>(few->most), H = static_cast<size_t>(c.H);
+    const size_t rows = static_cast<size_t>(few->rows), H = static_cast<size_t>(c.H);
     const size_t element = kl_dtype_bytes(a->q.dtype);
-    few->q = memory->take<char>(most * H * static_cast<size_t>(c.nope + c.rope) * element);
-    few->out = memory->take<char>(most * H * static_cast<size_t>(c.V) * element);
-    few->block_table = memory->take<int>(most * static_cast<size_t>(c.B));
-    few->lengths = memory->take<int>(most);
+    few->q = memory->take<char>(rows * H * static_cast<size_t>(c.nope + c.rope) * element);
+    few->out = memory->take<char>(rows * H * static_cast<size_t>(c.V) * element);
+    few->block_table = memory->take<int>(rows * static_cast<size_t>(c.B));
+    few->lengths = memory->take<int>(rows);
     const kl_mla_decode d = decode_of(a, *few);
     few->ws.bytes = kl_cuda_mla_decode_workspace(be, &d);
     few->ws.data = memory->take<char>(few->ws.bytes);
@@ -202,6 +205,7 @@ layout lay_out(kl_backend *be, const kl_mla_prefill *a, const mla_call &c)
     l.plan.next_item = memory.take<unsigned>(2);
     l.few.count = memory.take<int>(1);
     l.few.most = min(c.T, 2 * KL_MLA_FEW_TOKENS * c.N);
+    l.few.rows = min(l.few.most, FEW_ROWS);
     l.few.tokens = memory.take<int>(static_cast<size_t>(l.few.most));
     taker other = memory;
     take_few(be, a, c, &memory, &l.few);
@@ -223,10 +227,10 @@ __global__ __launch_bounds__(THREADS) void gather_kernel(__grid_constant__ const
                                                          __grid_constant__ const mla_few few)
 {
     const long long row = blockIdx.x, width = a.H * static_cast<long long>(a.nope + a.rope);
-    const bool used = row < *few.count;
+    const bool used = few.first + row < *few.count;
     if (threadIdx.x == 0) few.lengths[row] = 0;
     if (!used) return;
-    const int token = few.tokens[row];
+    const int token = few.tokens[few.first + row];
     const int n = mla_find_sequence(a.cu_seqlens, static_cast<int>(a.N), token);
     const int length = a.lengths[n] - (a.cu_seqlens[n + 1] - token) + 1;
     if (threadIdx.x == 0) few.lengths[row] = length;
@@ -241,22 +245,24 @@ __global__ __launch_bounds__(THREADS) void scatter_kernel(__grid_constant__ cons
                                                           __grid_constant__ const mla_few few)
 {
     const long long row = blockIdx.x, width = a.H * static_cast<long long>(a.V);
-    if (row < *few.count)
+    if (few.first + row < *few.count)
         copy(static_cast<const T *>(few.out) + row * width, width,
-             static_cast<T *>(a.out) + few.tokens[row] * width);
+             static_cast<T *>(a.out) + few.tokens[few.first + row] * width);
 }
 
 template <class T>
-kl_status run_few(kl_backend *be, const kl_mla_prefill *a, const mla_call &c,
-                  const mla_few &few, kl_error *err)
+kl_status run_few(kl_backend *be, const kl_mla_prefill *a, const mla_call &c, mla_few few,
+                  kl_error *err)
 {
-    const unsigned blocks = static_cast<unsigned>(few.most);
+    const unsigned blocks = static_cast<unsigned>(few.rows);
     const kl_mla_decode decode = decode_of(a, few);
-    gather_kernel<T><<<blocks, THREADS, 0, kl_cuda_stream(be)>>>(c, few);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    KL_TRY(kl_cuda_mla_decode(be, &decode, err));
-    scatter_kernel<T><<<blocks, THREADS, 0, kl_cuda_stream(be)>>>(c, few);
-    KL_CUDA_TRY(cudaGetLastError(), err);
+    for (; few.first < few.most; few.first += few.rows) {
+        gather_kernel<T><<<blocks, THREADS, 0, kl_cuda_stream(be)>>>(c, few);
+        KL_CUDA_TRY(cudaGetLastError(), err);
+        KL_TRY(kl_cuda_mla_decode(be, &decode, err));
+        scatter_kernel<T><<<blocks, THREADS, 0, kl_cuda_stream(be)>>>(c, few);
+        KL_CUDA_TRY(cudaGetLastError(), err);
+    }
     return KL_OK;
 }
 

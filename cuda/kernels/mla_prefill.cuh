@@ -59,15 +59,17 @@ __device__ inline int mla_find_sequence(const int *cu_seqlens, int N, int token)
     return low;
 }
 
-/* The other tokens, as rows of a call of mla_decode; those past the count have length 0. */
+/* The other tokens. They become rows of calls of mla_decode, so many at a time; rows past the
+ * count have length 0. */
 struct mla_few {
     int *tokens; /* [most] */
     int *count;
-    void *q, *out;    /* [most, H, nope+rope], [most, H, V] */
-    int *block_table; /* [most, B] */
-    int *lengths;     /* [most] */
-    long long most;   /* that there can be, from shapes */
-    kl_workspace ws;  /* of mla_decode */
+    long long most;        /* that there can be, from shapes   */
+    long long first, rows; /* of one call                      */
+    void *q, *out;         /* [rows, H, nope+rope], [rows, H, V] */
+    int *block_table;      /* [rows, B]                        */
+    int *lengths;          /* [rows]                           */
+    kl_workspace ws;       /* of mla_decode                    */
 };
 
 struct mla_plan {
