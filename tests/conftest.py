@@ -54,6 +54,18 @@ def device(request):
         yield request.param
 
 
+def pytest_collection_modifyitems(config, items):
+    """fp8 is a weight format of CUDA only."""
+
+    def exists(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        place = params.get("variant", params.get("device", "cuda"))
+        return "fp8" not in params.values() or place == "cuda"
+
+    config.hook.pytest_deselected(items=[i for i in items if not exists(i)])
+    items[:] = filter(exists, items)
+
+
 @pytest.fixture(scope="session")
 def c_build(tmp_path_factory):
     """One folder for all: objects are shared by the builds of a mode."""

@@ -7,6 +7,7 @@ from variants import ops
 
 BF16 = ml_dtypes.bfloat16
 FORMATS = ("f32", "bf16", "int8", "int4")
+CUDA_FORMATS = (*FORMATS, "fp8")  # a test of fp8 anywhere but on CUDA is deselected (conftest.py)
 LANES = {"scalar": 1, "avx2": 8, "avx512": 16, "avx512bf16": 16, "cuda": 1}
 
 

@@ -63,6 +63,40 @@ CASES = {
 }  # fmt: skip
 
 
+def half(*shape):
+    return rand(*shape, dtype=torch.bfloat16)
+
+
+# Of the widths, dtype and alignment that a GPU's tensor cores are used for; two heads.
+WIDE_W = half(2, 256, 512) / 23
+WIDE_EXPERTS = (half(4, 128, 256) / 16, half(4, 128, 256) / 16, half(4, 256, 128) / 11)
+CASES |= {
+    "kda_prefill wide": (
+        (half(80, 2, 128), half(80, 2, 128), half(80, 2, 128), half(80, 2, 128), half(80, 2)),
+        dict(cu_seqlens=torch.tensor([0, 70, 80]), gate="softplus", A_log=rand(2),
+             dt_bias=rand(2, 128), normalize=True, beta_logits=True),
+    ),
+    "mla_prefill wide": (
+        (half(80, 2, 192), half(80, 576), WIDE_W), dict(past=half(70, 576)),
+    ),
+    "mla_decode wide": (
+        (half(2, 2, 192), half(4, 64, 576), torch.tensor([[0, 2], [1, -1]]),
+         torch.tensor([65, 3]), WIDE_W), {},
+    ),
+    "linear wide one": ((half(1, 256), half(320, 256)), {}),
+    "linear wide some": ((half(9, 256), half(320, 256)), {}),
+    "linear wide many": ((half(200, 256), half(320, 256)), {}),
+    "moe_experts wide": (
+        (half(3, 256), torch.tensor([[0, 1], [3, 1], [2, 0]]), rand(3, 2), *WIDE_EXPERTS), {},
+    ),
+    "moe_experts wide many": (
+        (half(90, 256), torch.arange(180).view(90, 2) % 4, rand(90, 2), *WIDE_EXPERTS),
+        dict(shared=tuple(w[0] for w in WIDE_EXPERTS)),
+    ),
+    "token_logprobs wide": ((half(70, 256), half(1000, 256) / 16, torch.arange(70)), {}),
+}  # fmt: skip
+
+
 def mapped(value, change):
     """The same nest of lists, tuples and dicts with change(tensor) for each tensor."""
     if isinstance(value, torch.Tensor):

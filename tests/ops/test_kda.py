@@ -83,7 +83,8 @@ def test_errors_do_not_pile_up(profile):
 def test_decoding_does_not_drift():
     case, (want, want_state) = case_and_truth("decay alone", 8192, H=1, K=16, V=8)
     state = case["initial_state"].copy()
-    o = np.concatenate([decode(tokens(case, t, t + 1), state) for t in range(8192)])
+    steps = [{n: case[n][t : t + 1].copy() for n in BY_TOKEN} for t in range(8192)]
+    o = np.concatenate([decode({**case, **step}, state) for step in steps])
     assert error(o, want) < 1e-5  # with e^g rounded to float32 first: 1e-4
     assert error(state, want_state) < 1e-5
 
@@ -172,7 +173,7 @@ def test_bfloat16(variant, gates):
 
 
 # The errors of flash-linear-attention 0.6.0 on an H100 in the setting of the test below: relative
-# RMS of output and final state.
+# RMS of output and final state, known to two digits after the point of a percentage.
 PEERS = {"init": (4.2e-3, 3.6e-3), "bounded": (3.3e-3, 2.3e-3), "mixed": (4.5e-3, 3.7e-3),
          "slow": (5.0e-3, 4.3e-3), "strong": (2.9e-3, 1.6e-3)}  # fmt: skip
 
@@ -186,7 +187,7 @@ def test_bfloat16_is_no_further_off_than_others(profile):
         case[name] = case[name].astype(BF16)
     exact = {n: x.astype(np.float64) if n in BY_TOKEN else x for n, x in case.items()}
     for got, want, peer in zip(prefill(case), reference.kda_prefill(**exact), PEERS[profile]):
-        assert error(got, want) < peer
+        assert error(got, want) < peer + 5e-5
 
 
 # ---- is it the same ----------------------------------------------------------------------

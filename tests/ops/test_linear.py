@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from kimi_linear import reference
-from products import BF16, FORMATS, bound, rows, weight
+from products import BF16, CUDA_FORMATS, bound, rows, weight
 from variants import every_device, on, ops, same_bits, same_sums
 
 # Tiles of 3, 4 or 6 rows with every remainder, both sides of the 64 rows up to which a weight is
@@ -26,7 +26,7 @@ def linear(x, w, dtype=np.float32):
     return out
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_matches_float64(variant, format, dtype):
     r = np.random.default_rng(1)
@@ -38,7 +38,7 @@ def test_matches_float64(variant, format, dtype):
             assert (error <= bound(x, dense, variant)).all(), (K, O, T)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_long_rows(variant, format, dtype):
     """Packed tiles put their lanes aside between blocks of columns; here are some blocks."""
@@ -51,7 +51,7 @@ def test_long_rows(variant, format, dtype):
         assert same_sums(linear(x[t : t + 1], w)[0], got[t], tolerance(dtype))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_a_row_has_its_bits_alone_in_any_batch_and_for_any_threads(variant, format, dtype):
     r = np.random.default_rng(3)
@@ -71,7 +71,7 @@ def test_a_row_has_its_bits_alone_in_any_batch_and_for_any_threads(variant, form
 
 
 @every_device
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
 def test_a_row_of_the_weight_has_its_bits_alone(format):
     r = np.random.default_rng(4)
     values = r.standard_normal((37, 100)).astype(np.float32)

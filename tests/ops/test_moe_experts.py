@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from kimi_linear import reference
-from products import BF16, FORMATS, relative, rows, weight
+from products import BF16, CUDA_FORMATS, relative, rows, weight
 from variants import every_device, on, ops, same_bits, same_sums
 
 # T, D, I, I' (0: no shared expert), E, top_k: D and I unequal and no multiples of a vector; one
@@ -52,7 +52,7 @@ def tolerance(dtype):
     return 2e-6 if dtype == np.float32 else 4e-3  # two roundings to bfloat16
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_matches_float64(variant, format, dtype):
     for shape in CASES:
@@ -61,7 +61,7 @@ def test_matches_float64(variant, format, dtype):
         assert relative(got, reference.moe_experts(**want)) < tolerance(dtype), shape
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
 @pytest.mark.parametrize("dtype", [np.float32, BF16])
 def test_a_token_has_its_bits_alone_and_for_any_threads(variant, format, dtype):
     for shape in (CASES[2], CASES[4], CASES[5]):
@@ -126,7 +126,7 @@ def test_silu_far_from_zero(gate):
 
 
 @every_device
-@pytest.mark.parametrize("shared_format", FORMATS)
+@pytest.mark.parametrize("shared_format", CUDA_FORMATS)
 def test_formats_may_differ(shared_format):
     """The router's neighbours are often kept wider than the experts."""
     given, want = make_case(9, 40, 24, 0, 4, 2, format="int4", dtype=BF16)
@@ -141,7 +141,7 @@ TILED = ((9, 192, 64, 128, 16, 2), (300, 128, 64, 64, 16, 4), (700, 64, 128, 64,
 
 
 @every_device
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
 @pytest.mark.parametrize("shape", TILED)
 def test_tiled_sizes(format, shape):
     """Weights may be rounded to bfloat16 there, beside the two roundings of `tolerance`."""
