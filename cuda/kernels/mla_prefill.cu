@@ -222,20 +222,23 @@ template <class T> __device__ void copy(const T *from, long long count, T *to)
     for (long long i = threadIdx.x; i < count; i += THREADS) to[i] = from[i];
 }
 
+/* A row that no token fills sees nothing; its query is zeros, for mla_decode reads it. */
 template <class T>
 __global__ __launch_bounds__(THREADS) void gather_kernel(__grid_constant__ const mla_call a,
                                                          __grid_constant__ const mla_few few)
 {
     const long long row = blockIdx.x, width = a.H * static_cast<long long>(a.nope + a.rope);
-    const bool used = few.first + row < *few.count;
-    if (threadIdx.x == 0) few.lengths[row] = 0;
-    if (!used) return;
+    T *const q = static_cast<T *>(few.q) + row * width;
+    if (few.first + row >= *few.count) {
+        if (threadIdx.x == 0) few.lengths[row] = 0;
+        for (long long i = threadIdx.x; i < width; i += THREADS) q[i] = from_float<T>(0);
+        return;
+    }
     const int token = few.tokens[few.first + row];
     const int n = mla_find_sequence(a.cu_seqlens, static_cast<int>(a.N), token);
     const int length = a.lengths[n] - (a.cu_seqlens[n + 1] - token) + 1;
     if (threadIdx.x == 0) few.lengths[row] = length;
-    copy(static_cast<const T *>(a.q) + token * a.q_stride, width,
-         static_cast<T *>(few.q) + row * width);
+    copy(static_cast<const T *>(a.q) + token * a.q_stride, width, q);
     copy(a.block_table + n * a.B, (length - 1) / KL_PAGE_TOKENS + 1,
          few.block_table + row * a.B);
 }
