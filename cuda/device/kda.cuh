@@ -45,14 +45,21 @@ __device__ inline float kda_load(const kda_operand &x, long long t, long long i)
                      : static_cast<const float *>(x.data)[at];
 }
 
-__device__ inline float kda_decay(const kda_arguments &a, long long h, int channel, float g)
+/* What the gate of one channel holds for all tokens. */
+struct kda_channel {
+    float rate, bias;
+};
+
+__device__ inline kda_channel kda_channel_of(const kda_arguments &a, long long h, int channel)
 {
-    if (a.gate != KL_GATE_DIRECT) {
-        const float rate = a.A_log == nullptr ? 1.0f : expf(a.A_log[h]);
-        if (a.dt_bias != nullptr) g += a.dt_bias[h * a.K + channel];
-        g = a.gate == KL_GATE_SOFTPLUS ? -rate * softplus(g)
-                                       : a.lower_bound * sigmoid(rate * g);
-    }
+    return {a.A_log == nullptr ? 1.0f : expf(a.A_log[h]),
+            a.dt_bias == nullptr ? 0.0f : a.dt_bias[h * a.K + channel]};
+}
+
+__device__ inline float kda_decay(const kda_arguments &a, const kda_channel &c, float g)
+{
+    if (a.gate == KL_GATE_SOFTPLUS) g = -c.rate * softplus(g + c.bias);
+    if (a.gate == KL_GATE_BOUNDED) g = a.lower_bound * sigmoid(c.rate * (g + c.bias));
     return expf(g);
 }
 
@@ -73,7 +80,7 @@ __device__ inline void kda_prepare(const kda_arguments &a, long long t, long lon
     for (int i = threadIdx.x; i < a.K; i += blockDim.x) {
         s.q[i] = kda_load(a.q, t, hk * a.K + i);
         s.k[i] = kda_load(a.k, t, hk * a.K + i);
-        s.decay[i] = kda_decay(a, h, i, kda_load(a.g, t, h * a.K + i));
+        s.decay[i] = kda_decay(a, kda_channel_of(a, h, i), kda_load(a.g, t, h * a.K + i));
     }
     __syncthreads();
     if (warp == 0) s.q_factor = a.normalize ? kda_norm_factor(s.q, a.K) : 1.0f;

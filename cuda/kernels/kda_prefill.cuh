@@ -36,8 +36,9 @@ struct alignas(128) kda_chunk {
     bf16 q_decayed[KDA_TOKENS][KDA_K]; /* scale E q        */
     bf16 k_left[KDA_TOKENS][KDA_K];    /* F k              */
     bf16 M[KDA_TOKENS][KDA_TOKENS];
-    bf16 X[KDA_TOKENS][KDA_TOKENS]; /* without its diagonal, which is beta */
-    float decay[KDA_K];             /* E_last           */
+    bf16 X[KDA_TOKENS][KDA_TOKENS];     /* without its diagonal, which is beta */
+    bf16 X_low[KDA_TOKENS][KDA_TOKENS]; /* what X rounds away */
+    float decay[KDA_K];                 /* E_last           */
     float beta[KDA_TOKENS];
 };
 

@@ -64,16 +64,41 @@ __device__ void fetch_rows(bf16 (*to)[PITCH16], const kda_operand &x, long long 
     }
 }
 
+/* A channel of 16 tokens, all asked for before the first is used. */
+template <class T>
+__device__ void read_channel(const kda_operand &x, long long token, long long at, int tokens,
+                             float (&to)[KDA_BLOCK])
+{
+    const T *from = static_cast<const T *>(x.data) + token * x.stride + at;
+#pragma unroll
+    for (int i = 0; i < KDA_BLOCK; i++)
+        to[i] = i < tokens ? to_float(from[i * x.stride]) : 0.0f;
+}
+
 /* A token that is not there decays nothing, asks nothing and writes nothing. */
 __device__ void read_decays(const kda_arguments &a, long long token, long long h, int tokens,
                             prepare_memory &m)
 {
-    const int channel = threadIdx.x % KDA_K, first = threadIdx.x / KDA_K * (KDA_TOKENS / 2);
-#pragma unroll 8
-    for (int i = first; i < first + KDA_TOKENS / 2; i++)
-        m.from_start[i][channel] =
-            i < tokens ? kda_decay(a, h, channel, kda_load(a.g, token + i, h * KDA_K + channel))
-                       : 1.0f;
+    const int channel = threadIdx.x % KDA_K;
+    const kda_channel gate = kda_channel_of(a, h, channel);
+#pragma unroll
+    for (int n = 0; n < BLOCKS / 2; n++) {
+        const int start = (threadIdx.x / KDA_K * (BLOCKS / 2) + n) * KDA_BLOCK;
+        float g[KDA_BLOCK];
+        if (a.g.is_bf16)
+            read_channel<bf16>(a.g, token + start, h * KDA_K + channel, tokens - start, g);
+        else
+            read_channel<float>(a.g, token + start, h * KDA_K + channel, tokens - start, g);
+#pragma unroll
+        for (int i = 0; i < KDA_BLOCK; i++)
+            m.from_start[start + i][channel] =
+                start + i < tokens ? kda_decay(a, gate, g[i]) : 1.0f;
+    }
+}
+
+__device__ void read_betas(const kda_arguments &a, long long token, long long h, int tokens,
+                           prepare_memory &m)
+{
     if (threadIdx.x >= KDA_TOKENS) return;
     const int i = threadIdx.x;
     const float raw = i < tokens ? kda_load(a.beta, token + i, h) : 0.0f;
@@ -265,40 +290,53 @@ __device__ void invert(const prepare_memory &m, kda_chunk &out)
     }
     const float b = m.beta[j];
 #pragma unroll
-    for (int i = 0; i < KDA_TOKENS; i++)
-        if (j / KDA_BLOCK <= i / KDA_BLOCK)
-            out.X[i][8 * kda_swizzle(i, j / 8) + j % 8] =
-                from_float<bf16>(i > j ? x[i] * b : 0);
+    for (int i = 0; i < KDA_TOKENS; i++) {
+        if (j / KDA_BLOCK > i / KDA_BLOCK) continue;
+        const int at = 8 * kda_swizzle(i, j / 8) + j % 8;
+        const float exact = i > j ? x[i] * b : 0;
+        const bf16 rounded = from_float<bf16>(exact);
+        out.X[i][at] = rounded;
+        out.X_low[i][at] = from_float<bf16>(exact - to_float(rounded));
+    }
 }
 
-/* Eight neighbouring channels of one token. */
-__device__ void write_operands(const prepare_memory &m, kda_chunk &out, int row, int piece)
+__device__ void multiply_by(float (&x)[4], const float *y)
 {
-    const int b = row / KDA_BLOCK, first = 8 * piece;
-    float q[8], k[8], q_decayed[8], k_decayed[8], k_left[8];
-    load_floats(&m.q[row][first], q);
-    load_floats(&m.k[row][first], k);
+    float f[4];
+    load_floats(y, f);
 #pragma unroll
-    for (int c = 0; c < 8; c++) {
-        const int d = first + c;
-        const float E = m.from_start[row][d] * between(m, b, -1, d);
-        const float F = m.to_end[row][d] * between(m, BLOCKS, b, d);
-        q_decayed[c] = q[c] * m.q_factor[row] * E;
-        k_decayed[c] = k[c] * m.k_factor[row] * E;
-        k_left[c] = k[c] * m.k_factor[row] * F;
-    }
-    const int at = 8 * kda_swizzle(row, piece);
-    store_floats(&out.q_decayed[row][at], q_decayed);
-    store_floats(&out.k_decayed[row][at], k_decayed);
-    store_floats(&out.k_left[row][at], k_left);
+    for (int c = 0; c < 4; c++) x[c] *= f[c];
+}
+
+__device__ void store_scaled(bf16 *to, const bf16 *x, float factor, const float (&decay)[4])
+{
+    float y[4];
+    load_floats(x, y);
+#pragma unroll
+    for (int c = 0; c < 4; c++) y[c] = y[c] * factor * decay[c];
+    store_floats(to, y);
+}
+
+/* Four neighbouring channels of one token. */
+__device__ void write_operands(const prepare_memory &m, kda_chunk &out, int row, int d)
+{
+    const int b = row / KDA_BLOCK, at = 8 * kda_swizzle(row, d / 8) + d % 8;
+    float E[4], F[4];
+    load_floats(&m.from_start[row][d], E);
+    load_floats(&m.to_end[row][d], F);
+    for (int i = 0; i < b; i++) multiply_by(E, &m.block[i][d]);
+    for (int i = b + 1; i < BLOCKS; i++) multiply_by(F, &m.block[i][d]);
+    store_scaled(&out.q_decayed[row][at], &m.q[row][d], m.q_factor[row], E);
+    store_scaled(&out.k_decayed[row][at], &m.k[row][d], m.k_factor[row], E);
+    store_scaled(&out.k_left[row][at], &m.k[row][d], m.k_factor[row], F);
 }
 
 __device__ void write_all_operands(const prepare_memory &m, kda_chunk &out, int thread,
                                    int threads)
 {
-    constexpr int PIECES = KDA_K / 8;
-    for (int i = thread; i < KDA_TOKENS * PIECES; i += threads)
-        write_operands(m, out, i / PIECES, i % PIECES);
+    constexpr int QUADS = KDA_K / 4;
+    for (int i = thread; i < KDA_TOKENS * QUADS; i += threads)
+        write_operands(m, out, i / QUADS, i % QUADS * 4);
     for (int d = thread; d < KDA_K; d += threads) out.decay[d] = between(m, BLOCKS, -1, d);
     for (int i = thread; i < KDA_TOKENS; i += threads) out.beta[i] = m.beta[i];
 }
@@ -338,6 +376,7 @@ __global__ __launch_bounds__(THREADS,
     fetch_rows(m.q, a.q, token, offset, tokens);
     fetch_rows(m.k, a.k, token, offset, tokens);
     copy_commit();
+    read_betas(a, token, h, tokens, m);
     read_decays(a, token, h, tokens, m);
     copy_wait<0>();
     __syncthreads();

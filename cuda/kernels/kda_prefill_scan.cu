@@ -11,8 +11,8 @@
  * Grid         one block for each sequence, head and 16 * WARPS rows of the state. A warp owns
  *              16 rows from the first chunk to the last, in registers; warps share operands and
  *              nothing else. Chunks arrive in two stages, each by one bulk copy.
- * Roofline     operands 66,304 B a chunk and head, from L2 once a block: 1 KB a token and head; the
- *              chain is 360 m16n8k16 a chunk and warp, about 1.3 us
+ * Roofline     operands 74,496 B a chunk and head, from L2 once a block: 1.2 KB a token and head;
+ *              the chain is 380 m16n8k16 a chunk and warp, about 1.4 us
  * Measured     not timed yet
  */
 #include "../device/mma.cuh"
@@ -330,6 +330,7 @@ __device__ void run_chunk(warp_state &state, const kda_chunk &c, values &v)
     to_left_operands(operand, U);
     scale_by_beta(U, c);
     add_lower(U, operand, c.X);
+    add_lower(U, operand, c.X_low);
     to_left_operands(operand, U);
     add_lower(out, operand, c.M);
     __syncwarp();
