@@ -1,9 +1,10 @@
 /*
- * kda_prefill.cu -- Kimi Delta Attention over ragged sequences, token after token: every shape
- * and type. kda_prefill_chunked.cu is faster where it applies.
+ * kda_prefill.cu -- Kimi Delta Attention over ragged sequences: token after token, for every
+ * shape and type, and the choice of the chunked kernels (kda_prefill_prepare.cu,
+ * kda_prefill_scan.cu), for bf16 with K = 128.
  *
- * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;  o = scale S q,
- *              with a, b and the normalised q, k of backend/ops.h
+ * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;
+ *              o = scale S q, with a, b and the normalised q, k of backend/ops.h
  * Shapes       q, k [T, Hk, K]; v, out [T, H, V]; g [T, H, K]; beta [T, H]; state [S, H, V, K]
  * Layout       the state dense with K contiguous; of the others the first axis may be strided
  * Precision    f32 or bf16 in, f32 arithmetic and state, out as q
@@ -11,8 +12,8 @@
  *              registers, a warp ROWS of them, from the first token to the last; the block
  *              prepares each token once, in shared memory.
  * Order        kda_decode's: prefilling a sequence in any pieces gives its bits
- * Roofline     bytes as kda_prefill_chunked.cu; bound instead by the chain of T tokens
- * Measured     not timed yet
+ * Roofline     1,282 B a token and head in bf16; bound instead by the chain of T tokens
+ * Measured     not timed yet; right on an H100 (2026-11-22)
  */
 #include "kda_prefill.cuh"
 
@@ -59,9 +60,61 @@ kl_status launch(kda_arguments &a, long long N, cudaStream_t stream, kl_error *e
 
 } // namespace
 
+/* ---- chunked ----------------------------------------------------------------------------- */
+
+/* 70 chunks of 32 heads at a time: enough blocks to fill the device eight times, and two
+ * windows for 8,192 tokens. */
+static constexpr size_t WORKSPACE_BYTES = 160u << 20;
+
+static long long chunk_numbers(const kl_kda *a)
+{
+    return a->q.shape[0] / KDA_TOKENS + a->cu_seqlens.shape[0] - 1;
+}
+
+static long long window_chunks(const kl_kda *a)
+{
+    const size_t bytes = static_cast<size_t>(a->state.shape[1]) * sizeof(kda_chunk);
+    const long long most = bytes > WORKSPACE_BYTES ? 1 : WORKSPACE_BYTES / bytes;
+    const long long all = chunk_numbers(a);
+    return all < most ? all : most;
+}
+
+/* A property of types and widths, which a plan knows before there are tensors. */
+static bool shapes_fit(const kl_kda *a)
+{
+    return a->q.dtype == KL_BF16 && a->state.shape[3] == KDA_K && a->state.shape[2] % 32 == 0 &&
+           a->state.shape[2] > 0;
+}
+
+static bool chunked_applies(const kl_kda *a)
+{
+    const auto pieces = [](const kl_tensor &t) {
+        return is_aligned(t.data, t.stride[0], sizeof(bf16), 16);
+    };
+    return shapes_fit(a) && pieces(a->q) && pieces(a->k) && pieces(a->v) &&
+           is_aligned(a->out.data, 0, sizeof(bf16), 16) &&
+           is_aligned(a->state.data, 0, sizeof(float), 16) && is_aligned(a->ws.data, 0, 1, 16);
+}
+
+static kl_status run_chunked(const kl_kda *a, cudaStream_t stream, kl_error *err)
+{
+    const kda_arguments args = kda_arguments_of(a);
+    const long long N = a->cu_seqlens.shape[0] - 1, all = chunk_numbers(a);
+    kda_window w = {static_cast<kda_chunk *>(a->ws.data), 0, window_chunks(a)};
+    for (; w.first < all; w.first += w.count) {
+        if (w.count > all - w.first) w.count = all - w.first;
+        KL_TRY(kda_prepare_window(args, N, w, stream, err));
+        KL_TRY(kda_scan_window(args, N, w, stream, err));
+    }
+    return KL_OK;
+}
+
+/* ---- the operation ----------------------------------------------------------------------- */
+
 size_t kl_cuda_kda_prefill_workspace(kl_backend *, const kl_kda_prefill *a)
 {
-    return kda_chunked_workspace(a);
+    if (!shapes_fit(a)) return 0;
+    return static_cast<size_t>(window_chunks(a) * a->state.shape[1]) * sizeof(kda_chunk);
 }
 
 kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
@@ -71,7 +124,7 @@ kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error 
     if (N == 0 || a->q.shape[0] == 0) return KL_OK;
     KL_TRY(kl_cuda_bind(be, err));
     const cudaStream_t stream = kl_cuda_stream(be);
-    if (kda_chunked_applies(a)) return kda_prefill_chunked(a, stream, err);
+    if (chunked_applies(a)) return run_chunked(a, stream, err);
     if (kda_is_vector(args) && args.K <= 128) return launch<4, 1, 8>(args, N, stream, err);
     if (kda_is_vector(args)) return launch<4, 2, 4>(args, N, stream, err);
     return launch<1, KL_KDA_MAX_K / WARP, 4>(args, N, stream, err);

@@ -10,7 +10,8 @@
  *     E_i = a_0 ... a_i (from the chunk's first token),  F_j = a_{j+1} ... a_last
  *     A[i, j] = b_i sum_d k_i k_j a_{j+1} ... a_i    j <  i
  *     M[i, j] = scale sum_d q_i k_j a_{j+1} ... a_i  j <= i
- *     (1 + A) U = b (V - (E k) S^T),  O = scale (E q) S^T + M U,  S' = S diag(E_last) + U^T (F k)
+ *     (1 + A) U = b (V - (E k) S^T),  O = scale (E q) S^T + M U
+ *     S' = S diag(E_last) + U^T (F k)
  * Nothing is ever divided by a decay: a product that underflows is the exact limit, 0.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_H
@@ -22,8 +23,8 @@ constexpr int KDA_TOKENS = 64; /* of a chunk */
 constexpr int KDA_K = 128;
 constexpr int KDA_BLOCK = 16; /* side of the blocks of A, M and X */
 
-/* Rows of bf16 that ldmatrix reads, eight at a time: piece p (8 elements) of row i lies at piece
- * p ^ (i % 8), so that the eight rows of a matrix fall into different banks. */
+/* Rows of bf16 that ldmatrix reads, eight at a time: piece p (8 elements) of row i lies at
+ * piece p ^ (i % 8), so that the eight rows of a matrix fall into different banks. */
 __device__ inline int kda_swizzle(int row, int piece)
 {
     return piece ^ (row % 8);
@@ -52,10 +53,6 @@ __device__ inline long long kda_first_chunk(const int *cu, long long n)
 {
     return cu[n] / KDA_TOKENS + n;
 }
-
-bool kda_chunked_applies(const kl_kda *a);
-size_t kda_chunked_workspace(const kl_kda *a); /* 0 where it never applies */
-kl_status kda_prefill_chunked(const kl_kda *a, cudaStream_t stream, kl_error *err);
 
 kl_status kda_prepare_window(const kda_arguments &a, long long N, const kda_window &w,
                              cudaStream_t stream, kl_error *err);

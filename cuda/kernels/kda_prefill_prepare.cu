@@ -2,53 +2,50 @@
  * kda_prefill_prepare.cu -- chunked KDA prefill, first half: what a chunk of 64 tokens asks of
  * the state and leaves in it, for all chunks at once.
  *
- * Computes     the operands of kda_prefill.cuh: gate, norms, A and M, X = (1 + A)^-1 diag(b), and
- *              k and q times their products of decays
+ * Computes     the operands of kda_prefill.cuh: gate, norms, A and M, X = (1 + A)^-1 diag(b),
+ *              and k and q times their products of decays
  * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; chunks [count, H]
  * Layout       first axes may be strided; q and k in rows of 16-byte pieces
- * Precision    decays are products of exp(log-decay) in f32, never quotients and never exponentials
- *              of differences of sums. Diagonal 16 x 16 blocks of A and M: f32 throughout. The
- *              others: tf32 operands (11 bits), f32 sums. The inverse: f32. Stored in bf16.
+ * Precision    decays are products of exp(log-decay) in f32, never quotients and never
+ *              exponentials of differences of sums. A and M: f32 within octets of tokens, tf32
+ *              operands (11 bits) and f32 sums elsewhere. The inverse: f32. Stored in bf16, X
+ *              in two: with beta near 2 and repeated keys its large terms cancel.
  * Grid         one block for each chunk number and head; two blocks on a multiprocessor
- * Roofline     bytes: 770 B a token and head in (q, k, g), 1,036 out; about 60,000 f32 instructions
- *              a chunk and head for the diagonal blocks
- * Measured     not timed yet
+ * Roofline     770 B a token and head in (q, k, g), 1,164 out: 170 us for 8,192 tokens of 32
+ *              heads on an H100, if nothing stays in the L2
+ * Measured     H100, busy with another job: 0.57 ms for 8,192 tokens of 32 heads (2026-11-22)
  */
 #include "../device/mma.cuh"
-#include "kda_prefill.cuh"
+#include "kda_prefill_invert.cuh"
 
 namespace {
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
-constexpr int BLOCKS = KDA_TOKENS / KDA_BLOCK; /* 16-token blocks of a chunk */
+constexpr int BLOCKS = KDA_BLOCKS; /* 16-token blocks of a chunk */
+constexpr int HALF = KDA_TOKENS / 2;
+constexpr int OCTET = 8, OCTETS = KDA_TOKENS / OCTET;
 constexpr int PAIRS = BLOCKS * (BLOCKS - 1) / 2;
 constexpr int PITCH16 = KDA_K + 8, PITCH32 = KDA_K + 4; /* rows a bank apart */
-constexpr int SOLVERS = KDA_TOKENS / WARP;              /* warps that invert */
 
 static_assert(THREADS == 2 * KDA_K, "decays are made by two threads a channel");
+static_assert(THREADS == KDA_SOLVERS, "the block inverts");
 static_assert(WARPS == 2 * BLOCKS, "diagonal blocks are made by two warps each");
 static_assert(WARPS >= PAIRS, "the other blocks are made by one warp a pair");
 
 struct prepare_memory {
     bf16 q[KDA_TOKENS][PITCH16], k[KDA_TOKENS][PITCH16]; /* as given */
-    float from_start[KDA_TOKENS]
-                    [PITCH32]; /* first a_l; then a_s ... a_l from l's block's start s */
-    float to_end[KDA_TOKENS]
-                [PITCH32];      /* a_{l+1} ... a_e to its end e                         */
-    float block[BLOCKS][KDA_K]; /* a_s ... a_e                                          */
-    float A[BLOCKS * (BLOCKS + 1) / 2][KDA_BLOCK]
-           [KDA_BLOCK]; /* blocks on and below the diagonal */
+    /* First a_l itself; then products over octets; then over blocks: from the start of l's to
+     * l, and from l + 1 to its end. */
+    float from_start[KDA_TOKENS][PITCH32], to_end[KDA_TOKENS][PITCH32];
+    float block[BLOCKS][KDA_K]; /* the products of whole blocks */
+    float A[BLOCKS * (BLOCKS + 1) / 2][KDA_BLOCK][KDA_BLOCK];
     float q_factor[KDA_TOKENS], k_factor[KDA_TOKENS], beta[KDA_TOKENS];
 };
+static_assert(sizeof(kda_inverse) <= sizeof(prepare_memory::to_end));
 static_assert(2 * (sizeof(prepare_memory) + 1024) <= 228 * 1024, "two blocks a multiprocessor");
 
-__device__ constexpr int block_of(int row, int column)
-{
-    return row * (row + 1) / 2 + column;
-}
-
-/* ---- inputs -------------------------------------------------------------------------------- */
+/* ---- inputs ------------------------------------------------------------------------------ */
 
 /* 64 rows of 128 values, zeros past the last token. */
 __device__ void fetch_rows(bf16 (*to)[PITCH16], const kda_operand &x, long long token,
@@ -64,35 +61,35 @@ __device__ void fetch_rows(bf16 (*to)[PITCH16], const kda_operand &x, long long 
     }
 }
 
-/* A channel of 16 tokens, all asked for before the first is used. */
+/* Half of the tokens of a thread's channel, all asked for before the first is used. */
 template <class T>
-__device__ void read_channel(const kda_operand &x, long long token, long long at, int tokens,
-                             float (&to)[KDA_BLOCK])
+__device__ void read_gates(const kda_operand &x, long long token, long long at, int tokens,
+                           prepare_memory &m)
 {
-    const T *from = static_cast<const T *>(x.data) + token * x.stride + at;
+    const int channel = threadIdx.x % KDA_K, first = threadIdx.x / KDA_K * HALF;
+    const T *from = static_cast<const T *>(x.data) + (token + first) * x.stride + at + channel;
+    T g[HALF];
 #pragma unroll
-    for (int i = 0; i < KDA_BLOCK; i++)
-        to[i] = i < tokens ? to_float(from[i * x.stride]) : 0.0f;
+    for (int i = 0; i < HALF; i++) g[i] = first + i < tokens ? from[i * x.stride] : T(0.0f);
+#pragma unroll
+    for (int i = 0; i < HALF; i++) m.from_start[first + i][channel] = to_float(g[i]);
 }
 
 /* A token that is not there decays nothing, asks nothing and writes nothing. */
 __device__ void read_decays(const kda_arguments &a, long long token, long long h, int tokens,
                             prepare_memory &m)
 {
-    const int channel = threadIdx.x % KDA_K;
+    const int channel = threadIdx.x % KDA_K, first = threadIdx.x / KDA_K * HALF;
+    if (a.g.is_bf16)
+        read_gates<bf16>(a.g, token, h * KDA_K, tokens, m);
+    else
+        read_gates<float>(a.g, token, h * KDA_K, tokens, m);
     const kda_channel gate = kda_channel_of(a, h, channel);
-#pragma unroll
-    for (int n = 0; n < BLOCKS / 2; n++) {
-        const int start = (threadIdx.x / KDA_K * (BLOCKS / 2) + n) * KDA_BLOCK;
-        float g[KDA_BLOCK];
-        if (a.g.is_bf16)
-            read_channel<bf16>(a.g, token + start, h * KDA_K + channel, tokens - start, g);
-        else
-            read_channel<float>(a.g, token + start, h * KDA_K + channel, tokens - start, g);
-#pragma unroll
-        for (int i = 0; i < KDA_BLOCK; i++)
-            m.from_start[start + i][channel] =
-                start + i < tokens ? kda_decay(a, gate, g[i]) : 1.0f;
+    /* Unrolled, three gates' code would pass through the instruction cache once a block. */
+#pragma unroll 2
+    for (int i = first; i < first + HALF; i++) {
+        float &x = m.from_start[i][channel];
+        x = i < tokens ? kda_decay(a, gate, x) : 1.0f;
     }
 }
 
@@ -124,77 +121,102 @@ __device__ void find_factors(const kda_arguments &a, prepare_memory &m)
     }
 }
 
-/* ---- A and M ------------------------------------------------------------------------------- */
+/* ---- A and M ----------------------------------------------------------------------------- */
 
-/* sum_d x_i k_j a_{j+1} ... a_i for a diagonal block: a lane has a column j and half of the
- * channels, and lengthens the product of decays as it walks down the rows. */
-__device__ void diagonal_sums(const prepare_memory &m, const bf16 (*x)[PITCH16], int start,
-                              float (&sum)[KDA_BLOCK])
+/* sum_d x_i k_j a_{j+1} ... a_i within the two octets of a diagonal block: a lane has a column
+ * j and half of the channels, and lengthens the product of decays as it walks down the rows. */
+__device__ void octet_sums(const prepare_memory &m, const bf16 (*x)[PITCH16], int start,
+                           float (&sum)[OCTET])
 {
     const int j = lane_id() % KDA_BLOCK, half = lane_id() / KDA_BLOCK;
+    const int first = start + j / OCTET * OCTET;
 #pragma unroll
-    for (int i = 0; i < KDA_BLOCK; i++) sum[i] = 0;
-#pragma unroll 1
+    for (int i = 0; i < OCTET; i++) sum[i] = 0;
+#pragma unroll 2
     for (int quad = 0; quad < KDA_K / 8; quad++) {
         const int d = 8 * quad + 4 * half;
         float kj[4], e[4] = {0, 0, 0, 0};
         load_floats(&m.k[start + j][d], kj);
 #pragma unroll
-        for (int i = 0; i < KDA_BLOCK; i++) {
+        for (int i = 0; i < OCTET; i++) {
             float xi[4], ai[4];
-            load_floats(&x[start + i][d], xi);
-            load_floats(&m.from_start[start + i][d], ai);
+            load_floats(&x[first + i][d], xi);
+            load_floats(&m.from_start[first + i][d], ai);
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                e[c] = i == j ? kj[c] : e[c] * ai[c];
+                e[c] = i == j % OCTET ? kj[c] : e[c] * ai[c];
                 sum[i] = fmaf(xi[c], e[c], sum[i]);
             }
         }
     }
 #pragma unroll
-    for (int i = 0; i < KDA_BLOCK; i++) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], KDA_BLOCK);
+    for (int i = 0; i < OCTET; i++) sum[i] += __shfl_xor_sync(ALL_LANES, sum[i], KDA_BLOCK);
 }
 
-/* Two warps a diagonal block: one for A, one for M. */
-__device__ void diagonal_block(prepare_memory &m, kda_chunk &out)
+/* One element of the diagonal block b. */
+__device__ void put(prepare_memory &m, kda_chunk &out, int b, bool is_M, int i, int j,
+                    float sum)
 {
-    const int b = warp_id() / 2, start = b * KDA_BLOCK, j = lane_id() % KDA_BLOCK;
+    const int row = b * KDA_BLOCK + i, column = b * KDA_BLOCK + j;
+    const float k = sum * m.k_factor[column];
+    if (is_M)
+        out.M[row][8 * kda_swizzle(row, column / 8) + column % 8] =
+            from_float<bf16>(j <= i ? k * m.q_factor[row] : 0.0f);
+    else
+        m.A[kda_block_of(b, b)][i][j] = j < i ? k * m.beta[row] * m.k_factor[row] : 0.0f;
+}
+
+/* Two warps a diagonal block: one for A, one for M. What lies above the octets is zero. */
+__device__ void diagonal_octets(prepare_memory &m, kda_chunk &out)
+{
+    const int b = warp_id() / 2, j = lane_id() % KDA_BLOCK;
     const bool is_M = warp_id() % 2;
-    float sum[KDA_BLOCK];
-    diagonal_sums(m, is_M ? m.q : m.k, start, sum);
+    float sum[OCTET];
+    octet_sums(m, is_M ? m.q : m.k, b * KDA_BLOCK, sum);
     if (lane_id() >= KDA_BLOCK) return;
-    const float column = m.k_factor[start + j];
 #pragma unroll
-    for (int i = 0; i < KDA_BLOCK; i++) {
-        const int row = start + i;
-        if (is_M)
-            out.M[row][8 * kda_swizzle(row, (start + j) / 8) + j % 8] =
-                from_float<bf16>(j <= i ? sum[i] * m.q_factor[row] * column : 0.0f);
-        else
-            m.A[block_of(b, b)][i][j] =
-                j < i ? sum[i] * m.beta[row] * m.k_factor[row] * column : 0.0f;
+    for (int i = 0; i < OCTET; i++) {
+        put(m, out, b, is_M, j / OCTET * OCTET + i, j, sum[i]);
+        if (j >= OCTET) put(m, out, b, is_M, i, j, 0.0f);
     }
 }
 
-/* Turn the decays of tokens into products from the start and to the end of their blocks. */
+/* Turn the decays of tokens into products from the start and to the end of their octets. */
 __device__ void multiply_decays(prepare_memory &m)
+{
+    const int channel = threadIdx.x % KDA_K;
+#pragma unroll
+    for (int n = 0; n < OCTETS / 2; n++) {
+        const int start = (threadIdx.x / KDA_K * (OCTETS / 2) + n) * OCTET;
+        float a[OCTET], product = 1;
+#pragma unroll
+        for (int i = 0; i < OCTET; i++) a[i] = m.from_start[start + i][channel];
+#pragma unroll
+        for (int i = 0; i < OCTET; i++) m.from_start[start + i][channel] = product *= a[i];
+        product = 1;
+#pragma unroll
+        for (int i = OCTET - 1; i >= 0; i--) {
+            m.to_end[start + i][channel] = product;
+            product *= a[i];
+        }
+    }
+}
+
+/* From products over octets to products over blocks. */
+__device__ void join_octets(prepare_memory &m)
 {
     const int channel = threadIdx.x % KDA_K;
 #pragma unroll
     for (int n = 0; n < BLOCKS / 2; n++) {
         const int b = threadIdx.x / KDA_K * (BLOCKS / 2) + n, start = b * KDA_BLOCK;
-        float a[KDA_BLOCK], product = 1;
+        const float first = m.from_start[start + OCTET - 1][channel];
+        const float second = m.from_start[start + KDA_BLOCK - 1][channel];
 #pragma unroll
-        for (int i = 0; i < KDA_BLOCK; i++) a[i] = m.from_start[start + i][channel];
-#pragma unroll
-        for (int i = 0; i < KDA_BLOCK; i++) m.from_start[start + i][channel] = product *= a[i];
-        m.block[b][channel] = product;
-        product = 1;
-#pragma unroll
-        for (int i = KDA_BLOCK - 1; i >= 0; i--) {
-            m.to_end[start + i][channel] = product;
-            product *= a[i];
+        for (int i = 0; i < OCTET; i++) {
+            m.to_end[start + i][channel] *= second;
+            m.from_start[start + OCTET + i][channel] *= first;
         }
+        m.block[b][channel] = first * second;
     }
 }
 
@@ -203,6 +225,29 @@ __device__ uint32_t to_tf32(float x)
     uint32_t r;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
     return r;
+}
+
+/* The octet of a diagonal block that lies below its diagonal, by the two warps of the block;
+ * the upper half of the tensor core's rows is idle. */
+__device__ void lower_octet(prepare_memory &m, kda_chunk &out)
+{
+    const int b = warp_id() / 2, column = b * KDA_BLOCK + lane_id() / 4, row = column + OCTET;
+    const bool is_M = warp_id() % 2;
+    const bf16(*x)[PITCH16] = is_M ? m.q : m.k;
+    float sum[4] = {};
+#pragma unroll 4
+    for (int step = 0; step < KDA_K / 8; step++) {
+        const int d = 8 * step + lane_id() % 4;
+        const uint32_t left[4] = {0, to_tf32(to_float(x[row][d]) * m.from_start[row][d]), 0,
+                                  to_tf32(to_float(x[row][d + 4]) * m.from_start[row][d + 4])};
+        const uint32_t right[2] = {
+            to_tf32(to_float(m.k[column][d]) * m.to_end[column][d]),
+            to_tf32(to_float(m.k[column][d + 4]) * m.to_end[column][d + 4])};
+        mma_tf32(sum, left, right);
+    }
+    const int i = OCTET + lane_id() / 4, j = 2 * (lane_id() % 4);
+    put(m, out, b, is_M, i, j, sum[2]);
+    put(m, out, b, is_M, i, j + 1, sum[3]);
 }
 
 /* Block row of a pair 0 .. 5 of blocks below the diagonal, row by row. */
@@ -219,8 +264,8 @@ __device__ float between(const prepare_memory &m, int r, int b, int channel)
     return product;
 }
 
-/* Sums over channels of a pair of blocks: k_i k_j and q_i k_j, each with the decays from j to the
- * end of its block, between the blocks, and from the start of i's block to i. */
+/* Sums over channels of a pair of blocks: k_i k_j and q_i k_j, each with the decays from j to
+ * the end of its block, between the blocks, and from the start of i's block to i. */
 __device__ void pair_sums(const prepare_memory &m, int r, int b, float (&kk)[2][4],
                           float (&qk)[2][4])
 {
@@ -263,42 +308,15 @@ __device__ void lower_block(prepare_memory &m, kda_chunk &out, int pair)
             const int row = r * KDA_BLOCK + i, column = b * KDA_BLOCK + j;
             const float x = m.k_factor[column], y = m.k_factor[column + 1];
             const float A = m.beta[row] * m.k_factor[row], M = m.q_factor[row];
-            m.A[block_of(r, b)][i][j] = kk[t][2 * half] * A * x;
-            m.A[block_of(r, b)][i][j + 1] = kk[t][2 * half + 1] * A * y;
+            m.A[kda_block_of(r, b)][i][j] = kk[t][2 * half] * A * x;
+            m.A[kda_block_of(r, b)][i][j + 1] = kk[t][2 * half + 1] * A * y;
             *reinterpret_cast<uint32_t *>(
                 &out.M[row][8 * kda_swizzle(row, column / 8) + column % 8]) =
                 pack_bf16(qk[t][2 * half] * M * x, qk[t][2 * half + 1] * M * y);
         }
 }
 
-/* ---- results ------------------------------------------------------------------------------- */
-
-/* A thread solves (1 + A) x = e_j b_j by forward substitution; it needs no other thread. */
-__device__ void invert(const prepare_memory &m, kda_chunk &out)
-{
-    const int j = threadIdx.x;
-    float x[KDA_TOKENS];
-#pragma unroll
-    for (int i = 0; i < KDA_TOKENS; i++) {
-        float sum[4] = {0, 0, 0, 0}; /* four chains of additions hide their latency */
-#pragma unroll
-        for (int l = 0; l < i; l++)
-            sum[l % 4] =
-                fmaf(m.A[block_of(i / KDA_BLOCK, l / KDA_BLOCK)][i % KDA_BLOCK][l % KDA_BLOCK],
-                     x[l], sum[l % 4]);
-        x[i] = (i == j ? 1.0f : 0.0f) - ((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    }
-    const float b = m.beta[j];
-#pragma unroll
-    for (int i = 0; i < KDA_TOKENS; i++) {
-        if (j / KDA_BLOCK > i / KDA_BLOCK) continue;
-        const int at = 8 * kda_swizzle(i, j / 8) + j % 8;
-        const float exact = i > j ? x[i] * b : 0;
-        const bf16 rounded = from_float<bf16>(exact);
-        out.X[i][at] = rounded;
-        out.X_low[i][at] = from_float<bf16>(exact - to_float(rounded));
-    }
-}
+/* ---- results ----------------------------------------------------------------------------- */
 
 __device__ void multiply_by(float (&x)[4], const float *y)
 {
@@ -331,17 +349,16 @@ __device__ void write_operands(const prepare_memory &m, kda_chunk &out, int row,
     store_scaled(&out.k_left[row][at], &m.k[row][d], m.k_factor[row], F);
 }
 
-__device__ void write_all_operands(const prepare_memory &m, kda_chunk &out, int thread,
-                                   int threads)
+__device__ void write_all_operands(const prepare_memory &m, kda_chunk &out)
 {
     constexpr int QUADS = KDA_K / 4;
-    for (int i = thread; i < KDA_TOKENS * QUADS; i += threads)
+    for (int i = threadIdx.x; i < KDA_TOKENS * QUADS; i += THREADS)
         write_operands(m, out, i / QUADS, i % QUADS * 4);
-    for (int d = thread; d < KDA_K; d += threads) out.decay[d] = between(m, BLOCKS, -1, d);
-    for (int i = thread; i < KDA_TOKENS; i += threads) out.beta[i] = m.beta[i];
+    if (threadIdx.x < KDA_K) out.decay[threadIdx.x] = between(m, BLOCKS, -1, threadIdx.x);
+    if (threadIdx.x < KDA_TOKENS) out.beta[threadIdx.x] = m.beta[threadIdx.x];
 }
 
-/* ---- the kernel ---------------------------------------------------------------------------- */
+/* ---- the kernel -------------------------------------------------------------------------- */
 
 /* The sequence that a chunk's number falls to: the last n with kda_first_chunk(n) <= number. */
 __device__ long long sequence_of(const int *cu, long long N, long long number)
@@ -382,16 +399,20 @@ __global__ __launch_bounds__(THREADS,
     __syncthreads();
     find_factors(a, m);
     __syncthreads();
-    diagonal_block(m, out);
+    diagonal_octets(m, out);
     __syncthreads();
     multiply_decays(m);
     __syncthreads();
+    lower_octet(m, out);
+    __syncthreads();
+    join_octets(m);
+    __syncthreads();
     if (warp_id() < PAIRS) lower_block(m, out, warp_id());
     __syncthreads();
-    if (warp_id() < SOLVERS)
-        invert(m, out);
-    else
-        write_all_operands(m, out, threadIdx.x - SOLVERS * WARP, THREADS - SOLVERS * WARP);
+    write_all_operands(m, out);
+    __syncthreads();
+    kda_inverse &inverse = *reinterpret_cast<kda_inverse *>(m.to_end); /* no longer needed */
+    kda_invert(m.A, m.beta, inverse, out);
 }
 
 } // namespace
@@ -406,59 +427,5 @@ kl_status kda_prepare_window(const kda_arguments &a, long long N, const kda_wind
     const unsigned blocks = static_cast<unsigned>(w.count * a.H);
     kda_prepare_kernel<<<blocks, THREADS, bytes, stream>>>(a, w, N);
     KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
-}
-
-/* ---- all windows --------------------------------------------------------------------------- */
-
-/* Enough for 2,400 chunks in flight, 79 of 32 heads; and all of an 8,192-token call in two. */
-constexpr size_t WORKSPACE_BYTES = 160u << 20;
-
-static long long chunk_numbers(const kl_kda *a)
-{
-    return a->q.shape[0] / KDA_TOKENS + a->cu_seqlens.shape[0] - 1;
-}
-
-static long long window_chunks(const kl_kda *a)
-{
-    const size_t bytes = static_cast<size_t>(a->state.shape[1]) * sizeof(kda_chunk);
-    const long long most = bytes > WORKSPACE_BYTES ? 1 : WORKSPACE_BYTES / bytes;
-    const long long all = chunk_numbers(a);
-    return all < most ? all : most;
-}
-
-/* A property of types and widths, which a plan knows before there are tensors. */
-static bool shapes_fit(const kl_kda *a)
-{
-    return a->q.dtype == KL_BF16 && a->state.shape[3] == KDA_K && a->state.shape[2] % 32 == 0 &&
-           a->state.shape[2] > 0;
-}
-
-bool kda_chunked_applies(const kl_kda *a)
-{
-    const auto pieces = [](const kl_tensor &t) {
-        return is_aligned(t.data, t.stride[0], sizeof(bf16), 16);
-    };
-    return shapes_fit(a) && pieces(a->q) && pieces(a->k) && pieces(a->v) &&
-           is_aligned(a->out.data, 0, sizeof(bf16), 16) &&
-           is_aligned(a->state.data, 0, sizeof(float), 16) && is_aligned(a->ws.data, 0, 1, 16);
-}
-
-size_t kda_chunked_workspace(const kl_kda *a)
-{
-    if (!shapes_fit(a)) return 0;
-    return static_cast<size_t>(window_chunks(a) * a->state.shape[1]) * sizeof(kda_chunk);
-}
-
-kl_status kda_prefill_chunked(const kl_kda *a, cudaStream_t stream, kl_error *err)
-{
-    const kda_arguments args = kda_arguments_of(a);
-    const long long N = a->cu_seqlens.shape[0] - 1, all = chunk_numbers(a);
-    kda_window w = {static_cast<kda_chunk *>(a->ws.data), 0, window_chunks(a)};
-    for (; w.first < all; w.first += w.count) {
-        if (w.count > all - w.first) w.count = all - w.first;
-        KL_TRY(kda_prepare_window(args, N, w, stream, err));
-        KL_TRY(kda_scan_window(args, N, w, stream, err));
-    }
     return KL_OK;
 }
