@@ -1,14 +1,14 @@
 /*
  * mla_prefill.cu -- latent attention of many new tokens: which form each of them takes.
  *
- * Computes     a plan of the call, the plain form by mla_prefill_tiles.cu or, where its dimensions
- *              are others, mla_prefill_rows.cu, and the tokens of tiles of few by mla_decode
- * Shapes       lengths [N], cu_seqlens [N+1], both on the device: what follows from them, such as
- *              the number of few tokens, is found there, and launches are made for the most
- * Layout       the plan is a struct for each sequence with running numbers of its first page and
- *              tile, and a list of the few tokens; these become dense rows of a call
+ * Computes     a plan of the call, the plain form by mla_prefill_tiles.cu or, where dimensions
+ *              are not its own, mla_prefill_rows.cu, and tiles of few tokens by mla_decode
+ * Shapes       lengths [N], cu_seqlens [N+1], both on the device: what follows from them, such
+ *              as the number of few tokens, is found there; launches are made for the most
+ * Layout       the plan is a struct for each sequence with running numbers of its first page
+ *              and tile, and a list of the few tokens; these become dense rows of a call
  * Precision    as the kernels that are called
- * Grid         plan: one block, a thread for each sequence; gather, scatter: a block for each row
+ * Grid         plan: one block, a thread a sequence; gather, scatter: a block a row
  * Roofline     a launch's time each, beside kernels of milliseconds
  * Measured     not timed yet; right on an H100 (tests/ops/test_mla.py, 2026-11-22)
  */
@@ -21,7 +21,7 @@ namespace {
 constexpr int THREADS = 256;
 constexpr size_t ALIGN = 128; /* of each part of the workspace: a cache line */
 
-/* Few tokens of one call of mla_decode: no more memory than the plain form's, which it shares. */
+/* Few tokens of one call of mla_decode: they take no more memory than the plain form. */
 constexpr long long FEW_ROWS = 512;
 
 /* ---- the plan ---------------------------------------------------------------------------- */
@@ -214,7 +214,7 @@ layout lay_out(kl_backend *be, const kl_mla_prefill *a, const mla_call &c)
     return l;
 }
 
-/* ---- the few tokens -------------------------------------------------------------------------- */
+/* ---- the few tokens ---------------------------------------------------------------------- */
 
 /* A block's copy of `count` elements between vectors of any alignment. */
 template <class T> __device__ void copy(const T *from, long long count, T *to)

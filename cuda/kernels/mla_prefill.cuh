@@ -31,8 +31,8 @@ struct mla_sequence {
     int first_page, first_tile;
 };
 
-/* The positions of a sequence that the plain form takes, without running numbers. Tiles of ops.h
- * are cut at pages: only a first and a last one can be few. */
+/* The positions of a sequence that the plain form takes, without running numbers. The tiles of
+ * ops.h are cut at pages: only a first and a last one can be few. */
 __device__ inline mla_sequence mla_cut_sequence(const mla_call &a, long long n)
 {
     const int page = KL_PAGE_TOKENS, length = a.lengths[n];

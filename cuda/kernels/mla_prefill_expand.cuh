@@ -2,7 +2,7 @@
  * mla_prefill_expand.cuh -- mla_prefill's keys and values of a window of the contexts, and the
  * fragments of shared memory that they and the attention are multiplied from.
  *
- * Computes     [k_nope | v] = w_kv_b c for the pages of a window, rounded to bf16; k_pe as it is
+ * Computes     [k_nope | v] = w_kv_b c for the pages of a window, rounded to bf16; copies k_pe
  * Shapes       pages [P, 64, rank+64], w_kv_b [H, 256, rank], rank a multiple of 64
  * Order        rank in steps of 16, whatever the window is
  * Rows past what a sequence's queries see become zeros: a weight of zero would not hide NaN.
@@ -122,7 +122,7 @@ __device__ page_rows find_page(const mla_call &a, const mla_plan &plan, int page
     return {pages + id * PAGE * (a.rank + a.rope), min(s.end - index * PAGE, PAGE)};
 }
 
-/* One stage: 128 latents and 128 rows of weights, 64 channels each; zeros past the pages' rows. */
+/* One stage: 64 channels of 128 latents and of 128 rows of weights; zeros past a page's count. */
 __device__ void load_stage(const mla_call &a, const page_rows (&from)[2], const bf16 *weights,
                            int channel, bf16 *stage)
 {

@@ -2,23 +2,23 @@
  * mla_prefill_tiles.cu -- latent attention of many new tokens in the plain form.
  *
  * Computes     k = [W_UK c | k_pe],  v = W_UV c,  o = softmax(scale q k^T) v, causal
- * Shapes       q [T, H, 128+64], pages [P, 64, rank+64], w_kv_b [H, 256, rank], out [T, H, 128];
- *              rank a multiple of 64
+ * Shapes       q [T, H, 128+64], pages [P, 64, rank+64], w_kv_b [H, 256, rank],
+ *              out [T, H, 128]; rank a multiple of 64
  * Layout       rows of q may be strided, everything else dense; 16-byte pieces
  * Precision    bf16 in; k, v and the softmax's weights are rounded to bf16, sums are f32
  * Grid         as many blocks as fit the device at once. The pages of all contexts, one after
- *              the other, pass in windows: the blocks make k and v of a window (tiles 128 x 128),
- *              wait for each other, and attend to it (a head and 128 queries a block, taken from
- *              a counter, the next head when one is through: a head's window stays in the L2).
- *              Where a context goes on, the maxima and sums wait in f32 for the next window
+ *              the other, pass in windows: the blocks make k and v of a window (tiles of 128 x
+ *              128), wait for each other, and attend to it: a block takes 128 queries of a head
+ *              from a counter, head by head, so that a head's window stays in the L2. Where a
+ *              context goes on, the maxima and sums wait in f32 for the next window
  * Order        32 keys at a time from position 0 on, whatever the windows and the batch are. A
  *              latent that is not finite spoils the queries before it in its run of 32, too
  * Roofline     640 flops for each query, head and key it sees, 512 rank for each key of a head:
  *              0.69 TFLOP for 8192 tokens and 32 heads, 0.70 ms on an H100 at 990 TFLOP/s, of
  *              which mma.sync reaches about 60 %
- * Measured     H100 that another job used besides, H = 32: 8192 tokens on 24576 in 14.8 ms at the
- *              best (326 TFLOP/s, 33 % of roofline), 8192 alone in 2.5 ms. Not timed undisturbed
- *              yet; right there (tests/ops/test_mla.py, 2026-11-22)
+ * Measured     H100 beside another job, the best of few runs, H = 32: 8192 tokens on 24576 in
+ *              14.8 ms (326 TFLOP/s, 33 % of roofline), 8192 alone in 2.5 ms. Not timed on an
+ *              idle device yet; right there (tests/ops/test_mla.py, 2026-11-22)
  */
 #include "mla_prefill_expand.cuh"
 
@@ -205,7 +205,7 @@ __device__ void gather(bf16 *values, const score_sums &weights, rows_state &s)
     }
 }
 
-/* ---- what waits between windows, and the result ---------------------------------------------- */
+/* ---- what waits between windows, and the result ------------------------------------------ */
 
 __device__ void start_rows(rows_state &s)
 {
@@ -280,7 +280,7 @@ __device__ void finish_rows(const mla_call &a, const task &t, const rows_state &
     }
 }
 
-/* ---- one task, one window, all of them -------------------------------------------------------- */
+/* ---- one task, one window, all of them --------------------------------------------------- */
 
 /* One page, from `position` on. Its values may still be on their way. */
 __device__ void attend_page(int base, int position, float factor, bf16 *queries, bf16 *keys,
