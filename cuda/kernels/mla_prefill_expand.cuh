@@ -122,7 +122,7 @@ __device__ page_rows find_page(const mla_call &a, const mla_plan &plan, int page
     return {pages + id * PAGE * (a.rank + a.rope), min(s.end - index * PAGE, PAGE)};
 }
 
-/* One stage: 64 channels of 128 latents and of 128 rows of weights; zeros past a page's count. */
+/* One stage: 64 channels of 128 latents and 128 rows of weights; zeros past a page's count. */
 __device__ void load_stage(const mla_call &a, const page_rows (&from)[2], const bf16 *weights,
                            int channel, bf16 *stage)
 {

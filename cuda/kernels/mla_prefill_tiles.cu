@@ -18,7 +18,7 @@
  *              which mma.sync reaches about 60 %
  * Measured     H100 beside another job, the best of few runs, H = 32: 8192 tokens on 24576 in
  *              14.8 ms (326 TFLOP/s, 33 % of roofline), 8192 alone in 2.5 ms. Not timed on an
- *              idle device yet; right there (tests/ops/test_mla.py, 2026-11-22)
+ *              idle device yet; right there against float64 (2026-11-22)
  */
 #include "mla_prefill_expand.cuh"
 
