@@ -1,0 +1,453 @@
+"""Every operation that Python can call, on a GPU, at the shapes of the 48B model.
+
+    python benchmarks/bench_ops.py                    # about two minutes on an H100
+    python benchmarks/bench_ops.py --only linear      # operations whose name contains this
+    python benchmarks/bench_ops.py --small --no-write # seconds and small shapes; without a GPU, too
+
+A call is captured in a CUDA graph once for each of several copies of its arguments, so many that
+they do not fit the L2 together; the figure is the median over replays, divided by the calls. The
+floor is what the call must move or compute at the least, at the rates measured on this device;
+the rival does the same work in the same run: cuBLAS (torch.matmul), SDPA on keys and values that
+are expanded already, flash-linear-attention where it is installed, and for what only moves memory
+a copy of as many bytes. Everything is checked before it is timed.
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import Results, arguments, cpu_name
+from kimi_linear import ops, reference
+
+HIDDEN, HEADS, HEAD = 2304, 32, 128
+NOPE, ROPE, RANK = 128, 64, 512
+EXPERTS, TOP, INNER, VOCABULARY = 256, 8, 1024, 163_840
+RATES = {"H100": (3.0e12, 798e12), "H200": (4.3e12, 790e12)}  # bytes, bf16 flops a second; measured
+L2_BYTES = 50 << 20
+CHECKED_TOKENS = 200
+BF16 = torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclasses.dataclass
+class Bench:
+    """One call: run(*make()) is timed, beside rivals on the same arguments."""
+
+    op: str
+    case: dict[str, Any]
+    make: Callable[[], tuple]
+    run: Callable[..., Any]
+    check: Callable[..., float]  # relative error of run(*make())
+    bytes: float
+    flops: float
+    rivals: dict[str, Callable[..., Any]]
+    bound: float = 4e-3
+
+
+def rand(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def error(got: Any, want: Any) -> float:
+    got, want = (torch.as_tensor(x).double().cpu() for x in (got, want))
+    return float((got - want).norm() / want.norm())
+
+
+# ---- timing ----------------------------------------------------------------------------------
+
+
+def seconds_of(calls: list[Callable[[], Any]], repeat: int) -> float:
+    """Median seconds of one of these calls, run one after the other."""
+    for call in calls:
+        call()
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeat + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times[2:]) / len(calls)
+
+
+def copies_of(bench: Bench) -> list[tuple]:
+    """Arguments of calls in a row, none of whose memory is still in the L2 when it is read."""
+    return [bench.make() for _ in range(1 + min(64, int(2 * L2_BYTES // bench.bytes) + 1))]
+
+
+def copy_of(nbytes: float) -> Callable[..., Any]:
+    """A rival that reads half of the bytes and writes the other half."""
+    n = max(1, int(nbytes // 2))
+    pairs = [torch.empty(2, n, dtype=torch.uint8, device=DEVICE)
+             for _ in range(1 + min(64, int(2 * L2_BYTES // nbytes) + 1))]  # fmt: skip
+    turn = iter(range(1 << 60))
+
+    def copy(*_: Any) -> None:
+        pair = pairs[next(turn) % len(pairs)]
+        pair[0].copy_(pair[1])
+
+    return copy
+
+
+def measure(bench: Bench, results: Results, repeat: int) -> None:
+    wrong = bench.check(*bench.make())
+    if not wrong < bench.bound:
+        sys.exit(f"{bench.op} {bench.case}: wrong by {wrong}")
+    copies = copies_of(bench)
+    taken = seconds_of([lambda a=a: bench.run(*a) for a in copies], repeat)
+    rivals = {
+        name: 1e6 * seconds_of([lambda a=a, r=rival: r(*a) for a in copies], repeat)
+        for name, rival in bench.rivals.items()
+    }
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name()
+    rates = next((r for name, r in RATES.items() if name in device), None)
+    floor = max(bench.bytes / rates[0], bench.flops / rates[1]) if rates else None
+    results.add(
+        bench.op, bench.case, device=device, us=1e6 * taken, gb_s=bench.bytes / taken / 1e9,
+        tflop_s=bench.flops / taken / 1e12, error=wrong, rivals=rivals,
+        ratio={name: us / (1e6 * taken) for name, us in rivals.items()},
+        **({"floor_us": 1e6 * floor, "share": floor / taken} if floor else {}),
+    )  # fmt: skip
+
+
+# ---- rows ------------------------------------------------------------------------------------
+
+
+def norms(T: int) -> Iterator[Bench]:
+    weight = rand(HIDDEN, dtype=torch.float32)
+    nbytes = T * HIDDEN * (2 + 2 + 4 + 4)
+
+    def check(x, residual):
+        y, r = ops.rms_norm(x, weight, eps=1e-5, residual=residual)
+        total = residual.double() + x.double()
+        return error(y, F.rms_norm(total, (HIDDEN,), weight.double(), 1e-5))
+
+    yield Bench(
+        "rms_norm", {"T": T, "D": HIDDEN, "residual": "f32", "dtype": "bf16"},
+        lambda: (rand(T, HIDDEN), rand(T, HIDDEN, dtype=torch.float32)),
+        lambda x, r: ops.rms_norm(x, weight, eps=1e-5, residual=r), check, nbytes, 5 * T * HIDDEN,
+        {"copy": copy_of(nbytes)},
+    )  # fmt: skip
+    w = rand(HEAD, dtype=torch.float32)
+    shape, n = (T, HEADS, HEAD), T * HEADS * HEAD
+
+    def check_gated(x, z):
+        want = F.rms_norm(x.double(), (HEAD,), w.double(), 1e-5) * z.double().sigmoid()
+        return error(ops.gated_rms_norm(x, z, w), want)
+
+    yield Bench(
+        "gated_rms_norm", {"T": T, "H": HEADS, "D": HEAD, "dtype": "bf16"},
+        lambda: (rand(*shape), rand(*shape)), lambda x, z: ops.gated_rms_norm(x, z, w),
+        check_gated, 6 * n, 8 * n, {"copy": copy_of(6 * n)},
+    )  # fmt: skip
+
+
+def short_conv(T: int) -> Iterator[Bench]:
+    C = 3 * HEADS * HEAD
+    weight, n = rand(C, 4, dtype=torch.float32), T * C
+
+    def check(x, cu):
+        padded = F.pad(x.double().T, (3, 0))
+        want = F.silu(F.conv1d(padded[None], weight.double()[:, None], groups=C))[0].T
+        return error(ops.short_conv(x, weight, cu_seqlens=cu)[0], want)
+
+    yield Bench(
+        "short_conv", {"T": T, "N": 1, "C": C, "W": 4, "dtype": "bf16"},
+        lambda: (rand(T, C), torch.tensor([0, T], dtype=torch.int32, device=DEVICE)),
+        lambda x, cu: ops.short_conv(x, weight, cu_seqlens=cu), check, 4 * n, 12 * n,
+        {"copy": copy_of(4 * n)},
+    )  # fmt: skip
+
+
+# ---- products --------------------------------------------------------------------------------
+
+SHAPES = {"kda q, k, v": (3 * HEADS * HEAD, HIDDEN), "o": (HIDDEN, HEADS * HEAD)}
+BYTES = {"bf16": 2, "int8": 1 + 2 / 64, "fp8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}
+
+
+def linear(T: int, formats: tuple[str, ...]) -> Iterator[Bench]:
+    for name, (O, K) in SHAPES.items():
+        for format in formats:
+            nbytes = 2 * T * (K + O) + O * K * BYTES[format]
+
+            def make(O=O, K=K, format=format):
+                w = rand(O, K, scale=K**-0.5)
+                packed = w if format == "bf16" else ops.quantize(w, format)
+                return rand(T, K), packed, w
+
+            def check(x, packed, w, format=format):
+                if format != "bf16":
+                    w = torch.as_tensor(packed.dequantize(), device=DEVICE)
+                return error(ops.linear(x, packed), x.double() @ w.double().T)
+
+            yield Bench(
+                "linear", {"T": T, "O": O, "K": K, "which": name, "format": format},
+                make, lambda x, packed, w: ops.linear(x, packed), check, nbytes, 2 * T * O * K,
+                {"cublas bf16": lambda x, packed, w: x @ w.T},
+            )  # fmt: skip
+
+
+def token_logprobs(T: int, vocabulary: int) -> Iterator[Bench]:
+    nbytes = 2 * (vocabulary + T) * HIDDEN + 9 * T
+
+    def plain(hidden, head, targets):
+        z = (hidden @ head.T).float()
+        return z.gather(1, targets.long()[:, None])[:, 0] - z.logsumexp(1)
+
+    def check(hidden, head, targets):
+        z = hidden[:64].double() @ head.double().T
+        want = z.gather(1, targets[:64].long()[:, None])[:, 0] - z.logsumexp(1)
+        return error(ops.token_logprobs(hidden, head, targets)[0][:64], want)
+
+    yield Bench(
+        "token_logprobs", {"T": T, "D": HIDDEN, "rows": vocabulary, "format": "bf16"},
+        lambda: (rand(T, HIDDEN), rand(vocabulary, HIDDEN, scale=HIDDEN**-0.5),
+                 torch.randint(0, vocabulary, (T,), dtype=torch.int32, device=DEVICE)),
+        ops.token_logprobs, check, nbytes, 2 * T * vocabulary * HIDDEN,
+        {"cublas and logsumexp": plain},
+    )  # fmt: skip
+
+
+def moe(T: int, experts: int) -> Iterator[Bench]:
+    nbytes = T * experts * 4 + T * TOP * 8
+    bias = rand(experts, scale=0.1, dtype=torch.float32)
+
+    def check_route(logits):
+        ids, weights = ops.moe_route(logits, bias, top_k=TOP, scaling=2.446)
+        s = logits.double().sigmoid()
+        best = (s + bias.double()).topk(TOP).indices
+        want = s.gather(1, best)
+        want = 2.446 * want / want.sum(1, keepdim=True)
+        return error(weights.sort(1).values, want.sort(1).values)
+
+    yield Bench(
+        "moe_route", {"T": T, "E": experts, "top_k": TOP},
+        lambda: (rand(T, experts, dtype=torch.float32),),
+        lambda z: ops.moe_route(z, bias, top_k=TOP, scaling=2.446), check_route, nbytes,
+        10 * T * experts, {"copy": copy_of(nbytes)}, 1e-5,
+    )  # fmt: skip
+    shape = (experts, INNER, HIDDEN)
+    w1, w3 = (rand(*shape, scale=HIDDEN**-0.5) for _ in range(2))
+    w2 = rand(experts, HIDDEN, INNER, scale=INNER**-0.5)
+    shared = (w1[0].clone(), w3[0].clone(), w2[0].clone())
+    used = min(experts, T * TOP)
+    nbytes = (used + 1) * 6 * INNER * HIDDEN + 4 * T * HIDDEN
+    rows = -(-T * TOP // used)
+
+    def one(x, w):
+        inner = F.silu(x @ w[0].double().T) * (x @ w[1].double().T)
+        return inner.to(BF16).double() @ w[2].double().T
+
+    def check(x, ids, weights):
+        got = ops.moe_experts(x, ids, weights, w1, w3, w2, shared=shared)
+        want = []
+        for t in range(min(T, 8)):
+            each = [one(x[t].double(), (w1[e], w3[e], w2[e])) for e in ids[t]]
+            mixed = (torch.stack(each) * weights[t].double()[:, None]).sum(0)
+            want.append(mixed + one(x[t].double(), shared))
+        return error(got[:8], torch.stack(want))
+
+    def bmm(x, ids, weights):
+        """The routed products alone, every expert with as many rows."""
+        part = x.repeat(-(-rows * used // T), 1)[: rows * used].view(used, rows, HIDDEN)
+        a, b = (torch.bmm(part, w[:used].mT) for w in (w1, w3))
+        return torch.bmm(F.silu(a) * b, w2[:used].mT)
+
+    def make():
+        ids = torch.stack([torch.randperm(experts)[:TOP] for _ in range(T)])
+        if used < experts or T * TOP % experts == 0:  # as the floor has it: no expert in vain
+            ids = (torch.arange(T * TOP) * 5 % experts).view(T, TOP)
+        return rand(T, HIDDEN), ids.int().to(DEVICE), rand(T, TOP, dtype=torch.float32).abs()
+
+    yield Bench(
+        "moe_experts", {"T": T, "E": experts, "top_k": TOP, "I": INNER, "format": "bf16"},
+        make, lambda x, ids, w: ops.moe_experts(x, ids, w, w1, w3, w2, shared=shared), check,
+        nbytes, 6 * T * (TOP + 1) * INNER * HIDDEN, {"bmm, balanced": bmm},
+    )  # fmt: skip
+
+
+# ---- mixers ----------------------------------------------------------------------------------
+
+
+def kda_arguments(T: int, N: int) -> tuple:
+    q, k, v = (rand(T, HEADS, HEAD) for _ in range(3))
+    g, beta = rand(T, HEADS, HEAD), rand(T, HEADS)
+    return q, k, v, g, beta, rand(N, HEADS, HEAD, HEAD, dtype=torch.float32)
+
+
+def kda(T: int, N: int) -> Iterator[Bench]:
+    gate = dict(gate="softplus", normalize=True, beta_logits=True,
+                A_log=torch.rand(HEADS, device=DEVICE) * 2.7,
+                dt_bias=-7 + 5 * torch.rand(HEADS, HEAD, device=DEVICE))  # fmt: skip
+    exact = {n: x.double().cpu().numpy() if torch.is_tensor(x) else x for n, x in gate.items()}
+    cu = torch.tensor([0, T], dtype=torch.int32, device=DEVICE)
+
+    def numpy(tensors, tokens):
+        return [t[:tokens].double().cpu().numpy() for t in tensors]
+
+    def check_prefill(*args):
+        o, _ = ops.kda_prefill(*args[:5], initial_state=args[5], cu_seqlens=cu, **gate)
+        n = min(T, CHECKED_TOKENS)
+        state = args[5].double().cpu().numpy()
+        want, _ = reference.kda_prefill(*numpy(args[:5], n), initial_state=state, **exact)
+        return error(o[:n], want)
+
+    token = HEADS * (HEAD * (4 * 2 + 2) + 2)
+    states = 2 * 4 * HEADS * HEAD * HEAD
+    yield Bench(
+        "kda_prefill", {"T": T, "N": 1, "H": HEADS, "K": HEAD, "V": HEAD, "gate": "softplus",
+                        "fused": True, "dtype": "bf16"},
+        lambda: kda_arguments(T, 1),
+        lambda *a: ops.kda_prefill(*a[:5], initial_state=a[5], cu_seqlens=cu, **gate),
+        check_prefill, T * token + states, 6 * HEAD * HEAD * HEADS * T, fla_rival(gate), 5e-3,
+    )  # fmt: skip
+
+    def check_decode(*args):
+        state = args[5].double().cpu().numpy()
+        want = reference.kda_decode(*numpy(args[:5], N), state, **exact)
+        return error(ops.kda_decode(*args, **gate), want)
+
+    nbytes = N * (token + states)
+    yield Bench(
+        "kda_decode", {"N": N, "H": HEADS, "K": HEAD, "V": HEAD, "gate": "softplus",
+                       "fused": True, "dtype": "bf16"},
+        lambda: kda_arguments(N, N), lambda *a: ops.kda_decode(*a, **gate), check_decode,
+        nbytes, 7 * HEAD * HEAD * HEADS * N, {"copy": copy_of(nbytes)},
+    )  # fmt: skip
+
+
+def fla_rival(gate: dict) -> dict[str, Callable[..., Any]]:
+    try:
+        from fla.ops.kda import chunk_kda
+    except ImportError:
+        return {}
+
+    def run(q, k, v, g, beta, state):
+        return chunk_kda(
+            *(t[None] for t in (q, k, v, g, beta)), initial_state=state, output_final_state=True,
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, A_log=gate["A_log"],
+            dt_bias=gate["dt_bias"].flatten(),
+        )  # fmt: skip
+
+    return {"fla": run}
+
+
+def expanded(latent: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [H, T, nope+rope] and values [H, T, V] of latents."""
+    kv = torch.einsum("tr,hcr->htc", latent[:, :RANK], w)
+    rope = latent[None, :, RANK:].expand(HEADS, -1, -1)
+    return torch.cat([kv[..., :NOPE], rope], -1), kv[..., NOPE:]
+
+
+def mla_prefill(T: int) -> Iterator[Bench]:
+    width = NOPE + ROPE
+    w = rand(HEADS, NOPE + HEAD, RANK, scale=RANK**-0.5)
+
+    def make():
+        q, latent = rand(T, HEADS, width), rand(T, RANK + ROPE)
+        k, v = expanded(latent, w)
+        v = F.pad(v, (0, width - HEAD))  # flash attention wants one width
+        return q, latent, q.transpose(0, 1)[None].contiguous(), k[None], v[None].contiguous()
+
+    def check(q, latent, *_):
+        n = min(T, CHECKED_TOKENS)
+        k, v = expanded(latent[:n].double(), w.double())
+        rows = q[:n].double().transpose(0, 1)
+        want = F.scaled_dot_product_attention(rows, k, v, is_causal=True).transpose(0, 1)
+        return error(ops.mla_prefill(q, latent, w)[:n], want)
+
+    pairs = T * (T + 1) / 2
+    flops = 2 * HEADS * (pairs * (width + HEAD) + T * RANK * (NOPE + HEAD))
+    yield Bench(
+        "mla_prefill", {"T": T, "past": 0, "H": HEADS, "dtype": "bf16"}, make,
+        lambda q, latent, *_: ops.mla_prefill(q, latent, w), check,
+        2 * T * (HEADS * (width + HEAD) + RANK + ROPE) + 2 * w.numel(), flops,
+        {"sdpa": lambda q, latent, a, k, v: F.scaled_dot_product_attention(a, k, v, is_causal=True)},
+    )  # fmt: skip
+
+
+def mla_decode(N: int, context: int) -> Iterator[Bench]:
+    B, width = -(-context // 64), RANK + ROPE
+    w_shape = (HEADS, NOPE + HEAD, RANK)
+    table = torch.randperm(N * B, device=DEVICE).int().view(N, B)
+    lengths = torch.full((N,), context, dtype=torch.int32, device=DEVICE)
+
+    def check(q, pages, w):
+        rows = pages[table[0].long()].flatten(0, 1)[:context]
+        k, v = expanded(rows.double(), w.double())
+        scores = torch.einsum("hc,htc->ht", q[0].double(), k) / (NOPE + ROPE) ** 0.5
+        want = torch.einsum("ht,htc->hc", scores.softmax(-1), v)
+        return error(ops.mla_decode(q, pages, table, lengths, w)[0], want)
+
+    nbytes = 2 * (N * context * width + math.prod(w_shape) + N * HEADS * (NOPE + ROPE + HEAD))
+    flops = 2 * N * HEADS * (context * (width + RANK) + RANK * (NOPE + HEAD))
+    yield Bench(
+        "mla_decode", {"N": N, "context": context, "H": HEADS, "dtype": "bf16"},
+        lambda: (rand(N, HEADS, NOPE + ROPE), rand(N * B, 64, width),
+                 rand(*w_shape, scale=RANK**-0.5)),
+        lambda q, pages, w: ops.mla_decode(q, pages, table, lengths, w), check, nbytes, flops,
+        {"copy": copy_of(nbytes)},
+    )  # fmt: skip
+
+
+# ---- all -------------------------------------------------------------------------------------
+
+
+def benches(small: bool) -> Iterator[tuple[str, Callable[[], Iterator[Bench]]]]:
+    """(name, maker): made one after the other, so that memory holds one at a time."""
+    formats = ("bf16", "int8", "int4", *(["fp8"] if DEVICE == "cuda" else []))
+    few, many = (2, 70) if small else (1, 8192)
+    for T in (few, many):
+        yield "norm", lambda T=T: norms(T)
+        yield "short_conv", lambda T=T: short_conv(T)
+        yield "moe", lambda T=T: moe(T, 16 if small else EXPERTS)
+    for T in (few, many) if small else (1, 8, 64, 8192):
+        yield "linear", lambda T=T: linear(T, formats)
+    yield "token_logprobs", lambda: token_logprobs(many // 4, 500 if small else VOCABULARY)
+    for T, N in ((many, few),) if small else ((8192, 1), (2048, 32)):
+        yield "kda", lambda T=T, N=N: kda(T, N)
+    yield "mla_prefill", lambda: mla_prefill(many)
+    for N, context in ((few, many),) if small else ((1, 8192), (1, 131_072), (64, 8192)):
+        yield "mla_decode", lambda N=N, c=context: mla_decode(N, c)
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="small sizes, few repetitions")
+    parser.add_argument("--only", default="", help="operations whose name contains this")
+    options = parser.parse_args()
+    if DEVICE == "cpu" and not options.small:
+        sys.exit("bench_ops.py needs a CUDA device; --small shows without one that it works")
+    results = Results(options)
+    for name, make in benches(options.small):
+        if options.only in name:
+            for bench in make():
+                measure(bench, results, 3 if options.small else 20)
+                if DEVICE == "cuda":
+                    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
