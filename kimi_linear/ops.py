@@ -73,8 +73,8 @@ def kda_prefill(q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: float | Non
         final_state: [N, H, V, K] float32, may be initial_state itself; None for a new array.
 
     Returns:
-        (o [T, H, V], final_state). Cutting a sequence at a multiple of 16 tokens and passing
-        the state on changes no bit of the result.
+        (o [T, H, V], final_state). Cutting a sequence at a multiple of 16 tokens (64 on a GPU)
+        and passing the state on changes no bit of the result.
 
     Source: Kimi Linear, arXiv 2510.26692, section 3; csrc/backend/ops.h.
     """

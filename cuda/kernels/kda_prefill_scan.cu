@@ -7,13 +7,15 @@
  * Layout       everything transposed, [V, tokens] and [V, K]: then the accumulators of one
  *              product are, register for register, the left operand of the next
  * Precision    state and sums f32. The state enters products as the sum of two bf16, which keep
- *              16 bits of it; U in bf16, but the diagonal of X, beta, is applied in f32
+ *              16 bits of it, and so does U on its way into the state, where errors last. X
+ *              is in two parts as well, its diagonal, beta, applied in f32.
  * Grid         one block for each sequence, head and 16 * WARPS rows of the state. A warp owns
  *              16 rows from the first chunk to the last, in registers; warps share operands and
  *              nothing else. Chunks arrive in two stages, each by one bulk copy.
  * Roofline     operands 74,496 B a chunk and head, from L2 once a block: 1.2 KB a token and
- *              head; the chain is 380 m16n8k16 a chunk and warp, about 1.4 us
- * Measured     H100, busy with another job: 0.34 ms for 8,192 tokens of 32 heads (2026-11-22)
+ *              head; the chain is 444 m16n8k16 a chunk and warp, about 1.6 us
+ * Measured     H100, busy with another job: 0.34 ms for 8,192 tokens of 32 heads (2026-11-22,
+ *              before U had a second part)
  */
 #include "../device/mma.cuh"
 #include "kda_prefill.cuh"
@@ -241,8 +243,9 @@ struct warp_state {
         }
     }
 
-    /* S <- S diag(E_last) + U^T (F k). */
-    __device__ void update(const kda_chunk &c, const uint32_t (&U)[STEPS][4])
+    /* S <- S diag(E_last) + U^T (F k), U as the sum of two operands. */
+    __device__ void update(const kda_chunk &c, const uint32_t (&U)[STEPS][4],
+                           const uint32_t (&U_low)[STEPS][4])
     {
 #pragma unroll
         for (int t = 0; t < K_TILES; t += 2) {
@@ -257,6 +260,7 @@ struct warp_state {
                 uint32_t b[4];
                 load_right_transposed(b, c.k_left, 8 * t, 16 * k);
                 multiply(S[t], S[t + 1], U[k], b);
+                multiply(S[t], S[t + 1], U_low[k], b);
             }
         }
     }
@@ -324,18 +328,19 @@ __device__ void put_values(values &v, const float (&x)[TOKEN_TILES][4])
 __device__ void run_chunk(warp_state &state, const kda_chunk &c, values &v)
 {
     float U[TOKEN_TILES][4] = {}, out[TOKEN_TILES][4] = {};
-    uint32_t operand[STEPS][4];
+    uint32_t operand[STEPS][4], low[STEPS][4];
     state.answer(c, U, out);
     subtract_from_values(U, v);
     to_left_operands(operand, U);
     scale_by_beta(U, c);
     add_lower(U, operand, c.X);
     add_lower(U, operand, c.X_low);
-    to_left_operands(operand, U);
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) to_left_pair(operand[k], low[k], U[2 * k], U[2 * k + 1]);
     add_lower(out, operand, c.M);
     __syncwarp();
     put_values(v, out);
-    state.update(c, operand);
+    state.update(c, operand, low);
     __syncwarp();
 }
 
