@@ -384,7 +384,7 @@ def mla_prefill(T: int) -> Iterator[Bench]:
         "mla_prefill", {"T": T, "past": 0, "H": HEADS, "dtype": "bf16"}, make,
         lambda q, latent, *_: ops.mla_prefill(q, latent, w), check,
         2 * T * (HEADS * (width + HEAD) + RANK + ROPE) + 2 * w.numel(), flops,
-        {"sdpa": lambda q, latent, a, k, v: F.scaled_dot_product_attention(a, k, v, is_causal=True)},
+        {"sdpa": lambda q, c, *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)},
     )  # fmt: skip
 
 

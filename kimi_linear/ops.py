@@ -2,8 +2,10 @@
 
 Arrays are anything with DLPack or the buffer protocol; results come back as the kind of array
 that the first argument is, on its device, and `kimi_linear.reference` defines what they hold.
-Activations are float32 or bfloat16, all of one call alike; arithmetic is float32; nothing
-depends on the number of threads or on what else is in the batch.
+Activations are float32 or bfloat16, all of one call alike; sums are taken in float32. On a CPU
+nothing depends on the number of threads or on what else is in the batch. On a GPU the same call
+has the same bits; tiles, and with them the order of sums, depend on the shapes of a call, and
+bfloat16 activations meet weights rounded to bfloat16 on its tensor cores.
 
 T counts tokens of N sequences, packed without padding: `cu_seqlens` [N+1] (int32 or int64) says
 that sequence n owns tokens cu_seqlens[n] .. cu_seqlens[n+1] - 1. Without it T is one sequence.
@@ -12,6 +14,12 @@ On a CPU, strided inputs are copied where an operation needs them dense. Arrays 
 to (`out`, `state`, `final_state`) must be dense and writable and share no memory with the
 inputs, save where a function says so. `stream` is an integer CUDA stream, by default the
 current one of the caller's framework.
+
+On a GPU inputs are dense, or have dense rows where the operation allows it. Ids, targets, lengths
+and `cu_seqlens` may be int32 arrays there, which are not checked, for reading them would wait;
+those on the host are checked and sent. Calls with torch tensors wait for nothing and can be
+captured in a CUDA graph, save for `quantize`, an `mla_prefill` of several sequences and host
+arrays of more than 2 KiB.
 
 Every function raises TypeError for a wrong dtype or kind of argument, ValueError for a shape or
 a value that does not fit, BufferError for memory that cannot be used as it is, and DeviceError

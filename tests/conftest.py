@@ -59,8 +59,8 @@ def pytest_collection_modifyitems(config, items):
 
     def exists(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        place = params.get("variant", params.get("device", "cuda"))
-        return "fp8" not in params.values() or place == "cuda"
+        format = params.get("format", params.get("shared_format"))
+        return format != "fp8" or params.get("variant", params.get("device")) in (None, "cuda")
 
     config.hook.pytest_deselected(items=[i for i in items if not exists(i)])
     items[:] = filter(exists, items)

@@ -22,7 +22,8 @@
  * line allows that.
  *
  * Determinism: an output element is accumulated in one fixed order that depends neither on
- * the number of threads, nor on T or N, nor on which other rows are in the call.
+ * the number of threads, nor on T or N, nor on which other rows are in the call. CUDA promises
+ * less: the same call twice has the same bits, and its order of sums may follow the shapes.
  */
 #ifndef KL_BACKEND_OPS_H
 #define KL_BACKEND_OPS_H
