@@ -34,7 +34,8 @@ struct kda_arguments {
 
 /* The head a block works on, in shared memory. */
 struct kda_head {
-    float q[KL_KDA_MAX_K], k[KL_KDA_MAX_K], decay[KL_KDA_MAX_K];
+    float q[KL_KDA_MAX_K], k[KL_KDA_MAX_K];
+    float decay[KL_KDA_MAX_K], decay_low[KL_KDA_MAX_K]; /* their sum is the decay */
     float q_factor, k_factor;
 };
 
@@ -56,11 +57,18 @@ __device__ inline kda_channel kda_channel_of(const kda_arguments &a, long long h
             a.dt_bias == nullptr ? 0.0f : a.dt_bias[h * a.K + channel]};
 }
 
-__device__ inline float kda_decay(const kda_arguments &a, const kda_channel &c, float g)
+__device__ inline float kda_log_decay(const kda_arguments &a, const kda_channel &c, float g)
 {
-    if (a.gate == KL_GATE_SOFTPLUS) g = -c.rate * softplus(g + c.bias);
-    if (a.gate == KL_GATE_BOUNDED) g = a.lower_bound * sigmoid(c.rate * (g + c.bias));
-    return expf(g);
+    if (a.gate == KL_GATE_SOFTPLUS) return -c.rate * softplus(g + c.bias);
+    if (a.gate == KL_GATE_BOUNDED) return a.lower_bound * sigmoid(c.rate * (g + c.bias));
+    return g;
+}
+
+/* What exp(log_decay) rounds away where it is near 1: over thousands of tokens that adds up.
+ * The difference from 1 is exact, and expm1 keeps the digits of a small argument. */
+__device__ inline float kda_decay_low(float log_decay, float decay)
+{
+    return log_decay > -0.5f ? expm1f(log_decay) - (decay - 1) : 0.0f;
 }
 
 /* What brings a vector of K channels to unit length; called by one warp. */
@@ -80,7 +88,10 @@ __device__ inline void kda_prepare(const kda_arguments &a, long long t, long lon
     for (int i = threadIdx.x; i < a.K; i += blockDim.x) {
         s.q[i] = kda_load(a.q, t, hk * a.K + i);
         s.k[i] = kda_load(a.k, t, hk * a.K + i);
-        s.decay[i] = kda_decay(a, kda_channel_of(a, h, i), kda_load(a.g, t, h * a.K + i));
+        const float log_decay =
+            kda_log_decay(a, kda_channel_of(a, h, i), kda_load(a.g, t, h * a.K + i));
+        s.decay[i] = expf(log_decay);
+        s.decay_low[i] = kda_decay_low(log_decay, s.decay[i]);
     }
     __syncthreads();
     if (warp == 0) s.q_factor = a.normalize ? kda_norm_factor(s.q, a.K) : 1.0f;
@@ -130,10 +141,11 @@ template <int VEC, int CHUNKS> struct kda_share {
             for (int j = 0; j < VEC; j++) x[c][j] *= factor;
     }
 
-    __device__ void multiply(const kda_share &y)
+    __device__ void multiply(const kda_share &y, const kda_share &low)
     {
         for (int c = 0; c < CHUNKS; c++)
-            for (int j = 0; j < VEC; j++) x[c][j] *= y.x[c][j];
+            for (int j = 0; j < VEC; j++)
+                x[c][j] = fmaf(x[c][j], y.x[c][j], x[c][j] * low.x[c][j]);
     }
 
     __device__ void add_scaled(const kda_share &y, float factor)
@@ -188,14 +200,15 @@ template <int VEC, int CHUNKS, int ROWS> struct kda_rows {
     __device__ void step(const kda_arguments &a, long long t, long long h, long long first,
                          const kda_head &s, const float (&v)[ROWS])
     {
-        lane_share q, k, decay;
+        lane_share q, k, decay, low;
         q.read(s.q, a.K), k.read(s.k, a.K), decay.read(s.decay, a.K);
+        low.read(s.decay_low, a.K);
         q.scale(s.q_factor), k.scale(s.k_factor);
         const float raw_beta = kda_load(a.beta, t, h);
         const float beta = a.beta_logits ? sigmoid(raw_beta) : raw_beta;
 
         for (int r = 0; r < ROWS; r++) {
-            rows[r].multiply(decay);
+            rows[r].multiply(decay, low);
             const float u = beta * (v[r] - rows[r].dot(k));
             rows[r].add_scaled(k, u);
             const float o = a.scale * rows[r].dot(q);

@@ -89,7 +89,7 @@ __device__ void read_decays(const kda_arguments &a, long long token, long long h
 #pragma unroll 2
     for (int i = first; i < first + HALF; i++) {
         float &x = m.from_start[i][channel];
-        x = i < tokens ? kda_decay(a, gate, x) : 1.0f;
+        x = i < tokens ? expf(kda_log_decay(a, gate, x)) : 1.0f;
     }
 }
 
