@@ -2,7 +2,8 @@
 
     python golden.py MODEL_DIR OUT.json
 
-Of 50 prompts: greedy continuations of 32 tokens, and the log-probabilities of the prompt's own.
+Of 50 prompts: greedy continuations of 32 tokens, the log-probabilities of the prompt's own, and
+where these hang on a choice of experts that is a tie.
 """
 
 import argparse
@@ -37,6 +38,25 @@ def prompts(tokenizer):
         ])
 
 
+TIE = 2e-6  # a choice of experts so close may fall either way in float32
+
+
+def watch_ties(model):
+    """A list that each router adds to: [T], the margin between the experts chosen and the rest."""
+    margins = []
+
+    def note(gate, inputs, _):
+        x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+        scores = (x @ gate.weight.double().T).sigmoid() + gate.e_score_correction_bias.double()
+        best = scores.topk(model.config.num_experts_per_tok + 1).values
+        margins.append(best[:, -2] - best[:, -1])
+
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_hook(note)
+    return margins
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -45,16 +65,19 @@ def main():
     a = parser.parse_args()
     model = KimiLinearForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_dir(a.model, vocab_size=model.config.vocab_size)
+    margins = watch_ties(model)
     out = []
     for ids in prompts(tokenizer):
         x = torch.tensor([ids])
         made = model.generate(x, max_new_tokens=32, do_sample=False, eos_token_id=-1)
+        margins.clear()
         logprobs = model(x).logits[0, :-1].log_softmax(-1)
         picked = logprobs.gather(-1, x[0, 1:, None])[:, 0]
         out.append({
             "ids": ids,
             "continuation": made[0, len(ids) :].tolist(),
             "logprobs": [round(v, 5) for v in picked.tolist()],
+            "ties": torch.nonzero(torch.stack(margins).amin(0)[:-1] < TIE)[:, 0].tolist(),
         })  # fmt: skip
     with open(a.out, "w") as f:
         f.write("[\n" + ",\n".join(json.dumps(x) for x in out) + "\n]\n")

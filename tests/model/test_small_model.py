@@ -25,7 +25,10 @@ def test_transformers_says_the_same(golden):
         made = m.generate(golden["ids"], max_new_tokens=32, ignore_eos=True).token_ids
         logprobs = m.logprobs(golden["ids"]).logprobs
     assert made == golden["continuation"]
-    assert np.abs(logprobs - golden["logprobs"]).max() < 1e-3  # printed to 6 places, f32 both
+    differences = np.abs(logprobs - golden["logprobs"])
+    assert len(golden["ties"]) <= 1
+    differences[golden["ties"]] = 0  # experts as good as each other: either may be chosen
+    assert differences.max() < 1e-3  # printed to 5 places, f32 both
 
 
 def test_it_is_small_and_has_a_card():
