@@ -9,6 +9,10 @@
 #include "types.cuh"
 #include "warp.cuh"
 
+/* A block of the kernels that go token by token. */
+constexpr int KDA_WARPS = 4;
+constexpr int KDA_THREADS = KDA_WARPS * WARP;
+
 constexpr float KDA_NORM_EPS = 1e-6f; /* ops.h, under `normalize` */
 
 struct kda_operand {
@@ -172,6 +176,21 @@ __device__ inline void kda_store_out(const kda_arguments &a, long long at, float
         static_cast<float *>(a.out)[at] = value;
 }
 
+/* The rows of one sequence's state that a warp owns. */
+struct kda_place {
+    long long n, h, first;
+    float *state;
+};
+
+template <int ROWS> __device__ kda_place kda_place_of(const kda_arguments &a)
+{
+    const long long tile = blockIdx.x % a.tiles, unit = blockIdx.x / a.tiles;
+    const long long n = unit / a.H, h = unit % a.H;
+    const long long slot = a.slots == nullptr ? n : a.slots[n];
+    return {n, h, (tile * KDA_WARPS + threadIdx.x / WARP) * ROWS,
+            a.state + (slot * a.H + h) * a.V * a.K};
+}
+
 /* A warp's rows of the state, one token at a time. */
 template <int VEC, int CHUNKS, int ROWS> struct kda_rows {
     using lane_share = kda_share<VEC, CHUNKS>;
@@ -253,23 +272,31 @@ inline kda_arguments kda_arguments_of(const kl_kda *a)
     };
 }
 
-/* Rows of the state start at multiples of K floats: four channels at a time need both. */
-inline bool kda_is_vector(const kda_arguments &a)
-{
-    return a.K % 4 == 0 && reinterpret_cast<uintptr_t>(a.state) % 16 == 0;
-}
-
 /* Blocks for N sequences, H heads and tiles of `rows` rows of the state, as a grid's x axis. */
 inline kl_status kda_grid(const char *op, kda_arguments &a, long long N, long long rows,
                           unsigned *blocks, kl_error *err)
 {
-    constexpr long long MAX_BLOCKS = 0x7fffffff;
     a.tiles = (a.V + rows - 1) / rows;
     if (N > MAX_BLOCKS / a.H || N * a.H > MAX_BLOCKS / a.tiles)
         return kl_fail(err, KL_ERR_VALUE, "%s: N * H * (V / %lld) must be <= %lld, got N %lld",
                        op, rows, MAX_BLOCKS, N);
     *blocks = static_cast<unsigned>(N * a.H * a.tiles);
     return KL_OK;
+}
+
+/* How a warp's rows lie in its lanes. */
+template <int vec, int chunks, int rows> struct kda_lanes {
+    static constexpr int VEC = vec, CHUNKS = chunks, ROWS = rows;
+};
+
+/* Call f with the lanes for these arguments, as a type. Rows of the state start at multiples of K
+ * floats: four channels at a time need both. */
+template <class F> kl_status kda_with_lanes(const kda_arguments &a, F f)
+{
+    const bool vector = a.K % 4 == 0 && reinterpret_cast<uintptr_t>(a.state) % 16 == 0;
+    if (vector && a.K <= 128) return f(kda_lanes<4, 1, 8>{});
+    if (vector) return f(kda_lanes<4, 2, 4>{});
+    return f(kda_lanes<1, KL_KDA_MAX_K / WARP, 4>{});
 }
 
 #endif

@@ -10,6 +10,8 @@
 
 using bf16 = __nv_bfloat16;
 
+constexpr long long MAX_BLOCKS = 0x7fffffff; /* of a grid's x axis */
+
 __device__ inline float to_float(float x)
 {
     return x;

@@ -16,7 +16,6 @@ namespace {
 
 constexpr int THREADS = 96; /* D = 2304 in bf16 is three pieces for each */
 constexpr int UNROLL = 3;
-constexpr int64_t MAX_BLOCKS = 0x7fffffff; /* of the grid's x axis */
 
 /* The same type is copied bit by bit, so that a NaN stays what it is. */
 template <class To, class From> __device__ To convert(From x)
@@ -60,8 +59,8 @@ kl_status launch(const char *op, const kl_tensor &from, const kl_tensor &rows,
         16 / static_cast<int>(sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
     const int64_t N = out.shape[0], D = out.shape[1];
     if (N > MAX_BLOCKS)
-        return kl_fail(err, KL_ERR_VALUE, "%s: rows must be <= %lld, got %lld", op,
-                       static_cast<long long>(MAX_BLOCKS), static_cast<long long>(N));
+        return kl_fail(err, KL_ERR_VALUE, "%s: rows must be <= %lld, got %lld", op, MAX_BLOCKS,
+                       static_cast<long long>(N));
     const bool wide = D % VEC == 0 && reinterpret_cast<uintptr_t>(from.data) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
     const auto kernel = wide ? pick_kernel<From, To, VEC> : pick_kernel<From, To, 1>;

@@ -17,7 +17,6 @@
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int64_t MAX_BLOCKS = 0x7fffffff; /* of the grid's x axis */
 
 /* 53 random bits as a double in [0, 1). */
 __device__ double uniform(uint32_t high, uint32_t low)

@@ -14,26 +14,19 @@
  *              whatever N, H, V and the place in the batch
  * Roofline     bytes ~ 2 * 4 * N*H*V*K. With H = 32 and V = K = 128 that is 4 MiB a sequence
  *              at 0.9 flop/byte: memory-bound, 1.41 us on an H100 (3.0 TB/s)
- * Measured     not timed yet; right on an H100 (tests/ops/test_kda_on_cuda.py, 2026-11-22)
+ * Measured     not timed yet; right on an H100 (tests/ops/test_kda.py, 2026-11-22)
  */
 #include "../device/kda.cuh"
 
 namespace {
 
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * WARP;
-
 template <int VEC, int CHUNKS, int ROWS>
 __global__
-__launch_bounds__(THREADS) void kda_decode_kernel(__grid_constant__ const kda_arguments a)
+__launch_bounds__(KDA_THREADS) void kda_decode_kernel(__grid_constant__ const kda_arguments a)
 {
     using warp_rows = kda_rows<VEC, CHUNKS, ROWS>;
     __shared__ __align__(16) kda_head s;
-    const long long tile = blockIdx.x % a.tiles, unit = blockIdx.x / a.tiles;
-    const long long n = unit / a.H, h = unit % a.H;
-    const long long slot = a.slots == nullptr ? n : a.slots[n];
-    const long long first = (tile * WARPS + threadIdx.x / WARP) * ROWS;
-    float *state = a.state + (slot * a.H + h) * a.V * a.K;
+    const auto [n, h, first, state] = kda_place_of<ROWS>(a);
 
     /* The rows are asked for first: they arrive while the head is prepared. */
     warp_rows rows;
@@ -45,16 +38,6 @@ __launch_bounds__(THREADS) void kda_decode_kernel(__grid_constant__ const kda_ar
     rows.write(a, state, first);
 }
 
-template <int VEC, int CHUNKS, int ROWS>
-kl_status launch(kda_arguments &a, long long N, cudaStream_t stream, kl_error *err)
-{
-    unsigned blocks;
-    KL_TRY(kda_grid("kda_decode", a, N, WARPS * ROWS, &blocks, err));
-    kda_decode_kernel<VEC, CHUNKS, ROWS><<<blocks, THREADS, 0, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
-}
-
 } // namespace
 
 kl_status kl_cuda_kda_decode(kl_backend *be, const kl_kda_decode *a, kl_error *err)
@@ -64,7 +47,12 @@ kl_status kl_cuda_kda_decode(kl_backend *be, const kl_kda_decode *a, kl_error *e
     if (N == 0) return KL_OK;
     KL_TRY(kl_cuda_bind(be, err));
     const cudaStream_t stream = kl_cuda_stream(be);
-    if (kda_is_vector(args) && args.K <= 128) return launch<4, 1, 8>(args, N, stream, err);
-    if (kda_is_vector(args)) return launch<4, 2, 4>(args, N, stream, err);
-    return launch<1, KL_KDA_MAX_K / WARP, 4>(args, N, stream, err);
+    return kda_with_lanes(args, [&](auto lanes) {
+        using L = decltype(lanes);
+        unsigned blocks;
+        KL_TRY(kda_grid("kda_decode", args, N, KDA_WARPS * L::ROWS, &blocks, err));
+        kda_decode_kernel<L::VEC, L::CHUNKS, L::ROWS><<<blocks, KDA_THREADS, 0, stream>>>(args);
+        KL_CUDA_TRY(cudaGetLastError(), err);
+        return KL_OK;
+    });
 }

@@ -19,20 +19,13 @@
 
 namespace {
 
-constexpr int WARPS = 4;
-constexpr int THREADS = WARPS * WARP;
-
 template <int VEC, int CHUNKS, int ROWS>
 __global__
-__launch_bounds__(THREADS) void kda_prefill_kernel(__grid_constant__ const kda_arguments a)
+__launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const kda_arguments a)
 {
     using warp_rows = kda_rows<VEC, CHUNKS, ROWS>;
     __shared__ __align__(16) kda_head s;
-    const long long tile = blockIdx.x % a.tiles, unit = blockIdx.x / a.tiles;
-    const long long n = unit / a.H, h = unit % a.H;
-    const long long slot = a.slots == nullptr ? n : a.slots[n];
-    const long long first = (tile * WARPS + threadIdx.x / WARP) * ROWS;
-    float *state = a.state + (slot * a.H + h) * a.V * a.K;
+    const auto [n, h, first, state] = kda_place_of<ROWS>(a);
     const int begin = a.cu[n], end = a.cu[n + 1];
     if (begin >= end) return;
 
@@ -46,16 +39,6 @@ __launch_bounds__(THREADS) void kda_prefill_kernel(__grid_constant__ const kda_a
         __syncthreads(); /* the next token overwrites s */
     }
     rows.write(a, state, first);
-}
-
-template <int VEC, int CHUNKS, int ROWS>
-kl_status launch(kda_arguments &a, long long N, cudaStream_t stream, kl_error *err)
-{
-    unsigned blocks;
-    KL_TRY(kda_grid("kda_prefill", a, N, WARPS * ROWS, &blocks, err));
-    kda_prefill_kernel<VEC, CHUNKS, ROWS><<<blocks, THREADS, 0, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
 }
 
 } // namespace
@@ -125,7 +108,13 @@ kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error 
     KL_TRY(kl_cuda_bind(be, err));
     const cudaStream_t stream = kl_cuda_stream(be);
     if (chunked_applies(a)) return run_chunked(a, stream, err);
-    if (kda_is_vector(args) && args.K <= 128) return launch<4, 1, 8>(args, N, stream, err);
-    if (kda_is_vector(args)) return launch<4, 2, 4>(args, N, stream, err);
-    return launch<1, KL_KDA_MAX_K / WARP, 4>(args, N, stream, err);
+    return kda_with_lanes(args, [&](auto lanes) {
+        using L = decltype(lanes);
+        unsigned blocks;
+        KL_TRY(kda_grid("kda_prefill", args, N, KDA_WARPS * L::ROWS, &blocks, err));
+        kda_prefill_kernel<L::VEC, L::CHUNKS, L::ROWS>
+            <<<blocks, KDA_THREADS, 0, stream>>>(args);
+        KL_CUDA_TRY(cudaGetLastError(), err);
+        return KL_OK;
+    });
 }

@@ -10,22 +10,13 @@
  * Measured     not timed yet
  */
 #include "../device/math.cuh"
-#include "../device/weight.cuh"
-#include "../product.h"
+#include "../device/product.cuh"
 
 namespace {
 
 constexpr int TILE = 32, SIDE = TILE / 2; /* SIDE x SIDE threads */
 constexpr int THREADS = SIDE * SIDE;
 constexpr int PITCH = TILE + 1; /* a column of the tile in different banks */
-constexpr int64_t MAX_BLOCKS = 0x7fffffff;
-
-struct arguments {
-    const void *x;
-    weight_view w, up;
-    void *out;
-    int64_t T, x_stride, out_stride, t_tiles;
-};
 
 /* A tile of 32 columns of 32 rows, zeros outside; value(row, col) reads one. */
 template <class F>
@@ -52,7 +43,7 @@ __device__ inline void multiply(float (&acc)[2][2], const float (&x)[TILE][PITCH
 
 template <kl_weight_format format, bool gated, class Act, class Out>
 __global__
-__launch_bounds__(THREADS) void product_any_kernel(const __grid_constant__ arguments a)
+__launch_bounds__(THREADS) void product_any_kernel(const __grid_constant__ product_arguments a)
 {
     using codec = weight_codec<format>;
     __shared__ float xs[TILE][PITCH], ws[TILE][PITCH], ups[gated ? TILE : 1][PITCH];
@@ -86,7 +77,7 @@ __launch_bounds__(THREADS) void product_any_kernel(const __grid_constant__ argum
 }
 
 template <kl_weight_format format, bool gated, class Act, class Out>
-kl_status launch(kl_backend *be, const arguments &a, unsigned blocks, kl_error *err)
+kl_status launch(kl_backend *be, const product_arguments &a, unsigned blocks, kl_error *err)
 {
     product_any_kernel<format, gated, Act, Out><<<blocks, THREADS, 0, kl_cuda_stream(be)>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
@@ -97,29 +88,15 @@ kl_status launch(kl_backend *be, const arguments &a, unsigned blocks, kl_error *
 
 kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
-    const bool gated = p->up.data != nullptr;
-    const int64_t t_tiles = (p->T + TILE - 1) / TILE, o_tiles = (p->w.rows + TILE - 1) / TILE;
-    const arguments a = {
-        .x = p->x,
-        .w = weight_view_of(p->w),
-        .up = gated ? weight_view_of(p->up) : weight_view{},
-        .out = p->out,
-        .T = p->T,
-        .x_stride = p->x_stride,
-        .out_stride = p->out_stride,
-        .t_tiles = t_tiles,
-    };
-    if (t_tiles > MAX_BLOCKS / o_tiles)
-        return kl_fail(err, KL_ERR_VALUE, "linear: %lld x %lld outputs are too many",
-                       static_cast<long long>(p->T), static_cast<long long>(p->w.rows));
-    const unsigned blocks = static_cast<unsigned>(t_tiles * o_tiles);
+    product_arguments a = product_arguments_of(p);
+    a.t_tiles = (p->T + TILE - 1) / TILE;
+    unsigned blocks;
+    KL_TRY(product_grid(a, (p->w.rows + TILE - 1) / TILE, &blocks, err));
     return with_format(p->w.format, [&](auto f) {
         return with_float_type(p->act, [&](auto act) {
-            return with_float_type(p->out_dtype, [&](auto out) {
-                using Act = decltype(act);
-                using Out = decltype(out);
-                return gated ? launch<f.value, true, Act, Out>(be, a, blocks, err)
-                             : launch<f.value, false, Act, Out>(be, a, blocks, err);
+            return with_output(p, [&](auto gated, auto out) {
+                return launch<f.value, gated.value, decltype(act), decltype(out)>(be, a, blocks,
+                                                                                  err);
             });
         });
     });

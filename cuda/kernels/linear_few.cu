@@ -12,22 +12,14 @@
  *              int4 9.5 us
  */
 #include "../device/math.cuh"
+#include "../device/product.cuh"
 #include "../device/stream.cuh"
-#include "../product.h"
 
 namespace {
 
-constexpr int64_t MAX_BLOCKS = 0x7fffffff;
-
-struct arguments {
-    const bf16 *x;
-    weight_view w, up;
-    void *out;
-    int64_t T, x_stride, out_stride, t_tiles;
-};
-
 /* Row i of a tile. Rows past the end repeat the last one, which is read anyway. */
-template <bool gated> __device__ weight_row tile_row(const arguments &a, int64_t tile, int i)
+template <bool gated>
+__device__ weight_row tile_row(const product_arguments &a, int64_t tile, int i)
 {
     constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
     const int64_t row = tile * EACH + i % EACH;
@@ -35,7 +27,8 @@ template <bool gated> __device__ weight_row tile_row(const arguments &a, int64_t
 }
 
 template <int N, bool gated, class Out>
-__device__ void store_tile(const arguments &a, const float *shared, int64_t t, int64_t tile)
+__device__ void store_tile(const product_arguments &a, const float *shared, int64_t t,
+                           int64_t tile)
 {
     constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
     for (int at = threadIdx.x; at < N * STREAM_TOKENS * EACH; at += STREAM_THREADS) {
@@ -49,8 +42,9 @@ __device__ void store_tile(const arguments &a, const float *shared, int64_t t, i
 }
 
 template <kl_weight_format format, int N, bool gated, class Out>
-__global__ __launch_bounds__(STREAM_THREADS,
-                             2) void product_few_kernel(const __grid_constant__ arguments a)
+__global__
+__launch_bounds__(STREAM_THREADS,
+                  2) void product_few_kernel(const __grid_constant__ product_arguments a)
 {
     __shared__ float shared[STREAM_FLOATS<N>];
     const int64_t t = blockIdx.x % a.t_tiles * N * STREAM_TOKENS, tile = blockIdx.x / a.t_tiles;
@@ -60,7 +54,7 @@ __global__ __launch_bounds__(STREAM_THREADS,
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const int64_t token = t + n * STREAM_TOKENS + r;
-        x[n] = token < a.T ? a.x + token * a.x_stride : nullptr;
+        x[n] = token < a.T ? static_cast<const bf16 *>(a.x) + token * a.x_stride : nullptr;
     }
     float acc[N][4];
     stream_multiply<format, N>(acc, w, x, static_cast<int>(a.w.cols));
@@ -70,15 +64,13 @@ __global__ __launch_bounds__(STREAM_THREADS,
 }
 
 template <kl_weight_format format, int N, bool gated, class Out>
-kl_status launch(kl_backend *be, arguments a, kl_error *err)
+kl_status launch(kl_backend *be, product_arguments a, kl_error *err)
 {
     constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
     const int64_t tiles = (a.w.rows + EACH - 1) / EACH;
     a.t_tiles = (a.T + N * STREAM_TOKENS - 1) / (N * STREAM_TOKENS);
-    if (a.t_tiles > MAX_BLOCKS / tiles)
-        return kl_fail(err, KL_ERR_VALUE, "linear: %lld x %lld outputs are too many",
-                       static_cast<long long>(a.T), static_cast<long long>(a.w.rows));
-    const unsigned blocks = static_cast<unsigned>(a.t_tiles * tiles);
+    unsigned blocks;
+    KL_TRY(product_grid(a, tiles, &blocks, err));
     product_few_kernel<format, N, gated, Out>
         <<<blocks, STREAM_THREADS, 0, kl_cuda_stream(be)>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
@@ -86,7 +78,7 @@ kl_status launch(kl_backend *be, arguments a, kl_error *err)
 }
 
 template <kl_weight_format format, bool gated, class Out>
-kl_status launch_for(kl_backend *be, const arguments &a, kl_error *err)
+kl_status launch_for(kl_backend *be, const product_arguments &a, kl_error *err)
 {
     if (a.T <= STREAM_TOKENS) return launch<format, 1, gated, Out>(be, a, err);
     return launch<format, 2, gated, Out>(be, a, err);
@@ -96,21 +88,10 @@ kl_status launch_for(kl_backend *be, const arguments &a, kl_error *err)
 
 kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
-    const bool gated = p->up.data != nullptr;
-    const arguments a = {
-        .x = static_cast<const bf16 *>(p->x),
-        .w = weight_view_of(p->w),
-        .up = gated ? weight_view_of(p->up) : weight_view{},
-        .out = p->out,
-        .T = p->T,
-        .x_stride = p->x_stride,
-        .out_stride = p->out_stride,
-    };
+    const product_arguments a = product_arguments_of(p);
     return with_format(p->w.format, [&](auto f) {
-        return with_float_type(p->out_dtype, [&](auto out) {
-            using Out = decltype(out);
-            return gated ? launch_for<f.value, true, Out>(be, a, err)
-                         : launch_for<f.value, false, Out>(be, a, err);
+        return with_output(p, [&](auto gated, auto out) {
+            return launch_for<f.value, gated.value, decltype(out)>(be, a, err);
         });
     });
 }

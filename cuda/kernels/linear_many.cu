@@ -13,22 +13,18 @@
  */
 #include "../device/gemm.cuh"
 #include "../device/math.cuh"
-#include "../product.h"
+#include "../device/product.cuh"
 
 namespace {
 
 using large = gemm_shape<128, 128, 2, 4>;
 using small = gemm_shape<32, 64, 2, 2>; /* few tokens: more blocks, less waste */
 
-constexpr int64_t MAX_BLOCKS = 0x7fffffff;
-
-struct arguments {
-    const bf16 *x;
-    weight_view w, up;
-    void *out;
-    int64_t T, x_stride, out_stride;
-    int64_t t_tiles, O; /* O counts rows of the tiles: twice the outputs with a second weight */
-};
+/* Rows of the tiles: twice the outputs with a second weight. */
+template <bool gated> __host__ __device__ int64_t tile_rows(const product_arguments &a)
+{
+    return gated ? 2 * a.w.rows : a.w.rows;
+}
 
 template <class Out> __device__ void store_pair(Out *to, bool pair, bool both, float a, float b)
 {
@@ -41,35 +37,36 @@ template <class Out> __device__ void store_pair(Out *to, bool pair, bool both, f
 }
 
 template <class S, bool gated, class Out>
-__device__ void store_tile(const arguments &a, const float (&acc)[S::MI][S::NI][4], int64_t t,
-                           int64_t o)
+__device__ void store_tile(const product_arguments &a, const float (&acc)[S::MI][S::NI][4],
+                           int64_t t, int64_t o)
 {
     Out *const out = static_cast<Out *>(a.out);
+    const int64_t rows = tile_rows<gated>(a);
     const bool pairs =
         a.out_stride % 2 == 0 && reinterpret_cast<uintptr_t>(out) % (2 * sizeof(Out)) == 0;
     gemm_for_pairs<S>(acc, [&](int row, int col, float even, float odd) {
-        if (t + row >= a.T || o + col >= a.O) return;
+        if (t + row >= a.T || o + col >= rows) return;
         Out *const line = out + (t + row) * a.out_stride;
         if constexpr (gated) {
             line[(o + col) / 2] = from_float<Out>(silu(even) * odd);
         } else {
-            const bool both = o + col + 1 < a.O;
+            const bool both = o + col + 1 < rows;
             store_pair(line + o + col, pairs && both, both, even, odd);
         }
     });
 }
 
 template <class S, kl_weight_format format, bool gated, class Out>
-__global__ __launch_bounds__(S::THREADS,
-                             2) void product_many_kernel(const __grid_constant__ arguments a)
+__global__
+__launch_bounds__(S::THREADS,
+                  2) void product_many_kernel(const __grid_constant__ product_arguments a)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     const int64_t t = blockIdx.x % a.t_tiles * S::M, o = blockIdx.x / a.t_tiles * S::N;
-    const auto x_row = [&](int i) {
-        return t + i < a.T ? a.x + (t + i) * a.x_stride : nullptr;
-    };
+    const bf16 *const x = static_cast<const bf16 *>(a.x);
+    const auto x_row = [&](int i) { return t + i < a.T ? x + (t + i) * a.x_stride : nullptr; };
     const auto w_row = [&](int i) {
-        if (o + i >= a.O) return weight_row{nullptr, nullptr};
+        if (o + i >= tile_rows<gated>(a)) return weight_row{nullptr, nullptr};
         if constexpr (gated) return row_of(i % 2 == 0 ? a.w : a.up, (o + i) / 2);
         return row_of(a.w, o + i);
     };
@@ -80,32 +77,26 @@ __global__ __launch_bounds__(S::THREADS,
 }
 
 template <class S, kl_weight_format format, bool gated, class Out>
-kl_status launch(kl_backend *be, arguments a, kl_error *err)
+kl_status launch(kl_backend *be, product_arguments a, kl_error *err)
 {
     const auto kernel = product_many_kernel<S, format, gated, Out>;
     a.t_tiles = (a.T + S::M - 1) / S::M;
-    const int64_t o_tiles = (a.O + S::N - 1) / S::N;
-    if (a.t_tiles > MAX_BLOCKS / o_tiles)
-        return kl_fail(err, KL_ERR_VALUE, "linear: %lld x %lld outputs are too many",
-                       static_cast<long long>(a.T), static_cast<long long>(a.O));
+    unsigned blocks;
+    KL_TRY(product_grid(a, (tile_rows<gated>(a) + S::N - 1) / S::N, &blocks, err));
     KL_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      S::SHARED_BYTES),
                 err);
-    const unsigned blocks = static_cast<unsigned>(a.t_tiles * o_tiles);
     kernel<<<blocks, S::THREADS, S::SHARED_BYTES, kl_cuda_stream(be)>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;
 }
 
 template <class S, kl_weight_format format>
-kl_status launch_for(kl_backend *be, const kl_cuda_product *p, const arguments &a,
-                     kl_error *err)
+kl_status launch_for(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
-    const bool gated = p->up.data != nullptr;
-    return with_float_type(p->out_dtype, [&](auto out) {
-        using Out = decltype(out);
-        return gated ? launch<S, format, true, Out>(be, a, err)
-                     : launch<S, format, false, Out>(be, a, err);
+    const product_arguments a = product_arguments_of(p);
+    return with_output(p, [&](auto gated, auto out) {
+        return launch<S, format, gated.value, decltype(out)>(be, a, err);
     });
 }
 
@@ -113,23 +104,12 @@ kl_status launch_for(kl_backend *be, const kl_cuda_product *p, const arguments &
 
 kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
-    const bool gated = p->up.data != nullptr;
-    const arguments a = {
-        .x = static_cast<const bf16 *>(p->x),
-        .w = weight_view_of(p->w),
-        .up = gated ? weight_view_of(p->up) : weight_view{},
-        .out = p->out,
-        .T = p->T,
-        .x_stride = p->x_stride,
-        .out_stride = p->out_stride,
-        .O = gated ? 2 * p->w.rows : p->w.rows,
-    };
     return with_format(p->w.format, [&](auto f) {
         if constexpr (f.value == KL_W_F32)
             return kl_fail(err, KL_ERR_VALUE, "linear: no tiles of a float32 weight");
         else if (p->T <= small::M)
-            return launch_for<small, f.value>(be, p, a, err);
+            return launch_for<small, f.value>(be, p, err);
         else
-            return launch_for<large, f.value>(be, p, a, err);
+            return launch_for<large, f.value>(be, p, err);
     });
 }

@@ -10,13 +10,13 @@
  * Roofline     4 bytes a channel of bf16: memory-bound, 0.8 ns a token of 576 at 3.0 TB/s
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/ragged.cuh"
 #include "../device/types.cuh"
 #include "../device/warp.cuh"
 
 namespace {
 
 constexpr int WARPS = 4;
-constexpr int MAX_BLOCKS = 0x7fffffff; /* of the grid's x axis */
 
 struct arguments {
     const void *raw;
@@ -27,25 +27,10 @@ struct arguments {
     float eps;
 };
 
-/* The sequence that owns a token: the last that begins at or before it, for empty ones before it
- * begin there too. */
-__device__ long long find_sequence(const int *cu_seqlens, long long N, long long token)
-{
-    long long low = 0, high = N;
-    while (high - low > 1) {
-        const long long middle = (low + high) / 2;
-        if (cu_seqlens[middle] <= token)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 /* Which row of all pages a token is written to. */
 __device__ long long row_of(const arguments &a, long long token)
 {
-    const long long n = find_sequence(a.cu_seqlens, a.N, token);
+    const long long n = last_begun(a.N, [&](long long i) { return a.cu_seqlens[i] <= token; });
     const long long position = a.lengths[n] - (a.cu_seqlens[n + 1] - token);
     const long long page = a.block_table[n * a.B + position / KL_PAGE_TOKENS];
     return page * KL_PAGE_TOKENS + position % KL_PAGE_TOKENS;
@@ -93,7 +78,7 @@ template <class T> kl_status launch(const arguments &a, cudaStream_t stream, kl_
     const long long blocks = (a.T + WARPS - 1) / WARPS;
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "mla_append: T must be <= %lld, got %lld",
-                       static_cast<long long>(MAX_BLOCKS) * WARPS, a.T);
+                       MAX_BLOCKS * WARPS, a.T);
     const bool vector = a.rank % VEC == 0 && a.width % VEC == 0 &&
                         is_aligned(a.raw, a.stride, sizeof(T), 16) &&
                         is_aligned(a.pages, a.width, sizeof(T), 16);

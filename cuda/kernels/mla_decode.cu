@@ -24,7 +24,6 @@ namespace {
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 constexpr int MAX_ROWS = 8; /* of the batch that share one reading of the weights */
-constexpr int MAX_BLOCKS = 0x7fffffff;
 
 /* Results of splits that the workspace holds at once: 134 MB with the model's shapes. The rows
  * of larger batches are attended in waves, each of them far more than a GPU can do at once. */
@@ -371,7 +370,7 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
     const blocks_of blocks(args);
     if (blocks.absorb > MAX_BLOCKS || blocks.merge > MAX_BLOCKS || blocks.finish > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE,
-                       "mla_decode: N * H must be <= %d / (rank / %d), got N %lld, H %lld",
+                       "mla_decode: N * H must be <= %lld / (rank / %d), got N %lld, H %lld",
                        MAX_BLOCKS, MERGE_COLS, args.N, args.H);
     if (args.N == 0) return KL_OK;
     KL_TRY(kl_cuda_bind(be, err));

@@ -20,7 +20,6 @@ namespace {
 
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
-constexpr int MAX_BLOCKS = 0x7fffffff;
 constexpr long long MAX_SHARED = 200 * 1024; /* of a block; sm_90 has 227 KiB */
 
 struct page_scores {
@@ -104,7 +103,7 @@ kl_status kl_cuda_mla_attend_any(const mla_arguments &a, kl_dtype act, cudaStrea
     if (a.N > MAX_BLOCKS / a.H || a.N * a.H > MAX_BLOCKS / a.splits)
         return kl_fail(
             err, KL_ERR_VALUE,
-            "mla_decode: N * H * splits must be <= %d, got N %lld, H %lld, splits %lld",
+            "mla_decode: N * H * splits must be <= %lld, got N %lld, H %lld, splits %lld",
             MAX_BLOCKS, a.N, a.H, a.splits);
     const long long bytes = (a.width() + a.rank) * static_cast<long long>(sizeof(float));
     if (bytes > MAX_SHARED)

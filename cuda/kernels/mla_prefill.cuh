@@ -5,6 +5,7 @@
 #ifndef KL_CUDA_KERNELS_MLA_PREFILL_H
 #define KL_CUDA_KERNELS_MLA_PREFILL_H
 
+#include "../device/ragged.cuh"
 #include "../device/types.cuh"
 
 /* Tokens of the context whose keys and values exist at a time: 16 KiB each at H = 32. */
@@ -45,18 +46,9 @@ __device__ inline mla_sequence mla_cut_sequence(const mla_call &a, long long n)
     return s;
 }
 
-/* The last sequence that begins at or before a token: empty ones before it begin there too. */
 __device__ inline int mla_find_sequence(const int *cu_seqlens, int N, int token)
 {
-    int low = 0, high = N;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (cu_seqlens[middle] <= token)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
+    return last_begun(N, [&](int n) { return cu_seqlens[n] <= token; });
 }
 
 /* The other tokens. They become rows of calls of mla_decode, so many at a time; rows past the

@@ -23,7 +23,6 @@ namespace {
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
 constexpr int KEYS = 4; /* positions of a warp at a time: independent sums hide the latency */
-constexpr long long MAX_BLOCKS = 0x7fffffff;
 constexpr long long MAX_SHARED = 227 * 1024;
 
 /* A block's shared memory. x has a row of `rank` for each warp; query is [rank+rope]. */

@@ -23,7 +23,6 @@ constexpr int MAX_WARPS = 4;
 constexpr size_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
 constexpr unsigned TAKEN = 0;               /* below the key of every float */
 constexpr float SUM_FLOOR = 1e-20f;         /* ops.h, under `renormalize` */
-constexpr int64_t MAX_BLOCKS = 0x7fffffff;
 
 struct arguments {
     const float *logits, *bias; /* bias may be null */

@@ -22,7 +22,6 @@
 
 namespace {
 
-constexpr int64_t MAX_BLOCKS = 0x7fffffff; /* of the grid's x axis */
 constexpr int LOOP_THREADS = 256;
 
 /* Absent tensors are null. */
@@ -210,7 +209,7 @@ kl_status launch(const char *op, K kernel, int64_t blocks, int threads, const A 
 {
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "%s: needs %lld blocks, at most %lld can be had", op,
-                       static_cast<long long>(blocks), static_cast<long long>(MAX_BLOCKS));
+                       static_cast<long long>(blocks), MAX_BLOCKS);
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;

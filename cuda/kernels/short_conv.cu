@@ -25,7 +25,7 @@ constexpr int RUN = 16;  /* tokens; the taps of a thread cost as much to read as
 constexpr int AHEAD = 4; /* tokens asked for before the first is used */
 constexpr int MAX_WIDTH = 8;
 static_assert(RUN >= MAX_WIDTH - 1, "only a sequence's first run may need its state");
-constexpr int64_t MAX_BLOCKS_X = 0x7fffffff, MAX_BLOCKS_Y = 65535;
+constexpr int64_t MAX_BLOCKS_Y = 65535;
 
 struct arguments {
     const void *x;
@@ -199,13 +199,12 @@ template <class A, int VEC, int WIDTH>
 kl_status launch(const arguments &a, int64_t T, cudaStream_t stream, kl_error *err)
 {
     const int64_t runs = T / RUN + a.N, strips = (a.C + THREADS * VEC - 1) / (THREADS * VEC);
-    if (runs > MAX_BLOCKS_X || strips > MAX_BLOCKS_Y)
+    if (runs > MAX_BLOCKS || strips > MAX_BLOCKS_Y)
         return kl_fail(
             err, KL_ERR_VALUE,
             "short_conv: C must be <= %lld and T / %d + N <= %lld, got %lld and %lld",
-            static_cast<long long>(MAX_BLOCKS_Y * THREADS * VEC), RUN,
-            static_cast<long long>(MAX_BLOCKS_X), static_cast<long long>(a.C),
-            static_cast<long long>(runs));
+            static_cast<long long>(MAX_BLOCKS_Y * THREADS * VEC), RUN, MAX_BLOCKS,
+            static_cast<long long>(a.C), static_cast<long long>(runs));
     const dim3 blocks(static_cast<unsigned>(runs), static_cast<unsigned>(strips));
     short_conv_kernel<A, VEC, WIDTH><<<blocks, THREADS, 0, stream>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);

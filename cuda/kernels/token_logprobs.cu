@@ -32,7 +32,6 @@ constexpr int CHUNK = 1024;       /* tokens: 21 MB of pieces at 163,840 rows */
 constexpr int TOP_TOKENS = 64;    /* tokens: 42 MB of logits at 163,840 rows */
 constexpr int SLAB = 32;          /* columns in shared memory on the path without mma */
 constexpr int JOIN_THREADS = 256; /* of the block that takes in a token's pieces */
-constexpr int64_t MAX_BLOCKS = 0x7fffffff; /* of a grid's x axis */
 
 /* What a token keeps of PIECE ids. */
 struct piece {
