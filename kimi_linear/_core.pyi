@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 ABI: int
+PAGE_TOKENS: int  # tokens of an MLA page
 FAULT_INJECTION: bool
 
 class KimiLinearError(Exception): ...

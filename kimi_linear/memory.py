@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-PAGE_TOKENS = 64  # KL_PAGE_TOKENS of csrc/backend/ops.h
+from . import _core
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class MemoryPlan:
 
     def of_sequence(self, n_tokens: int) -> int:
         """Bytes that a sequence of so many tokens occupies: its states and whole pages."""
-        pages = -(-n_tokens // PAGE_TOKENS)
-        return self.kda_state_per_sequence + pages * PAGE_TOKENS * self.mla_page_per_token
+        pages = -(-n_tokens // _core.PAGE_TOKENS)
+        return self.kda_state_per_sequence + pages * _core.PAGE_TOKENS * self.mla_page_per_token
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much) for a reader, in the order of a table."""

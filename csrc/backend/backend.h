@@ -29,7 +29,7 @@ typedef struct {
     int device;              /* ordinal; 0 on the CPU                        */
     int threads;             /* CPU: worker threads, the caller's included   */
     const char *cpu_variant; /* CPU: a name of cpu/kernels.h, "avx2", or NULL */
-    bool batch_invariant;    /* CUDA: see below; the CPU always is               */
+    bool batch_invariant;    /* CUDA: see above; the CPU always is               */
 } kl_backend_options;
 
 typedef struct {

@@ -43,12 +43,25 @@ typedef struct {
     uint16_t *scales; /* bf16, or NULL */
 } kl_weight;
 
+/* Columns that share a scale; 0 without scales. */
+static inline int64_t kl_weight_group(kl_weight_format format)
+{
+    switch (format) {
+    case KL_W_INT8:
+        return KL_INT8_GROUP;
+    case KL_W_INT4:
+        return KL_INT4_GROUP;
+    case KL_W_FP8:
+        return KL_FP8_GROUP;
+    default:
+        return 0;
+    }
+}
+
 static inline int64_t kl_weight_groups(kl_weight_format format, int64_t cols)
 {
-    if (format == KL_W_INT8) return (cols + KL_INT8_GROUP - 1) / KL_INT8_GROUP;
-    if (format == KL_W_INT4) return (cols + KL_INT4_GROUP - 1) / KL_INT4_GROUP;
-    if (format == KL_W_FP8) return (cols + KL_FP8_GROUP - 1) / KL_FP8_GROUP;
-    return 0;
+    const int64_t group = kl_weight_group(format);
+    return group == 0 ? 0 : (cols + group - 1) / group;
 }
 
 static inline size_t kl_weight_row_bytes(kl_weight_format format, int64_t cols)

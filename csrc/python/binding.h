@@ -85,6 +85,8 @@ int kl_parse_bool(const char *op, const char *name, PyObject *o, bool *out);
 /* Which of the `n` names `o` is. */
 int kl_parse_choice(const char *op, const char *name, PyObject *o, const char *const *names,
                     int n, int *out);
+/* Python's names of the weight formats, in the order of kl_weight_format. */
+extern const char *const kl_format_names[KL_N_WEIGHT_FORMATS];
 
 /* ---- devices --------------------------------------------------------------------------- */
 

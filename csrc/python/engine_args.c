@@ -143,8 +143,6 @@ int kl_parse_config(PyObject *dict, kl_config *out)
 
 int kl_parse_options(PyObject *dict, kl_engine_options *out)
 {
-    static const char *const formats[KL_N_WEIGHT_FORMATS] = {"f32", "bf16", "int8", "int4",
-                                                             "fp8"};
     const int64_t none = 0;
     int64_t cache_bytes, budget_bytes;
     int format;
@@ -153,7 +151,8 @@ int kl_parse_options(PyObject *dict, kl_engine_options *out)
         PyErr_Format(PyExc_TypeError, "options must be a dict, got %R", dict);
         return -1;
     }
-    if (dict_choice("options", dict, "format", formats, KL_N_WEIGHT_FORMATS, &format) < 0 ||
+    if (dict_choice("options", dict, "format", kl_format_names, KL_N_WEIGHT_FORMATS, &format) <
+            0 ||
         kl_dict_int("options", dict, "max_context", 0, INT64_MAX, &none, &out->max_context) <
             0 ||
         kl_dict_int("options", dict, "max_batch", 0, INT64_MAX, &none, &out->max_batch) < 0 ||

@@ -60,7 +60,9 @@ static int module_exec(PyObject *module)
     if (refuse_subinterpreters() < 0 || intern_names(m) < 0 || kl_errors_init(module, m) < 0 ||
         add_types(module, m) < 0)
         return -1;
-    if (PyModule_AddIntConstant(module, "ABI", KL_BACKEND_ABI) < 0) return -1;
+    if (PyModule_AddIntConstant(module, "ABI", KL_BACKEND_ABI) < 0 ||
+        PyModule_AddIntConstant(module, "PAGE_TOKENS", KL_PAGE_TOKENS) < 0)
+        return -1;
 #ifdef KL_FAULT_INJECTION
     return PyModule_AddObjectRef(module, "FAULT_INJECTION", Py_True);
 #else

@@ -16,7 +16,7 @@ typedef struct {
     bool stack;     /* three axes, even with one matrix         */
 } WeightObject;
 
-static const char *const formats[KL_N_WEIGHT_FORMATS] = {"f32", "bf16", "int8", "int4", "fp8"};
+const char *const kl_format_names[KL_N_WEIGHT_FORMATS] = {"f32", "bf16", "int8", "int4", "fp8"};
 
 const kl_weight *kl_weight_of(const kl_module *m, PyObject *o, const kl_device **dev)
 {
@@ -88,7 +88,8 @@ static PyObject *run_quantize(kl_call *c, PyObject *const *args)
     int format, ndim = 0;
     kl_array probe;
     if (KL_NEEDS(c, pack_weight) < 0 ||
-        kl_parse_choice(c->op, "dtype", args[2], formats, KL_N_WEIGHT_FORMATS, &format) < 0 ||
+        kl_parse_choice(c->op, "dtype", args[2], kl_format_names, KL_N_WEIGHT_FORMATS,
+                        &format) < 0 ||
         kl_array_borrow(c->m, c->op, "w", args[1], 1, &probe) < 0)
         return NULL;
     ndim = probe.ndim == 3 ? 3 : 2;
@@ -144,7 +145,7 @@ static void dequantize_row(const kl_weight *w, int64_t row, float *out)
 {
     const char *data = (char *)w->data + (size_t)row * kl_weight_row_bytes(w->format, w->cols);
     const int64_t groups = kl_weight_groups(w->format, w->cols);
-    const int64_t group = w->format == KL_W_INT4 ? KL_INT4_GROUP : KL_INT8_GROUP;
+    const int64_t group = kl_weight_group(w->format);
     for (int64_t i = 0; i < w->cols; i++) {
         if (w->format == KL_W_F32)
             out[i] = ((const float *)data)[i];
@@ -213,7 +214,7 @@ static PyObject *weight_shape(PyObject *op, void *Py_UNUSED(closure))
 
 static PyObject *weight_format(PyObject *op, void *Py_UNUSED(closure))
 {
-    return PyUnicode_FromString(formats[((WeightObject *)op)->w.format]);
+    return PyUnicode_FromString(kl_format_names[((WeightObject *)op)->w.format]);
 }
 
 static PyObject *weight_nbytes(PyObject *op, void *Py_UNUSED(closure))
@@ -225,10 +226,10 @@ static PyObject *weight_nbytes(PyObject *op, void *Py_UNUSED(closure))
 static PyObject *weight_repr(PyObject *op)
 {
     PyObject *shape = weight_shape(op, NULL);
-    PyObject *text = shape == NULL
-                         ? NULL
-                         : PyUnicode_FromFormat("PackedWeight(shape=%R, format='%s')", shape,
-                                                formats[((WeightObject *)op)->w.format]);
+    PyObject *text =
+        shape == NULL ? NULL
+                      : PyUnicode_FromFormat("PackedWeight(shape=%R, format='%s')", shape,
+                                             kl_format_names[((WeightObject *)op)->w.format]);
     Py_XDECREF(shape);
     return text;
 }

@@ -58,6 +58,13 @@ def filler_lines(r, kind, size):
     return out or [sentence(r)]
 
 
+def hide(r, lines, hidden):
+    """Put the lines of `hidden` somewhere into `lines`, in their order."""
+    places = sorted(r.randrange(len(lines) + 1) for _ in hidden)
+    for at, text in reversed(list(zip(places, hidden, strict=True))):
+        lines.insert(at, text)
+
+
 def needles(r, size, n_keys=1, n_values=1, n_queries=1, key=None, value=None, haystack=None,
             turns=None):  # fmt: skip
     """Hidden `One of the special magic ...` lines, then questions about some of the keys."""
@@ -78,10 +85,8 @@ def needles(r, size, n_keys=1, n_values=1, n_queries=1, key=None, value=None, ha
         lines = filler_lines(r, haystack, size)
     hidden = [needle(k, v) for k in keys for v in values[k]]
     r.shuffle(hidden)
-    places = sorted(r.randrange(len(lines) + 1) for _ in hidden)
+    hide(r, lines, hidden)
     order = {k: [] for k in keys}  # values in the order of the text
-    for at, text in reversed(list(zip(places, hidden, strict=True))):
-        lines.insert(at, text)
     for text in hidden:
         for k in keys:
             if f"for {k} is: " in text:
@@ -132,7 +137,7 @@ def multiquery(r, size, n=4, **kw):
     return needles(r, size, n_queries=n, **kw)
 
 
-def nth_value(r, size, key=None):
+def nth_value(r, size):
     """Several values for each of a few keys; which came first, second, ... for a key."""
     value = r.choice(("numbers", "words"))
     keys = distinct(r, word, r.randrange(1, 5))
@@ -140,13 +145,11 @@ def nth_value(r, size, key=None):
     left = [k for k in keys for _ in values[k]]
     r.shuffle(left)
     lines, seen = filler_lines(r, r.choice(("noise", "prose")), size), dict.fromkeys(keys, 0)
-    places = sorted(r.randrange(len(lines) + 1) for _ in left)
     hidden = []
     for k in left:
         hidden.append(f"One of the special magic {value} for {k} is: {values[k][seen[k]]}.")
         seen[k] += 1
-    for at, text in reversed(list(zip(places, hidden, strict=True))):
-        lines.insert(at, text)
+    hide(r, lines, hidden)
     out, kind = [], value[:-1]
     for i in range(r.randrange(2, 7)):
         k = r.choice(keys)
@@ -311,9 +314,7 @@ def variables(r, size, hops=None):
     for chain, v in zip(chains, values, strict=True):
         code = [f"VAR {chain[0]} = {v}"]
         code += [f"VAR {b} = VAR {a}" for a, b in zip(chain, chain[1:], strict=False)]
-        places = sorted(r.randrange(len(lines) + 1) for _ in code)
-        for at, text in reversed(list(zip(places, code, strict=True))):
-            lines.insert(at, text)
+        hide(r, lines, code)
     i = r.randrange(2)
     return [("user", "Memorize and track the chain of variable assignment hidden in the following text.\n"
                      + "\n".join(lines) +

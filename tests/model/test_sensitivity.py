@@ -6,13 +6,12 @@ restore. Every one must bring recall below half; moving the memory out and in lo
 """
 
 import random
-import sys
 
 import kimi_linear as kl
 import numpy as np
 import pytest
-from conftest import ROOT
 from engines import cut, open_engine
+from generators import data, tasks
 from kimi_linear.model import SMALL_MODEL
 
 SAMPLES, CHARACTERS, PIECE = 12, 1500, 16
@@ -25,12 +24,6 @@ def engine():
 
 def conversations():
     """(ids of the prompt, ids of the answer): a uuid's uuid, seeds never trained on."""
-    sys.path.insert(0, str(ROOT / "examples" / "small_model"))
-    try:
-        import data
-        import tasks
-    finally:
-        sys.path.pop(0)
     tokenizer = kl.Tokenizer.from_dir(SMALL_MODEL, vocab_size=4096)
     encoder = data.Encoder(tokenizer)
     for i in range(SAMPLES):

@@ -2,13 +2,12 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import kimi_linear as kl
 import numpy as np
 import pytest
-from conftest import ROOT
+from generators import tasks
 
 GOLDEN = json.loads((Path(__file__).parent / "small_model_golden.json").read_text())
 
@@ -37,18 +36,8 @@ def test_it_is_small_and_has_a_card():
     assert "model card" in (folder / "README.md").read_text().lower()
 
 
-@pytest.fixture(scope="module")
-def tasks():
-    """The generators that it was trained on, with seeds kept out of training."""
-    sys.path.insert(0, str(ROOT / "examples" / "small_model"))
-    import tasks
-
-    yield tasks
-    sys.path.pop(0)
-
-
 @pytest.mark.parametrize("name,kind", [("single", "numbers"), ("multikey", "numbers"), ("mqar", "")])
-def test_it_recalls(model, tasks, name, kind):
+def test_it_recalls(model, name, kind):
     """A damaged state shows here as lost recall. Wrong by chance: one in a million each."""
     right = 0
     for i in range(8):
