@@ -243,6 +243,109 @@ static kl_status cuda_copy(kl_backend *be, void *dst, const void *src, size_t by
     return copy(be, dst, src, bytes, cudaMemcpyDeviceToDevice, err);
 }
 
+static kl_status cuda_alloc_host(kl_backend *be, size_t bytes, void **out, kl_error *err)
+{
+    *out = nullptr;
+    KL_TRY(kl_cuda_bind(be, err));
+    const cudaError_t e = cudaMallocHost(out, bytes == 0 ? 1 : bytes);
+    if (e == cudaErrorMemoryAllocation) {
+        (void)cudaGetLastError();
+        return kl_fail(err, KL_ERR_MEMORY, "cuda: no %zu bytes of pinned memory to be had",
+                       bytes);
+    }
+    KL_CUDA_TRY(e, err);
+    return KL_OK;
+}
+
+static void cuda_free_host(kl_backend *be, void *ptr, size_t)
+{
+    kl_error err;
+    if (ptr != nullptr && kl_cuda_bind(be, &err) == KL_OK) (void)cudaFreeHost(ptr);
+}
+
+/* ---- marks and recordings ------------------------------------------------------------ */
+
+/* A kl_mark is an event, a kl_recording an executable graph. */
+static cudaEvent_t event_of(kl_mark *mark)
+{
+    return reinterpret_cast<cudaEvent_t>(mark);
+}
+
+static cudaGraphExec_t graph_of(kl_recording *recording)
+{
+    return reinterpret_cast<cudaGraphExec_t>(recording);
+}
+
+static kl_status cuda_new_mark(kl_backend *be, kl_mark **out, kl_error *err)
+{
+    cudaEvent_t event;
+    *out = nullptr;
+    KL_TRY(kl_cuda_bind(be, err));
+    KL_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), err);
+    *out = reinterpret_cast<kl_mark *>(event);
+    return KL_OK;
+}
+
+static void cuda_free_mark(kl_backend *be, kl_mark *mark)
+{
+    kl_error err;
+    if (mark != nullptr && kl_cuda_bind(be, &err) == KL_OK)
+        (void)cudaEventDestroy(event_of(mark));
+}
+
+static kl_status cuda_set_mark(kl_backend *be, kl_mark *mark, kl_error *err)
+{
+    KL_TRY(kl_cuda_bind(be, err));
+    KL_CUDA_TRY(cudaEventRecord(event_of(mark), self_of(be)->stream), err);
+    return KL_OK;
+}
+
+static kl_status cuda_wait_mark(kl_backend *be, kl_mark *mark, kl_error *err)
+{
+    KL_TRY(kl_cuda_bind(be, err));
+    KL_CUDA_TRY(cudaEventSynchronize(event_of(mark)), err);
+    return KL_OK;
+}
+
+static kl_status cuda_record_begin(kl_backend *be, kl_error *err)
+{
+    KL_TRY(kl_cuda_bind(be, err));
+    /* Thread-local: other threads, torch's among them, may allocate meanwhile. */
+    KL_CUDA_TRY(cudaStreamBeginCapture(self_of(be)->stream, cudaStreamCaptureModeThreadLocal),
+                err);
+    return KL_OK;
+}
+
+static kl_status cuda_record_end(kl_backend *be, kl_recording **out, kl_error *err)
+{
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable;
+    *out = nullptr;
+    KL_TRY(kl_cuda_bind(be, err));
+    const cudaError_t ended = cudaStreamEndCapture(self_of(be)->stream, &graph);
+    if (ended != cudaSuccess) (void)cudaGetLastError(); /* or the next launch would be blamed */
+    KL_CUDA_TRY(ended, err);
+    const cudaError_t made = cudaGraphInstantiate(&executable, graph, 0);
+    (void)cudaGraphDestroy(graph);
+    KL_CUDA_TRY(made, err);
+    *out = reinterpret_cast<kl_recording *>(executable);
+    return KL_OK;
+}
+
+static kl_status cuda_replay(kl_backend *be, kl_recording *recording, kl_error *err)
+{
+    KL_TRY(kl_cuda_bind(be, err));
+    KL_CUDA_TRY(cudaGraphLaunch(graph_of(recording), self_of(be)->stream), err);
+    return KL_OK;
+}
+
+static void cuda_free_recording(kl_backend *be, kl_recording *recording)
+{
+    kl_error err;
+    if (recording != nullptr && kl_cuda_bind(be, &err) == KL_OK)
+        (void)cudaGraphExecDestroy(graph_of(recording));
+}
+
 /* ---- the table ------------------------------------------------------------------------- */
 
 static kl_status cuda_open(const kl_backend_options *options, kl_backend **out, kl_error *err);
@@ -264,6 +367,16 @@ static constexpr kl_backend_vtbl make_table()
         .copy_in = entry<cuda_copy_in>::call,
         .copy_out = entry<cuda_copy_out>::call,
         .copy = entry<cuda_copy>::call,
+        .alloc_host = entry<cuda_alloc_host>::call,
+        .free_host = entry<cuda_free_host>::call,
+        .new_mark = entry<cuda_new_mark>::call,
+        .free_mark = entry<cuda_free_mark>::call,
+        .set_mark = entry<cuda_set_mark>::call,
+        .wait_mark = entry<cuda_wait_mark>::call,
+        .record_begin = entry<cuda_record_begin>::call,
+        .record_end = entry<cuda_record_end>::call,
+        .replay = entry<cuda_replay>::call,
+        .free_recording = entry<cuda_free_recording>::call,
     };
 #define KL_ENTRY(op) t.op = entry<kl_cuda_##op>::call;
     KL_CUDA_OPS(KL_ENTRY)

@@ -16,12 +16,14 @@
 
 /* Raised with every change to kl_backend_vtbl or to a struct of ops.h; a library built with
  * another number is refused. */
-#define KL_BACKEND_ABI 2u
+#define KL_BACKEND_ABI 3u
 
 /* The only symbol the CUDA library exports. */
 #define KL_CUDA_ENTRY "kl_cuda_backend_entry"
 
 typedef struct kl_backend kl_backend;
+typedef struct kl_mark kl_mark;           /* a point in a backend's order of work */
+typedef struct kl_recording kl_recording; /* work that can be enqueued again      */
 
 /* What a backend is opened with; zero means its own choice. batch_invariant: a row's result has
  * the same bits whichever rows share its call, at the cost of the fastest matrix products. */
@@ -63,6 +65,28 @@ typedef struct {
     kl_status (*copy_out)(kl_backend *be, void *dst, const void *src, size_t bytes,
                           kl_error *err);
     kl_status (*copy)(kl_backend *be, void *dst, const void *src, size_t bytes, kl_error *err);
+
+    /* Host memory for copies at the device's full speed, in the background: pinned where the
+     * device is not the host. 64-byte aligned, uninitialised. */
+    kl_status (*alloc_host)(kl_backend *be, size_t bytes, void **out, kl_error *err);
+    void (*free_host)(kl_backend *be, void *ptr, size_t bytes);
+
+    /* set_mark() moves a mark to the end of the work enqueued so far; wait_mark() blocks the
+     * caller, not the device, until that work has run (at once for a mark never set). For
+     * buffers that are used again before everything has ended. */
+    kl_status (*new_mark)(kl_backend *be, kl_mark **out, kl_error *err);
+    void (*free_mark)(kl_backend *be, kl_mark *mark);
+    kl_status (*set_mark)(kl_backend *be, kl_mark *mark, kl_error *err);
+    kl_status (*wait_mark)(kl_backend *be, kl_mark *mark, kl_error *err);
+
+    /* Between record_begin() and record_end(), operations, zero() and copy() are noted and not
+     * run; replay() enqueues them with the pointers, shapes and values they were noted with.
+     * record_end() also ends a recording that went wrong: then *out is NULL. All NULL: the
+     * backend records nothing, and its callers enqueue each time. */
+    kl_status (*record_begin)(kl_backend *be, kl_error *err);
+    kl_status (*record_end)(kl_backend *be, kl_recording **out, kl_error *err);
+    kl_status (*replay)(kl_backend *be, kl_recording *recording, kl_error *err);
+    void (*free_recording)(kl_backend *be, kl_recording *recording);
 
     /* Operations. NULL: this backend lacks it. <op>_workspace NULL: it needs none. A larger
      * T, N or context never needs less workspace, so a plan may ask for the largest only. */

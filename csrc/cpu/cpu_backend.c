@@ -131,6 +131,25 @@ static kl_status cpu_copy(kl_backend *be, void *dst, const void *src, size_t byt
     return KL_OK;
 }
 
+/* Work has run when it is enqueued, so there is nothing to wait for. */
+static kl_status cpu_new_mark(kl_backend *be, kl_mark **out, kl_error *err)
+{
+    (void)err;
+    *out = (kl_mark *)be;
+    return KL_OK;
+}
+
+static void cpu_free_mark(kl_backend *be, kl_mark *mark)
+{
+    (void)be, (void)mark;
+}
+
+static kl_status cpu_mark(kl_backend *be, kl_mark *mark, kl_error *err)
+{
+    (void)be, (void)mark, (void)err;
+    return KL_OK;
+}
+
 const kl_backend_vtbl kl_cpu_vtbl = {
 #define KL_ENTRY(op) .op = kl_cpu_##op, .op##_workspace = kl_cpu_##op##_workspace,
     KL_OPS(KL_ENTRY)
@@ -148,4 +167,10 @@ const kl_backend_vtbl kl_cpu_vtbl = {
     .copy_in = cpu_copy,
     .copy_out = cpu_copy,
     .copy = cpu_copy,
+    .alloc_host = cpu_alloc,
+    .free_host = cpu_free,
+    .new_mark = cpu_new_mark,
+    .free_mark = cpu_free_mark,
+    .set_mark = cpu_mark,
+    .wait_mark = cpu_mark,
 };
