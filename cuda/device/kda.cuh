@@ -215,19 +215,25 @@ template <int VEC, int CHUNKS, int ROWS> struct kda_rows {
             v[r] = first + r < a.V ? kda_load(a.v, t, h * a.V + first + r) : 0.0f;
     }
 
-    /* Token t of head h, which kda_prepare() has left in s. */
-    __device__ void step(const kda_arguments &a, long long t, long long h, long long first,
-                         const kda_head &s, const float (&v)[ROWS])
+    /* S <- S diag(a), with the decays that kda_prepare() has left in s. */
+    __device__ void decay(const kda_arguments &a, const kda_head &s)
     {
-        lane_share q, k, decay, low;
-        q.read(s.q, a.K), k.read(s.k, a.K), decay.read(s.decay, a.K);
-        low.read(s.decay_low, a.K);
+        lane_share decay, low;
+        decay.read(s.decay, a.K), low.read(s.decay_low, a.K);
+        for (int r = 0; r < ROWS; r++) rows[r].multiply(decay, low);
+    }
+
+    /* The rest of token t of head h. */
+    __device__ void write_and_answer(const kda_arguments &a, long long t, long long h,
+                                     long long first, const kda_head &s, const float (&v)[ROWS])
+    {
+        lane_share q, k;
+        q.read(s.q, a.K), k.read(s.k, a.K);
         q.scale(s.q_factor), k.scale(s.k_factor);
         const float raw_beta = kda_load(a.beta, t, h);
         const float beta = a.beta_logits ? sigmoid(raw_beta) : raw_beta;
 
         for (int r = 0; r < ROWS; r++) {
-            rows[r].multiply(decay, low);
             const float u = beta * (v[r] - rows[r].dot(k));
             rows[r].add_scaled(k, u);
             const float o = a.scale * rows[r].dot(q);
@@ -235,6 +241,14 @@ template <int VEC, int CHUNKS, int ROWS> struct kda_rows {
             if (first + r < a.V && threadIdx.x % WARP == 0)
                 kda_store_out(a, (t * a.H + h) * a.V + first + r, o);
         }
+    }
+
+    /* Token t of head h, which kda_prepare() has left in s. */
+    __device__ void step(const kda_arguments &a, long long t, long long h, long long first,
+                         const kda_head &s, const float (&v)[ROWS])
+    {
+        decay(a, s);
+        write_and_answer(a, t, h, first, s, v);
     }
 };
 

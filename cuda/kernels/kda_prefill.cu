@@ -7,11 +7,12 @@
  *              o = scale S q, with a, b and the normalised q, k of backend/ops.h
  * Shapes       q, k [T, Hk, K]; v, out [T, H, V]; g [T, H, K]; beta [T, H]; state [S, H, V, K]
  * Layout       the state dense with K contiguous; of the others the first axis may be strided
- * Precision    f32 or bf16 in, f32 arithmetic and state, out as q
+ * Precision    f32 or bf16 in, f32 arithmetic and state, out as q. Within 64 tokens the state
+ *              keeps what f32 rounds away of a decay: a small one rounds the same way each time
  * Grid         one block for each sequence, head and tile of state rows. The rows stay in
  *              registers, a warp ROWS of them, from the first token to the last; the block
  *              prepares each token once, in shared memory.
- * Order        kda_decode's: prefilling a sequence in any pieces gives its bits
+ * Order        kda_decode's for the first of each 64 tokens, so for a single one
  * Roofline     1,282 B a token and head in bf16; bound instead by the chain of T tokens
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
@@ -19,11 +20,47 @@
 
 namespace {
 
+/* A warp's rows of the state, and what their f32 has rounded away since the chunk began. A state
+ * that hardly decays loses nearly the same number of ulps at every token, so the same fraction of
+ * one is rounded, with the same sign, thousands of times. */
+template <int VEC, int CHUNKS, int ROWS> struct carried_rows : kda_rows<VEC, CHUNKS, ROWS> {
+    using lane_share = kda_share<VEC, CHUNKS>;
+    lane_share lost[ROWS];
+
+    /* -0 is what adds nothing, not even to the sign of a zero. */
+    __device__ void forget()
+    {
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < CHUNKS; c++)
+                for (int j = 0; j < VEC; j++) lost[r].x[c][j] = -0.0f;
+    }
+
+    /* kda_share::multiply() of x + lost, whose product is x * decay + rest exactly enough. */
+    __device__ static void multiply(float &x, float &lost, float decay, float low)
+    {
+        const float rest = fmaf(lost, decay, x * low);
+        const float product = x * decay, sum = fmaf(x, decay, rest);
+        lost = (product - sum) + (fmaf(x, decay, -product) + rest);
+        x = sum;
+    }
+
+    __device__ void decay(const kda_arguments &a, const kda_head &s)
+    {
+        lane_share decay, low;
+        decay.read(s.decay, a.K), low.read(s.decay_low, a.K);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < CHUNKS; c++)
+                for (int j = 0; j < VEC; j++)
+                    multiply(this->rows[r].x[c][j], lost[r].x[c][j], decay.x[c][j],
+                             low.x[c][j]);
+    }
+};
+
 template <int VEC, int CHUNKS, int ROWS>
 __global__
 __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const kda_arguments a)
 {
-    using warp_rows = kda_rows<VEC, CHUNKS, ROWS>;
+    using warp_rows = carried_rows<VEC, CHUNKS, ROWS>;
     __shared__ __align__(16) kda_head s;
     const auto [n, h, first, state] = kda_place_of<ROWS>(a);
     const int begin = a.cu[n], end = a.cu[n + 1];
@@ -35,7 +72,9 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
         float v[ROWS];
         warp_rows::read_v(a, t, h, first, v);
         kda_prepare(a, t, h, s);
-        rows.step(a, t, h, first, s, v);
+        if ((t - begin) % KDA_TOKENS == 0) rows.forget();
+        rows.decay(a, s);
+        rows.write_and_answer(a, t, h, first, s, v);
         __syncthreads(); /* the next token overwrites s */
     }
     rows.write(a, state, first);
@@ -45,7 +84,7 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
 
 /* ---- chunked ----------------------------------------------------------------------------- */
 
-/* 70 chunks of 32 heads at a time: enough blocks to fill the device eight times, and two
+/* 69 chunks of 32 heads at a time: enough blocks to fill the device eight times, and two
  * windows for 8,192 tokens. */
 static constexpr size_t WORKSPACE_BYTES = 160u << 20;
 

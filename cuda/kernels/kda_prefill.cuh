@@ -40,6 +40,7 @@ struct alignas(128) kda_chunk {
     bf16 X[KDA_TOKENS][KDA_TOKENS];     /* without its diagonal, which is beta */
     bf16 X_low[KDA_TOKENS][KDA_TOKENS]; /* what X rounds away */
     float decay[KDA_K];                 /* E_last           */
+    float decay_low[KDA_K];             /* what decay rounds away */
     float beta[KDA_TOKENS];
 };
 

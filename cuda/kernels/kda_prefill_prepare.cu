@@ -7,11 +7,13 @@
  * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; chunks [count, H]
  * Layout       first axes may be strided; q and k in rows of 16-byte pieces
  * Precision    decays are products of exp(log-decay) in f32, never quotients and never
- *              exponentials of differences of sums. A and M: f32 within octets of tokens, tf32
- *              operands (11 bits) and f32 sums elsewhere. The inverse: f32. Stored in bf16, X
- *              in two: with beta near 2 and repeated keys its large terms cancel.
+ *              exponentials of differences of sums. That of a whole chunk, whose rounding would
+ *              add up over a sequence, is exp of the sum, kept in two f32. A and M: f32 within
+ *              octets of tokens, tf32 operands (11 bits) and f32 sums elsewhere. The inverse:
+ *              f32. Stored in bf16, X in two: with beta near 2 and repeated keys its large
+ *              terms cancel.
  * Grid         one block for each chunk number and head; two blocks on a multiprocessor
- * Roofline     770 B a token and head in (q, k, g), 1,164 out: 170 us for 8,192 tokens of 32
+ * Roofline     770 B a token and head in (q, k, g), 1,172 out: 170 us for 8,192 tokens of 32
  *              heads on an H100, if nothing stays in the L2
  * Measured     H100, busy with another job: 0.57 ms for 8,192 tokens of 32 heads (2026-11-22)
  */
@@ -39,7 +41,8 @@ struct prepare_memory {
     /* First a_l itself; then products over octets; then over blocks: from the start of l's to
      * l, and from l + 1 to its end. */
     float from_start[KDA_TOKENS][PITCH32], to_end[KDA_TOKENS][PITCH32];
-    float block[BLOCKS][KDA_K]; /* the products of whole blocks */
+    /* First the sums of the log-decays of both halves; then the products of whole blocks. */
+    float block[BLOCKS][KDA_K];
     float A[BLOCKS * (BLOCKS + 1) / 2][KDA_BLOCK][KDA_BLOCK];
     float q_factor[KDA_TOKENS], k_factor[KDA_TOKENS], beta[KDA_TOKENS];
 };
@@ -76,7 +79,8 @@ __device__ void read_gates(const kda_operand &x, long long token, long long at, 
     for (int i = 0; i < HALF; i++) m.from_start[first + i][channel] = to_float(g[i]);
 }
 
-/* A token that is not there decays nothing, asks nothing and writes nothing. */
+/* A token that is not there decays nothing, asks nothing and writes nothing. Leaves the sum of a
+ * half's log-decays, too. */
 __device__ void read_decays(const kda_arguments &a, long long token, long long h, int tokens,
                             prepare_memory &m)
 {
@@ -86,12 +90,25 @@ __device__ void read_decays(const kda_arguments &a, long long token, long long h
     else
         read_gates<float>(a.g, token, h * KDA_K, tokens, m);
     const kda_channel gate = kda_channel_of(a, h, channel);
+    float sum = 0;
     /* Unrolled, three gates' code would pass through the instruction cache once a block. */
 #pragma unroll 2
     for (int i = first; i < first + HALF; i++) {
         float &x = m.from_start[i][channel];
-        x = i < tokens ? expf(kda_log_decay(a, gate, x)) : 1.0f;
+        const float log_decay = i < tokens ? kda_log_decay(a, gate, x) : 0.0f;
+        sum += log_decay;
+        x = expf(log_decay);
     }
+    m.block[threadIdx.x / KDA_K][channel] = sum;
+}
+
+__device__ void write_chunk_decay(const prepare_memory &m, kda_chunk &out)
+{
+    const int channel = threadIdx.x;
+    if (channel >= KDA_K) return;
+    const float sum = m.block[0][channel] + m.block[1][channel], decay = expf(sum);
+    out.decay[channel] = decay;
+    out.decay_low[channel] = kda_decay_low(sum, decay);
 }
 
 __device__ void read_betas(const kda_arguments &a, long long token, long long h, int tokens,
@@ -355,7 +372,6 @@ __device__ void write_all_operands(const prepare_memory &m, kda_chunk &out)
     constexpr int QUADS = KDA_K / 4;
     for (int i = threadIdx.x; i < KDA_TOKENS * QUADS; i += THREADS)
         write_operands(m, out, i / QUADS, i % QUADS * 4);
-    if (threadIdx.x < KDA_K) out.decay[threadIdx.x] = between(m, BLOCKS, -1, threadIdx.x);
     if (threadIdx.x < KDA_TOKENS) out.beta[threadIdx.x] = m.beta[threadIdx.x];
 }
 
@@ -391,6 +407,7 @@ __global__ __launch_bounds__(THREADS,
     copy_wait<0>();
     __syncthreads();
     find_factors(a, m);
+    write_chunk_decay(m, out);
     __syncthreads();
     diagonal_octets(m, out);
     __syncthreads();

@@ -12,7 +12,7 @@
  * Grid         one block for each sequence, head and 16 * WARPS rows of the state. A warp owns
  *              16 rows from the first chunk to the last, in registers; warps share operands and
  *              nothing else. Chunks arrive in two stages, each by one bulk copy.
- * Roofline     operands 74,496 B a chunk and head, from L2 once a block: 1.2 KB a token and
+ * Roofline     operands 75,008 B a chunk and head, from L2 once a block: 1.2 KB a token and
  *              head; the chain is 444 m16n8k16 a chunk and warp, about 1.6 us
  * Measured     H100, busy with another job: 0.34 ms for 8,192 tokens of 32 heads (2026-11-22,
  *              before U had a second part)
@@ -251,9 +251,13 @@ struct warp_state {
         for (int t = 0; t < K_TILES; t += 2) {
 #pragma unroll
             for (int j = t; j < t + 2; j++) {
-                const float2 d =
-                    *reinterpret_cast<const float2 *>(&c.decay[8 * j + 2 * (lane_id() % 4)]);
-                S[j][0] *= d.x, S[j][1] *= d.y, S[j][2] *= d.x, S[j][3] *= d.y;
+                const int channel = 8 * j + 2 * (lane_id() % 4);
+                const float2 d = *reinterpret_cast<const float2 *>(&c.decay[channel]);
+                const float2 low = *reinterpret_cast<const float2 *>(&c.decay_low[channel]);
+                S[j][0] = fmaf(S[j][0], d.x, S[j][0] * low.x);
+                S[j][1] = fmaf(S[j][1], d.y, S[j][1] * low.y);
+                S[j][2] = fmaf(S[j][2], d.x, S[j][2] * low.x);
+                S[j][3] = fmaf(S[j][3], d.y, S[j][3] * low.y);
             }
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
