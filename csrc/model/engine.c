@@ -40,14 +40,13 @@ static kl_status make_cache(kl_engine *e, kl_error *err)
 
 static kl_status make_scratch(kl_engine *e, kl_error *err)
 {
-    const kl_pass_shape shape = kl_plan_shape(&e->config, &e->plan);
-    kl_pass_ints ints;
     KL_TRY(alloc_block(e, e->plan.scratch_bytes, &e->scratch, err));
-    e->host_ints = kl_aligned_alloc(kl_pass_layout_ints(&ints, &shape, NULL));
+    e->host_bytes = kl_plan_host_bytes(&e->config, &e->plan);
+    KL_TRY(e->be->vt->alloc_host(e->be, e->host_bytes, &e->host, err));
     e->slots = kl_calloc((size_t)e->plan.max_batch, sizeof *e->slots);
     e->counts = kl_calloc((size_t)e->plan.max_batch, sizeof *e->counts);
-    if (e->host_ints == NULL || e->slots == NULL || e->counts == NULL)
-        return kl_fail(err, KL_ERR_MEMORY, "engine: no memory for the integers of a step");
+    if (e->slots == NULL || e->counts == NULL)
+        return kl_fail(err, KL_ERR_MEMORY, "engine: no memory for the slots of a step");
     return KL_OK;
 }
 
@@ -79,12 +78,13 @@ kl_status kl_engine_new(kl_backend *be, const kl_config *config,
 void kl_engine_free(kl_engine *e)
 {
     if (e == NULL) return;
+    kl_recordings_free(&e->recordings, e->be);
     free_block(e, e->weight_block, e->plan.weight_bytes);
     free_block(e, e->cache_block, e->plan.state_bytes + e->plan.page_bytes);
     free_block(e, e->scratch, e->plan.scratch_bytes);
     kl_weights_free(&e->weights);
     kl_cache_free(&e->cache);
-    kl_free(e->host_ints);
+    if (e->host != NULL) e->be->vt->free_host(e->be, e->host, e->host_bytes);
     kl_free(e->slots);
     kl_free(e->counts);
     kl_free(e);

@@ -4,7 +4,7 @@
 #ifndef KL_MODEL_ENGINE_STRUCT_H
 #define KL_MODEL_ENGINE_STRUCT_H
 
-#include "model/pass.h"
+#include "model/recording.h"
 
 struct kl_engine {
     kl_backend *be; /* borrowed */
@@ -17,7 +17,9 @@ struct kl_engine {
     kl_cache cache;
     void *weight_block, *cache_block, *scratch; /* the device's, sizes in the plan */
 
-    void *host_ints;         /* integers of a step, see kl_pass_layout_ints */
+    kl_recordings recordings;
+    void *host; /* a step's inputs and outputs on their way: the backend's host memory */
+    size_t host_bytes;
     int64_t *slots, *counts; /* [max_batch], of a step's feeds */
 };
 

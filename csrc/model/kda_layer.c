@@ -18,8 +18,8 @@ static kl_status make_qkv(kl_pass *p, const kl_kda_weights *w, int64_t index, kl
     kl_short_conv conv = {.x = raw,
                           .weight = kl_matrix_of(&w->conv),
                           .state = p->cache->windows[index],
-                          .slots = p->ints.slots,
-                          .cu_seqlens = p->ints.cu_seqlens,
+                          .slots = p->in.slots,
+                          .cu_seqlens = p->in.cu_seqlens,
                           .out = *qkv,
                           .silu = true};
     return kl_pass_short_conv(p, &conv, err);
@@ -37,7 +37,7 @@ static kl_status delta_attention(kl_pass *p, const kl_kda_weights *w, int64_t in
                 .g = kl_heads(g, H, K),
                 .beta = beta,
                 .state = p->cache->states[index],
-                .slots = p->ints.slots,
+                .slots = p->in.slots,
                 .A_log = kl_vector_of(&w->A_log),
                 .dt_bias = kl_tensor_2d(w->dt_bias.data, KL_F32, H, K),
                 .out = kl_heads(out, H, K),
@@ -47,7 +47,7 @@ static kl_status delta_attention(kl_pass *p, const kl_kda_weights *w, int64_t in
                 .normalize = true,
                 .beta_logits = true};
     if (p->shape.decode) return kl_pass_kda_decode(p, &a, err);
-    a.cu_seqlens = p->ints.cu_seqlens;
+    a.cu_seqlens = p->in.cu_seqlens;
     return kl_pass_kda_prefill(p, &a, err);
 }
 

@@ -28,9 +28,9 @@ static kl_status append(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_e
     kl_mla_append a = {.raw = raw,
                        .norm_weight = kl_vector_of(&w->kv_norm),
                        .pages = p->cache->pages[index],
-                       .block_table = p->ints.table,
-                       .lengths = p->ints.lengths,
-                       .cu_seqlens = p->ints.cu_seqlens,
+                       .block_table = p->in.table,
+                       .lengths = p->in.lengths,
+                       .cu_seqlens = p->in.cu_seqlens,
                        .eps = p->config->kv_norm_eps};
     return kl_pass_mla_append(p, &a, err);
 }
@@ -43,13 +43,13 @@ static kl_status attend(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_t
     const kl_dtype dtype = kl_matrix_of(&w->kv_b).dtype;
     kl_mla a = {.q = kl_heads(q, H, qk),
                 .pages = p->cache->pages[index],
-                .block_table = p->ints.table,
-                .lengths = p->ints.lengths,
+                .block_table = p->in.table,
+                .lengths = p->in.lengths,
                 .w_kv_b = kl_tensor_3d(w->kv_b.data, dtype, H, kv, c->kv_rank),
                 .out = kl_heads(out, H, c->v_dim),
                 .scale = 1.0f / sqrtf((float)qk)};
     if (p->shape.decode) return kl_pass_mla_decode(p, &a, err);
-    a.cu_seqlens = p->ints.cu_seqlens;
+    a.cu_seqlens = p->in.cu_seqlens;
     return kl_pass_mla_prefill(p, &a, err);
 }
 

@@ -9,24 +9,43 @@
 
 /* ---- buffers and operations ------------------------------------------------------------ */
 
-static void take_ints(kl_arena *a, kl_tensor *out, int64_t rows, int64_t cols)
+/* [rows], or with cols [rows, cols]. */
+static kl_tensor take(kl_arena *a, kl_dtype dtype, int64_t rows, int64_t cols)
 {
-    void *data = kl_arena_take(a, (size_t)(rows * (cols == 0 ? 1 : cols)) * sizeof(int32_t));
-    *out =
-        cols == 0 ? kl_tensor_1d(data, KL_I32, rows) : kl_tensor_2d(data, KL_I32, rows, cols);
+    const int64_t n = cols == 0 ? rows : rows * cols;
+    void *data = kl_arena_take(a, (size_t)n * kl_dtype_bytes(dtype));
+    return cols == 0 ? kl_tensor_1d(data, dtype, rows) : kl_tensor_2d(data, dtype, rows, cols);
 }
 
-size_t kl_pass_layout_ints(kl_pass_ints *out, const kl_pass_shape *s, void *block)
+size_t kl_pass_layout_inputs(kl_pass_inputs *in, const kl_pass_shape *s, int64_t vocab,
+                             void *block)
 {
     kl_arena a;
     kl_arena_init(&a, block, SIZE_MAX);
-    take_ints(&a, &out->ids, s->T, 0);
-    take_ints(&a, &out->cu_seqlens, s->N + 1, 0);
-    take_ints(&a, &out->slots, s->N, 0);
-    take_ints(&a, &out->lengths, s->N, 0);
-    take_ints(&a, &out->table, s->N, s->B > 0 ? s->B : 1);
-    take_ints(&a, &out->rows, s->R, 0);
-    take_ints(&a, &out->targets, s->R, 0);
+    *in = (kl_pass_inputs){.ids = take(&a, KL_I32, s->T, 0),
+                           .cu_seqlens = take(&a, KL_I32, s->N + 1, 0),
+                           .slots = take(&a, KL_I32, s->N, 0),
+                           .lengths = take(&a, KL_I32, s->N, 0),
+                           .table = take(&a, KL_I32, s->N, s->B > 0 ? s->B : 1),
+                           .rows = take(&a, KL_I32, s->R, 0)};
+    if (s->targets) in->targets = take(&a, KL_I32, s->R, 0);
+    if (s->sampling) in->sampling = kl_arena_take(&a, (size_t)s->R * sizeof *in->sampling);
+    if (s->seen) in->seen = take(&a, KL_I32, s->R, (vocab + 31) / 32);
+    return a.used;
+}
+
+size_t kl_pass_layout_outputs(kl_pass_outputs *out, const kl_pass_shape *s, void *block)
+{
+    kl_arena a;
+    kl_arena_init(&a, block, SIZE_MAX);
+    *out = (kl_pass_outputs){0};
+    if (!s->sampling && !s->targets) return 0;
+    out->logprobs = take(&a, KL_F32, s->R, 0);
+    if (s->sampling) out->ids = take(&a, KL_I32, s->R, 0);
+    if (s->targets) out->greedy = take(&a, KL_U8, s->R, 0);
+    if (s->top == 0) return a.used;
+    out->top_ids = take(&a, KL_I32, s->R, s->top);
+    out->top_logprobs = take(&a, KL_F32, s->R, s->top);
     return a.used;
 }
 
@@ -95,7 +114,7 @@ static kl_status capture(kl_pass *p, int64_t layer, kl_error *err)
     return KL_OK;
 }
 
-static kl_status poll(const kl_pass *p, kl_error *err)
+kl_status kl_pass_poll(const kl_pass *p, kl_error *err)
 {
     if (kl_pass_dry(p) || p->step->poll == NULL || p->step->poll(p->step->poll_ctx) == 0)
         return KL_OK;
@@ -124,12 +143,12 @@ static kl_status run_layers(kl_pass *p, kl_error *err)
     for (int64_t i = 0; i < p->config->n_layers; i++) {
         const kl_layer_weights *w = &p->weights->layers[i];
         const size_t mark = p->arena.used;
-        KL_TRY(poll(p, err));
+        KL_TRY(kl_pass_poll(p, err));
         KL_TRY(add_and_norm(p, &w->mixer_norm, i == 0, err));
         if (i > 0) KL_TRY(capture(p, i - 1, err));
         KL_TRY(run_mixer(p, i, &n_kda, &n_mla, err));
         kl_arena_rewind(&p->arena, mark);
-        KL_TRY(poll(p, err));
+        KL_TRY(kl_pass_poll(p, err));
         KL_TRY(add_and_norm(p, &w->ffn_norm, false, err));
         KL_TRY(run_ffn(p, i, err));
         kl_arena_rewind(&p->arena, mark);
@@ -144,47 +163,53 @@ static kl_status run_layers(kl_pass *p, kl_error *err)
 
 /* ---- the whole ------------------------------------------------------------------------- */
 
-static kl_status send_ints(kl_pass *p, const void *host_ints, kl_error *err)
+kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err)
 {
-    kl_pass_ints measured;
-    const size_t bytes = kl_pass_layout_ints(&measured, &p->shape, NULL);
-    void *block = kl_arena_take(&p->arena, bytes);
+    const int64_t vocab = p->config->vocab_size;
+    p->shape = *shape;
+    kl_arena_rewind(&p->arena, 0);
+    p->in_bytes = kl_pass_layout_inputs(&p->in, shape, vocab, NULL);
+    p->out_bytes = kl_pass_layout_outputs(&p->out, shape, NULL);
+    p->in_block = kl_arena_take(&p->arena, p->in_bytes);
+    p->out_block = kl_arena_take(&p->arena, p->out_bytes);
     KL_TRY(check_arena(p, "step", err));
-    kl_pass_layout_ints(&p->ints, &p->shape, block);
-    return kl_pass_dry(p) ? KL_OK : p->be->vt->copy_in(p->be, block, host_ints, bytes, err);
+    kl_pass_layout_inputs(&p->in, shape, vocab, p->in_block);
+    kl_pass_layout_outputs(&p->out, shape, p->out_block);
+    return KL_OK;
 }
 
-kl_status kl_pass_run(kl_pass *p, const kl_pass_shape *shape, const kl_step *step,
-                      const void *host_ints, kl_error *err)
+kl_status kl_pass_send(kl_pass *p, const void *inputs, kl_error *err)
 {
-    const int64_t T = shape->T, D = p->config->hidden_size;
-    p->shape = *shape;
-    p->step = step;
-    kl_arena_rewind(&p->arena, 0);
-    KL_TRY(send_ints(p, host_ints, err));
+    return p->be->vt->copy_in(p->be, p->in_block, inputs, p->in_bytes, err);
+}
+
+kl_status kl_pass_fetch(kl_pass *p, void *outputs, kl_error *err)
+{
+    if (p->out_bytes == 0) return KL_OK;
+    return p->be->vt->copy_out(p->be, outputs, p->out_block, p->out_bytes, err);
+}
+
+kl_status kl_pass_compute(kl_pass *p, kl_error *err)
+{
+    const int64_t T = p->shape.T, D = p->config->hidden_size;
     p->x = kl_pass_take(p, KL_F32, T, D);
     const size_t mark = p->arena.used;
     p->h = kl_pass_take(p, p->act, T, D);
     p->y = kl_pass_take(p, p->act, T, D);
     KL_TRY(check_arena(p, "step", err));
 
-    kl_embedding embed = {.ids = p->ints.ids, .table = p->weights->embedding, .out = p->x};
+    kl_embedding embed = {.ids = p->in.ids, .table = p->weights->embedding, .out = p->x};
     KL_TRY(kl_pass_embedding(p, &embed, err));
     KL_TRY(run_layers(p, err));
     kl_arena_rewind(&p->arena, mark); /* the head needs x alone */
-    return shape->R == 0 ? KL_OK : kl_head(p, err);
+    return p->shape.R == 0 ? KL_OK : kl_head(p, err);
 }
 
-kl_status kl_pass_sample_logits(kl_pass *p, const kl_pass_shape *shape, const kl_step *step,
-                                const float *logits, kl_error *err)
+kl_status kl_pass_sample_logits(kl_pass *p, const float *logits, kl_error *err)
 {
-    p->shape = *shape;
-    p->step = step;
-    kl_arena_rewind(&p->arena, 0);
-    const kl_tensor z = kl_pass_take(p, KL_F32, shape->R, p->config->vocab_size);
+    const kl_tensor z = kl_pass_take(p, KL_F32, p->shape.R, p->config->vocab_size);
+    const size_t bytes = (size_t)kl_tensor_size(&z) * sizeof(float);
     KL_TRY(check_arena(p, "sample", err));
-    if (!kl_pass_dry(p))
-        KL_TRY(p->be->vt->copy_in(p->be, z.data, logits,
-                                  (size_t)kl_tensor_size(&z) * sizeof(float), err));
+    if (!kl_pass_dry(p)) KL_TRY(p->be->vt->copy_in(p->be, z.data, logits, bytes, err));
     return kl_head_sample(p, z, err);
 }

@@ -5,6 +5,10 @@
  * measures it calls none: then it is dry, and arena.peak says what the same pass would need. So
  * the planner runs the very code that a step runs, and the two cannot disagree.
  *
+ * A step has three parts. It sends one block of inputs, computes, and fetches one block of
+ * outputs. The part between the copies consists of operations alone, whose pointers and shapes
+ * follow from the shape of the pass: recording.h keeps it for steps of the same shape.
+ *
  * Axes: T tokens, N sequences, B pages of the longest of them, R rows whose next-token
  * distribution is wanted.
  */
@@ -24,16 +28,27 @@ typedef struct {
     int top;
 } kl_pass_shape;
 
-/* The integers of a step: one block on the host and its copy on the device, in this order. */
+/* What a step tells the device: one block on the host and its copy there, in this order. */
 typedef struct {
-    kl_tensor ids;        /* [T]    */
-    kl_tensor cu_seqlens; /* [N+1]  */
-    kl_tensor slots;      /* [N]    */
-    kl_tensor lengths;    /* [N]    */
-    kl_tensor table;      /* [N, B] */
-    kl_tensor rows;       /* [R]    */
-    kl_tensor targets;    /* [R]    */
-} kl_pass_ints;
+    kl_tensor ids;         /* [T]                                       */
+    kl_tensor cu_seqlens;  /* [N+1]                                     */
+    kl_tensor slots;       /* [N]                                       */
+    kl_tensor lengths;     /* [N]                                       */
+    kl_tensor table;       /* [N, B]                                    */
+    kl_tensor rows;        /* [R]                                       */
+    kl_tensor targets;     /* [R], or absent                            */
+    kl_sampling *sampling; /* [R], or NULL                              */
+    kl_tensor seen;        /* [R, ceil(vocab / 32)] bit sets, or absent */
+} kl_pass_inputs;
+
+/* What comes back of the rows that are sampled or have targets, in a block of its own. */
+typedef struct {
+    kl_tensor ids;          /* [R] i32, drawn                        */
+    kl_tensor logprobs;     /* [R] f32, of the drawn or the targets  */
+    kl_tensor greedy;       /* [R] u8, of the targets                */
+    kl_tensor top_ids;      /* [R, top] i32                          */
+    kl_tensor top_logprobs; /* [R, top] f32                          */
+} kl_pass_outputs;
 
 typedef struct {
     kl_backend *be;
@@ -45,24 +60,34 @@ typedef struct {
     kl_arena arena;    /* base NULL: dry */
 
     kl_pass_shape shape;
-    const kl_step *step; /* where results go; NULL when dry */
-    kl_pass_ints ints;
+    const kl_step *step; /* where logits and captures go, and the poll; NULL when dry */
+    kl_pass_inputs in;
+    kl_pass_outputs out;
+    void *in_block, *out_block;
+    size_t in_bytes, out_bytes;
     kl_tensor x; /* [T, D] f32, the residual stream           */
     kl_tensor h; /* [T, D] act, what a layer reads            */
     kl_tensor y; /* [T, D] act, what it adds to x, not yet added */
 } kl_pass;
 
-/* Lay out the integers in a block (NULL measures) and return its bytes. */
-size_t kl_pass_layout_ints(kl_pass_ints *out, const kl_pass_shape *shape, void *block);
+/* Lay out the inputs or outputs of a shape in a block (NULL measures) and return its bytes. */
+size_t kl_pass_layout_inputs(kl_pass_inputs *in, const kl_pass_shape *shape, int64_t vocab,
+                             void *block);
+size_t kl_pass_layout_outputs(kl_pass_outputs *out, const kl_pass_shape *shape, void *block);
 
-/* Run everything: embedding, layers, head. `host_ints`: the filled host block. Results are on
- * their way to the step's arrays: the caller waits with sync(). */
-kl_status kl_pass_run(kl_pass *p, const kl_pass_shape *shape, const kl_step *step,
-                      const void *host_ints, kl_error *err);
+/* Begin a step of this shape: both blocks, at the start of the arena. */
+kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err);
+/* Its parts. The copies are on their way when they return: the caller waits with sync() before
+ * it touches the host's blocks again. */
+kl_status kl_pass_send(kl_pass *p, const void *inputs, kl_error *err);
+kl_status kl_pass_compute(kl_pass *p, kl_error *err); /* embedding, layers, head */
+kl_status kl_pass_fetch(kl_pass *p, void *outputs, kl_error *err);
 
-/* Sample from R rows of logits of the host's. */
-kl_status kl_pass_sample_logits(kl_pass *p, const kl_pass_shape *shape, const kl_step *step,
-                                const float *logits, kl_error *err);
+/* Instead of compute: sample from R rows of logits of the host's. */
+kl_status kl_pass_sample_logits(kl_pass *p, const float *logits, kl_error *err);
+
+/* KL_ERR_CANCELLED when the step's caller wants it to stop. */
+kl_status kl_pass_poll(const kl_pass *p, kl_error *err);
 
 /* ---- for the layers -------------------------------------------------------------------- */
 

@@ -70,34 +70,56 @@ static kl_status measure_weights(const planner *s, kl_weights *w, size_t *bytes,
     return KL_OK;
 }
 
-kl_pass_shape kl_plan_shape(const kl_config *config, const kl_plan *plan)
+enum { N_LARGEST = 4 };
+
+/* The steps that need most: a full prefill of which every row is wanted, one token of every
+ * sequence, sampled, the last tokens of prompts that fill a step, and last the rows of
+ * kl_engine_sample(), which may be more than a step has tokens. */
+static void largest_shapes(const kl_config *config, const kl_plan *plan,
+                           kl_pass_shape out[N_LARGEST])
 {
-    const int64_t T = plan->step_tokens;
-    return (kl_pass_shape){.T = T,
-                           .N = kl_min_i64(plan->max_batch, T),
-                           .B = kl_cache_pages_for(config, plan->max_context),
-                           .R = T,
-                           .logits = true,
-                           .targets = true,
-                           .top = (int)kl_min_i64(KL_MAX_TOP, config->vocab_size)};
+    const int64_t T = plan->step_tokens, N = kl_min_i64(plan->max_batch, T);
+    const kl_pass_shape full = {.T = T,
+                                .N = N,
+                                .B = kl_cache_pages_for(config, plan->max_context),
+                                .R = T,
+                                .logits = true,
+                                .top = (int)kl_min_i64(KL_MAX_TOP, config->vocab_size)};
+    for (int i = 0; i < N_LARGEST; i++) {
+        out[i] = full;
+        out[i].targets = i == 0;
+        out[i].sampling = out[i].seen = i > 0;
+    }
+    out[1].T = out[1].R = N;
+    out[1].decode = true;
+    out[2].R = N;
+    out[3].T = out[3].N = out[3].B = 0;
+    out[3].R = plan->max_batch;
 }
 
-/* Dry passes of the steps that need most: a full prefill of which every row is wanted, and one
- * token of every sequence, sampled. */
+size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan)
+{
+    kl_pass_shape shapes[N_LARGEST];
+    size_t most = 0;
+    largest_shapes(config, plan, shapes);
+    for (int i = 0; i < N_LARGEST; i++) {
+        kl_pass_inputs in;
+        kl_pass_outputs out;
+        const size_t bytes = kl_pass_layout_inputs(&in, &shapes[i], config->vocab_size, NULL) +
+                             kl_pass_layout_outputs(&out, &shapes[i], NULL);
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
 static kl_status measure_passes(kl_pass *p, const kl_plan *plan, size_t *bytes, kl_error *err)
 {
-    kl_pass_shape prefill = kl_plan_shape(p->config, plan), decode = prefill;
-    KL_TRY(kl_pass_run(p, &prefill, NULL, NULL, err));
-    decode.T = decode.R = decode.N;
-    decode.targets = false;
-    decode.decode = decode.sampling = decode.seen = true;
-    KL_TRY(kl_pass_run(p, &decode, NULL, NULL, err));
-    prefill.R = decode.R; /* a prompt's last tokens, sampled in its own step */
-    prefill.targets = false;
-    prefill.sampling = prefill.seen = true;
-    KL_TRY(kl_pass_run(p, &prefill, NULL, NULL, err));
-    decode.R = plan->max_batch; /* kl_engine_sample: rows without a step */
-    KL_TRY(kl_pass_sample_logits(p, &decode, NULL, NULL, err));
+    kl_pass_shape shapes[N_LARGEST];
+    largest_shapes(p->config, plan, shapes);
+    for (int i = 0; i < N_LARGEST; i++) {
+        KL_TRY(kl_pass_start(p, &shapes[i], err));
+        KL_TRY(shapes[i].T > 0 ? kl_pass_compute(p, err) : kl_pass_sample_logits(p, NULL, err));
+    }
     *bytes = p->arena.peak;
     return KL_OK;
 }

@@ -9,7 +9,7 @@
 #define KL_MAX_BATCH       4096
 #define KL_MAX_STEP_TOKENS (INT64_C(1) << 20)
 
-/* The largest pass that a plan allows; its integers are what the host block holds. */
-kl_pass_shape kl_plan_shape(const kl_config *config, const kl_plan *plan);
+/* Bytes of the host's blocks of inputs and outputs, for any step of a plan. */
+size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan);
 
 #endif

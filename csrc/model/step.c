@@ -134,34 +134,57 @@ static kl_status check_rows(const kl_engine *e, const kl_step *s, int64_t total,
     return s->sampling == NULL ? KL_OK : check_sampling(e, s, s->n_rows, err);
 }
 
-/* ---- the step's integers --------------------------------------------------------------- */
+/* ---- the blocks of a step -------------------------------------------------------------- */
+
+/* A token step's page table gets the width of the next power of two, so that steps of a growing
+ * context keep their shape, and with it their recording, until it has doubled. */
+static int64_t table_width(const kl_cache *c, int64_t pages, bool decode)
+{
+    int64_t width = 1;
+    if (!decode) return pages;
+    while (width < pages) width *= 2;
+    return kl_min_i64(width, c->table_width);
+}
 
 static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t total)
 {
+    const bool rows = s->n_rows > 0, targets = rows && s->targets != NULL,
+               sampling = rows && s->sampling != NULL;
     kl_pass_shape shape = {.T = total,
                            .N = s->n_feeds,
                            .R = s->n_rows,
                            .decode = total == s->n_feeds,
-                           .logits = s->logits != NULL,
-                           .targets = s->targets != NULL,
-                           .sampling = s->sampling != NULL,
-                           .seen = s->sampling != NULL && s->seen != NULL,
-                           .top = s->top};
-    for (int64_t i = 0; i < s->n_feeds; i++) {
-        const int64_t pages = e->cache.seqs[e->slots[i]].n_pages;
-        if (pages > shape.B) shape.B = pages;
-    }
+                           .logits = rows && s->logits != NULL,
+                           .targets = targets,
+                           .sampling = sampling,
+                           .seen = sampling && s->seen != NULL,
+                           .top = targets || sampling ? s->top : 0};
+    int64_t pages = 0;
+    for (int64_t i = 0; i < s->n_feeds; i++)
+        if (e->cache.seqs[e->slots[i]].n_pages > pages)
+            pages = e->cache.seqs[e->slots[i]].n_pages;
+    shape.B = table_width(&e->cache, pages, shape.decode);
     return shape;
 }
 
-/* After the cache has grown: the tables hold the new pages, lengths are still the old ones. */
-static void fill_ints(kl_engine *e, const kl_step *s, const kl_pass_shape *shape)
+static void copy_to(const kl_tensor *t, const void *from)
 {
-    kl_pass_ints ints;
-    kl_pass_layout_ints(&ints, shape, e->host_ints);
-    int32_t *ids = ints.ids.data, *cu = ints.cu_seqlens.data, *slots = ints.slots.data;
-    int32_t *lengths = ints.lengths.data, *table = ints.table.data;
-    memset(table, 0, (size_t)kl_tensor_size(&ints.table) * sizeof *table);
+    const size_t bytes = (size_t)kl_tensor_size(t) * kl_dtype_bytes(t->dtype);
+    if (bytes > 0) memcpy(t->data, from, bytes);
+}
+
+static void copy_from(const kl_tensor *t, void *to)
+{
+    const size_t bytes = (size_t)kl_tensor_size(t) * kl_dtype_bytes(t->dtype);
+    if (bytes > 0) memcpy(to, t->data, bytes);
+}
+
+/* After the cache has grown: the tables hold the new pages, lengths are still the old ones. */
+static void fill_feeds(kl_engine *e, const kl_step *s, const kl_pass_inputs *in)
+{
+    int32_t *ids = in->ids.data, *cu = in->cu_seqlens.data, *slots = in->slots.data;
+    int32_t *lengths = in->lengths.data, *table = in->table.data;
+    memset(table, 0, (size_t)kl_tensor_size(&in->table) * sizeof *table);
     cu[0] = 0;
     for (int64_t i = 0; i < s->n_feeds; i++) {
         const kl_cache_seq *seq = &e->cache.seqs[e->slots[i]];
@@ -170,24 +193,62 @@ static void fill_ints(kl_engine *e, const kl_step *s, const kl_pass_shape *shape
         cu[i + 1] = cu[i] + (int32_t)count;
         slots[i] = (int32_t)e->slots[i];
         lengths[i] = (int32_t)(seq->length + count);
-        memcpy(table + i * ints.table.shape[1], kl_cache_table(&e->cache, e->slots[i]),
+        memcpy(table + i * in->table.shape[1], kl_cache_table(&e->cache, e->slots[i]),
                (size_t)seq->n_pages * sizeof *table);
     }
-    if (s->n_rows == 0) return;
-    const size_t bytes = (size_t)s->n_rows * sizeof(int32_t);
-    memcpy(ints.rows.data, s->rows, bytes);
-    if (s->targets != NULL) memcpy(ints.targets.data, s->targets, bytes);
+}
+
+/* Lay out the host's blocks as the device's are, one behind the other, and fill the first. */
+static void fill_inputs(kl_engine *e, const kl_step *s, const kl_pass *p)
+{
+    kl_pass_inputs in;
+    kl_pass_layout_inputs(&in, &p->shape, e->config.vocab_size, e->host);
+    if (p->shape.T > 0) {
+        fill_feeds(e, s, &in);
+        copy_to(&in.rows, s->rows);
+    }
+    if (p->shape.targets) copy_to(&in.targets, s->targets);
+    if (p->shape.sampling)
+        memcpy(in.sampling, s->sampling, (size_t)p->shape.R * sizeof *in.sampling);
+    if (p->shape.seen) copy_to(&in.seen, s->seen);
+}
+
+static void *host_outputs(const kl_engine *e, const kl_pass *p)
+{
+    return (char *)e->host + p->in_bytes;
+}
+
+/* What has come back, to the caller's arrays. */
+static void hand_over(const kl_engine *e, const kl_step *s, const kl_pass *p)
+{
+    kl_pass_outputs out;
+    kl_pass_layout_outputs(&out, &p->shape, host_outputs(e, p));
+    if (p->shape.sampling) {
+        copy_from(&out.ids, s->ids);
+        copy_from(&out.logprobs, s->id_logprobs);
+    }
+    if (p->shape.targets) {
+        copy_from(&out.logprobs, s->logprobs);
+        copy_from(&out.greedy, s->greedy);
+    }
+    if (p->shape.top > 0) {
+        copy_from(&out.top_ids, s->top_ids);
+        copy_from(&out.top_logprobs, s->top_logprobs);
+    }
 }
 
 /* ---- the step -------------------------------------------------------------------------- */
 
-static kl_status run_step(kl_engine *e, const kl_step *s, int64_t total, kl_error *err)
+static kl_status run_step(kl_engine *e, kl_pass *p, int64_t total, kl_error *err)
 {
+    const kl_step *const s = p->step;
     KL_TRY(kl_cache_grow(&e->cache, e->slots, e->counts, s->n_feeds, err));
     const kl_pass_shape shape = shape_of(e, s, total);
-    fill_ints(e, s, &shape);
-    kl_pass pass = kl_engine_pass(e);
-    return kl_pass_run(&pass, &shape, s, e->host_ints, err);
+    KL_TRY(kl_pass_start(p, &shape, err));
+    fill_inputs(e, s, p);
+    KL_TRY(kl_pass_send(p, e->host, err));
+    KL_TRY(kl_recordings_compute(&e->recordings, p, err));
+    return kl_pass_fetch(p, host_outputs(e, p), err);
 }
 
 /* Wait for the device even after a failure: the buffers of this step are the next one's. */
@@ -205,7 +266,10 @@ kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err)
     KL_TRY(check_feeds(e, step, &total, err));
     KL_TRY(check_rows(e, step, total, err));
 
-    const kl_status status = finish(e, run_step(e, step, total, err), err);
+    kl_pass pass = kl_engine_pass(e);
+    pass.step = step;
+    const kl_status status = finish(e, run_step(e, &pass, total, err), err);
+    if (status == KL_OK) hand_over(e, step, &pass);
     for (int64_t i = 0; i < step->n_feeds; i++) {
         if (status == KL_OK)
             kl_cache_advance(&e->cache, e->slots[i], e->counts[i]);
@@ -215,13 +279,26 @@ kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err)
     return status;
 }
 
+static kl_status run_sample(kl_engine *e, kl_pass *p, const float *logits, int64_t n_rows,
+                            kl_error *err)
+{
+    const kl_pass_shape shape = {
+        .R = n_rows, .sampling = true, .seen = p->step->seen != NULL, .top = p->step->top};
+    KL_TRY(kl_pass_start(p, &shape, err));
+    fill_inputs(e, p->step, p);
+    KL_TRY(kl_pass_send(p, e->host, err));
+    KL_TRY(kl_pass_sample_logits(p, logits, err));
+    return kl_pass_fetch(p, host_outputs(e, p), err);
+}
+
 kl_status kl_engine_sample(kl_engine *e, const float *logits, int64_t n_rows,
                            const kl_step *step, kl_error *err)
 {
     KL_TRY(check_top(e, step, err));
     KL_TRY(check_sampling(e, step, n_rows, err));
-    const kl_pass_shape shape = {
-        .R = n_rows, .sampling = true, .seen = step->seen != NULL, .top = step->top};
     kl_pass pass = kl_engine_pass(e);
-    return finish(e, kl_pass_sample_logits(&pass, &shape, step, logits, err), err);
+    pass.step = step;
+    const kl_status status = finish(e, run_sample(e, &pass, logits, n_rows, err), err);
+    if (status == KL_OK) hand_over(e, step, &pass);
+    return status;
 }

@@ -211,7 +211,7 @@ static void random_steps_fit(kl_backend *be, const kl_config *c, const kl_engine
                      .act = kl_act_of(o->format),
                      .row_block = plan.max_batch};
         kl_arena_init(&p.arena, NULL, 0);
-        EXPECT(kl_pass_run(&p, &s, NULL, NULL, &err) == KL_OK);
+        EXPECT(kl_pass_start(&p, &s, &err) == KL_OK && kl_pass_compute(&p, &err) == KL_OK);
         EXPECT(p.arena.peak <= plan.scratch_bytes);
         if (p.arena.peak > plan.scratch_bytes)
             printf("  T %lld, N %lld, B %lld, R %lld, decode %d: %zu of %zu bytes\n",
