@@ -55,6 +55,7 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(kda_prefill)                                                                             \
     X(moe_route)                                                                               \
     X(moe_experts)                                                                             \
+    X(mla_lay_out)                                                                             \
     X(mla_append)                                                                              \
     X(mla_decode)                                                                              \
     X(mla_prefill)                                                                             \

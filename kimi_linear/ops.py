@@ -18,8 +18,7 @@ current one of the caller's framework.
 On a GPU inputs are dense, or have dense rows where the operation allows it. Ids, targets, lengths
 and `cu_seqlens` may be int32 arrays there, which are not checked, for reading them would wait;
 those on the host are checked and sent. Calls with torch tensors wait for nothing and can be
-captured in a CUDA graph, save for `quantize`, an `mla_prefill` of several sequences and host
-arrays of more than 2 KiB.
+captured in a CUDA graph, save for `quantize` and host arrays of more than 2 KiB.
 
 Every function raises TypeError for a wrong dtype or kind of argument, ValueError for a shape or
 a value that does not fit, BufferError for memory that cannot be used as it is, and DeviceError

@@ -40,6 +40,7 @@ CASES = {
     "rms_norm": ((X, rand(D)), dict(eps=1e-5)),
     "rms_norm residual": ((X, rand(D)), dict(eps=1e-5, residual=rand(T, D))),
     "mla_prefill": ((MLA_Q, LATENT, W_KV_B), {}),
+    "mla_prefill ragged": ((MLA_Q, LATENT, W_KV_B), dict(cu_seqlens=CU)),
     "mla_prefill past": (
         (MLA_Q, LATENT, W_KV_B),
         dict(cu_seqlens=CU, past=[rand(70, RANK + ROPE), None, rand(3, RANK + ROPE)]),

@@ -47,6 +47,7 @@
     X(short_conv)                                                                              \
     X(kda_prefill)                                                                             \
     X(kda_decode)                                                                              \
+    X(mla_lay_out)                                                                             \
     X(mla_append)                                                                              \
     X(mla_prefill)                                                                             \
     X(mla_decode)                                                                              \
@@ -190,6 +191,19 @@ typedef kl_kda kl_kda_decode;
 /* Up to so many new tokens within a page are cheaper absorbed, even where larger tiles beside
  * them expand the page anyway; alone, by a factor of eight. */
 #define KL_MLA_FEW_TOKENS 16
+
+/* Lay contexts out in pages that no two sequences share. Sequence n has cu_past[n+1] - cu_past[n]
+ * tokens before its new ones:
+ *     lengths[n] = cu_past[n+1] - cu_past[n] + cu_seqlens[n+1] - cu_seqlens[n]
+ *     block_table[n, b] = (cu_past[n] + cu_seqlens[n]) / 64 + n + b
+ * so that every page is below (cu_past[N] + T) / 64 + N, which the host knows. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor cu_past;     /* [N+1] i32, or absent: nothing came before  */
+    kl_tensor cu_seqlens;  /* [N+1] i32                                  */
+    kl_tensor lengths;     /* [N] i32, out                               */
+    kl_tensor block_table; /* [N, B] i32, out                            */
+} kl_mla_lay_out;
 
 /* Write the latents of new tokens into their sequences' pages:
  *     row = [ rms_norm(raw[:rank]) * norm_weight | raw[rank:] ]

@@ -127,6 +127,21 @@ static kl_status check_pages(const char *op, const kl_tensor *pages,
                             err);
 }
 
+kl_status kl_check_mla_lay_out(const kl_mla_lay_out *a, kl_error *err)
+{
+    static const char op[] = "mla_lay_out";
+    const int64_t N = ragged_count(&a->cu_seqlens), B = a->block_table.shape[1];
+    KL_TRY(check_ragged(op, &a->cu_seqlens, 0, err));
+    const kl_rule rules[] = {
+        {&a->cu_seqlens, "cu_seqlens", I32, 0, 1, {N + 1}, NULL},
+        {&a->cu_past, "cu_past", I32, KL_OPT, 1, {N + 1}, NULL},
+        {&a->lengths, "lengths", I32, KL_OUT, 1, {N}, NULL},
+        {&a->block_table, "block_table", I32, KL_OUT | KL_EMPTY, 2, {N, B}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    return KL_OK;
+}
+
 kl_status kl_check_mla_append(const kl_mla_append *a, kl_error *err)
 {
     static const char op[] = "mla_append";

@@ -149,6 +149,12 @@ kl_cost kl_cost_kda_decode(const kl_kda_decode *a)
     return kda_cost(a);
 }
 
+kl_cost kl_cost_mla_lay_out(const kl_mla_lay_out *a)
+{
+    return (kl_cost){0, tensor_bytes(&a->cu_past) + tensor_bytes(&a->cu_seqlens) +
+                            tensor_bytes(&a->lengths) + tensor_bytes(&a->block_table)};
+}
+
 kl_cost kl_cost_mla_append(const kl_mla_append *a)
 {
     return (kl_cost){

@@ -1,5 +1,6 @@
 /*
- * mla.c -- writing latents into pages, and reading them back. Formulas: backend/ops.h.
+ * mla.c -- laying out pages, writing latents into them, reading them back. Formulas:
+ * backend/ops.h.
  *
  * Computes     row = [ rms_norm(raw[:rank]) * norm_weight | raw[rank:] ]
  * Shapes       raw [T, rank+rope], pages [P, 64, rank+rope]
@@ -86,3 +87,23 @@ kl_status kl_cpu_mla_append(kl_backend *be, const kl_mla_append *a, kl_error *er
 }
 
 KL_CPU_NO_WORKSPACE(mla_append)
+
+/* Some integers a sequence: not worth waking threads for. */
+kl_status kl_cpu_mla_lay_out(kl_backend *be, const kl_mla_lay_out *a, kl_error *err)
+{
+    (void)be, (void)err;
+    const bool has_past = !kl_tensor_absent(&a->cu_past);
+    const int32_t *past = a->cu_past.data, *cu = a->cu_seqlens.data;
+    const int64_t N = a->lengths.shape[0], B = a->block_table.shape[1];
+    for (int64_t n = 0; n < N; n++) {
+        const int64_t before = has_past ? past[n] : 0;
+        const int64_t first = (before + cu[n]) / KL_PAGE_TOKENS + n;
+        ((int32_t *)a->lengths.data)[n] =
+            (has_past ? past[n + 1] - past[n] : 0) + cu[n + 1] - cu[n];
+        for (int64_t b = 0; b < B; b++)
+            ((int32_t *)a->block_table.data)[n * B + b] = (int32_t)(first + b);
+    }
+    return KL_OK;
+}
+
+KL_CPU_NO_WORKSPACE(mla_lay_out)

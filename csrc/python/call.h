@@ -165,8 +165,6 @@ PyObject *kl_out_take_all(kl_call *c);
 int kl_call_on_gpu(const kl_call *c, PyObject *o);
 /* Replace dense host memory by a copy where the call's tensors live. */
 int kl_call_send(kl_call *c, void **data, size_t bytes);
-/* A host copy of the device's memory, which ends with the call: waits for the device. */
-int kl_call_fetch(kl_call *c, const void *data, size_t bytes, void **host);
 
 int kl_call_sync(kl_call *c); /* wait for the stream */
 

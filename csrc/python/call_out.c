@@ -247,12 +247,10 @@ static kl_status send(kl_call *c, void *dst, const void *src, size_t bytes, kl_e
     return status;
 }
 
-static kl_status fetch(kl_call *c, void *dst, const void *src, size_t bytes, kl_error *err)
+static kl_status wait(kl_call *c, kl_error *err)
 {
-    kl_backend *be = c->dev->be;
     KL_TRY(lock_stream(c, err));
-    kl_status status = bytes == 0 ? KL_OK : be->vt->copy_out(be, dst, src, bytes, err);
-    if (status == KL_OK) status = be->vt->sync(be, err);
+    const kl_status status = c->dev->be->vt->sync(c->dev->be, err);
     unlock_stream(c);
     return status;
 }
@@ -305,17 +303,7 @@ int kl_call_sync(kl_call *c)
 {
     kl_error err = {KL_OK, ""};
     kl_status status;
-    Py_BEGIN_ALLOW_THREADS status = fetch(c, NULL, NULL, 0, &err);
-    Py_END_ALLOW_THREADS return finish(c, status, &err);
-}
-
-int kl_call_fetch(kl_call *c, const void *data, size_t bytes, void **host)
-{
-    kl_error err = {KL_OK, ""};
-    kl_status status;
-    *host = kl_call_malloc(c, bytes);
-    if (*host == NULL) return -1;
-    Py_BEGIN_ALLOW_THREADS status = fetch(c, *host, data, bytes, &err);
+    Py_BEGIN_ALLOW_THREADS status = wait(c, &err);
     Py_END_ALLOW_THREADS return finish(c, status, &err);
 }
 

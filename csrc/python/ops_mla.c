@@ -28,7 +28,8 @@ static int check_widths(const kl_call *c, const kl_tensor *q, int64_t latent,
 
 /* The past of each sequence: rows [length, rank+rope], or absent. */
 typedef struct {
-    kl_tensor *rows; /* [N] */
+    kl_tensor *rows; /* [N]                            */
+    int32_t *cu;     /* [N+1] their lengths, summed up */
     int64_t N;
 } past_rows;
 
@@ -66,55 +67,62 @@ static int take_past(kl_call *c, PyObject *past, const kl_tensor *latent, past_r
     return 0;
 }
 
-/* Boundaries of the sequences as the host can read them. On a GPU that waits, save for a single
- * sequence, which is as long as there are tokens. */
-static int host_boundaries(kl_call *c, const kl_mla *a, const int32_t **cu)
+static int sum_up(kl_call *c, int64_t T, past_rows *past)
 {
-    const int64_t N = a->cu_seqlens.shape[0] - 1;
-    void *host = a->cu_seqlens.data;
-    if (!c->dev->is_cpu && N == 1) {
-        int32_t *one = host = kl_call_malloc(c, 2 * sizeof *one);
-        if (one == NULL) return -1;
-        one[0] = 0;
-        one[1] = (int32_t)a->q.shape[0];
-    } else if (!c->dev->is_cpu &&
-               kl_call_fetch(c, a->cu_seqlens.data, (size_t)(N + 1) * sizeof **cu, &host) < 0)
+    int64_t total = 0;
+    past->cu = kl_call_malloc(c, (size_t)(past->N + 1) * sizeof *past->cu);
+    if (past->cu == NULL) return -1;
+    for (int64_t n = 0; n <= past->N; n++) {
+        past->cu[n] = (int32_t)total;
+        total += n < past->N ? past->rows[n].shape[0] : 0;
+        if (total + T < INT32_MAX - KL_PAGE_TOKENS) continue;
+        PyErr_Format(PyExc_ValueError, "%s: contexts must have less than 2^31 tokens together",
+                     c->op);
         return -1;
-    *cu = host;
+    }
     return 0;
 }
 
-/* Number the pages that the contexts need; sets lengths and block_table. */
-static int lay_pages(kl_call *c, const past_rows *past, const int32_t *cu, kl_mla *a,
-                     int64_t *n_pages)
+/* Pages of the longest context. A GPU's boundaries are not read, for that would wait: any
+ * sequence may have all new tokens. */
+static int64_t widest(const kl_call *c, const past_rows *past, const kl_mla *a)
 {
-    int64_t total = 0, widest = 1;
-    int32_t *lengths = kl_call_malloc(c, (size_t)(past->N + 1) * sizeof *lengths);
-    if (lengths == NULL) return -1;
+    const int32_t *cu = c->dev->is_cpu ? a->cu_seqlens.data : NULL;
+    int64_t most = 1;
     for (int64_t n = 0; n < past->N; n++) {
-        const int64_t length = past->rows[n].shape[0] + cu[n + 1] - cu[n];
-        const int64_t pages = (length + KL_PAGE_TOKENS - 1) / KL_PAGE_TOKENS;
-        if (length > INT32_MAX - KL_PAGE_TOKENS) {
-            PyErr_Format(PyExc_ValueError, "%s: a context must have less than 2^31 tokens",
-                         c->op);
-            return -1;
-        }
-        lengths[n] = (int32_t)length;
-        total += pages;
-        widest = pages > widest ? pages : widest;
+        const int64_t count = cu == NULL ? a->q.shape[0] : cu[n + 1] - cu[n];
+        const int64_t length = past->rows[n].shape[0] + count;
+        most = length > most ? length : most;
     }
-    int32_t *table = kl_call_malloc(c, (size_t)(past->N * widest + 1) * sizeof *table);
-    if (table == NULL) return -1;
-    int32_t next = 0;
-    for (int64_t n = 0; n < past->N; n++)
-        for (int64_t b = 0; b < widest; b++)
-            table[n * widest + b] =
-                b * KL_PAGE_TOKENS < lengths[n] ? next++ : -1; /* -1 is never read */
-    a->lengths = kl_tensor_1d(lengths, KL_I32, past->N);
-    a->block_table = kl_tensor_2d(table, KL_I32, past->N, widest);
-    *n_pages = total;
-    if (kl_call_send(c, &a->lengths.data, (size_t)past->N * sizeof *lengths) < 0) return -1;
-    return kl_call_send(c, &a->block_table.data, (size_t)(past->N * widest) * sizeof *table);
+    return (most + KL_PAGE_TOKENS - 1) / KL_PAGE_TOKENS;
+}
+
+static int device_ints(kl_call *c, int64_t rows, int64_t cols, kl_tensor *out)
+{
+    void *data;
+    const size_t count = (size_t)(rows * cols);
+    if (kl_call_alloc(c, (count == 0 ? 1 : count) * sizeof(int32_t), &data) < 0) return -1;
+    *out = kl_tensor_2d(data, KL_I32, rows, cols);
+    return 0;
+}
+
+/* Sets lengths and block_table. */
+static int lay_pages(kl_call *c, PyObject *given, const past_rows *past, kl_mla *a)
+{
+    const int64_t N = past->N;
+    kl_tensor lengths;
+    if (device_ints(c, N, 1, &lengths) < 0 ||
+        device_ints(c, N, widest(c, past, a), &a->block_table) < 0)
+        return -1;
+    a->lengths = kl_tensor_1d(lengths.data, KL_I32, N);
+    kl_mla_lay_out lay = {
+        .cu_seqlens = a->cu_seqlens, .lengths = a->lengths, .block_table = a->block_table};
+    if (given != Py_None) {
+        lay.cu_past = kl_tensor_1d(past->cu, KL_I32, N + 1);
+        if (kl_call_send(c, &lay.cu_past.data, (size_t)(N + 1) * sizeof *past->cu) < 0)
+            return -1;
+    }
+    return kl_call_mla_lay_out(c, &lay);
 }
 
 /* Write each sequence's past into its pages. */
@@ -147,12 +155,11 @@ static int append_pasts(kl_call *c, const kl_mla *a, const past_rows *past)
 static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, kl_mla *a)
 {
     past_rows rows = {.N = a->cu_seqlens.shape[0] - 1};
-    const int32_t *cu;
-    int64_t P;
-    if (take_past(c, past, latent, &rows) < 0 || host_boundaries(c, a, &cu) < 0 ||
-        lay_pages(c, &rows, cu, a, &P) < 0)
-        return -1;
-    const int64_t width = latent->shape[1], count = P > 0 ? P : 1;
+    const int64_t T = latent->shape[0], width = latent->shape[1];
+    if (take_past(c, past, latent, &rows) < 0 || sum_up(c, T, &rows) < 0) return -1;
+    if (lay_pages(c, past, &rows, a) < 0) return -1;
+    const int64_t P = (rows.cu[rows.N] + T) / KL_PAGE_TOKENS + rows.N;
+    const int64_t count = P > 0 ? P : 1;
     void *data;
     if (kl_call_alloc(c,
                       (size_t)(count * KL_PAGE_TOKENS * width) * kl_dtype_bytes(latent->dtype),
@@ -165,7 +172,7 @@ static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, kl_ml
                             .block_table = a->block_table,
                             .lengths = a->lengths,
                             .cu_seqlens = a->cu_seqlens};
-    return latent->shape[0] == 0 ? 0 : kl_call_mla_append(c, &append);
+    return T == 0 ? 0 : kl_call_mla_append(c, &append);
 }
 
 /* ---- the two functions ----------------------------------------------------------------- */

@@ -363,6 +363,22 @@ static void mla_append(void)
               "mla_append: lengths.shape[0] must be 3, got 2");
 }
 
+static void mla_lay_out(void)
+{
+    kl_mla_lay_out a = {.cu_past = i32(1, N + 1, 1),
+                        .cu_seqlens = i32(1, N + 1, 1),
+                        .lengths = i32(1, N, 1),
+                        .block_table = i32(2, N, B)};
+    const kl_tensor none = {0};
+    ACCEPTED(mla_lay_out, a, NOTHING);
+    ACCEPTED(mla_lay_out, a, a.cu_past = none);
+    BAD_VALUE(mla_lay_out, a, a.cu_seqlens = none, "mla_lay_out: cu_seqlens must be given");
+    BAD_VALUE(mla_lay_out, a, a.cu_past.shape[0] = 2,
+              "mla_lay_out: cu_past.shape[0] must be 4, got 2");
+    BAD_VALUE(mla_lay_out, a, a.lengths.shape[0] = 2,
+              "mla_lay_out: lengths.shape[0] must be 3, got 2");
+}
+
 static void mla(void)
 {
     kl_mla a = {.q = f32(3, N, H, NOPE + ROPE, 1),
@@ -515,6 +531,7 @@ int main(void)
     RUN(short_conv);
     RUN(kda_shapes);
     RUN(kda_gates);
+    RUN(mla_lay_out);
     RUN(mla_append);
     RUN(mla);
     RUN(moe);

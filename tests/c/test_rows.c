@@ -171,6 +171,38 @@ static void append_copies_without_weight(void)
     kl_backend_close(be);
 }
 
+/* ---- laying out pages ------------------------------------------------------------------- */
+
+/* Every context has pages enough, of its own, below the bound that the host knows. */
+static void contexts_share_no_page(void)
+{
+    enum { SEQUENCES = 7, WIDEST = 5 };
+    static const int32_t counts[SEQUENCES] = {70, 0, 1, 64, 63, 130, 0};
+    static const int32_t pasts[SEQUENCES] = {60, 5, 63, 0, 2, 128, 0};
+    int32_t new[SEQUENCES + 1] = {0}, past[SEQUENCES + 1] = {0};
+    int32_t found[SEQUENCES], places[SEQUENCES * WIDEST], users[SEQUENCES + 20] = {0};
+    for (int n = 0; n < SEQUENCES; n++) new[n + 1] = new[n] + counts[n];
+    for (int n = 0; n < SEQUENCES; n++) past[n + 1] = past[n] + pasts[n];
+    kl_backend *be = open_backend(1, NULL);
+    kl_mla_lay_out a = {.cu_past = kl_tensor_1d(past, KL_I32, SEQUENCES + 1),
+                        .cu_seqlens = kl_tensor_1d(new, KL_I32, SEQUENCES + 1),
+                        .lengths = kl_tensor_1d(found, KL_I32, SEQUENCES),
+                        .block_table = kl_tensor_2d(places, KL_I32, SEQUENCES, WIDEST)};
+    RUN_OP(mla_lay_out, be, a);
+    for (int n = 0; n < SEQUENCES; n++) {
+        EXPECT(found[n] == counts[n] + pasts[n]);
+        for (int b = 0; b * KL_PAGE_TOKENS < found[n]; b++) {
+            const int page = places[n * WIDEST + b];
+            EXPECT(page >= 0 && page < (past[SEQUENCES] + new[SEQUENCES]) / 64 + SEQUENCES);
+            EXPECT(users[page]++ == 0);
+        }
+    }
+    a.cu_past = (kl_tensor){0};
+    RUN_OP(mla_lay_out, be, a);
+    for (int n = 0; n < SEQUENCES; n++) EXPECT(found[n] == counts[n]);
+    kl_backend_close(be);
+}
+
 /* ---- attention over poisoned pages ----------------------------------------------------- */
 
 enum { H = 3, NOPE = 7, V = 5, QK = NOPE + ROPE };
@@ -246,6 +278,7 @@ int main(void)
     RUN(gather_picks_rows);
     RUN(append_normalises_into_pages);
     RUN(append_copies_without_weight);
+    RUN(contexts_share_no_page);
     RUN(attention_reads_no_poison);
     RUN(workspace_grows_with_the_call);
     return test_failures != 0;

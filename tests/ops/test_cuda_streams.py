@@ -12,7 +12,6 @@ from torch_cases import CASES, case_on, cloned, mapped  # noqa: E402
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CYCLES = 20_000_000  # about 10 ms, in which whoever does not wait has read too early
-WAITS = {"mla_prefill ragged", "mla_prefill past"}  # the host reads their boundaries
 
 
 def results(case):
@@ -63,7 +62,7 @@ def test_in_the_order_of_the_current_stream(name):
     assert_same(got, want)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in WAITS])
+@pytest.mark.parametrize("name", CASES)
 def test_in_a_graph(name):
     want = results(case_on(name, "cuda"))
     case, source = case_on(name, "cuda"), case_on(name, "cuda")
