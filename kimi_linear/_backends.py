@@ -68,6 +68,14 @@ def shared(name: str, index: int = 0) -> _core.Backend:
     return found
 
 
+def of_engine(name: str, index: int, *, batch_invariant: bool) -> _core.Backend:
+    """The backend of a model. On CUDA one of its own, for the stream of the shared one is what
+    the caller of an operation makes it; gone with the model, and its memory with it."""
+    if name == "cpu":
+        return shared(name, index)
+    return open_backend(name, index, batch_invariant=batch_invariant)
+
+
 def of(array: Any) -> _core.Backend:
     """The shared backend of the device that an array is on."""
     return shared(*_core.device_of(array))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import _core
-from ._backends import open_backend, shared
+from ._backends import of_engine
 from ._files import quote
 from .config import KimiLinearConfig
 from .errors import DeviceError, OutOfMemory
@@ -100,15 +100,26 @@ def _count(name: str, value: Any) -> int:
 def choose(config: KimiLinearConfig, stored: str, options: Options) -> Choice:
     """Open the device and plan for it; "auto" tries what is best first.
 
-    stored: the checkpoint's own dtype. Raises DeviceError where the device is not there,
-    OutOfMemory with the figures where nothing fits.
+    stored: the checkpoint's own dtype. The plan of the last try, where nothing fits. Raises
+    DeviceError where the device is not there.
     """
     if options.device != "auto":
         return _choose_dtype(config, stored, options, options.device, ())
     try:
-        return _choose_dtype(config, stored, options, "cuda", ())
-    except (DeviceError, OutOfMemory) as e:
-        return _choose_dtype(config, stored, options, "cpu", (f"not on CUDA: {e}",))
+        choice = _choose_dtype(config, stored, options, "cuda", ())
+        problem = choice.plan.problem
+    except DeviceError as e:
+        problem = str(e)
+    if problem is None:
+        return choice
+    return _choose_dtype(config, stored, options, "cpu", (f"not on CUDA: {problem}",))
+
+
+def require_fit(choice: Choice) -> Choice:
+    """Raises OutOfMemory with the figures."""
+    if choice.plan.problem is not None:
+        raise OutOfMemory(choice.plan.problem)
+    return choice
 
 
 def _choose_dtype(
@@ -116,10 +127,7 @@ def _choose_dtype(
 ) -> Choice:
     kind, _, number = device.partition(":")
     on_cuda = kind == "cuda"
-    if options.batch_invariant and on_cuda:  # a backend of its own; the CPU is so always
-        backend = open_backend(kind, int(number or 0), batch_invariant=True)
-    else:
-        backend = shared(kind, int(number or 0))
+    backend = of_engine(kind, int(number or 0), batch_invariant=options.batch_invariant)
     candidates = [options.dtype]
     if options.dtype == "auto":
         widest = "bf16" if on_cuda else stored
@@ -127,19 +135,15 @@ def _choose_dtype(
     elif options.dtype == ("f32" if on_cuda else "fp8"):
         raise DeviceError(f"dtype {options.dtype!r} does not run on {device}")
     for dtype in candidates:
-        try:
-            core = _core.plan(backend, config.to_core(), options.core(dtype))
-        except OutOfMemory as e:
-            if dtype == candidates[-1]:
-                raise
-            notes += (f"{dtype} weights do not fit: {e}",)
-            continue
+        core = _core.plan(backend, config.to_core(), options.core(dtype))
         plan = MemoryPlan.from_core(device, dtype, core)
-        if dtype != candidates[0]:
-            warnings.warn(
-                f"weights are stored as {dtype}: {candidates[0]} does not fit in "
-                f"{gib(plan.free)} (pass dtype= to choose)",
-                stacklevel=4,
-            )
-        return Choice(backend, dtype, plan, notes)
-    raise AssertionError("unreachable: the last candidate returns or raises")
+        if plan.fits:
+            break
+        notes += (f"{dtype} weights do not fit: {plan.problem}",)
+    if plan.fits and dtype != candidates[0]:
+        warnings.warn(
+            f"weights are stored as {dtype}: {candidates[0]} does not fit in "
+            f"{gib(plan.free)} (pass dtype= to choose)",
+            stacklevel=4,
+        )
+    return Choice(backend, dtype, plan, notes)

@@ -25,9 +25,15 @@ class MemoryPlan:
     step_tokens: int  # tokens of one step
     kda_state_per_sequence: int
     mla_page_per_token: int
+    problem: str | None = None  # why `load` would raise OutOfMemory
+
+    @property
+    def fits(self) -> bool:
+        """Whether `load` would find the memory."""
+        return self.problem is None
 
     @classmethod
-    def from_core(cls, device: str, dtype: str, core: Mapping[str, int]) -> "MemoryPlan":
+    def from_core(cls, device: str, dtype: str, core: Mapping[str, Any]) -> "MemoryPlan":
         """From the core's ``kl_plan`` (csrc/model/engine.h)."""
         return cls(
             device=device,
@@ -43,6 +49,7 @@ class MemoryPlan:
             step_tokens=core["step_tokens"],
             kda_state_per_sequence=core["state_bytes_per_sequence"],
             mla_page_per_token=core["page_bytes_per_token"],
+            problem=core["problem"],
         )
 
     def of_sequence(self, n_tokens: int) -> int:
@@ -58,7 +65,7 @@ class MemoryPlan:
             ("KDA states", f"{gib(self.kda_states)} for {self.max_batch} sequences"),
             ("MLA pages", f"{gib(self.mla_pages)}, up to {self.max_context:,} tokens each"),
             ("workspace", f"{gib(self.workspace)} for steps of {self.step_tokens:,} tokens"),
-            ("total", f"{gib(self.total)} of {gib(self.free)} free"),
+            ("total", f"{gib(self.total)} of {gib(self.free)} free{self._verdict()}"),
         ]
 
     def line(self) -> str:
@@ -66,8 +73,11 @@ class MemoryPlan:
         return (
             f"{self.dtype} weights {gib(self.weights)}, states and pages "
             f"{gib(self.kda_states + self.mla_pages)}, workspace {gib(self.workspace)}: "
-            f"{gib(self.total)} of {gib(self.free)} free on {self.device}"
+            f"{gib(self.total)} of {gib(self.free)} free on {self.device}{self._verdict()}"
         )
+
+    def _verdict(self) -> str:
+        return "" if self.fits else ": does not fit"
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<12}{text}" for name, text in self.rows())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _core
-from ._device import Choice, check_options, choose
+from ._device import Choice, check_options, choose, require_fit
 from ._files import quote
 from ._generation import Run
 from ._progress import Callback, Progress
@@ -66,7 +66,7 @@ def load(
     with Checkpoint(_directory(path)) as checkpoint:
         sources = checkpoint.sources()
         tokenizer = _read_tokenizer(checkpoint)
-        choice = choose(checkpoint.config, checkpoint.dtype, options)
+        choice = require_fit(choose(checkpoint.config, checkpoint.dtype, options))
         if reporter.shows:
             print(choice.plan.line(), file=sys.stderr)
         engine = _core.Engine(
@@ -96,8 +96,9 @@ def plan(
 ) -> MemoryPlan:
     """What `load` with the same arguments would take; nothing is loaded.
 
-    path: also a KimiLinearConfig, such as KimiLinearConfig.kimi_linear_48b(). Raises like
-    `load`, OutOfMemory included.
+    path: also a KimiLinearConfig, such as KimiLinearConfig.kimi_linear_48b(). What does not fit
+    is reported too: then `fits` of the plan is False and `load` would raise OutOfMemory. Other
+    errors are those of `load`.
     """
     options = check_options(
         device, dtype, max_context, max_batch, cache_bytes, batch_invariant
@@ -119,9 +120,13 @@ def random(
     )
     if options:
         raise TypeError(f"random_model: unknown argument {quote(next(iter(options)))}")
-    choice = choose(config, "bf16", checked)
+    choice = require_fit(choose(config, "bf16", checked))
     engine = _core.Engine(choice.backend, config.to_core(), checked.core(choice.dtype))
-    engine.randomize(seed)
+    try:
+        engine.randomize(seed)
+    except BaseException:
+        engine.close()
+        raise
     return Model(config, engine, choice, tokenizer, None, ("weights are random",))
 
 
@@ -179,7 +184,7 @@ class Model:
         self.plan = MemoryPlan.from_core(self.device, self.dtype, engine.plan())
         self.path = path
         self._engine = engine
-        self._backend = choice.backend
+        self._kernels = choice.backend.info()
         self._tokenizer = tokenizer
         self._notes = (*config.notes, *choice.notes, *notes)
         stop = tokenizer.stop_ids if tokenizer else ()
@@ -403,7 +408,7 @@ class Model:
 
     def info(self) -> Report:
         """Device, storage, kernels and memory; text, and a table in a notebook."""
-        config, backend = self.config, self._backend.info()
+        config, kernels = self.config, self._kernels
         kda = config.layer_types.count("linear_attention")
         gate = "softplus" if config.gate_lower_bound is None else "bounded"
         rows = [
@@ -412,7 +417,7 @@ class Model:
             ("layers", f"{kda} KDA ({gate} gate), {config.num_hidden_layers - kda} MLA"),
             (
                 "kernels",
-                f"{backend['name']} {backend['variant']}, {backend['threads']} threads",
+                f"{kernels['name']} {kernels['variant']}, {kernels['threads']} threads",
             ),
             ("tokenizer", repr(self._tokenizer) if self._tokenizer else "none: token ids only"),
             *self.plan.rows(),

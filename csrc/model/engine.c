@@ -53,6 +53,7 @@ static kl_status make_scratch(kl_engine *e, kl_error *err)
 static kl_status make_engine(kl_engine *e, const kl_engine_options *options, kl_error *err)
 {
     KL_TRY(kl_plan_make(e->be, &e->config, options, &e->plan, err));
+    KL_TRY(kl_plan_check(&e->plan, err));
     KL_TRY(make_weights(e, err));
     KL_TRY(make_cache(e, err));
     return make_scratch(e, err);

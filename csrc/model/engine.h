@@ -28,14 +28,17 @@ typedef struct {
 typedef struct {
     size_t weight_bytes, state_bytes /* KDA states and conv windows */, page_bytes,
         scratch_bytes, total_bytes, free_bytes;
+    size_t limit_bytes, cache_limit_bytes; /* what total and cache may be; 0: any cache */
     int64_t max_context, max_batch, step_tokens, n_pages;
     size_t state_bytes_per_sequence, page_bytes_per_token;
 } kl_plan;
 
-/* Choose what the options leave open and compute every figure; KL_ERR_MEMORY with the figures
- * in the message when it cannot fit. Takes nothing. */
+/* Choose what the options leave open and compute every figure, also where it cannot fit: then
+ * with pages for one sequence of max_context. Takes nothing. */
 kl_status kl_plan_make(kl_backend *be, const kl_config *config,
                        const kl_engine_options *options, kl_plan *out, kl_error *err);
+/* KL_ERR_MEMORY, with the figures in the message, for a plan that exceeds its limits. */
+kl_status kl_plan_check(const kl_plan *plan, kl_error *err);
 
 /* ---- life ------------------------------------------------------------------------------ */
 

@@ -4,15 +4,41 @@
  * Weights come from a measuring walk of the weight table, scratch from dry passes of the
  * largest steps, the cache from its own layout. What the options leave open is chosen from what
  * is then left: a context of at most a quarter of the free memory, and pages for every sequence
- * of that length, or as many as fit.
+ * of the context, or as many as fit. Where nobody said how long sequences are, the pages take no
+ * more than the weights do: a small model must not take a GPU for itself.
  */
 #include "model/plan.h"
 
 #include "base/memory.h"
 
-#define DEFAULT_BATCH       8
-#define DEFAULT_STEP_TOKENS 512 /* enough rows to make every product compute-bound */
-#define MIN_CONTEXT         64
+#include <string.h>
+
+#define MIN_CONTEXT 64
+
+/* What the options of each kind of device are where they are left open. */
+typedef struct {
+    const char *backend;
+    int64_t max_batch, step_tokens;
+    size_t reserve; /* bytes that no plan takes; 0: a sixteenth of what is free */
+} defaults;
+
+/* The free memory is a moment's figure, and others live here too: hence the sixteenth. Of a GPU's
+ * 80 GB that would be a fifth of the room beside 8-bit weights of 50 GB, so what is asked for by
+ * size may go further there, up to what is still to come: code that is loaded at its first use
+ * (kernels, cuBLASLt) and the recordings of steps.
+ *
+ * 512 tokens make every product of a CPU compute-bound. A prompt's step on a GPU reads the weights
+ * of all experts, which takes as long as the arithmetic of some 3,000 tokens: 8,192 are well past
+ * that. 32 sequences of the 48B model have 1.4 GB of states. */
+static const defaults DEFAULTS[] = {{"cpu", 8, 512, 0}, {"cuda", 32, 8192, (size_t)1 << 30}};
+
+static const defaults *defaults_of(const kl_backend *be)
+{
+    const size_t n = sizeof DEFAULTS / sizeof DEFAULTS[0];
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(DEFAULTS[i].backend, be->vt->name) == 0) return &DEFAULTS[i];
+    return &DEFAULTS[0];
+}
 
 static double mib(size_t bytes)
 {
@@ -24,9 +50,10 @@ typedef struct {
     kl_backend *be;
     const kl_config *config;
     const kl_engine_options *options;
+    const defaults *defaults;
     kl_dtype act;
-    size_t limit; /* everything together */
-    size_t page;  /* bytes of a page in all layers */
+    size_t ample; /* what the planner's own choices may take together */
+    size_t page;  /* bytes of a page in all layers                    */
 } planner;
 
 /* ---- options --------------------------------------------------------------------------- */
@@ -51,9 +78,9 @@ static kl_status choose_counts(const planner *s, kl_plan *out, kl_error *err)
     if ((s->be->vt->formats & 1u << o->format) == 0)
         return kl_fail(err, KL_ERR_VALUE, "plan: fp8 is a format of CUDA only, got the %s",
                        s->be->vt->name);
-    KL_TRY(
-        choose("max_batch", o->max_batch, DEFAULT_BATCH, KL_MAX_BATCH, &out->max_batch, err));
-    KL_TRY(choose("step_tokens", o->step_tokens, DEFAULT_STEP_TOKENS, KL_MAX_STEP_TOKENS,
+    KL_TRY(choose("max_batch", o->max_batch, s->defaults->max_batch, KL_MAX_BATCH,
+                  &out->max_batch, err));
+    KL_TRY(choose("step_tokens", o->step_tokens, s->defaults->step_tokens, KL_MAX_STEP_TOKENS,
                   &out->step_tokens, err));
     return choose("max_context", o->max_context, 0, s->config->max_length, &out->max_context,
                   err);
@@ -150,59 +177,66 @@ static kl_status measure_scratch(const planner *s, const kl_weights *w, const kl
 /* ---- cache ----------------------------------------------------------------------------- */
 
 /* The planner's context: what a quarter of the memory that the weights leave can hold. */
-static kl_status choose_context(const planner *s, kl_plan *out, kl_error *err)
+static void choose_context(const planner *s, kl_plan *out)
 {
-    if (out->max_context != 0) return KL_OK;
+    if (out->max_context != 0) return;
     const size_t token = out->page_bytes_per_token;
-    const size_t left = s->limit > out->weight_bytes ? s->limit - out->weight_bytes : 0;
-    const int64_t least = kl_min_i64(MIN_CONTEXT, s->config->max_length);
+    const size_t left = s->ample > out->weight_bytes ? s->ample - out->weight_bytes : 0;
     int64_t fits = s->config->max_length;
     if (token > 0 && left / 4 / token < (size_t)fits)
         fits = (int64_t)(left / 4 / token) / KL_PAGE_TOKENS * KL_PAGE_TOKENS;
-    if (fits < least || left == 0)
-        return kl_fail(err, KL_ERR_MEMORY,
-                       "plan: weights need %.1f MiB and %lld tokens of cache %.1f MiB, but "
-                       "%.1f MiB are to be had",
-                       mib(out->weight_bytes), (long long)least, mib(token * (size_t)least),
-                       mib(s->limit));
-    out->max_context = fits;
-    return KL_OK;
+    const int64_t least = kl_min_i64(MIN_CONTEXT, s->config->max_length);
+    out->max_context = fits > least ? fits : least;
 }
 
-/* Bytes that pages may take: what the other parts leave, or what cache_bytes says. */
-static size_t page_room(const planner *s, const kl_plan *p)
+/* Pages in what the other parts leave of `limit`, or of what cache_bytes says. */
+static int64_t pages_within(const planner *s, const kl_plan *p, size_t limit)
 {
     const size_t others = p->weight_bytes + p->scratch_bytes + p->state_bytes;
-    const size_t room = s->limit > others ? s->limit - others : 0;
-    const size_t cache = s->options->cache_bytes;
-    if (cache == 0) return room;
-    const size_t asked = cache > p->state_bytes ? cache - p->state_bytes : 0;
-    return asked < room ? asked : room;
+    const size_t cache = p->cache_limit_bytes;
+    size_t room = limit > others ? limit - others : 0;
+    if (cache != 0) {
+        const size_t asked = cache > p->state_bytes ? cache - p->state_bytes : 0;
+        room = asked < room ? asked : room;
+    }
+    return s->page == 0 ? 0 : (int64_t)(room / s->page);
 }
 
-static kl_status choose_pages(const planner *s, kl_plan *out, kl_error *err)
+static int64_t pages_wanted(const planner *s, const kl_plan *p, int64_t one)
 {
-    int64_t one = kl_cache_pages_for(s->config, out->max_context);
-    const size_t room = page_room(s, out);
-    const size_t others = out->weight_bytes + out->scratch_bytes + out->state_bytes;
-    int64_t n = one * out->max_batch;
-    if (s->page > 0 && room / s->page < (size_t)n) n = (int64_t)(room / s->page);
-    if (n < one && s->options->max_context == 0 && n * KL_PAGE_TOKENS >= MIN_CONTEXT) {
-        one = n; /* the planner's own choice gives way */
-        out->max_context = n * KL_PAGE_TOKENS;
-    }
-    if (n < one || others > s->limit)
-        return kl_fail(err, KL_ERR_MEMORY,
-                       "plan: weights need %.1f MiB, states of %lld sequences %.1f MiB, "
-                       "scratch %.1f MiB and %lld tokens of context %.1f MiB, but %.1f MiB are "
-                       "to be had%s; ask for less max_context or max_batch",
-                       mib(out->weight_bytes), (long long)out->max_batch, mib(out->state_bytes),
-                       mib(out->scratch_bytes), (long long)out->max_context,
-                       mib((size_t)one * s->page), mib(s->limit),
-                       s->options->cache_bytes == 0 ? ""
-                                                    : " (and cache_bytes limits the cache)");
-    out->n_pages = n;
-    return KL_OK;
+    const int64_t all = one * p->max_batch;
+    if (s->options->max_context != 0 || s->page == 0) return all;
+    const int64_t most = (int64_t)(p->weight_bytes / s->page);
+    return kl_min_i64(all, most > one ? most : one);
+}
+
+/* As many as are wanted, or as fit; one sequence's in any case, even where they do not fit. A
+ * context that nobody asked for gives way instead. */
+static void choose_pages(const planner *s, kl_plan *out)
+{
+    const int64_t one = kl_cache_pages_for(s->config, out->max_context);
+    const size_t ample = s->options->cache_bytes == 0 ? s->ample : out->limit_bytes;
+    const int64_t n = kl_min_i64(pages_wanted(s, out, one), pages_within(s, out, ample));
+    const int64_t most = pages_within(s, out, out->limit_bytes);
+    out->n_pages = n < one ? one : n;
+    if (n >= one || most >= one || s->options->max_context != 0 || most == 0) return;
+    out->n_pages = most;
+    out->max_context = most * KL_PAGE_TOKENS;
+}
+
+kl_status kl_plan_check(const kl_plan *p, kl_error *err)
+{
+    const size_t cache = p->state_bytes + p->page_bytes;
+    const bool cache_fits = p->cache_limit_bytes == 0 || cache <= p->cache_limit_bytes;
+    if (p->total_bytes <= p->limit_bytes && cache_fits) return KL_OK;
+    return kl_fail(
+        err, KL_ERR_MEMORY,
+        "plan: weights need %.1f MiB, states of %lld sequences %.1f MiB, scratch "
+        "%.1f MiB and %lld tokens of context %.1f MiB, but %.1f MiB are to be had%s; "
+        "ask for less max_context or max_batch",
+        mib(p->weight_bytes), (long long)p->max_batch, mib(p->state_bytes),
+        mib(p->scratch_bytes), (long long)p->max_context, mib(p->page_bytes),
+        mib(p->limit_bytes), cache_fits ? "" : " (and cache_bytes limits the cache)");
 }
 
 static kl_status measure_cache(const planner *s, kl_plan *out, kl_error *err)
@@ -222,31 +256,44 @@ static kl_status fill_plan(planner *s, kl_weights *w, kl_plan *out, kl_error *er
     out->page_bytes_per_token = kl_cache_token_bytes(s->config, s->act);
     out->state_bytes_per_sequence = kl_cache_seq_bytes(s->config, s->act);
     s->page = out->page_bytes_per_token * KL_PAGE_TOKENS;
-    KL_TRY(choose_context(s, out, err));
+    choose_context(s, out);
     KL_TRY(measure_scratch(s, w, out, &out->scratch_bytes, err));
     KL_TRY(measure_cache(s, out, err)); /* states, which the pages' room depends on */
-    KL_TRY(choose_pages(s, out, err));
+    choose_pages(s, out);
     KL_TRY(measure_cache(s, out, err));
     out->total_bytes =
         out->weight_bytes + out->state_bytes + out->page_bytes + out->scratch_bytes;
     return KL_OK;
 }
 
+/* Twice the same where a sixteenth is kept free anyway. */
+static void set_limits(planner *s, size_t free_bytes, kl_plan *out)
+{
+    const size_t reserve = s->defaults->reserve, budget = s->options->budget_bytes;
+    const size_t limit = free_bytes > reserve ? free_bytes - reserve : 0;
+    s->ample = free_bytes - free_bytes / 16;
+    if (s->ample > limit) s->ample = limit;
+    out->limit_bytes = reserve == 0 ? s->ample : limit;
+    if (budget != 0) out->limit_bytes = s->ample = budget;
+    out->cache_limit_bytes = s->options->cache_bytes;
+    out->free_bytes = free_bytes;
+}
+
 kl_status kl_plan_make(kl_backend *be, const kl_config *config,
                        const kl_engine_options *options, kl_plan *out, kl_error *err)
 {
-    planner s = {
-        .be = be, .config = config, .options = options, .act = kl_act_of(options->format)};
+    planner s = {.be = be,
+                 .config = config,
+                 .options = options,
+                 .defaults = defaults_of(be),
+                 .act = kl_act_of(options->format)};
     kl_backend_info info;
     kl_weights w;
     *out = (kl_plan){0};
     KL_TRY(kl_config_check(config, err));
     KL_TRY(choose_counts(&s, out, err));
     KL_TRY(be->vt->info(be, &info, err));
-    out->free_bytes = info.free_bytes;
-    /* A sixteenth stays free: the figure is a moment's, and others live here too. */
-    s.limit = options->budget_bytes != 0 ? options->budget_bytes
-                                         : info.free_bytes - info.free_bytes / 16;
+    set_limits(&s, info.free_bytes, out);
 
     KL_TRY(kl_weights_new(config->n_layers, &w, err));
     const kl_status status = fill_plan(&s, &w, out, err);

@@ -45,8 +45,8 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     return kl_raise(m, &err);
 }
 
-/* Free everything of the core's. Nobody else uses it: the lock is held, or no reference is
- * left. */
+/* Free everything of the core's, and the device where nobody else holds it. Nobody uses them:
+ * the lock is held, or no reference is left. */
 static void destroy(EngineObject *self)
 {
     for (kl_gen_node *node = self->generations; node != NULL; node = node->next) {
@@ -55,7 +55,9 @@ static void destroy(EngineObject *self)
     }
     Py_BEGIN_ALLOW_THREADS /* giving back gigabytes takes a while */
         kl_engine_free(self->engine);
+    kl_device_unref(self->dev);
     Py_END_ALLOW_THREADS self->engine = NULL;
+    self->dev = NULL;
 }
 
 static void engine_dealloc(PyObject *op)
@@ -69,7 +71,6 @@ static void engine_dealloc(PyObject *op)
         kl_free(node);
     }
     if (self->lock != NULL) PyThread_free_lock(self->lock);
-    kl_device_unref(self->dev);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }

@@ -22,7 +22,7 @@ typedef struct kl_gen_node {
 
 typedef struct {
     PyObject_HEAD
-    kl_device *dev;    /* one reference of ours */
+    kl_device *dev;    /* one reference of ours, until it is closed */
     kl_engine *engine; /* NULL: closed */
     PyThread_type_lock lock;
     atomic_ulong owner; /* the thread that holds the lock, 0: none */

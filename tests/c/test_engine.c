@@ -249,6 +249,7 @@ static void plans_add_up_and_refuse(void)
     kl_backend *be = open_backend();
     kl_engine_options o = tiny_options;
     kl_error err = {KL_OK, ""};
+    kl_engine *e;
     kl_plan p, q;
     EXPECT(kl_plan_make(be, &tiny_config, &o, &p, &err) == KL_OK);
     EXPECT(p.total_bytes == p.weight_bytes + p.state_bytes + p.page_bytes + p.scratch_bytes);
@@ -259,18 +260,27 @@ static void plans_add_up_and_refuse(void)
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);
     EXPECT(q.n_pages == 5);
     o.cache_bytes = p.state_bytes + 3 * 64 * p.page_bytes_per_token; /* less than a context */
-    EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_ERR_MEMORY);
+    EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);
+    EXPECT(q.n_pages == 4 && q.max_context == 256); /* what it would take */
+    EXPECT(kl_plan_check(&q, &err) == KL_ERR_MEMORY);
     EXPECT(strstr(err.message, "cache_bytes limits the cache") != NULL);
+    EXPECT(kl_engine_new(be, &tiny_config, &o, &e, &err) == KL_ERR_MEMORY && e == NULL);
     o.max_context = 0; /* the planner's own choice gives way instead */
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);
-    EXPECT(q.max_context == 192 && q.n_pages == 3);
+    EXPECT(q.max_context == 192 && q.n_pages == 3 && kl_plan_check(&q, &err) == KL_OK);
 
     o = tiny_options;
     o.budget_bytes = p.total_bytes;
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK && q.n_pages == 16);
+    EXPECT(kl_plan_check(&q, &err) == KL_OK);
     o.budget_bytes = p.weight_bytes;
-    EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_ERR_MEMORY);
+    EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);
+    EXPECT(q.weight_bytes == p.weight_bytes && q.total_bytes > o.budget_bytes);
+    EXPECT(kl_plan_check(&q, &err) == KL_ERR_MEMORY);
     EXPECT(strstr(err.message, "weights need") != NULL);
+    o.max_context = 0; /* and of what nobody asked for, the least */
+    EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK && q.max_context == 64);
+    EXPECT(kl_plan_check(&q, &err) == KL_ERR_MEMORY);
     o = tiny_options;
     o.max_context = 5000;
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_ERR_VALUE);

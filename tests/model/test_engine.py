@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import signal
 import threading
 import time
@@ -225,8 +226,14 @@ def test_bad_configurations_are_named(change, error, message):
 )
 def test_bad_options_are_named(change, error, message):
     backend = _core.Backend("cpu", 0, 1, None, "")
+    config, options = core_config(hf_config(CASE)), AUTO | dict(format="f32") | change
     with pytest.raises(error, match=message):
-        _core.plan(backend, core_config(hf_config(CASE)), AUTO | dict(format="f32") | change)
+        _core.Engine(backend, config, options)
+    if error is _core.OutOfMemory:  # which a plan only reports
+        assert re.search(message, _core.plan(backend, config, options)["problem"])
+    else:
+        with pytest.raises(error, match=message):
+            _core.plan(backend, config, options)
 
 
 def test_a_plan_is_what_an_engine_takes():
@@ -236,6 +243,7 @@ def test_a_plan_is_what_an_engine_takes():
     taken = _core.Engine(backend, config, options).plan()
     del planned["free_bytes"], taken["free_bytes"]
     assert planned == taken
+    assert planned["problem"] is None
     assert planned["max_context"] == 4096 and planned["max_batch"] == 8
     assert planned["step_tokens"] % 64 == 0
     assert planned["page_bytes"] >= planned["page_bytes_per_token"] * 4096

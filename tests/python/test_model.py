@@ -4,6 +4,7 @@ every call means what it says, that batches, streams and threads change nothing.
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -90,15 +91,14 @@ def test_auto_takes_the_widest_that_fits_and_says_so(path, monkeypatch):
     real = _device._core.plan
 
     def little_memory(backend, config, options):
-        if options["format"] in ("f32", "bf16"):
-            raise kl.OutOfMemory("plan: too big")
-        return real(backend, config, options)
+        problem = "plan: too big" if options["format"] in ("f32", "bf16") else None
+        return real(backend, config, options) | {"problem": problem}
 
     monkeypatch.setattr(_device._core, "plan", little_memory)
     with pytest.warns(UserWarning, match="stored as int8: f32 does not fit"):
         assert kl.plan(path, **CPU).dtype == "int8"
-    with pytest.raises(kl.OutOfMemory):
-        kl.plan(path, dtype="bf16", **CPU)
+    with pytest.raises(kl.OutOfMemory, match="plan: too big"):
+        kl.load(path, dtype="bf16", **CPU)
 
 
 def test_plan_says_what_load_takes(path, model):
@@ -268,8 +268,12 @@ def test_bad_options_of_load_are_named(path, options, message):
 
 def test_a_model_that_cannot_fit_says_the_figures():
     config = kl.KimiLinearConfig.kimi_linear_48b()
+    plan = kl.plan(config, dtype="f32", **CPU)  # says what it would take
+    assert not plan.fits and plan.total > plan.free
+    assert "does not fit" in plan.line() and "does not fit" in str(plan)
+    assert re.search("weights need .* MiB", plan.problem)
     with pytest.raises(kl.OutOfMemory, match="weights need .* MiB"):
-        kl.plan(config, dtype="f32", **CPU)
+        random_model(config, dtype="f32", **CPU)
 
 
 # ---- generation --------------------------------------------------------------------------
