@@ -2,14 +2,22 @@
 
 import numpy as np
 from kimi_linear import _core
+from kimi_linear._backends import CUDA_LIBRARY
 from kimi_linear.checkpoint import Checkpoint
 
 AUTO = dict(step_tokens=0, cache_bytes=0, budget_bytes=0)
 
 
-def open_engine(path, *, format="f32", threads=2, variant=None, max_context=512, max_batch=4,
-                **options):  # fmt: skip
-    backend = _core.Backend("cpu", 0, threads, variant, "")
+def open_backend(device="cpu", *, threads=1, variant=None, invariant=False):
+    """`invariant`: on CUDA, bits that do not depend on the company; the CPU's never do."""
+    if device == "cpu":
+        return _core.Backend("cpu", 0, threads, variant, "")
+    return _core.Backend(device, 0, 0, None, CUDA_LIBRARY, invariant)
+
+
+def open_engine(path, *, device="cpu", format="f32", threads=2, variant=None, invariant=False,
+                max_context=512, max_batch=4, **options):  # fmt: skip
+    backend = open_backend(device, threads=threads, variant=variant, invariant=invariant)
     options = AUTO | dict(format=format, max_context=max_context, max_batch=max_batch) | options
     with Checkpoint(path) as files:
         engine = _core.Engine(backend, files.config.to_core(), options)
@@ -45,4 +53,13 @@ def next_tokens(engine, seq, last_logits, n: int) -> list[int]:
     while len(tokens) < n:
         logits = np.array(engine.step([(seq, tokens[-1:])]))
         tokens.append(int(np.argmax(logits[0])))
+    return tokens
+
+
+def run(generation, *, max_steps=4, process=None, progress=None) -> dict[int, list[int]]:
+    """The tokens of every request, from here to the end of the generation."""
+    tokens: dict[int, list[int]] = {}
+    while events := generation.run(max_steps, process, progress):
+        for request, token, _, _, _ in events:
+            tokens.setdefault(request, []).append(token)
     return tokens

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import core_config, hf_config, hf_logits, hf_model, relative_rms, save
-from engines import AUTO, next_tokens, open_engine, whole
+from engines import AUTO, next_tokens, open_backend, open_engine, run, whole
 from kimi_linear import _core
 
 CASE = "query-rank"
 VOCAB = 199
 IDS = np.random.default_rng(2).integers(3, VOCAB, 150).tolist()
+LONG = {"cpu": 65536, "cuda": 1 << 19}  # tokens that keep a device busy for seconds
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +31,22 @@ def path(judge, tmp_path_factory):
 
 
 @pytest.fixture
-def engine(path):
-    e = open_engine(path, threads=1, step_tokens=64)
+def engine(path, device):
+    e = open_engine(path, device=device, threads=1, step_tokens=64, invariant=True)
     yield e
     assert e.usage() == (0, 0)  # every test gives back what it took
     e.close()
 
 
-def random_engine(seed=3, **options):
+def random_engine(seed=3, device="cpu", **options):
     """A model whose prompts take a while: for interrupting them."""
     config = core_config(hf_config("published-pattern")) | dict(
         vocab_size=4096, hidden_size=256, dense_inner=1024, moe_inner=256, max_length=1 << 20
     )
-    options = AUTO | dict(format="f32", max_context=65536, max_batch=2) | options
-    e = _core.Engine(_core.Backend("cpu", 0, 1, None, ""), config, options)
+    options = AUTO | dict(format="f32", max_context=LONG[device], max_batch=2) | options
+    e = _core.Engine(open_backend(device), config, options)
     e.randomize(seed)
     return e
-
-
-def run(generation, **how) -> dict[int, list[int]]:
-    process, progress = how.get("process"), how.get("progress")
-    tokens: dict[int, list[int]] = {}
-    while events := generation.run(how.get("max_steps", 4), process, progress):
-        for request, token, _, _, _ in events:
-            tokens.setdefault(request, []).append(token)
-    return tokens
 
 
 # ---- results ----------------------------------------------------------------------------------
@@ -394,10 +386,10 @@ def test_progress_reaches_the_end(engine):
             engine.feed(0, IDS, bad)
 
 
-def test_a_signal_ends_a_prompt():
+def test_a_signal_ends_a_prompt(device):
     """Ctrl-C in a long prefill: within half a second, and the engine goes on."""
-    engine = random_engine()
-    ids = list(range(4000)) * 16
+    engine = random_engine(device=device)
+    ids = np.arange(LONG[device], dtype=np.int32) % 4000
     before = engine.logits(0, ids[:300], True, None)
     seq = engine.seq_new()
     sent = []
@@ -423,8 +415,8 @@ def test_a_signal_ends_a_prompt():
 # ---- lifetimes --------------------------------------------------------------------------------
 
 
-def test_close(path):
-    engine = open_engine(path, threads=1)
+def test_close(path, device):
+    engine = open_engine(path, device=device, threads=1)
     g = engine.generate([request()])
     g.run(1, None, None)
     engine.close()
@@ -446,8 +438,8 @@ def test_close(path):
     gc.collect()
 
 
-def test_a_generation_keeps_its_engine(path):
-    engine = open_engine(path, threads=1)
+def test_a_generation_keeps_its_engine(path, device):
+    engine = open_engine(path, device=device, threads=1)
     want = run(engine.generate([request()]))
     g = engine.generate([request()])
     del engine
@@ -475,8 +467,8 @@ def test_threads_take_turns(engine):
     assert found == [[tokens] * 5 for tokens in alone]
 
 
-def test_closing_waits_for_a_call():
-    engine = random_engine(seed=4)
+def test_closing_waits_for_a_call(device):
+    engine = random_engine(seed=4, device=device)
     ids = list(range(4000))
     found = []
     thread = threading.Thread(target=lambda: found.append(engine.logits(0, ids, True, None)))
@@ -487,8 +479,8 @@ def test_closing_waits_for_a_call():
     assert len(found) == 1 and np.isfinite(found[0]).all()
 
 
-def test_closing_a_generation_waits_for_its_run():
-    engine = random_engine(seed=5)
+def test_closing_a_generation_waits_for_its_run(device):
+    engine = random_engine(seed=5, device=device)
     ids = list(range(4000))
     want = run(engine.generate([dict(ids=ids, max_new_tokens=1)]))
     g = engine.generate([dict(ids=ids, max_new_tokens=1)])
@@ -507,8 +499,8 @@ def test_closing_a_generation_waits_for_its_run():
 # ---- weights ----------------------------------------------------------------------------------
 
 
-def test_random_weights_repeat():
-    first, second, third = (random_engine(seed=s) for s in (9, 9, 10))
+def test_random_weights_repeat(device):
+    first, second, third = (random_engine(seed=s, device=device) for s in (9, 9, 10))
     a, b, c = (e.logits(0, IDS, True, None) for e in (first, second, third))
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     assert np.isfinite(a).all() and 0.3 < a.std() < 3.0
@@ -551,10 +543,10 @@ def test_bad_sources_are_named(fds, sources, error, message):
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16"])
-def test_kda_memory_moves_between_sequences(path, format):
+def test_kda_memory_moves_between_sequences(path, format, device):
     """A sequence without MLA layers' pages cannot be moved whole, so the whole one is forked and
     its KDA memory damaged, then put back: the same bits as without."""
-    e = open_engine(path, threads=1, format=format)
+    e = open_engine(path, device=device, threads=1, format=format)
     seq = e.seq_new()
     e.feed(seq, IDS[:100], None)
     copy = e.seq_fork(seq)

@@ -19,7 +19,7 @@ from checkpoints import (
     save,
     tensors,
 )
-from engines import cut, next_tokens, open_engine
+from engines import cut, next_tokens, open_engine, run, whole
 from kimi_linear.config import KimiLinearConfig
 from kimi_linear.reference import Model, State, log_softmax
 
@@ -100,9 +100,9 @@ def test_greedy_continuation(cases, name):
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 65])
 @pytest.mark.parametrize("name", CASES)
-def test_prefill_in_pieces(cases, name, piece):
+def test_prefill_in_pieces(cases, name, piece, device):
     case = cases(name)
-    engine = open_engine(case.path, max_context=T)
+    engine = open_engine(case.path, device=device, max_context=T)
     try:
         seq, found = engine.seq_new(), []
         for n in cut(PROMPT, piece):
@@ -117,6 +117,17 @@ def test_prefill_in_pieces(cases, name, piece):
         assert relative_rms(last[0], case.logits[-1]) < 1e-4
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generation(cases, name, device):
+    """The steps of a generation, which a device may have recorded, against transformers'."""
+    case = cases(name)
+    engine = open_engine(case.path, device=device, max_context=T)
+    assert relative_rms(whole(engine, case.ids), case.logits) < 1e-4
+    requests = [dict(ids=case.ids[:PROMPT], max_new_tokens=NEW), dict(ids=[5], max_new_tokens=3)]
+    assert run(engine.generate(requests))[0] == case.continuation
+    engine.close()
 
 
 def test_logprobs(cases):
