@@ -1,218 +1,283 @@
-"""The whole model on this CPU, beside transformers with the same weights in the same run.
+"""The whole model with random weights made on the device: prefill, decode, memory, first calls.
 
-    python benchmarks/bench_model.py            about 300M parameters, under six minutes
-    python benchmarks/bench_model.py --small    a smoke run of seconds
+    python benchmarks/bench_model.py --device cuda --shape 48b --dtype bf16
+    python benchmarks/bench_model.py --device cuda --shape 48b --dtype int8 --only decode8k,prefill8k
+    python benchmarks/bench_model.py --device cuda --shape wide5 --only long     # a million tokens
+    python benchmarks/bench_model.py --device cuda --shape 48b --only memory --max-context 1048576
+    python benchmarks/bench_model.py --shape small --no-write                    # seconds, anywhere
 
-Measures prefill, batch-1 decode (also as a share of a plain read of the same bytes) and
-loading, for float32 and bfloat16 weights, into results/{prefill,decode,load}.jsonl. Both sides
-get every CPU thread of the process; transformers runs with sdpa attention, its cache and no
-gradients.
+A prompt's time is that of `generate(prompt, max_new_tokens=1)`: what a caller waits for a first
+token. A token's time is the median over blocks of 16 decode steps, each the wall time of what
+`generate` does, after every row has its context and its first tokens. Floors come from
+model_floor.py and the rates that were measured on the device (common.py).
 """
 
 import argparse
-import copy
-import logging
-import os
 import statistics
-import tempfile
+import sys
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import model_floor
 import numpy as np
-import torch
-import transformers
-from common import PlainRead, Results, arguments, median_seconds
-from transformers import KimiLinearConfig, KimiLinearForCausalLM
+from common import Results, arguments, rates
+from kimi_linear import _backends, _device
+from kimi_linear._sampling import check_sampling
+from kimi_linear.config import KimiLinearConfig
+from kimi_linear.testing import random_model, tiny_config
 
 import kimi_linear as kl
 
-THREADS = len(os.sched_getaffinity(0))
-TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
-ELEMENT = {"f32": 4, "bf16": 2}
-
-# The published shape on a smaller scale: three KDA layers to one MLA and a shorter last group,
-# a dense first layer, latents of rank 512, and experts so many and small that a token uses one
-# in sixteen of them, as it does one sixteenth of the published model's parameters.
-SHAPE = dict(
-    vocab_size=16384, hidden_size=768, intermediate_size=3072, moe_intermediate_size=128,
-    num_attention_heads=6, num_key_value_heads=6, num_experts=64, num_experts_per_token=4,
-    num_shared_experts=1, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-    v_head_dim=128, linear_head_dim=128, linear_num_heads=6, num_expert_group=1, topk_group=1,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2, model_max_length=65536,
-    pattern="KKKMKKKMKKKMKM",
-)  # fmt: skip
-SMALL = SHAPE | dict(
-    vocab_size=512, hidden_size=128, intermediate_size=256, moe_intermediate_size=32,
-    num_experts=8, kv_lora_rank=64, linear_num_heads=2, num_attention_heads=2,
-    num_key_value_heads=2, pattern="KKKM",
-)  # fmt: skip
+BLOCK = 16  # decode steps of a measured block: what generate() runs in a call of the core
+KI = 1024
 
 
-def make_model(shape: dict[str, Any]) -> KimiLinearForCausalLM:
-    """transformers' model with random weights; logits have a spread of a few units. Layers add
-    a fraction of what they read, else rounding to bfloat16 would grow from layer to layer until
-    no two implementations could be compared."""
-    shape = dict(shape)
-    pattern = shape.pop("pattern")
-    kinds = ["linear_attention" if p == "K" else "full_attention" for p in pattern]
-    config = KimiLinearConfig(num_hidden_layers=len(kinds), layer_types=kinds, **shape)
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    model = KimiLinearForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "embed_tokens" in name:
-                p.normal_()
-            elif "norm" not in name and not name.endswith(("A_log", "dt_bias")):
-                p.normal_(std=(3.0 if "lm_head" in name else 0.4) * p.shape[-1] ** -0.5)
-    return model
+@dataclass(frozen=True)
+class Case:
+    """A measurement: `tokens` of prompt for each of `batch` sequences."""
+
+    name: str
+    kind: str  # "calls", "prefill", "decode", "long", "memory"
+    tokens: int = 0
+    batch: int = 1
 
 
-def save(model: KimiLinearForCausalLM, dtype: str, folder: Path) -> Path:
-    if dtype == "bf16":
-        model = copy.deepcopy(model).to(torch.bfloat16)
-    model.save_pretrained(folder / dtype, max_shard_size="200MB")
-    return folder / dtype
+CASES = [  # the order of a run: what matters most comes first
+    Case("memory", "memory"),
+    Case("calls", "calls", KI),
+    Case("decode8k", "decode", 8 * KI),
+    Case("prefill8k", "prefill", 8 * KI),
+    Case("decode0", "decode"),
+    Case("prefill1k", "prefill", KI),
+    Case("decode8k-b8", "decode", 8 * KI, 8),
+    Case("prefill32k", "prefill", 32 * KI),
+    Case("decode128k", "decode", 128 * KI),
+    Case("prefill128k", "prefill", 128 * KI),
+    Case("decode8k-b64", "decode", 8 * KI, 64),
+    Case("long", "long", 1_000_000),
+]
+SMALLER = 64  # the shape "small" divides prompts by this
 
 
-def bytes_of_a_token(model: KimiLinearForCausalLM, dtype: str) -> int:
-    """What one decode step must move: every weight once, of the experts only the chosen ones,
-    and the KDA states in and out. Embedding rows, latents and conv windows are left out."""
-    c, total = model.config, 0
-    for name, p in model.named_parameters():
-        if "embed_tokens" in name:
-            continue
-        active = c.num_experts_per_token / c.num_experts if ".experts." in name else 1
-        total += int(p.numel() * active * ELEMENT[dtype])
-    n_kda = c.layer_types.count("linear_attention")
-    return total + n_kda * 2 * 4 * c.linear_num_heads * c.linear_head_dim**2
+def shape(name: str) -> KimiLinearConfig:
+    full = KimiLinearConfig.kimi_linear_48b()
+    if name == "48b":
+        return full
+    if name == "small":
+        return tiny_config(model_max_length=1 << 20)
+    data = full.to_dict()
+    data["num_hidden_layers"] = 5
+    data["linear_attn_config"] |= dict(kda_layers=(1, 2, 3, 5), full_attn_layers=(4,))
+    return KimiLinearConfig.from_dict(data)
 
 
-class Theirs:
-    """transformers, its best settings on a CPU."""
+class Bench:
+    """One model, and the lines about it."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        load = KimiLinearForCausalLM.from_pretrained
-        self.model = load(path, dtype=TORCH_DTYPE[dtype], attn_implementation="sdpa").eval()
+    def __init__(self, options: argparse.Namespace, cases: list[Case]) -> None:
+        self.start, self.options, self.cases = time.perf_counter(), options, cases
+        self.config = shape(options.shape)
+        self.results = Results(options, options.device)
+        self.rates = rates(self.results.device)
+        self.case = {"model": options.shape, "dtype": options.dtype, "weights": "random"}
+        if options.batch_invariant:
+            self.case["batch_invariant"] = True
+        self.random = np.random.default_rng(0)
+        self.model = self.construct()
 
-    @torch.inference_mode()
-    def prefill(self, ids: list[int]) -> Any:
-        return self.model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+    # ---- the model -----------------------------------------------------------------------
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        return self.prefill(ids).logits[0, -1].float().numpy()
+    def sizes(self) -> dict[str, int]:
+        """max_context, max_batch and cache_bytes that hold the largest case and no more."""
+        how = dict(device=self.options.device, dtype=self.options.dtype)
+        longest = max([64, *(c.tokens for c in self.cases)])
+        plan = kl.plan(self.config, max_context=longest, max_batch=1, **how)
+        self.step_tokens = plan.step_tokens
+        batch = max(c.batch for c in self.cases)
+        context = max(c.tokens + self.new_tokens(c) for c in self.cases)
+        context = self.options.max_context or context
+        pages = max(c.batch * (c.tokens + self.new_tokens(c) + 64) for c in self.cases)
+        cache = batch * plan.kda_state_per_sequence
+        cache += max(pages, context + 64) * plan.mla_page_per_token
+        return dict(max_context=context, max_batch=batch, cache_bytes=cache + (1 << 20))
 
-    @torch.inference_mode()
-    def decode(self, ids: list[int], n: int) -> tuple[list[int], float]:
-        """n greedy tokens after the first, and the seconds a token took."""
-        out = self.prefill(ids)
-        tokens = [int(out.logits[0, -1].argmax())]
+    def new_tokens(self, case: Case) -> int:
+        """Those that are measured, and what early rows of a batch get while others are read."""
+        if case.kind not in ("decode", "long"):
+            return BLOCK
+        waiting = case.batch * -(-case.tokens // self.step_tokens) if case.batch > 1 else 0
+        return waiting + case.batch + BLOCK * (self.options.blocks + 2)
+
+    def construct(self) -> kl.Model:
+        options = self.options
+        how = dict(device=options.device, batch_invariant=options.batch_invariant)
+        with random_model(dtype=options.dtype, max_context=64, **how) as tiny:
+            tiny.generate([1, 2, 3], max_new_tokens=3, progress=False)  # libraries and contexts
+        sizes = self.sizes()
+        before, start = self.free_bytes(), time.perf_counter()
+        model = random_model(self.config, dtype=options.dtype, **how, **sizes)
+        model.logits([1])
+        seconds = time.perf_counter() - start
+        self.told(f"{model.plan.line()}, made in {seconds:.1f} s")
+        expected = model_floor.weight_bytes(self.config, options.dtype)
+        if abs(model.plan.weights / expected - 1) > 0.01:
+            sys.exit(f"weights: {model.plan.weights} planned, model_floor.py says {expected:.0f}")
+        self.sizes_made, self.seconds_made, self.free_before = sizes, seconds, before
+        self.used_bytes = before - self.free_bytes()
+        return model
+
+    def free_bytes(self) -> int:
+        return _backends.shared(self.options.device).info()["free_bytes"]
+
+    def told(self, text: str) -> None:
+        print(f"# {time.perf_counter() - self.start:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+    def ids(self, n: int) -> np.ndarray:
+        return self.random.integers(3, self.config.vocab_size - 300, n).astype(np.int32)
+
+    def seconds(self, fn: Callable[[], object]) -> float:
         start = time.perf_counter()
-        for _ in range(n):
-            out = self.model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values)
-            tokens.append(int(out.logits[0, -1].argmax()))
-        return tokens, (time.perf_counter() - start) / n
+        fn()
+        return time.perf_counter() - start
+
+    # ---- cases ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        for case in self.cases:
+            if time.perf_counter() - self.start > self.options.seconds:
+                self.told(f"{case.name}: no time left")
+                continue
+            getattr(self, case.kind)(case)
+        if self.options.device == "cuda":
+            self.given_back()
+
+    def calls(self, case: Case) -> None:
+        """Whether anything is compiled or tuned on the way: the second call against the tenth."""
+        prompts = [self.ids(case.tokens) for _ in range(10)]
+        ms = [1e3 * self.seconds(lambda p=p: self.generate(p, 16)) for p in prompts]
+        self.results.add("calls", self.case | {"tokens": case.tokens, "new_tokens": 16},
+                         first_ms=ms[0], second_ms=ms[1], tenth_ms=ms[9], ms=ms)  # fmt: skip
+
+    def generate(self, prompt: np.ndarray, n: int) -> object:
+        return self.model.generate(prompt, max_new_tokens=n, ignore_eos=True, progress=False)
+
+    def prefill(self, case: Case) -> None:
+        self.generate(self.ids(min(case.tokens, 2 * self.step_tokens)), 1)
+        times = [self.seconds(lambda: self.generate(self.ids(case.tokens), 1))
+                 for _ in range(3 if case.tokens <= 32 * KI else 1)]  # fmt: skip
+        self.add_prefill(case.tokens, statistics.median(times), len(times))
+
+    def add_prefill(self, tokens: int, seconds: float, runs: int) -> None:
+        extra = {}
+        if self.rates:
+            floor = model_floor.prefill_floor(
+                self.rates, self.config, self.options.dtype, tokens
+            )
+            extra = {"floor_tok_s": tokens / floor, "share": floor / seconds}
+        self.results.add("prefill", self.case | {"tokens": tokens}, tok_s=tokens / seconds,
+                         first_token_ms=1e3 * seconds, step_tokens=self.step_tokens, runs=runs,
+                         **extra)  # fmt: skip
+
+    def decode(self, case: Case) -> float:
+        """Returns the seconds until every row had its context."""
+        prompts = [self.ids(max(case.tokens, 1)) for _ in range(case.batch)]
+        sampling = check_sampling(self.config.vocab_size, (), ignore_eos=True,
+                                  max_new_tokens=self.new_tokens(case))  # fmt: skip
+        start = time.perf_counter()
+        run = self.model._run(prompts, sampling)  # what generate() does, a step at a time
+        try:
+            begun: set[int] = set()
+            while len(begun) < case.batch:
+                begun |= {row for row, _ in run.step(1, None)}
+            read_s = time.perf_counter() - start
+            self.block(run, case)
+            blocks = [self.seconds(lambda: self.block(run, case)) / BLOCK
+                      for _ in range(self.options.blocks)]  # fmt: skip
+        finally:
+            run.close()
+        self.add_decode(case, blocks, read_s)
+        return read_s
+
+    def block(self, run, case: Case) -> None:  # noqa: ANN001
+        """BLOCK tokens of each row; a call brings a limited number of them."""
+        tokens = 0
+        while tokens < BLOCK * case.batch:
+            tokens += len(run.step(BLOCK - tokens // case.batch, None))
+        if tokens != BLOCK * case.batch:
+            sys.exit(f"{case.name}: {tokens} tokens in {BLOCK} steps of {case.batch} rows")
+
+    def add_decode(self, case: Case, blocks: list[float], read_s: float) -> None:
+        median = statistics.median(blocks)
+        extra = {}
+        if self.rates:
+            floor = model_floor.decode_floor(
+                self.rates, self.config, self.options.dtype, case.batch, case.tokens
+            )
+            extra = {"floor_ms": 1e3 * floor, "share": floor / median}
+        nbytes = model_floor.decode_bytes(
+            self.config, self.options.dtype, case.batch, case.tokens
+        )
+        self.results.add(
+            "decode", self.case | {"context": case.tokens, "batch": case.batch,
+                                   "router": "random"},
+            ms_per_token=1e3 * median, **extra, tok_s=case.batch / median,
+            best_ms=1e3 * min(blocks), worst_ms=1e3 * max(blocks), blocks=len(blocks),
+            mbytes_per_step=nbytes / 1e6, context_s=read_s,
+        )  # fmt: skip
+
+    def long(self, case: Case) -> None:
+        """A context of a million tokens, read for real and continued."""
+        self.add_prefill(case.tokens, self.decode(case), 1)
+
+    def memory(self, _case: Case) -> None:
+        """Construction, and what it took against its plan."""
+        plan = self.model.plan
+        made = self.case | {"bytes": plan.weights, "storage": "made on the device"}
+        self.results.add("load", made, seconds=self.seconds_made)
+        self.results.add("memory", self.case | self.sizes_made, plan_bytes=plan.total,
+                         used_bytes=self.used_bytes, ratio=self.used_bytes / plan.total)  # fmt: skip
+
+    def given_back(self) -> None:
+        self.told(f"{self.free_bytes() / 2**30:.2f} GiB free after the run")
+        self.model.close()
+        before, now = self.free_before, self.free_bytes()
+        self.told(f"{now / 2**30:.2f} GiB free after close(), {before / 2**30:.2f} before")
 
 
-class Ours:
-    """kimi_linear."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.model = kl.load(path, device="cpu", dtype=dtype, max_batch=1, progress=False)
-
-    def prefill(self, ids: list[int]) -> Any:
-        return self.model.logits(ids)
-
-    def logits(self, ids: list[int]) -> np.ndarray:
-        return np.asarray(self.model.logits(ids))
-
-    def decode(self, ids: list[int], n: int) -> tuple[list[int], float]:
-        c = self.model.generate(ids, max_new_tokens=n + 1, ignore_eos=True, progress=False)
-        return c.token_ids, c.stats.decode_s / n
+def with_step_tokens(n: int) -> None:
+    """Plan for steps of so many tokens in place of the planner's choice: to try others."""
+    core = _device.Options.core
+    _device.Options.core = lambda self, dtype: core(self, dtype) | {"step_tokens": n}
 
 
-def check(ours: Ours, theirs: Theirs, ids: list[int], dtype: str) -> float:
-    """Relative RMS distance of the logits after `ids`. Exits where the two disagree: a wrong
-    result has no speed."""
-    want = theirs.logits(ids)
-    error = float(np.linalg.norm(ours.logits(ids) - want) / np.linalg.norm(want))
-    if not error < {"f32": 1e-3, "bf16": 0.1}[dtype]:
-        raise SystemExit(f"{dtype}: logits differ by {error:.3g}")
-    return error
-
-
-def bench_prefill(results, case, ours, theirs, ids, error) -> None:
-    mine = median_seconds(lambda: ours.prefill(ids), repeat=5)
-    rival = median_seconds(lambda: theirs.prefill(ids), repeat=1, warmup=0)  # half a minute
-    results.add(
-        "prefill", case | {"tokens": len(ids)}, tok_s=len(ids) / mine, error=error,
-        rivals={"transformers": len(ids) / rival}, ratio=rival / mine,
-    )  # fmt: skip
-
-
-def bench_decode(results, case, ours, theirs, ids, nbytes, n) -> None:
-    """Decode and plain reads take turns, so that both see the same neighbours."""
-    plain = PlainRead(nbytes, THREADS)
-    plain()
-    ours.decode(ids, 4)
-    reads, seconds = [], []
-    for _ in range(5):
-        reads += [plain() for _ in range(4)]
-        seconds.append(ours.decode(ids, n)[1])
-    mine, bandwidth = statistics.median(seconds), statistics.median(reads)
-    theirs.decode(ids, 2)
-    rival = statistics.median(theirs.decode(ids, n // 4)[1] for _ in range(3))
-    results.add(
-        "decode", case | {"context": len(ids), "batch": 1}, ms_per_token=1e3 * mine,
-        floor_ms=1e3 * nbytes / bandwidth, share=nbytes / mine / bandwidth,
-        mbytes_per_token=nbytes / 1e6, plain_read_gb_s=bandwidth / 1e9,
-        rivals={"transformers": 1e3 * rival}, ratio=rival / mine,
-    )  # fmt: skip
-
-
-def bench_load(results, case, path: Path, dtype: str) -> None:
-    nbytes = sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    mine = median_seconds(lambda: Ours(path, dtype).model.close(), repeat=3)
-    rival = median_seconds(lambda: Theirs(path, dtype), repeat=2, warmup=0)
-    results.add(
-        "load", case | {"bytes": nbytes, "storage": "page cache"}, seconds=mine,
-        rivals={"transformers": rival}, ratio=rival / mine,
-    )  # fmt: skip
-
-
-def bench(
-    results: Results, model, dtype: str, folder: Path, options: argparse.Namespace
-) -> None:
-    path = save(model, dtype, folder)
-    millions = sum(p.numel() for p in model.parameters()) // 10**6
-    case = {"model": f"random-{millions}M", "dtype": dtype, "weights": "random",
-            "threads": THREADS}  # fmt: skip
-    bench_load(results, case, path, dtype)
-    ours, theirs = Ours(path, dtype), Theirs(path, dtype)
-    ids = np.random.default_rng(0).integers(3, model.config.vocab_size, options.tokens).tolist()
-    error = check(ours, theirs, ids[:200], dtype)
-    bench_prefill(results, case, ours, theirs, ids, error)
-    nbytes = bytes_of_a_token(model, dtype)
-    bench_decode(results, case, ours, theirs, ids[:128], nbytes, 16 if options.small else 64)
-    ours.model.close()
+def chosen(options: argparse.Namespace) -> list[Case]:
+    names = [c.name for c in CASES]
+    wanted = options.only.split(",") if options.only else [n for n in names if n != "long"]
+    if unknown := [n for n in wanted if n not in names]:
+        sys.exit(f"--only: {unknown[0]} is none of {', '.join(names)}")
+    cases = [c for c in CASES if c.name in wanted]
+    if options.shape != "small":
+        return cases
+    return [Case(c.name, c.kind, c.tokens // SMALLER, c.batch) for c in cases]
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
-    parser.add_argument("--tokens", type=int, default=None, help="prefill length (2048)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", default="48b", choices=["48b", "wide5", "small"])
+    parser.add_argument("--dtype", default="bf16", choices=list(model_floor.BITS))
+    parser.add_argument("--only", default="", help="cases, with commas: " + ", ".join(
+        c.name for c in CASES))  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=300, help="begin no case after these")
+    parser.add_argument("--blocks", type=int, default=8, help="of 16 decode steps, measured")
+    parser.add_argument("--max-context", type=int, default=0, help="at least what cases need")
+    parser.add_argument("--batch-invariant", action="store_true", help="its cost")
+    parser.add_argument("--step-tokens", type=int, default=0, help="in place of the planner's")
     options = parser.parse_args()
-    options.tokens = options.tokens or (256 if options.small else 2048)
-    results = Results(options)
-    torch.set_num_threads(THREADS)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    model = make_model(SMALL if options.small else SHAPE)
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in ("f32", "bf16"):
-            bench(results, model, dtype, Path(folder), options)
+    if options.step_tokens:
+        with_step_tokens(options.step_tokens)
+    Bench(options, chosen(options)).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every operation that Python can call, on a GPU, at the shapes of the 48B model.
 
     python benchmarks/bench_ops.py                    # about two minutes on an H100
-    python benchmarks/bench_ops.py --only linear      # operations whose name contains this
+    python benchmarks/bench_ops.py --only linear,kda  # operations whose name contains one of these
     python benchmarks/bench_ops.py --small --no-write # seconds and small shapes; without a GPU, too
 
 A call is captured in a CUDA graph once for each of several copies of its arguments, so many that
@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Results, arguments, cpu_name
+from common import Results, arguments, rates
 from kimi_linear import ops, reference
 
 HIDDEN, HEADS, HEAD = 2304, 32, 128
 NOPE, ROPE, RANK = 128, 64, 512
 EXPERTS, TOP, INNER, VOCABULARY = 256, 8, 1024, 163_840
-RATES = {"H100": (3.0e12, 798e12), "H200": (4.3e12, 790e12)}  # bytes, bf16 flops a second; measured
 L2_BYTES = 50 << 20
 CHECKED_TOKENS = 200
 BF16 = torch.bfloat16
@@ -55,7 +54,8 @@ def rand(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> torch.Te
 
 
 def error(got: Any, want: Any) -> float:
-    got, want = (torch.as_tensor(x).double().cpu() for x in (got, want))
+    want = torch.as_tensor(want).double()
+    got = torch.as_tensor(got).to(want.device).double()
     return float((got - want).norm() / want.norm())
 
 
@@ -120,11 +120,10 @@ def measure(bench: Bench, results: Results, repeat: int) -> None:
         name: 1e6 * seconds_of([lambda a=a, r=rival: r(*a) for a in copies], repeat)
         for name, rival in bench.rivals.items()
     }
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name()
-    rates = next((r for name, r in RATES.items() if name in device), None)
-    floor = max(bench.bytes / rates[0], bench.flops / rates[1]) if rates else None
+    peak = rates(results.device)
+    floor = max(bench.bytes / peak[0], bench.flops / peak[1]) if peak else None
     results.add(
-        bench.op, bench.case, device=device, us=1e6 * taken, gb_s=bench.bytes / taken / 1e9,
+        bench.op, bench.case, us=1e6 * taken, gb_s=bench.bytes / taken / 1e9,
         tflop_s=bench.flops / taken / 1e12, error=wrong, rivals=rivals,
         ratio={name: us / (1e6 * taken) for name, us in rivals.items()},
         **({"floor_us": 1e6 * floor, "share": floor / taken} if floor else {}),
@@ -183,12 +182,13 @@ def short_conv(T: int) -> Iterator[Bench]:
 # ---- products --------------------------------------------------------------------------------
 
 SHAPES = {"kda q, k, v": (3 * HEADS * HEAD, HIDDEN), "o": (HIDDEN, HEADS * HEAD)}
+MAX_OUTPUT = 1 << 27  # values; a prompt's rows are never all multiplied with the lm_head
 BYTES = {"bf16": 2, "int8": 1 + 2 / 64, "fp8": 1 + 2 / 64, "int4": 0.5 + 2 / 32}
 
 
-def linear(T: int, formats: tuple[str, ...]) -> Iterator[Bench]:
-    for name, (O, K) in SHAPES.items():
-        for format in formats:
+def linear(T: int, formats: tuple[str, ...], vocabulary: int) -> Iterator[Bench]:
+    for name, (O, K) in (SHAPES | {"lm_head": (vocabulary, HIDDEN)}).items():
+        for format in formats if T * O < MAX_OUTPUT else ():
             nbytes = 2 * T * (K + O) + O * K * BYTES[format]
 
             def make(O=O, K=K, format=format):
@@ -229,11 +229,11 @@ def token_logprobs(T: int, vocabulary: int) -> Iterator[Bench]:
     )  # fmt: skip
 
 
-def moe(T: int, experts: int) -> Iterator[Bench]:
+def moe_route(T: int, experts: int) -> Iterator[Bench]:
     nbytes = T * experts * 4 + T * TOP * 8
     bias = rand(experts, scale=0.1, dtype=torch.float32)
 
-    def check_route(logits):
+    def check(logits):
         ids, weights = ops.moe_route(logits, bias, top_k=TOP, scaling=2.446)
         s = logits.double().sigmoid()
         best = (s + bias.double()).topk(TOP).indices
@@ -244,29 +244,26 @@ def moe(T: int, experts: int) -> Iterator[Bench]:
     yield Bench(
         "moe_route", {"T": T, "E": experts, "top_k": TOP},
         lambda: (rand(T, experts, dtype=torch.float32),),
-        lambda z: ops.moe_route(z, bias, top_k=TOP, scaling=2.446), check_route, nbytes,
+        lambda z: ops.moe_route(z, bias, top_k=TOP, scaling=2.446), check, nbytes,
         10 * T * experts, {"copy": copy_of(nbytes)}, 1e-5,
     )  # fmt: skip
+
+
+def moe_experts(T: int, experts: int, formats: tuple[str, ...]) -> Iterator[Bench]:
     shape = (experts, INNER, HIDDEN)
     w1, w3 = (rand(*shape, scale=HIDDEN**-0.5) for _ in range(2))
     w2 = rand(experts, HIDDEN, INNER, scale=INNER**-0.5)
-    shared = (w1[0].clone(), w3[0].clone(), w2[0].clone())
     used = min(experts, T * TOP)
-    nbytes = (used + 1) * 6 * INNER * HIDDEN + 4 * T * HIDDEN
     rows = -(-T * TOP // used)
+    balanced = used < experts or T * TOP % experts == 0
 
-    def one(x, w):
-        inner = F.silu(x @ w[0].double().T) * (x @ w[1].double().T)
-        return inner.to(BF16).double() @ w[2].double().T
-
-    def check(x, ids, weights):
-        got = ops.moe_experts(x, ids, weights, w1, w3, w2, shared=shared)
-        want = []
-        for t in range(min(T, 8)):
-            each = [one(x[t].double(), (w1[e], w3[e], w2[e])) for e in ids[t]]
-            mixed = (torch.stack(each) * weights[t].double()[:, None]).sum(0)
-            want.append(mixed + one(x[t].double(), shared))
-        return error(got[:8], torch.stack(want))
+    def make():
+        """As the floor has it: no expert is read in vain, and none by two calls in a row."""
+        ids = torch.stack([torch.randperm(experts)[:TOP] for _ in range(1 if balanced else T)])
+        if balanced:
+            first = int(torch.randint(experts, ()))
+            ids = ((torch.arange(T * TOP) * 5 + first) % experts).view(T, TOP)
+        return rand(T, HIDDEN), ids.int().to(DEVICE), rand(T, TOP, dtype=torch.float32).abs()
 
     def bmm(x, ids, weights):
         """The routed products alone, every expert with as many rows."""
@@ -274,16 +271,40 @@ def moe(T: int, experts: int) -> Iterator[Bench]:
         a, b = (torch.bmm(part, w[:used].mT) for w in (w1, w3))
         return torch.bmm(F.silu(a) * b, w2[:used].mT)
 
-    def make():
-        ids = torch.stack([torch.randperm(experts)[:TOP] for _ in range(T)])
-        if used < experts or T * TOP % experts == 0:  # as the floor has it: no expert in vain
-            ids = (torch.arange(T * TOP) * 5 % experts).view(T, TOP)
-        return rand(T, HIDDEN), ids.int().to(DEVICE), rand(T, TOP, dtype=torch.float32).abs()
+    for format in formats:
+        yield one_format_of_experts(T, (w1, w3, w2), format, make, {"bmm bf16, balanced": bmm})
 
-    yield Bench(
-        "moe_experts", {"T": T, "E": experts, "top_k": TOP, "I": INNER, "format": "bf16"},
-        make, lambda x, ids, w: ops.moe_experts(x, ids, w, w1, w3, w2, shared=shared), check,
-        nbytes, 6 * T * (TOP + 1) * INNER * HIDDEN, {"bmm, balanced": bmm},
+
+def one_format_of_experts(T, stacks, format, make, rivals) -> Bench:
+    experts = len(stacks[0])
+    packed = [w if format == "bf16" else ops.quantize(w, format) for w in stacks]
+    shared = [w[0].clone() if format == "bf16" else ops.quantize(w[0], format) for w in stacks]
+
+    def seen(w):
+        """A matrix as its format has it."""
+        if format != "bf16":
+            w = torch.as_tensor(ops.quantize(w, format).dequantize(), device=DEVICE)
+        return w.double()
+
+    def one(x, e):
+        a, b, c = (seen(w[e]) for w in stacks)
+        return (F.silu(x @ a.T) * (x @ b.T)).to(BF16).double() @ c.T
+
+    def check(x, ids, weights):
+        n = min(T, 4)
+        got = ops.moe_experts(x, ids, weights, *packed, shared=tuple(shared))[:n]
+        want = []
+        for t in range(n):
+            each = torch.stack([one(x[t].double(), e) for e in ids[t].tolist()])
+            want.append((each * weights[t].double()[:, None]).sum(0) + one(x[t].double(), 0))
+        return error(got, torch.stack(want))
+
+    used = min(experts, T * TOP)
+    nbytes = (used + 1) * 3 * INNER * HIDDEN * BYTES[format] + 4 * T * HIDDEN
+    return Bench(
+        "moe_experts", {"T": T, "E": experts, "top_k": TOP, "I": INNER, "format": format},
+        make, lambda x, ids, w: ops.moe_experts(x, ids, w, *packed, shared=tuple(shared)), check,
+        nbytes, 6 * T * (TOP + 1) * INNER * HIDDEN, rivals,
     )  # fmt: skip
 
 
@@ -418,14 +439,15 @@ def mla_decode(N: int, context: int) -> Iterator[Bench]:
 def benches(small: bool) -> Iterator[tuple[str, Callable[[], Iterator[Bench]]]]:
     """(name, maker): made one after the other, so that memory holds one at a time."""
     formats = ("bf16", "int8", "int4", *(["fp8"] if DEVICE == "cuda" else []))
-    few, many = (2, 70) if small else (1, 8192)
+    few, many, rows = (2, 70, 500) if small else (1, 8192, VOCABULARY)
     for T in (few, many):
         yield "norm", lambda T=T: norms(T)
         yield "short_conv", lambda T=T: short_conv(T)
-        yield "moe", lambda T=T: moe(T, 16 if small else EXPERTS)
+        yield "moe_route", lambda T=T: moe_route(T, 16 if small else EXPERTS)
+        yield "moe_experts", lambda T=T: moe_experts(T, 16 if small else EXPERTS, formats)
     for T in (few, many) if small else (1, 8, 64, 8192):
-        yield "linear", lambda T=T: linear(T, formats)
-    yield "token_logprobs", lambda: token_logprobs(many // 4, 500 if small else VOCABULARY)
+        yield "linear", lambda T=T: linear(T, formats, rows)
+    yield "token_logprobs", lambda: token_logprobs(many // 4, rows)
     for T, N in ((many, few),) if small else ((8192, 1), (2048, 32)):
         yield "kda", lambda T=T, N=N: kda(T, N)
     yield "mla_prefill", lambda: mla_prefill(many)
@@ -436,17 +458,19 @@ def benches(small: bool) -> Iterator[tuple[str, Callable[[], Iterator[Bench]]]]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="small sizes, few repetitions")
-    parser.add_argument("--only", default="", help="operations whose name contains this")
+    parser.add_argument("--only", default="", help="operations by a part of their name, commas")
     options = parser.parse_args()
     if DEVICE == "cpu" and not options.small:
         sys.exit("bench_ops.py needs a CUDA device; --small shows without one that it works")
-    results = Results(options)
+    results, start = Results(options, DEVICE), time.perf_counter()
     for name, make in benches(options.small):
-        if options.only in name:
-            for bench in make():
-                measure(bench, results, 3 if options.small else 20)
-                if DEVICE == "cuda":
-                    torch.cuda.empty_cache()
+        if not any(part in name for part in options.only.split(",")):
+            continue
+        for bench in make():
+            measure(bench, results, 3 if options.small else 20)
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()
+        print(f"# {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

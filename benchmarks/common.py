@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kimi_linear import _backends
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -42,7 +43,10 @@ def git(*args: str) -> str:
 
 
 def commit(dirty_allowed: bool) -> str:
-    """The commit that is measured. Exits if files other than results differ from it."""
+    """The commit that is measured. Exits if files other than results differ from it. Away from
+    the repository, on a machine that a built tree was copied to, the file COMMIT names it."""
+    if (copied := HERE.parent / "COMMIT").exists():
+        return copied.read_text().strip()
     changes = git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
     if changes and not dirty_allowed:
         sys.exit(f"the tree must be clean (or pass --dirty), found\n{changes}")
@@ -59,11 +63,26 @@ def cpu_name() -> str:
     return f"{names[0] if names else 'unknown CPU'}, {len(os.sched_getaffinity(0))} threads"
 
 
-class Results:
-    """Writes the lines of one run."""
+def device_name(device: str) -> str:
+    """What the driver calls a GPU, and the processor for "cpu"."""
+    return cpu_name() if device == "cpu" else _backends.shared(device).info()["name"]
 
-    def __init__(self, options: argparse.Namespace) -> None:
+
+# Bytes and bf16 flops a second that were measured on a device: what floors are computed from.
+RATES = {"H100": (3.0e12, 798e12), "H200": (4.3e12, 790e12)}
+
+
+def rates(device: str) -> tuple[float, float] | None:
+    """By the name of a device, or None where nobody has measured it."""
+    return next((found for part, found in RATES.items() if part in device), None)
+
+
+class Results:
+    """Writes the lines of one run on a device, "cpu" or "cuda"."""
+
+    def __init__(self, options: argparse.Namespace, device: str = "cpu") -> None:
         self.commit = commit(options.dirty)
+        self.device = device_name(device)
         self.write_files = not options.no_write
 
     def add(self, bench: str, case: dict[str, Any], **values: Any) -> None:
@@ -71,7 +90,7 @@ class Results:
         program = Path(sys.argv[0]).name
         line = {
             "bench": bench,
-            "device": cpu_name(),
+            "device": self.device,
             "commit": self.commit,
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(["python", f"benchmarks/{program}", *sys.argv[1:]]),
@@ -88,6 +107,8 @@ class Results:
 def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
