@@ -327,6 +327,9 @@ static kl_status cuda_record_end(kl_backend *be, kl_recording **out, kl_error *e
     KL_CUDA_TRY(ended, err);
     const cudaError_t made = cudaGraphInstantiate(&executable, graph, 0);
     (void)cudaGraphDestroy(graph);
+    if (made != cudaSuccess) (void)cudaGetLastError();
+    if (made == cudaErrorMemoryAllocation)
+        return kl_fail(err, KL_ERR_MEMORY, "cuda: no memory for the recording of a step");
     KL_CUDA_TRY(made, err);
     *out = reinterpret_cast<kl_recording *>(executable);
     return KL_OK;

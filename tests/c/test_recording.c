@@ -1,0 +1,341 @@
+/*
+ * test_recording.c -- token steps from recordings, over the CPU's operations: a backend that
+ * notes calls while it records and makes them again when asked.
+ */
+#include "test.h"
+
+#include "base/memory.h"
+#include "model/engine_struct.h"
+#include "tiny_model.h"
+
+enum { VOCAB = 97, MAX_CALLS = 256, MAX_EVENTS = 512, N_REQUESTS = 5 };
+
+/* ---- a backend that records ------------------------------------------------------------ */
+
+typedef struct call {
+    kl_status (*run)(kl_backend *be, const struct call *c, kl_error *err);
+    union {
+#define KL_FIELD(op) kl_##op op;
+        KL_OPS(KL_FIELD)
+#undef KL_FIELD
+    } args;
+} call;
+
+struct kl_recording {
+    int n;
+    call calls[MAX_CALLS];
+};
+
+static const kl_backend_vtbl *cpu;
+static kl_recording *noting; /* NULL: calls are made */
+static int n_made, n_freed, n_replayed, n_enqueued;
+static bool fail_begin, fail_end;
+static int fail_call; /* the k-th call that would be noted fails; 0: none */
+
+#define KL_DEFINE(op)                                                                          \
+    static kl_status run_##op(kl_backend *be, const call *c, kl_error *err)                    \
+    {                                                                                          \
+        return cpu->op(be, &c->args.op, err);                                                  \
+    }                                                                                          \
+    static kl_status note_##op(kl_backend *be, const kl_##op *a, kl_error *err)                \
+    {                                                                                          \
+        if (noting == NULL) {                                                                  \
+            n_enqueued++;                                                                      \
+            return cpu->op(be, a, err);                                                        \
+        }                                                                                      \
+        if (fail_call != 0 && noting->n + 1 == fail_call)                                      \
+            return kl_fail(err, KL_ERR_DEVICE, "as the test asked");                           \
+        EXPECT(noting->n < MAX_CALLS);                                                         \
+        call *c = &noting->calls[noting->n++];                                                 \
+        c->run = run_##op;                                                                     \
+        c->args.op = *a;                                                                       \
+        return KL_OK;                                                                          \
+    }
+KL_OPS(KL_DEFINE)
+#undef KL_DEFINE
+
+/* Not something that can be repeated: the host's memory has other contents by then. */
+static kl_status copy_now(kl_backend *be, void *dst, const void *src, size_t n, kl_error *err)
+{
+    EXPECT(noting == NULL);
+    return cpu->copy_in(be, dst, src, n, err);
+}
+
+static kl_status record_begin(kl_backend *be, kl_error *err)
+{
+    (void)be;
+    EXPECT(noting == NULL);
+    if (fail_begin) return kl_fail(err, KL_ERR_DEVICE, "as the test asked");
+    noting = kl_calloc(1, sizeof *noting);
+    return noting == NULL ? kl_fail(err, KL_ERR_MEMORY, "no memory") : KL_OK;
+}
+
+static kl_status record_end(kl_backend *be, kl_recording **out, kl_error *err)
+{
+    (void)be;
+    EXPECT(noting != NULL);
+    *out = fail_end ? NULL : noting;
+    n_made += !fail_end;
+    if (fail_end) kl_free(noting);
+    noting = NULL;
+    return fail_end ? kl_fail(err, KL_ERR_DEVICE, "as the test asked") : KL_OK;
+}
+
+static kl_status replay(kl_backend *be, kl_recording *r, kl_error *err)
+{
+    n_replayed++;
+    for (int i = 0; i < r->n; i++) KL_TRY(r->calls[i].run(be, &r->calls[i], err));
+    return KL_OK;
+}
+
+static void free_recording(kl_backend *be, kl_recording *r)
+{
+    (void)be;
+    n_freed++;
+    kl_free(r);
+}
+
+static kl_backend *open_cpu(void)
+{
+    const kl_backend_options options = {.threads = 1};
+    kl_backend *be = NULL;
+    kl_error err = {KL_OK, ""};
+    EXPECT(kl_backend_open("cpu", NULL, &options, &be, &err) == KL_OK);
+    return be;
+}
+
+static kl_backend *open_recording(void)
+{
+    static kl_backend_vtbl table;
+    kl_backend *be = open_cpu();
+    cpu = be->vt;
+    table = *cpu;
+#define KL_ENTRY(op) table.op = note_##op;
+    KL_OPS(KL_ENTRY)
+#undef KL_ENTRY
+    table.copy_in = table.copy_out = copy_now;
+    table.record_begin = record_begin;
+    table.record_end = record_end;
+    table.replay = replay;
+    table.free_recording = free_recording;
+    be->vt = &table;
+    n_made = n_freed = n_replayed = n_enqueued = fail_call = 0;
+    fail_begin = fail_end = false;
+    return be;
+}
+
+static kl_engine *open_engine(kl_backend *be)
+{
+    kl_engine *e = NULL;
+    kl_error err = {KL_OK, ""};
+    EXPECT(kl_engine_new(be, &tiny_config, &tiny_options, &e, &err) == KL_OK);
+    EXPECT(kl_engine_randomize(e, 7, &err) == KL_OK);
+    return e;
+}
+
+/* ---- whole generations ----------------------------------------------------------------- */
+
+typedef struct {
+    int64_t request;
+    int32_t id, n_top;
+    float logprob, top_logprobs[5];
+} outcome;
+
+/* Prompts of different lengths that end at different times; contexts grow past 64 and 128
+ * tokens, where the page table doubles. */
+static int64_t generate(kl_engine *e, outcome *out)
+{
+    static int32_t prompts[N_REQUESTS][80];
+    static kl_event events[16];
+    kl_request requests[N_REQUESTS];
+    kl_generation *g;
+    kl_error err = {KL_OK, ""};
+    int64_t n = 0, count = 0;
+    for (int i = 0; i < N_REQUESTS; i++) {
+        for (int t = 0; t < 80; t++)
+            prompts[i][t] = (int32_t)(kl_rng_uniform(30 + (uint64_t)i, (uint64_t)t) * VOCAB);
+        requests[i] = (kl_request){.prompt = prompts[i],
+                                   .n_prompt = i == 0 ? 1 : 16 * i,
+                                   .max_new_tokens = 30 + 20 * i,
+                                   .sampling = {.temperature = i % 2 == 0 ? 0.0f : 0.9f,
+                                                .top_p = 1.0f,
+                                                .repetition_penalty = i == 3 ? 1.2f : 1.0f,
+                                                .seed = 5 + (uint64_t)i},
+                                   .top = i};
+    }
+    EXPECT(kl_generation_new(e, requests, N_REQUESTS, &g, &err) == KL_OK);
+    while (!kl_generation_done(g)) {
+        EXPECT(kl_generation_run(g, 1000, events, 16, &n, NULL, NULL, NULL, NULL, &err) ==
+               KL_OK);
+        for (int64_t k = 0; k < n && count < MAX_EVENTS; k++) {
+            outcome *o = &out[count++];
+            memset(o, 0, sizeof *o);
+            o->request = events[k].request;
+            o->id = events[k].id;
+            o->logprob = events[k].logprob;
+            o->n_top = events[k].n_top;
+            memcpy(o->top_logprobs, events[k].top_logprobs, (size_t)o->n_top * sizeof(float));
+        }
+    }
+    EXPECT_TEXT(err.message, "");
+    kl_generation_free(g);
+    return count;
+}
+
+static void replayed_steps_have_the_bits_of_enqueued_ones(void)
+{
+    static outcome wanted[MAX_EVENTS], got[MAX_EVENTS];
+    kl_backend *plain = open_cpu(), *be = open_recording();
+    kl_engine *a = open_engine(plain), *b = open_engine(be);
+    const int64_t n = generate(a, wanted);
+    EXPECT(n == 30 + 50 + 70 + 90 + 110);
+    for (int turn = 0; turn < 2; turn++) {
+        memset(got, 0xff, sizeof got);
+        const int made = n_made, enqueued = n_enqueued;
+        EXPECT(generate(b, got) == n && memcmp(wanted, got, (size_t)n * sizeof *got) == 0);
+        if (turn == 0) EXPECT(n_made >= 5 && n_made < 30 && n_replayed > 80);
+        if (turn == 1) EXPECT(n_made - made <= 5 && n_enqueued - enqueued < enqueued);
+    }
+    EXPECT(n_freed == 0);
+    kl_engine_free(b);
+    EXPECT(n_freed == n_made);
+    kl_engine_free(a);
+    kl_backend_close(plain);
+    kl_backend_close(be);
+}
+
+/* ---- single steps ---------------------------------------------------------------------- */
+
+typedef struct {
+    kl_seq seqs[4];
+    kl_feed feeds[4];
+    kl_sampling sampling[4];
+    int32_t tokens[4], rows[4], ids[4], top_ids[4 * VOCAB];
+    float logprobs[4], top_logprobs[4 * VOCAB], logits[4 * VOCAB];
+} batch;
+
+static void make_batch(kl_engine *e, batch *b)
+{
+    kl_error err = {KL_OK, ""};
+    memset(b, 0, sizeof *b);
+    for (int i = 0; i < 4; i++) {
+        EXPECT(kl_seq_new(e, &b->seqs[i], &err) == KL_OK);
+        b->tokens[i] = 3 + i;
+        b->rows[i] = i;
+        b->feeds[i] = (kl_feed){b->seqs[i], &b->tokens[i], 1};
+        b->sampling[i] = (kl_sampling){.top_p = 1.0f, .repetition_penalty = 1.0f};
+    }
+}
+
+static kl_step step_of(batch *b, int n, int top)
+{
+    return (kl_step){.feeds = b->feeds,
+                     .n_feeds = n,
+                     .rows = b->rows,
+                     .n_rows = n,
+                     .sampling = b->sampling,
+                     .ids = b->ids,
+                     .id_logprobs = b->logprobs,
+                     .top = top,
+                     .top_ids = b->top_ids,
+                     .top_logprobs = b->top_logprobs};
+}
+
+/* 80 shapes, each enqueued, recorded and replayed: the oldest make room. */
+static void the_table_has_an_end(void)
+{
+    batch b;
+    kl_backend *be = open_recording();
+    kl_engine *e = open_engine(be);
+    kl_error err = {KL_OK, ""};
+    for (int n = 1; n <= 4; n++) {
+        make_batch(e, &b);
+        for (int top = 0; top < 20; top++)
+            for (int turn = 0; turn < 3; turn++) {
+                const kl_step s = step_of(&b, n, top);
+                const int made = n_made, replayed = n_replayed;
+                EXPECT(kl_engine_step(e, &s, &err) == KL_OK);
+                EXPECT(n_made - made == (turn == 1) && n_replayed - replayed == (turn > 0));
+            }
+        for (int i = 0; i < 4; i++) EXPECT(kl_seq_release(e, b.seqs[i], &err) == KL_OK);
+    }
+    EXPECT(n_made == 80 && n_made - n_freed == KL_MAX_RECORDINGS);
+    kl_engine_free(e);
+    EXPECT(n_made == n_freed);
+    kl_backend_close(be);
+}
+
+/* Large results go to the caller's memory in between: such steps are never recorded. */
+static void logits_and_captures_are_enqueued(void)
+{
+    static float stream[4 * 24];
+    batch b;
+    kl_backend *be = open_recording();
+    kl_engine *e = open_engine(be);
+    kl_error err = {KL_OK, ""};
+    const kl_capture capture = {1, stream};
+    make_batch(e, &b);
+    for (int turn = 0; turn < 4; turn++) {
+        kl_step s = step_of(&b, 4, 0);
+        s.logits = b.logits;
+        EXPECT(kl_engine_step(e, &s, &err) == KL_OK);
+        s.logits = NULL;
+        s.captures = &capture;
+        s.n_captures = 1;
+        EXPECT(kl_engine_step(e, &s, &err) == KL_OK);
+    }
+    EXPECT(n_made == 0 && n_replayed == 0);
+    kl_engine_free(e);
+    kl_backend_close(be);
+}
+
+static int stop(void *calls)
+{
+    ++*(int *)calls;
+    return 1;
+}
+
+/* Whatever goes wrong breaks the step's sequences and nothing else. */
+static void failures_leave_a_usable_engine(void)
+{
+    enum { BEGIN, CALL, END, STOP, N };
+    batch b;
+    int calls = 0;
+    kl_backend *be = open_recording();
+    kl_engine *e = open_engine(be);
+    kl_error err = {KL_OK, ""};
+    make_batch(e, &b);
+    for (int kind = 0; kind < N; kind++) {
+        const kl_step ok = step_of(&b, 1 + kind, 0);
+        kl_step s = ok;
+        EXPECT(kl_engine_step(e, &ok, &err) == KL_OK); /* enqueued */
+        fail_begin = kind == BEGIN;
+        fail_call = kind == CALL ? 7 : 0;
+        fail_end = kind == END;
+        if (kind == STOP) s.poll = stop, s.poll_ctx = &calls;
+        EXPECT(kl_engine_step(e, &s, &err) ==
+               (kind == STOP ? KL_ERR_CANCELLED : KL_ERR_DEVICE));
+        EXPECT(noting == NULL && n_replayed == 0 && calls == (kind == STOP));
+        EXPECT(n_made == n_freed);
+        fail_begin = fail_end = false;
+        fail_call = 0;
+        EXPECT(kl_engine_step(e, &ok, &err) == KL_ERR_VALUE); /* broken */
+        for (int i = 0; i < 4; i++) EXPECT(kl_seq_release(e, b.seqs[i], &err) == KL_OK);
+        make_batch(e, &b);
+    }
+    const kl_step s = step_of(&b, 4, 0);
+    EXPECT(kl_engine_step(e, &s, &err) == KL_OK);
+    EXPECT(n_made == n_freed + 1 && n_replayed == 1);
+    kl_engine_free(e);
+    EXPECT(n_freed == n_made);
+    kl_backend_close(be);
+}
+
+int main(void)
+{
+    RUN(replayed_steps_have_the_bits_of_enqueued_ones);
+    RUN(the_table_has_an_end);
+    RUN(logits_and_captures_are_enqueued);
+    RUN(failures_leave_a_usable_engine);
+    return test_failures != 0;
+}
