@@ -1,0 +1,184 @@
+"""The tables of the READMEs, made from results/*.jsonl.
+
+    python benchmarks/tables.py             # writes them
+    python benchmarks/tables.py --check     # fails where a README says something else
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. Of several lines about the same
+case on the same device the last one counts.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+READMES = (HERE.parent / "README.md", HERE / "README.md")
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
+OPS = ("linear", "moe_experts", "moe_route", "kda_prefill", "kda_decode", "mla_prefill",
+       "mla_decode", "short_conv", "rms_norm", "gated_rms_norm", "token_logprobs")  # fmt: skip
+Line = dict[str, Any]
+
+
+def lines(bench: str) -> list[Line]:
+    """The last line of every case, in the order of their first ones."""
+    file = HERE / "results" / f"{bench}.jsonl"
+    found: dict[str, Line] = {}
+    for text in file.read_text().splitlines() if file.exists() else ():
+        line = json.loads(text)
+        found[json.dumps([line["device"], line["case"]], sort_keys=True)] = line
+    return list(found.values())
+
+
+def on_gpu(line: Line) -> bool:
+    return line["device"].startswith("NVIDIA")
+
+
+def short(device: str) -> str:
+    return " ".join(word for word in device.split() if word not in ("NVIDIA", "80GB", "HBM3"))
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    shown = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(row) + " |\n" for row in shown)
+
+
+def number(x: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def percent(x: float | None) -> str:
+    return "" if x is None else f" ({100 * x:.0f} %)"
+
+
+# ---- the tables ------------------------------------------------------------------------------
+
+
+def model_lines(bench: str) -> dict[tuple, Line]:
+    """GPU lines of the 48B shape by device, dtype and what else tells them apart."""
+    keys = ("tokens", "context", "batch")
+    return {
+        (line["device"], line["case"]["dtype"], *(line["case"].get(k) for k in keys)): line
+        for line in lines(bench)
+        if on_gpu(line) and line["case"].get("model") == "48b"
+        and not line["case"].get("batch_invariant")
+    }  # fmt: skip
+
+
+def decode() -> str:
+    found = model_lines("decode")
+    cases = [(0, 1), (8192, 1), (131072, 1), (8192, 8), (8192, 64)]
+    head = ["GPU, weights", "no context", "8K", "128K", "8K, batch 8", "8K, batch 64"]
+    rows = []
+    for device, dtype in dict.fromkeys(key[:2] for key in found):
+        row = [f"{short(device)}, {dtype}"]
+        for context, batch in cases:
+            line = found.get((device, dtype, None, context, batch))
+            row.append("" if line is None else f"{number(line['ms_per_token'])} ms"
+                       + percent(line.get("share")))  # fmt: skip
+        rows.append(row)
+    return table(head, rows)
+
+
+def prefill() -> str:
+    found = model_lines("prefill")
+    sizes = (1024, 8192, 32768, 131072)
+    head = ["GPU, weights", *(f"{n // 1024}K tokens" for n in sizes)]
+    rows = []
+    for device, dtype in dict.fromkeys(key[:2] for key in found):
+        row = [f"{short(device)}, {dtype}"]
+        for n in sizes:
+            line = found.get((device, dtype, n, None, None))
+            row.append("" if line is None else f"{number(line['tok_s'])} tok/s"
+                       + percent(line.get("share")))  # fmt: skip
+        rows.append(row)
+    return table(head, rows)
+
+
+def load() -> str:
+    head = ["GPU, weights", "checkpoint", "`kl.load`", "first token after the process began"]
+    rows = []
+    for line in lines("load"):
+        if on_gpu(line) and "first_token_s" in line:
+            size = f"{line['case']['bytes'] / 1e9:.1f} GB in {line['case']['storage']}"
+            rows.append([f"{short(line['device'])}, {line['case']['dtype']}", size,
+                         f"{number(line['seconds'])} s", f"{number(line['first_token_s'])} s"])  # fmt: skip
+    return table(head, rows)
+
+
+def cpu() -> str:
+    head = ["on a CPU", "this package", "transformers", "ratio"]
+    rows = []
+    for bench, value, unit in (("prefill", "tok_s", "tok/s"), ("decode", "ms_per_token", "ms")):
+        for line in lines(bench):
+            if "transformers" not in line.get("rivals", {}):
+                continue
+            case = line["case"]
+            what = f"{case['tokens']} tokens" if bench == "prefill" else "a token"
+            rows.append([f"{bench}, {what}, {case['model']}, {case['dtype']}",
+                         f"{number(line[value])} {unit}",
+                         f"{number(line['rivals']['transformers'])} {unit}",
+                         f"{line['ratio']:.1f}"])  # fmt: skip
+    return table(head, rows)
+
+
+def ops() -> str:
+    head = ["operation", "case", "us", "GB/s", "TFLOP/s", "of the roofline", "rival's time / ours"]
+    rows = []
+    for op in OPS:
+        for line in filter(on_gpu, lines(op)):
+            case = {k: v for k, v in line["case"].items() if k not in ("dtype", "gate", "fused")}
+            ratio = line.get("ratio") or {}
+            rows.append([
+                f"{op}, {short(line['device'])}",
+                ", ".join(f"{v}" if k in ("which", "format") else f"{k} {v}"
+                          for k, v in case.items()),
+                number(line["us"]), number(line["gb_s"]), number(line["tflop_s"]),
+                percent(line.get("share")).strip(" ()"),
+                ", ".join(f"{number(v)} {k}" for k, v in ratio.items()),
+            ])  # fmt: skip
+    return table(head, rows)
+
+
+def parity() -> str:
+    head = ["GPU", "model", "weights", "distance from float32", "transformers' bf16"]
+    return table(head, (
+        [short(line["device"]), f"{line['case']['model']}, {line['case']['tokens']} tokens",
+         line["case"]["dtype"] + (", batch-invariant" if line["case"]["batch_invariant"] else ""),
+         f"{line['error']:.2g}", f"{line['rivals']['transformers bf16']:.2g}"]
+        for line in lines("parity") if on_gpu(line)
+    ))  # fmt: skip
+
+
+TABLES = {f.__name__: f for f in (decode, prefill, load, cpu, ops, parity)}
+
+
+def filled(text: str) -> str:
+    """A README with its tables made anew; those without a row go, their markers stay."""
+
+    def one(match: re.Match) -> str:
+        made = TABLES[match[2]]()
+        return match[1] + (made if made.count("\n") > 2 else "") + match[3]
+
+    return MARKED.sub(one, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a table is not current")
+    options = parser.parse_args()
+    for readme in READMES:
+        text = readme.read_text()
+        new = filled(text)
+        if options.check and new != text:
+            sys.exit(f"{readme.name}: run benchmarks/tables.py")
+        if not options.check:
+            readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
