@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT, has_sanitizer, needs_compiler
+from kimi_linear._backends import CUDA_LIBRARY
 
 CSRC = ROOT / "csrc"
 PROGRAMS = sorted(p.stem for p in (ROOT / "tests" / "c").glob("test_*.c"))
@@ -21,7 +22,7 @@ def test_c_programs(mode, c_build):
     jobs = f"-j{len(os.sched_getaffinity(0))}"
     run = subprocess.run(
         # Unoptimised: these programs are short, and compiling is what takes the time.
-        ["make", jobs, mode, f"OUT={c_build}", "OPT=-O0"],
+        ["make", jobs, mode, f"OUT={c_build}", "OPT=-O0", f"CUDA_LIBRARY={CUDA_LIBRARY}"],
         cwd=CSRC,
         capture_output=True,
         text=True,
