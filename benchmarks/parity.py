@@ -60,6 +60,7 @@ def theirs(path: Path, ids: list[int], device: str) -> tuple[torch.Tensor, torch
         with torch.inference_mode():
             return model(torch.tensor([ids], device=device), use_cache=False).logits[0].float()
 
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     exact = logits()
     kept = {n: p for n, p in [*model.named_parameters(), *model.named_buffers()]
             if n.endswith(("A_log", "dt_bias", "e_score_correction_bias"))}  # fmt: skip
