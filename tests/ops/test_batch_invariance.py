@@ -1,0 +1,191 @@
+"""A row's result and the rows that share its call, on a GPU.
+
+On a backend opened with batch_invariant=True a row has the same bits alone, among others, and
+wherever it stands among them. On any other it has them to what rounding can explain. (The CPU
+promises the bits always: the other files of this folder test that.)
+"""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kimi_linear import _backends, ops  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+FORMATS = ("bf16", "int8", "int4", "fp8", "f32")
+COUNTS = (1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 129)
+ROWS = 200
+BOUND = {torch.bfloat16: 4e-3, torch.float32: 2e-6}  # spec/kernels.md; another order of sums
+
+
+@pytest.fixture(params=["batch-invariant", "as it is"])
+def same(request, monkeypatch):
+    """Compares what must be equal in this mode; kl.ops runs in it."""
+    strict = request.param == "batch-invariant"
+    own = _backends.open_backend("cuda", batch_invariant=strict)
+    monkeypatch.setitem(_backends._opened, ("cuda", 0), own)
+
+    def compare(got, want, bound=None):
+        if strict or not got.is_floating_point():
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            return
+        off = (got.double() - want.double()).norm() / want.double().norm()
+        assert off < (bound or BOUND[got.dtype]), float(off)
+
+    yield compare
+    torch.cuda.synchronize()
+
+
+def randn(*shape, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def parts(rows=ROWS):
+    """Rows of a call by themselves: the first few, one in the middle, a run up to the end."""
+    yield from ((0, n) for n in COUNTS)
+    yield rows // 2, rows // 2 + 1
+    yield rows - 31, rows
+
+
+@pytest.mark.parametrize("act", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("out, width", [(320, 256), (7, 130)])
+def test_linear(same, format, act, out, width):
+    x = randn(ROWS, width, dtype=act)
+    w = ops.quantize(randn(out, width, seed=1) / width**0.5, format)
+    whole = ops.linear(x, w)
+    for first, end in parts():
+        same(ops.linear(x[first:end], w), whole[first:end])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_moe_experts(same, format, shared):
+    E, D, inner, top_k = 16, 256, 128, 4
+    w = [
+        ops.quantize(randn(E, *shape, seed=i) / 16, format)
+        for i, shape in enumerate([(inner, D), (inner, D), (D, inner)])
+    ]
+    one = [
+        ops.quantize(randn(*shape, seed=i + 5) / 16, format)
+        for i, shape in enumerate([(inner, D), (inner, D), (D, inner)])
+    ]
+    x, logits = randn(ROWS, D), randn(ROWS, E, dtype=torch.float32)
+    options = {"shared": tuple(one)} if shared else {}
+    ids, weights = ops.moe_route(logits, None, top_k=top_k, scaling=2.5)
+    whole = ops.moe_experts(x, ids, weights, *w, **options)
+    for first, end in parts():
+        chosen = ops.moe_route(logits[first:end], None, top_k=top_k, scaling=2.5)
+        same(chosen[0], ids[first:end])
+        same(chosen[1], weights[first:end])
+        same(ops.moe_experts(x[first:end], *chosen, *w, **options), whole[first:end])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_token_logprobs(same, format):
+    hidden = randn(ROWS, 256)
+    head = ops.quantize(randn(3000, 256, seed=1) / 16, format)
+    targets = torch.arange(ROWS, dtype=torch.int32, device="cuda") * 7
+    logprobs, greedy, _, top = ops.token_logprobs(hidden, head, targets, top=3)
+    for first, end in parts():
+        got = ops.token_logprobs(hidden[first:end], head, targets[first:end], top=3)
+        # A log-probability is a difference of logits: its error is theirs, of about one.
+        same(got[0], logprobs[first:end], 4e-3)
+        same(got[3], top[first:end], 4e-3)
+
+
+def test_norms(same):
+    x, z, weight = randn(ROWS, 8, 128), randn(ROWS, 8, 128, seed=1), randn(128).float()
+    gated = ops.gated_rms_norm(x, z, weight)
+    wide, scale = x.reshape(ROWS, -1), randn(1024).float()
+    normed, summed = ops.rms_norm(wide, scale, eps=1e-5, residual=wide.float())
+    for first, end in parts():
+        same(ops.gated_rms_norm(x[first:end], z[first:end], weight), gated[first:end])
+        got = ops.rms_norm(wide[first:end], scale, eps=1e-5, residual=wide[first:end].float())
+        same(got[0], normed[first:end])
+        same(got[1], summed[first:end])
+
+
+# ---- sequences -------------------------------------------------------------------------------
+
+LENGTHS = (1, 200, 64, 17, 130, 65, 2, 333)
+BORDERS = [sum(LENGTHS[:n]) for n in range(len(LENGTHS) + 1)]
+T = BORDERS[-1]
+
+
+def ragged():
+    return torch.tensor(BORDERS, dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.parametrize("act, K, V", [
+    (torch.bfloat16, 128, 128), (torch.bfloat16, 128, 32), (torch.float32, 48, 40),
+])  # fmt: skip
+def test_kda(same, act, K, V):
+    H = 4
+    q, k, v = (randn(T, H, n, dtype=act, seed=i) for i, n in enumerate((K, K, V)))
+    g, beta = -randn(T, H, K, dtype=torch.float32).abs(), randn(T, H, dtype=act)
+    state = randn(len(LENGTHS), H, V, K, dtype=torch.float32)
+    options = {"normalize": True, "beta_logits": True}
+    o, final = ops.kda_prefill(
+        q, k, v, g, beta, cu_seqlens=ragged(), initial_state=state, **options
+    )
+    for n, (first, end) in enumerate(zip(BORDERS, BORDERS[1:], strict=False)):
+        own = [x[first:end] for x in (q, k, v, g, beta)]
+        got = ops.kda_prefill(*own, initial_state=state[n : n + 1], **options)
+        same(got[0], o[first:end])
+        same(got[1][0], final[n])
+        held = state[n : n + 1].clone()
+        pieces = []
+        for cut in range(0, end - first, 128):  # chunked: at multiples of 64
+            part = [x[cut : cut + 128] for x in own]
+            y, held = ops.kda_prefill(*part, initial_state=held, **options)
+            pieces.append(y)
+        same(torch.cat(pieces), o[first:end])
+        same(held[0], final[n])
+    states = state.clone()
+    steps = ops.kda_decode(*(x[:8] for x in (q, k, v, g, beta)), states, **options)
+    for n in range(8):
+        held = state[n : n + 1].clone()
+        one = ops.kda_decode(*(x[n : n + 1] for x in (q, k, v, g, beta)), held, **options)
+        same(one[0], steps[n])
+        same(held[0], states[n])
+
+
+@pytest.mark.parametrize("act, rank, nope, rope, V", [
+    (torch.bfloat16, 512, 128, 64, 128), (torch.float32, 40, 24, 8, 20),
+])  # fmt: skip
+def test_mla_prefill(same, act, rank, nope, rope, V):
+    H = 4
+    q, latent = randn(T, H, nope + rope, dtype=act), randn(T, rank + rope, dtype=act, seed=1)
+    w = randn(H, nope + V, rank, dtype=act, seed=2) / rank**0.5
+    past = [randn(p, rank + rope, dtype=act, seed=p) for p in (70, 0, 5, 64, 0, 129, 1, 10)]
+    whole = ops.mla_prefill(q, latent, w, cu_seqlens=ragged(), past=past)
+    for n, (first, end) in enumerate(zip(BORDERS, BORDERS[1:], strict=False)):
+        seen, pieces, cut = past[n], [], first
+        while cut < end:  # at absolute positions that are multiples of 128
+            stop = min(end, cut + 128 - len(seen) % 128)
+            pieces.append(ops.mla_prefill(q[cut:stop], latent[cut:stop], w, past=seen))
+            seen, cut = torch.cat([seen, latent[cut:stop]]), stop
+        same(ops.mla_prefill(q[first:end], latent[first:end], w, past=past[n]), whole[first:end])
+        same(torch.cat(pieces), whole[first:end])
+
+
+@pytest.mark.parametrize("act, rank, nope, rope, V", [
+    (torch.bfloat16, 512, 128, 64, 128), (torch.float32, 40, 24, 8, 20),
+])  # fmt: skip
+@pytest.mark.parametrize("longest", [1500, 9000])
+def test_mla_decode(same, act, rank, nope, rope, V, longest):
+    N, H = 32, 4
+    lengths = torch.linspace(1, longest, N).int().to("cuda")
+    B = -(-longest // 64)
+    pages = randn(N * B, 64, rank + rope, dtype=act)
+    table = torch.randperm(N * B, generator=torch.Generator().manual_seed(1)).int()
+    table = table.view(N, B).to("cuda")
+    q, w = randn(N, H, nope + rope, dtype=act), randn(H, nope + V, rank, dtype=act) / rank**0.5
+    whole = ops.mla_decode(q, pages, table, lengths, w)
+    for n in range(N):
+        own = slice(n, n + 1)
+        same(ops.mla_decode(q[own], pages, table[own], lengths[own], w), whole[own])
+    same(ops.mla_decode(q[3:20], pages, table[3:20], lengths[3:20], w), whole[3:20])
