@@ -154,7 +154,16 @@ def parity() -> str:
     ))  # fmt: skip
 
 
-TABLES = {f.__name__: f for f in (decode, prefill, load, cpu, ops, parity)}
+def storage() -> str:
+    found = {(x["case"]["matrix"], x["case"]["format"]): x for x in lines("quant_error")}
+    formats = list(dict.fromkeys(key[1] for key in found))
+    return table(["error of x w^T", *formats], (
+        [matrix, *(f"{100 * found[matrix, f]['products']:.2f} %" for f in formats)]
+        for matrix in dict.fromkeys(key[0] for key in found)
+    ))  # fmt: skip
+
+
+TABLES = {f.__name__: f for f in (decode, prefill, load, cpu, ops, parity, storage)}
 
 
 def filled(text: str) -> str:
