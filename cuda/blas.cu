@@ -24,7 +24,8 @@ namespace {
 
 constexpr char LIBRARY[] = "libcublasLt.so.13";
 constexpr int PLANS = 64;          /* a model's weights in a few lengths of chunk */
-constexpr uint32_t ALIGNMENT = 16; /* of all operands, for vector loads */
+constexpr uint32_t ALIGNMENT = 16;      /* of all operands, for vector loads */
+constexpr uintptr_t WS_ALIGNMENT = 256; /* of a workspace; an arena's blocks have less */
 
 struct functions {
     decltype(&cublasLtCreate) create;
@@ -180,7 +181,7 @@ static kl_status describe(const functions &f, plan *p, kl_error *err)
 static kl_status prefer(const functions &f, cublasLtMatmulPreference_t preference,
                         kl_error *err)
 {
-    const size_t bytes = KL_CUDA_BLAS_BYTES;
+    const size_t bytes = KL_CUDA_BLAS_BYTES - WS_ALIGNMENT;
     const uint32_t scheme = CUBLASLT_REDUCTION_SCHEME_NONE;
     BLAS_TRY(f,
              f.preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
@@ -268,10 +269,14 @@ kl_status kl_cuda_blas_run(kl_backend *be, const kl_cuda_product *p, kl_workspac
     KL_TRY(plan_for(self->blas, s, &chosen, err));
     const functions &f = self->blas->f;
     const float one = 1, zero = 0;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(ws.data);
+    void *const scratch =
+        reinterpret_cast<void *>((at + WS_ALIGNMENT - 1) / WS_ALIGNMENT * WS_ALIGNMENT);
     BLAS_TRY(f,
              f.matmul(self->blas->handle, chosen->desc, &one, p->w.data, chosen->w, p->x,
                       chosen->x, &zero, p->out, chosen->out, p->out, chosen->out,
-                      &chosen->algorithm, ws.data, KL_CUDA_BLAS_BYTES, self->stream),
+                      &chosen->algorithm, scratch, KL_CUDA_BLAS_BYTES - WS_ALIGNMENT,
+                      self->stream),
              err);
     return KL_OK;
 }
