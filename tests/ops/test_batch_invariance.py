@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 FORMATS = ("bf16", "int8", "int4", "fp8", "f32")
 COUNTS = (1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 129)
 ROWS = 200
-BOUND = {torch.bfloat16: 4e-3, torch.float32: 2e-6}  # spec/kernels.md; another order of sums
+# Of two results that are each within spec/kernels.md of the truth.
+BOUND = {torch.bfloat16: 2 * 4e-3, torch.float32: 2 * 1e-6}
 
 
 @pytest.fixture(params=["batch-invariant", "as it is"])

@@ -122,3 +122,15 @@ def test_no_rows():
     x = np.empty((0, 64), np.float32)
     assert ops.rms_norm(x, weight(64), eps=EPS).shape == (0, 64)
     assert ops.gated_rms_norm(x, x, weight(64)).shape == (0, 64)
+
+
+@every_device
+def test_gated_rms_norm_of_slices_of_a_projection():
+    """Tokens that lie apart, heads side by side: taken as they are, also on a GPU."""
+    T, H, D = 5, 3, 48
+    wide = np.random.default_rng(3).standard_normal((T, 2 * H * D + 7)).astype(np.float32)
+    x, z = (np.lib.stride_tricks.as_strided(
+        wide[:, i * H * D :], (T, H, D), (wide.strides[0], 4 * D, 4)) for i in (0, 1))  # fmt: skip
+    want = reference.gated_rms_norm(x, z, weight(D), eps=EPS)
+    for a, b in ((x, z), (x.copy(), z), (x, z.copy())):
+        assert error(ops.gated_rms_norm(a, b, weight(D), eps=EPS), want) < 1e-6
