@@ -84,6 +84,7 @@ class Bench:
         if options.batch_invariant:
             self.case["batch_invariant"] = True
         self.random = np.random.default_rng(0)
+        self.failed = False
         self.model = self.construct()
 
     # ---- the model -----------------------------------------------------------------------
@@ -148,7 +149,11 @@ class Bench:
             if time.perf_counter() - self.start > self.options.seconds:
                 self.told(f"{case.name}: no time left")
                 continue
-            getattr(self, case.kind)(case)
+            try:
+                getattr(self, case.kind)(case)
+            except (kl.KimiLinearError, ValueError) as e:  # the other cases are worth having
+                self.failed = True
+                self.told(f"{case.name} failed: {type(e).__name__}: {e}")
         if self.options.device == "cuda":
             self.given_back()
 
@@ -205,7 +210,7 @@ class Bench:
         while tokens < BLOCK * case.batch:
             tokens += len(run.step(BLOCK - tokens // case.batch, None))
         if tokens != BLOCK * case.batch:
-            sys.exit(f"{case.name}: {tokens} tokens in {BLOCK} steps of {case.batch} rows")
+            raise ValueError(f"{tokens} tokens in {BLOCK} steps of {case.batch} rows")
 
     def add_decode(self, case: Case, blocks: list[float], read_s: float) -> None:
         median = statistics.median(blocks)
@@ -277,7 +282,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.step_tokens:
         with_step_tokens(options.step_tokens)
-    Bench(options, chosen(options)).run()
+    bench = Bench(options, chosen(options))
+    bench.run()
+    sys.exit(bench.failed)
 
 
 if __name__ == "__main__":

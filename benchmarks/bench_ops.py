@@ -113,7 +113,7 @@ def copy_of(nbytes: float) -> Callable[..., Any]:
 def measure(bench: Bench, results: Results, repeat: int) -> None:
     wrong = bench.check(*bench.make())
     if not wrong < bench.bound:
-        sys.exit(f"{bench.op} {bench.case}: wrong by {wrong}")
+        raise ArithmeticError(f"wrong by {wrong}")
     copies = copies_of(bench)
     taken = seconds_of([lambda a=a: bench.run(*a) for a in copies], repeat)
     rivals = {
@@ -462,15 +462,20 @@ def main() -> None:
     options = parser.parse_args()
     if DEVICE == "cpu" and not options.small:
         sys.exit("bench_ops.py needs a CUDA device; --small shows without one that it works")
-    results, start = Results(options, DEVICE), time.perf_counter()
+    results, start, failed = Results(options, DEVICE), time.perf_counter(), False
     for name, make in benches(options.small):
         if not any(part in name for part in options.only.split(",")):
             continue
         for bench in make():
-            measure(bench, results, 3 if options.small else 20)
+            try:
+                measure(bench, results, 3 if options.small else 20)
+            except (ArithmeticError, RuntimeError, ValueError) as e:  # the others are worth having
+                failed = True
+                print(f"# {bench.op} {bench.case}: {type(e).__name__}: {e}", file=sys.stderr)
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
         print(f"# {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
