@@ -12,8 +12,8 @@
 
 #include "model/pass.h"
 
-/* Batch sizes times widths of the page table that a server meets in turn. A recording of the
- * 48B model takes the device a few MB. */
+/* Batch sizes times widths of the page table that a server meets in turn. A recording of five
+ * layers takes 0.25 MB of an H100. */
 #define KL_MAX_RECORDINGS 64
 
 typedef struct {

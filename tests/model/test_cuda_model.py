@@ -40,8 +40,8 @@ def rms(x):
 
 @pytest.fixture(scope="module")
 def rounding():
-    """RMS of what bfloat16 and a format do to the CPU's log-probabilities, by format. Another
-    order of sums is as far off, and no further from the CPU's than both together."""
+    """The CPU's log-probabilities by format, and how far (RMS) rounding and the format take them
+    from those in f32. Another order of sums is about as far off."""
     ids = [i for g in GOLDEN for i in g["ids"]][:2000]
     with load("cpu", dtype="f32") as m:
         exact = m.logprobs(ids).logprobs
@@ -61,10 +61,10 @@ def test_logprobs_are_as_near_as_the_cpus(rounding, dtype):
     print(f"{dtype}: {error:.2e} from f32; the CPU", {d: f"{e:.2e}" for d, (_, e) in cpu.items()})
     if dtype == "fp8":  # three bits of mantissa; the CPU has no such format
         assert cpu["bf16"][1] < error < cpu["int4"][1]
-    else:
+    else:  # instruction sets of a CPU are within 9 % of each other
         assert error < 1.25 * cpu[dtype][1]
-        # What the format itself does is common to both; the rest is rounding of bfloat16.
-        assert rms(got - cpu[dtype][0]) < 2 * cpu["bf16"][1]
+    if dtype == "int4":  # so large an error is the format's, the same on both
+        assert rms(got - cpu[dtype][0]) < 0.5 * error
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +188,12 @@ def test_threads_with_a_model_each_and_one_for_all(model):
 def test_without_memory_nothing_is_taken(model):
     """A plan for more than there is, and then an allocation that the driver refuses."""
     want, before = tokens(model), free()
-    with pytest.raises(kl.OutOfMemory, match="are to be had"):
-        load(max_batch=4096, max_context=1 << 20, cache_bytes=1 << 50)
     with Checkpoint(kl.model.SMALL_MODEL) as files:
         config = files.config.to_core()
-    options = AUTO | dict(format="bf16", max_context=1 << 20, max_batch=1024, budget_bytes=1 << 50)
-    with pytest.raises(kl.OutOfMemory, match="bytes of memory to be had"):
-        _core.Engine(open_backend("cuda"), config, options)
+    options = AUTO | dict(format="bf16", max_context=1 << 20, max_batch=1024)
+    for budget, message in ((1 << 20, "MiB are to be had"), (1 << 50, "bytes of memory to be had")):
+        with pytest.raises(kl.OutOfMemory, match=message):
+            _core.Engine(open_backend("cuda"), config, options | dict(budget_bytes=budget))
     assert abs(free() - before) < 16 * MIB
     assert tokens(model) == want
 
