@@ -1,4 +1,4 @@
-"""Five layers at the 48B model's full width on a GPU, beside transformers with the same weights.
+"""Five layers (four KDA, one MLA; one dense, four of experts) at the 48B model's full width on a GPU, beside transformers with the same weights.
 
     python benchmarks/parity.py --device cuda      # 60 GB of GPU memory, 17 GB in --folder
     python benchmarks/parity.py --small            # a smoke run of seconds, on the CPU too
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_model
 import numpy as np
 import random_checkpoint
 import torch
@@ -29,15 +30,8 @@ import kimi_linear as kl
 from kimi_linear.config import KimiLinearConfig
 from kimi_linear.testing import tiny_config
 
-LAYERS = dict(kda_layers=(1, 2, 3, 5), full_attn_layers=(4,))  # KDA with dense, KDA and MLA with experts
+LAYERS = dict(kda_layers=(1, 2, 3, 5), full_attn_layers=(4,))
 BOUND = 2e-2
-
-
-def full_width() -> KimiLinearConfig:
-    data = KimiLinearConfig.kimi_linear_48b().to_dict()
-    data["num_hidden_layers"] = 5
-    data["linear_attn_config"] = data["linear_attn_config"] | LAYERS
-    return KimiLinearConfig.from_dict(data)
 
 
 def small() -> KimiLinearConfig:
@@ -137,7 +131,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        compare(small() if options.small else full_width(), options, folder)
+        compare(small() if options.small else bench_model.shape("wide5"), options, folder)
     finally:
         shutil.rmtree(folder)
 
