@@ -1,9 +1,10 @@
-"""Five layers (four KDA, one MLA; one dense, four of experts) at the 48B model's full width on a GPU, beside transformers with the same weights.
+"""Five layers at the 48B model's full width on a GPU, beside transformers with the same weights.
 
     python benchmarks/parity.py --device cuda      # 60 GB of GPU memory, 17 GB in --folder
     python benchmarks/parity.py --small            # a smoke run of seconds, on the CPU too
 
-One random bfloat16 checkpoint; the logits of all tokens by transformers in float32, by
+Four layers with KDA, one with MLA; one dense, four with experts. One random bfloat16
+checkpoint; the logits of all tokens by transformers in float32, by
 transformers in bfloat16 and by this package in each storage of the weights, as relative RMS
 distances from the first. Fails where bfloat16 is further than 2e-2 from it, or further than
 transformers' own bfloat16; and where a second call gives other bits.
