@@ -67,7 +67,8 @@ typedef struct {
     kl_status (*copy)(kl_backend *be, void *dst, const void *src, size_t bytes, kl_error *err);
 
     /* Host memory for copies at the device's full speed, in the background: pinned where the
-     * device is not the host. 64-byte aligned, uninitialised. */
+     * device is not the host. Operations can read it, over the bus, like the device's own; where
+     * the device is the host, alloc_host is alloc. 64-byte aligned, uninitialised. */
     kl_status (*alloc_host)(kl_backend *be, size_t bytes, void **out, kl_error *err);
     void (*free_host)(kl_backend *be, void *ptr, size_t bytes);
 

@@ -44,8 +44,8 @@ kl_status kl_plan_check(const kl_plan *plan, kl_error *err);
 
 typedef struct kl_engine kl_engine;
 
-/* Called between layers and between tensors while loading; nonzero stops with
- * KL_ERR_CANCELLED. */
+/* Called between layers, and every 20 ms while files are read; nonzero stops with
+ * KL_ERR_CANCELLED. Both are called on the thread that called the engine. */
 typedef int (*kl_poll_fn)(void *ctx);
 typedef void (*kl_progress_fn)(void *ctx, uint64_t done, uint64_t total);
 
