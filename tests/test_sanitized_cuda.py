@@ -1,5 +1,6 @@
-"""Every operation's small cases on a GPU under compute-sanitizer: bounds, races in shared memory,
-reads of what nobody wrote, barriers that not all threads reach."""
+"""Every operation on a GPU under compute-sanitizer: accesses, races in shared memory, reads of
+what nobody wrote, barriers that not all threads reach. Each tool within 100 seconds on an H100.
+"""
 
 import os
 import re
@@ -9,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_compiler
+from kimi_linear._backends import CUDA_LIBRARY
 from on_cuda import has_cuda
 
 TOOL = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -20,15 +22,40 @@ pytestmark = pytest.mark.skipif(
 
 # Memory from torch's cache is old memory, which initcheck takes for written.
 WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-CASES = ["tests/ops/test_cuda_streams.py", "-k", "twice_the_same_bits"]
+# cuBLASLt stores by bulk copies, which initcheck does not see: there our own kernels stand in.
+CASES = {
+    "memcheck": "twice_the_same_bits",
+    "racecheck": "twice_the_same_bits and default",
+    "initcheck": "twice_the_same_bits and not (default and wide and many)",
+    "synccheck": "twice_the_same_bits",
+}
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_clean_under(tool):
-    command = [TOOL, "--tool", tool, "--error-exitcode", "9", "--print-limit", "10"]
-    command += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CASES]
-    env = os.environ | (WITHOUT_CACHE if tool in ("memcheck", "initcheck") else {})
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+def check(tool, command, env=None):
+    """What the command printed; fails with what the tool found."""
+    command = [TOOL, "--tool", tool, "--error-exitcode", "9", "--print-limit", "10", *command]
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300
+    )
     shown = [line for line in run.stdout.splitlines() if "Host Frame" not in line]
     assert run.returncode == 0, "\n".join(shown[:100])
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 20
+    return run.stdout
+
+
+@pytest.mark.parametrize("tool", CASES)
+def test_operations_of_python(tool):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/ops/test_cuda_streams.py", "-k", CASES[tool]]
+    env = WITHOUT_CACHE if tool in ("memcheck", "initcheck") else {}
+    assert int(re.search(r"(\d+) passed", check(tool, command, env))[1]) > 40
+
+
+@needs_compiler
+@pytest.mark.parametrize("tool", CASES)
+def test_operations_of_the_runner(tool, c_build):
+    program = c_build / "test" / "tests" / "test_cuda"
+    jobs = f"-j{len(os.sched_getaffinity(0))}"
+    make = ["make", jobs, "MODE=test", "TESTS=test_cuda", f"OUT={c_build}", str(program)]
+    subprocess.run(make, cwd=ROOT / "csrc", check=True, capture_output=True)
+    shown = check(tool, [str(program)], {"KL_CUDA_LIBRARY": CUDA_LIBRARY})
+    assert "skipped" not in shown and shown.count("\nok ") >= 7

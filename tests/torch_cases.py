@@ -1,6 +1,7 @@
 """Small calls of every operation on torch tensors, and how to bring them to a device."""
 
 import torch
+from kimi_linear import ops
 
 T, H, K, V, RANK, ROPE, NOPE, E, D, I = 21, 2, 8, 12, 16, 4, 8, 5, 10, 6
 
@@ -98,10 +99,40 @@ CASES |= {
 }  # fmt: skip
 
 
+class Stored:
+    """A weight that is quantised where a case runs."""
+
+    def __init__(self, tensor, format):
+        self.tensor, self.format = tensor, format
+
+
+# Every way to multiply by a quantised weight. torch's operators take tensors alone: only kl.ops.
+GPU_CASES = dict(CASES)
+for _format in ("int8", "int4", "fp8"):
+    _w = Stored(half(320, 256) / 16, _format)
+    _experts = tuple(Stored(w, _format) for w in WIDE_EXPERTS)
+    _shared = dict(shared=tuple(Stored(w[0], _format) for w in WIDE_EXPERTS))
+    GPU_CASES |= {
+        f"linear {_format}": ((X, Stored(rand(7, D), _format)), {}),
+        f"linear {_format} one": ((half(1, 256), _w), {}),
+        f"linear {_format} some": ((half(9, 256), _w), {}),
+        f"linear {_format} many": ((half(200, 256), _w), {}),
+        f"moe_experts {_format}": (
+            (half(3, 256), torch.tensor([[0, 1], [3, 1], [2, 0]]), rand(3, 2), *_experts), _shared,
+        ),
+        f"moe_experts {_format} many": (
+            (half(90, 256), torch.arange(180).view(90, 2) % 4, rand(90, 2), *_experts), _shared,
+        ),
+        f"token_logprobs {_format}": ((half(70, 256), _w, torch.arange(70)), dict(top=2)),
+    }  # fmt: skip
+
+
 def mapped(value, change):
     """The same nest of lists, tuples and dicts with change(tensor) for each tensor."""
     if isinstance(value, torch.Tensor):
         return change(value)
+    if isinstance(value, Stored):
+        return ops.quantize(change(value.tensor), value.format)
     if isinstance(value, dict):
         return {name: mapped(v, change) for name, v in value.items()}
     if isinstance(value, list | tuple):
@@ -125,5 +156,5 @@ def moved(value, device):
 
 def case_on(name, device):
     """(operation, arguments, options)."""
-    args, options = CASES[name]
+    args, options = GPU_CASES[name]
     return name.split()[0], moved(args, device), moved(options, device)

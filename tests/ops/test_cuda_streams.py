@@ -2,16 +2,23 @@
 the caller's CUDA graph, and leaves the current device as it was. No operation may be lacking.
 """
 
+import functools
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from kimi_linear import ops  # noqa: E402
-from torch_cases import CASES, case_on, cloned, mapped  # noqa: E402
+from kimi_linear import _backends, ops  # noqa: E402
+from torch_cases import GPU_CASES, case_on, cloned, mapped  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CYCLES = 20_000_000  # about 10 ms, in which whoever does not wait has read too early
+
+
+@functools.cache
+def invariant():
+    return _backends.open_backend("cuda", batch_invariant=True)
 
 
 def results(case):
@@ -40,12 +47,15 @@ def refill(case, source):
         to.copy_(of)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_twice_the_same_bits(name):
+@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("mode", ["default", "invariant"])
+def test_twice_the_same_bits(name, mode, monkeypatch):
+    if mode == "invariant":
+        monkeypatch.setitem(_backends._opened, ("cuda", 0), invariant())
     assert_same(results(case_on(name, "cuda")), results(case_on(name, "cuda")))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GPU_CASES)
 def test_in_the_order_of_the_current_stream(name):
     """The arguments are NaN until a stream that is held up fills them in."""
     want = results(case_on(name, "cuda"))
@@ -62,7 +72,7 @@ def test_in_the_order_of_the_current_stream(name):
     assert_same(got, want)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GPU_CASES)
 def test_in_a_graph(name):
     want = results(case_on(name, "cuda"))
     case, source = case_on(name, "cuda"), case_on(name, "cuda")
@@ -83,7 +93,7 @@ def test_in_a_graph(name):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GPU_CASES)
 def test_on_a_device_that_is_not_current(name):
     want = results(case_on(name, "cuda:0"))
     got = results(case_on(name, "cuda:1"))
