@@ -1,6 +1,7 @@
 """A checkpoint of 98 GB from nothing to its first token, each time by a fresh process.
 
     python benchmarks/bench_checkpoint.py --device cuda              # 98 GB in --folder
+    python benchmarks/bench_checkpoint.py --device cuda --checkpoint DIR  # one that is there
     python benchmarks/bench_checkpoint.py --shape small --no-write   # seconds, anywhere
 
 Random weights in Hugging Face layout are written to memory-backed storage; then a new process
@@ -17,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import bench_model
 import random_checkpoint
 from common import Results, arguments
 
@@ -49,7 +49,9 @@ def load_in_a_process(path: Path, options: dict) -> dict:
     return found
 
 
-def measure(results: Results, options: argparse.Namespace, path: Path, nbytes: int) -> None:
+def measure(results: Results, options: argparse.Namespace, path: Path) -> None:
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    nbytes = index["metadata"]["total_size"]
     for dtype in options.dtypes.split(","):
         how = {"device": options.device, "dtype": dtype, "max_batch": 4}
         if options.shape == "48b":
@@ -67,20 +69,24 @@ def measure(results: Results, options: argparse.Namespace, path: Path, nbytes: i
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", default="48b", choices=["48b", "wide5", "small"])
+    parser.add_argument("--shape", default="48b", choices=random_checkpoint.SHAPES)
     parser.add_argument("--dtypes", default="bf16,int8", help="storages, with commas")
     parser.add_argument("--repeat", type=int, default=1, help="loads of each")
     parser.add_argument("--folder", default="/dev/shm", help="where the checkpoint goes")
     parser.add_argument("--storage", default="memory", help="what the folder is on")
+    parser.add_argument("--checkpoint", type=Path, help="one that random_checkpoint.py wrote")
     options = parser.parse_args()
     results = Results(options, options.device)
+    if options.checkpoint:
+        measure(results, options, options.checkpoint)
+        return
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         start = time.perf_counter()
-        nbytes = random_checkpoint.write(folder, bench_model.shape(options.shape))
+        nbytes = random_checkpoint.write(folder, random_checkpoint.shape(options.shape))
         seconds = time.perf_counter() - start
         print(f"# {nbytes / 1e9:.2f} GB written in {seconds:.1f} s", file=sys.stderr, flush=True)
-        measure(results, options, folder, nbytes)
+        measure(results, options, folder)
     finally:
         shutil.rmtree(folder)
 

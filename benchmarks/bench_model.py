@@ -24,8 +24,8 @@ import numpy as np
 from common import Results, arguments, rates
 from kimi_linear import _backends, _device
 from kimi_linear._sampling import check_sampling
-from kimi_linear.config import KimiLinearConfig
-from kimi_linear.testing import random_model, tiny_config
+from kimi_linear.testing import random_model
+from random_checkpoint import SHAPES, shape
 
 import kimi_linear as kl
 
@@ -58,18 +58,6 @@ CASES = [  # the order of a run: what matters most comes first
     Case("long", "long", 1_000_000),
 ]
 SMALLER = 64  # the shape "small" divides prompts by this
-
-
-def shape(name: str) -> KimiLinearConfig:
-    full = KimiLinearConfig.kimi_linear_48b()
-    if name == "48b":
-        return full
-    if name == "small":
-        return tiny_config(model_max_length=1 << 20)
-    data = full.to_dict()
-    data["num_hidden_layers"] = 5
-    data["linear_attn_config"] |= dict(kda_layers=(1, 2, 3, 5), full_attn_layers=(4,))
-    return KimiLinearConfig.from_dict(data)
 
 
 class Bench:
@@ -270,7 +258,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", default="48b", choices=["48b", "wide5", "small"])
+    parser.add_argument("--shape", default="48b", choices=SHAPES)
     parser.add_argument("--dtype", default="bf16", choices=list(model_floor.BITS))
     parser.add_argument("--only", default="", help="cases, with commas: " + ", ".join(
         c.name for c in CASES))  # fmt: skip

@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench_model
 import numpy as np
 import random_checkpoint
 import torch
@@ -132,7 +131,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        compare(small() if options.small else bench_model.shape("wide5"), options, folder)
+        compare(small() if options.small else random_checkpoint.shape("wide5"), options, folder)
     finally:
         shutil.rmtree(folder)
 

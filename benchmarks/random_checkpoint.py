@@ -1,13 +1,20 @@
 """Checkpoints of any size with random weights, written as fast as the storage takes them.
 
 Every tensor is cut from one block of normal values, from a place that its name chooses, so that
-98 GB cost the time of writing 98 GB. Layers add a fraction of what they read: else the rounding
+98 GB cost the time of writing 98 GB:
+
+    python benchmarks/random_checkpoint.py FOLDER --shape 48b
+
+Layers add a fraction of what they read: else the rounding
 of bfloat16 would grow from layer to layer until no two implementations could be compared.
 """
 
+import argparse
 import json
 import math
 import os
+import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from kimi_linear._tensors import FLOAT32
 from kimi_linear.config import KimiLinearConfig
-from kimi_linear.testing import config_json, to_bf16
+from kimi_linear.testing import config_json, tiny_config, to_bf16
 
 BLOCK = 4_194_301  # values; prime, so that no two rows of a matrix start at the same one
 GAINS = {"lm_head": 3.0, "experts": 0.5}  # of matrices; the others 0.4
-MAX_WORKERS = 16
+WORKERS = 16
+SHAPES = ("48b", "wide5", "small")
 
 
 @cache
@@ -78,12 +86,27 @@ def shards(config: KimiLinearConfig, shard_bytes: int) -> list[list[Tensor]]:
     return files
 
 
-def write(path: Path, config: KimiLinearConfig, *, shard_bytes: int = 5 * 10**9) -> int:
+def shape(name: str) -> KimiLinearConfig:
+    """The published model, five layers at its width (four KDA, one MLA; one dense, four with
+    experts), or a tiny one."""
+    full = KimiLinearConfig.kimi_linear_48b()
+    if name == "48b":
+        return full
+    if name == "small":
+        return tiny_config(model_max_length=1 << 20)
+    data = full.to_dict()
+    data["num_hidden_layers"] = 5
+    data["linear_attn_config"] |= dict(kda_layers=(1, 2, 3, 5), full_attn_layers=(4,))
+    return KimiLinearConfig.from_dict(data)
+
+
+def write(path: Path, config: KimiLinearConfig, *, shard_bytes: int = 5 * 10**9,
+          workers: int = WORKERS) -> int:  # fmt: skip
     """Write the checkpoint into a directory; returns the bytes of its tensors."""
     path.mkdir(parents=True, exist_ok=True)
     files, weight_map, total = shards(config, shard_bytes), {}, 0
     kinds = {(*moments(t.name, t.shape), t.dtype) for tensors in files for t in tensors}
-    with ThreadPoolExecutor(MAX_WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         normals()
         list(pool.map(lambda kind: block(*kind), kinds))
         for i, tensors in enumerate(files):
@@ -106,3 +129,19 @@ def write_file(file: Path, tensors: list[Tensor], pool: ThreadPoolExecutor) -> N
         list(pool.map(lambda t: t.write(fd, 8 + len(text)), tensors))
     finally:
         os.close(fd)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", default="48b", choices=SHAPES)
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    options = parser.parse_args()
+    start = time.perf_counter()
+    nbytes = write(options.folder, shape(options.shape), workers=options.workers)
+    seconds = time.perf_counter() - start
+    print(f"# {nbytes / 1e9:.2f} GB written in {seconds:.1f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
