@@ -120,8 +120,8 @@ int kl_arg_weight_3d(kl_call *c, const char *name, PyObject *o, kl_tensor *out);
 int kl_arg_ids(kl_call *c, const char *name, PyObject *o, int ndim, int64_t lo, int64_t hi,
                kl_tensor *out);
 /* cu_seqlens over T tokens: starts at 0, never falls, ends at T (not checked on a GPU); None:
- * one sequence. */
-int kl_arg_cu_seqlens(kl_call *c, PyObject *o, int64_t T, kl_tensor *out);
+ * one sequence. host, if wanted: the numbers, or NULL where they are on a GPU alone. */
+int kl_arg_cu_seqlens(kl_call *c, PyObject *o, int64_t T, kl_tensor *out, const int32_t **host);
 /* Slots of N sequences in a pool of S: distinct; None: absent. */
 int kl_arg_slots(kl_call *c, PyObject *o, int64_t N, int64_t S, kl_tensor *out);
 /* None, or a finite float; None gives size^-0.5. */

@@ -119,8 +119,9 @@ static int host_cu_seqlens(kl_call *c, PyObject *o, int64_t T, kl_tensor *out)
     return 0;
 }
 
-int kl_arg_cu_seqlens(kl_call *c, PyObject *o, int64_t T, kl_tensor *out)
+int kl_arg_cu_seqlens(kl_call *c, PyObject *o, int64_t T, kl_tensor *out, const int32_t **host)
 {
+    if (host != NULL) *host = NULL;
     const int on_gpu = o == Py_None ? 0 : kl_call_on_gpu(c, o);
     if (on_gpu < 0) return -1;
     if (T > INT32_MAX) {
@@ -135,6 +136,7 @@ int kl_arg_cu_seqlens(kl_call *c, PyObject *o, int64_t T, kl_tensor *out)
         return -1;
     }
     if (host_cu_seqlens(c, o, T, out) < 0) return -1;
+    if (host != NULL) *host = out->data;
     return kl_call_send(c, &out->data, (size_t)out->shape[0] * sizeof(int32_t));
 }
 

@@ -68,7 +68,7 @@ static PyObject *run_kda_prefill(kl_call *c, PyObject *const *args)
     kl_kda_prefill a = {0};
     int o, s;
     if (KL_NEEDS(c, kda_prefill) < 0 || take_kda(c, &p, &a) < 0 ||
-        kl_arg_cu_seqlens(c, args[8], a.q.shape[0], &a.cu_seqlens) < 0)
+        kl_arg_cu_seqlens(c, args[8], a.q.shape[0], &a.cu_seqlens, NULL) < 0)
         return NULL;
     const int64_t shape[3] = {a.q.shape[0], a.v.shape[1], a.v.shape[2]};
     if (kl_out(c, "out", args[15], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0 ||
@@ -132,7 +132,7 @@ static PyObject *run_short_conv(kl_call *c, PyObject *const *args)
         kl_arg(c, "x", args[1], KL_FLOATS, 2, KL_ROWS, &a.x) < 0 ||
         kl_arg(c, "weight", args[2], KL_SET(KL_F32), 2, KL_DENSE, &a.weight) < 0 ||
         kl_arg_opt(c, "state", args[3], KL_SET(a.x.dtype), 3, KL_DENSE, &start) < 0 ||
-        kl_arg_cu_seqlens(c, args[4], a.x.shape[0], &a.cu_seqlens) < 0 ||
+        kl_arg_cu_seqlens(c, args[4], a.x.shape[0], &a.cu_seqlens, NULL) < 0 ||
         take_activation(c, args[5], &a.silu) < 0)
         return NULL;
     const int64_t N = a.cu_seqlens.shape[0] - 1, W = a.weight.shape[1];

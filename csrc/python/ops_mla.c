@@ -83,14 +83,13 @@ static int sum_up(kl_call *c, int64_t T, past_rows *past)
     return 0;
 }
 
-/* Pages of the longest context. A GPU's boundaries are not read, for that would wait: any
- * sequence may have all new tokens. */
-static int64_t widest(const kl_call *c, const past_rows *past, const kl_mla *a)
+/* Pages of the longest context. Boundaries on a GPU are not read, for that would wait: without
+ * cu any sequence may have all T new tokens. */
+static int64_t widest(const past_rows *past, const int32_t *cu, int64_t T)
 {
-    const int32_t *cu = c->dev->is_cpu ? a->cu_seqlens.data : NULL;
     int64_t most = 1;
     for (int64_t n = 0; n < past->N; n++) {
-        const int64_t count = cu == NULL ? a->q.shape[0] : cu[n + 1] - cu[n];
+        const int64_t count = cu == NULL ? T : cu[n + 1] - cu[n];
         const int64_t length = past->rows[n].shape[0] + count;
         most = length > most ? length : most;
     }
@@ -106,13 +105,13 @@ static int device_ints(kl_call *c, int64_t rows, int64_t cols, kl_tensor *out)
     return 0;
 }
 
-/* Sets lengths and block_table. */
-static int lay_pages(kl_call *c, PyObject *given, const past_rows *past, kl_mla *a)
+/* Sets lengths and block_table. cu: as in widest(). */
+static int lay_pages(kl_call *c, PyObject *given, const past_rows *past, const int32_t *cu,
+                     kl_mla *a)
 {
-    const int64_t N = past->N;
+    const int64_t N = past->N, B = widest(past, cu, a->q.shape[0]);
     kl_tensor lengths;
-    if (device_ints(c, N, 1, &lengths) < 0 ||
-        device_ints(c, N, widest(c, past, a), &a->block_table) < 0)
+    if (device_ints(c, N, 1, &lengths) < 0 || device_ints(c, N, B, &a->block_table) < 0)
         return -1;
     a->lengths = kl_tensor_1d(lengths.data, KL_I32, N);
     kl_mla_lay_out lay = {
@@ -152,12 +151,13 @@ static int append_pasts(kl_call *c, const kl_mla *a, const past_rows *past)
     return 0;
 }
 
-static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, kl_mla *a)
+static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, const int32_t *cu,
+                      kl_mla *a)
 {
     past_rows rows = {.N = a->cu_seqlens.shape[0] - 1};
     const int64_t T = latent->shape[0], width = latent->shape[1];
     if (take_past(c, past, latent, &rows) < 0 || sum_up(c, T, &rows) < 0) return -1;
-    if (lay_pages(c, past, &rows, a) < 0) return -1;
+    if (lay_pages(c, past, &rows, cu, a) < 0) return -1;
     const int64_t P = (rows.cu[rows.N] + T) / KL_PAGE_TOKENS + rows.N;
     const int64_t count = P > 0 ? P : 1;
     void *data;
@@ -181,6 +181,7 @@ static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
 {
     kl_mla_prefill a = {0};
     kl_tensor latent;
+    const int32_t *cu;
     int64_t V;
     int o;
     if (KL_NEEDS(c, mla_prefill) < 0 || KL_NEEDS(c, mla_append) < 0 ||
@@ -188,7 +189,7 @@ static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
         kl_arg(c, "latent", args[2], KL_SET(a.q.dtype), 2, KL_ROWS, &latent) < 0 ||
         kl_arg_weight_3d(c, "w_kv_b", args[3], &a.w_kv_b) < 0 ||
         check_widths(c, &a.q, latent.shape[1], &a.w_kv_b, &V) < 0 ||
-        kl_arg_cu_seqlens(c, args[4], a.q.shape[0], &a.cu_seqlens) < 0 ||
+        kl_arg_cu_seqlens(c, args[4], a.q.shape[0], &a.cu_seqlens, &cu) < 0 ||
         kl_arg_scale(c, args[6], a.q.shape[2], &a.scale) < 0)
         return NULL;
     if (latent.shape[0] != a.q.shape[0]) {
@@ -198,7 +199,7 @@ static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
     }
     const int64_t shape[3] = {a.q.shape[0], a.q.shape[1], V};
     if (kl_out(c, "out", args[7], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0 ||
-        fill_pages(c, args[5], &latent, &a) < 0)
+        fill_pages(c, args[5], &latent, cu, &a) < 0)
         return NULL;
     return kl_call_mla_prefill(c, &a) < 0 ? NULL : kl_out_take(c, o);
 }
