@@ -20,8 +20,8 @@
 
 namespace {
 
-constexpr int THREADS = 128;
-constexpr int UNIT = 8; /* columns of a thread */
+constexpr int THREADS = 128; /* at most; as many as share a row evenly */
+constexpr int UNIT = 8;      /* columns of a thread */
 constexpr int64_t MAX_ROWS = 0x7fffffff, MAX_STRIPS = 65535;
 
 struct arguments {
@@ -80,7 +80,7 @@ template <class S, class D>
 __global__ __launch_bounds__(THREADS) void convert_kernel(__grid_constant__ const arguments a)
 {
     const int64_t row = blockIdx.x;
-    const int64_t col = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * UNIT;
+    const int64_t col = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * UNIT;
     if (col >= a.cols) return;
     float w[UNIT];
     read_unit<S>(a, row, col, w);
@@ -129,7 +129,7 @@ __global__ __launch_bounds__(THREADS) void quantise_kernel(__grid_constant__ con
 {
     constexpr int GROUP = quantised<format>::GROUP, LANES = GROUP / UNIT;
     const int64_t row = blockIdx.x;
-    const int64_t col = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * UNIT;
+    const int64_t col = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * UNIT;
     const int64_t group = col / GROUP;
     const int lane = threadIdx.x % LANES;
     float w[UNIT];
@@ -154,7 +154,7 @@ template <class K>
 kl_status launch(K kernel, const arguments &a, int64_t rows, int64_t cols, cudaStream_t stream,
                  kl_error *err)
 {
-    const int64_t strips = (cols + THREADS * UNIT - 1) / (THREADS * UNIT);
+    const int64_t units = (cols + UNIT - 1) / UNIT, strips = (units + THREADS - 1) / THREADS;
     if (rows > MAX_ROWS || strips > MAX_STRIPS)
         return kl_fail(err, KL_ERR_VALUE,
                        "pack_weight: src must be at most [%lld, %lld], got [%lld, %lld]",
@@ -162,7 +162,9 @@ kl_status launch(K kernel, const arguments &a, int64_t rows, int64_t cols, cudaS
                        static_cast<long long>(MAX_STRIPS * THREADS * UNIT),
                        static_cast<long long>(rows), static_cast<long long>(cols));
     const dim3 blocks(static_cast<unsigned>(rows), static_cast<unsigned>(strips));
-    kernel<<<blocks, THREADS, 0, stream>>>(a);
+    /* Whole warps, so that a group's lanes share one: 2304 columns are 3 blocks of 96. */
+    const int64_t threads = ((units + strips - 1) / strips + 31) / 32 * 32;
+    kernel<<<blocks, static_cast<unsigned>(threads), 0, stream>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;
 }
