@@ -40,7 +40,7 @@ struct kl_generation {
     int32_t *rows, *ids, *top_ids, *seen;
     float *logprobs, *top_logprobs;
     int64_t *of_row; /* the request of a row */
-    float *logits;   /* [max_batch, vocab], with a logits processor only */
+    float *logits;   /* [max_batch, vocab], with a logits processor only; host memory of be */
     bool penalties;  /* some request has one */
     int top;         /* the most that a request asks for */
 };
@@ -180,6 +180,11 @@ static void end_request(kl_generation *g, int64_t i)
     g->phases[i].phase = KL_SCHED_DONE;
 }
 
+static size_t logits_bytes(const kl_generation *g)
+{
+    return (size_t)(g->e->plan.max_batch * g->e->config.vocab_size) * sizeof *g->logits;
+}
+
 void kl_generation_free(kl_generation *g)
 {
     if (g == NULL) return;
@@ -189,9 +194,10 @@ void kl_generation_free(kl_generation *g)
         kl_free(g->requests[i].stop_ids);
         kl_free(g->requests[i].seen);
     }
-    void *const owned[] = {g->requests, g->phases, g->items,  g->queue,        g->feeds,
-                           g->sampling, g->rows,   g->ids,    g->top_ids,      g->seen,
-                           g->logprobs, g->of_row, g->logits, g->top_logprobs, g};
+    if (g->logits != NULL) g->e->be->vt->free_host(g->e->be, g->logits, logits_bytes(g));
+    void *const owned[] = {g->requests, g->phases, g->items,        g->queue,   g->feeds,
+                           g->sampling, g->rows,   g->ids,          g->top_ids, g->seen,
+                           g->logprobs, g->of_row, g->top_logprobs, g};
     for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) kl_free(owned[i]);
 }
 
@@ -440,13 +446,13 @@ static bool has_failure(const kl_generation *g)
     return false;
 }
 
+/* In the backend's host memory: they cross twice at every step. */
 static kl_status make_logits(kl_generation *g, kl_error *err)
 {
-    const size_t rows = (size_t)g->e->plan.max_batch;
-    if (g->logits == NULL)
-        g->logits = kl_calloc(rows, (size_t)g->e->config.vocab_size * sizeof *g->logits);
-    if (g->logits == NULL)
-        return kl_fail(err, KL_ERR_MEMORY, "generate: no memory for %zu rows of logits", rows);
+    void *block;
+    if (g->logits != NULL) return KL_OK;
+    KL_TRY(g->e->be->vt->alloc_host(g->e->be, logits_bytes(g), &block, err));
+    g->logits = block;
     return KL_OK;
 }
 

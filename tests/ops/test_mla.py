@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
-from variants import every_device, on, ops, same_sums
+from variants import every_device, on, ops, same_bits, same_sums
 
 PAGE = 64
 BF16 = ml_dtypes.bfloat16
@@ -134,6 +134,21 @@ def test_decode_merges_many_parts(length):
     case = make_case([(length - 1, 1)], NO_ROPE)
     want = reference.mla_prefill(**case, scale=SCALE)
     assert rel(decode(case, whole_latents(case)), want) < 1e-6
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("name", ["ODD", "MODEL"])
+def test_a_wider_table_changes_no_bit(name, dtype):
+    """The runner widens it to a power of two, for steps of one shape."""
+    spans = [(n - 1, 1) for n in (*LENGTHS, 3000)]
+    case = make_case(spans, globals()[name], dtype=dtype, w_dtype=dtype)
+    pages, table, lengths = to_pages(whole_latents(case))
+    found = []
+    for width in (len(table.T), 64, 1024):
+        wide = np.pad(table, ((0, 0), (0, width - len(table.T))), constant_values=2**30)
+        found.append(ops.mla_decode(case["q"], pages, wide, lengths, case["w_kv_b"], scale=SCALE))
+    assert all(same_bits(o, found[0]) for o in found)
 
 
 @every_device
