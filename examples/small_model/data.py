@@ -70,7 +70,7 @@ def row(encoder, corpus, r, length):
             more = encoder.plain(story(r) if r.random() < 0.8 else sentence(r))
             ids, weights = ids + more[0], weights + more[1]
         return ids[: length + 1], weights[: length + 1]
-    budget = size * r.uniform(0.7, 1.0)
+    budget = size * r.uniform(0.75, 1.1)
     learned = PROSE_WEIGHT if kind == "tell" else 1.0
     while True:
         ids, weights = encoder.conversation(TASKS[kind](r, int(budget)), learned)
@@ -83,7 +83,7 @@ def row(encoder, corpus, r, length):
             return ids, weights
         if budget < 50:  # does not fit at this length: another kind
             return row(encoder, corpus, r, length)
-        budget *= 0.8
+        budget *= 0.93
 
 
 def batch(encoder, corpus, r, rows, length):

@@ -1,8 +1,10 @@
 """Write trained weights as a checkpoint directory: config.json, model.safetensors in bfloat16.
 
-    python export.py --weights DIR --out ../../kimi_linear/small_model
+    python export.py --weights DIR [DIR ...] --out ../../kimi_linear/small_model
 
-DIR holds weights_*.npz of train.py; tiktoken.model of bpe.py goes to the same place by itself.
+Each DIR holds weights_*.npz of train.py, and of several the mean is written: a run that started
+from another's weights gains some skills and loses a little of others, and half way keeps both.
+tiktoken.model of bpe.py goes to the same place by itself.
 """
 
 import argparse
@@ -36,12 +38,22 @@ def config():
     )  # fmt: skip
 
 
+def mean_of(runs):
+    """name -> tensor: the mean over the folders of the runs."""
+    loaded = [
+        {n: x for f in sorted(run.glob("*.npz")) for n, x in np.load(f).items()} for run in runs
+    ]
+    if any(set(x) != set(loaded[0]) for x in loaded):
+        raise SystemExit("--weights: every folder must hold the same tensors")
+    return {n: np.mean([x[n] for x in loaded], axis=0) for n in loaded[0]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     a = parser.parse_args()
-    tensors = {n: x for f in sorted(a.weights.glob("*.npz")) for n, x in np.load(f).items()}
+    tensors = mean_of(a.weights)
     shapes = config().tensor_shapes()
     wrong = {n for n, s in shapes.items() if n not in tensors or tensors[n].size != np.prod(s)}
     if wrong or set(tensors) - set(shapes):

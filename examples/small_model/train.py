@@ -1,10 +1,11 @@
 """Train the small model on one GPU, in runs that each end by the clock and can be resumed.
 
     python train.py --tokenizer DIR --corpus FILE --out DIR --minutes 9 [--resume FILE]
-                    [--stage 0|1|2] [--init DIR]
+                    [--stage 0|1|2|3] [--init DIR]
 
-Stage 0 learns on short rows, stage 1 mixes lengths up to 4,096, stage 2 starts again from a high
-learning rate with more of the hard tasks. Writes state.pt (to resume), weights_*.npz (float32, to export) and log.jsonl.
+Stage 0 learns on short rows, stage 1 mixes lengths up to 4,096, stages 2 and 3 each start again
+from a high learning rate with more of the hard tasks, 3 with longer rows. Writes state.pt (to
+resume), weights_*.npz (float32, to export) and log.jsonl.
 """
 
 import argparse
@@ -28,10 +29,13 @@ CONFIG = dict(
 )  # fmt: skip
 LENGTHS = [256, 512, 1024, 2048, 4096]
 HARD = {"single": 0.06, "multikey": 0.06, "multivalue": 0.16, "mrcr": 0.08, "mrcr_many": 0.18}
+LONG = {"single": 0.08, "multikey": 0.05, "multivalue": 0.18, "multiquery": 0.1, "mrcr": 0.16,
+        "mrcr_many": 0.16, "english": 0.08}  # fmt: skip
 STAGES = [  # shares of row lengths; from, to of the learning rate; changes to data.MIX
     dict(shares=[0.5, 0.35, 0.15, 0.0, 0.0], lr=(1.0, 1.0), mix={}),
     dict(shares=[0.05, 0.1, 0.2, 0.3, 0.35], lr=(0.8, 0.02), mix={}),
     dict(shares=[0.08, 0.12, 0.2, 0.25, 0.35], lr=(0.9, 0.0), mix=HARD),
+    dict(shares=[0.04, 0.08, 0.15, 0.28, 0.45], lr=(0.7, 0.0), mix=LONG),
 ]
 
 
