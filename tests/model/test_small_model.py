@@ -25,9 +25,14 @@ def test_transformers_says_the_same(golden):
         logprobs = m.logprobs(golden["ids"]).logprobs
     assert made == golden["continuation"]
     differences = np.abs(logprobs - golden["logprobs"])
-    assert len(golden["ties"]) <= 1
     differences[golden["ties"]] = 0  # experts as good as each other: either may be chosen
     assert differences.max() < 1e-3  # printed to 5 places, f32 both
+
+
+def test_few_tokens_are_left_out():
+    """Those at a tie of experts, found by their margin in float64 and not by what differs."""
+    left_out = sum(len(g["ties"]) for g in GOLDEN)
+    assert left_out <= 0.001 * sum(len(g["logprobs"]) for g in GOLDEN)
 
 
 def test_it_is_small_and_has_a_card():
