@@ -31,12 +31,13 @@ _HOMES = {  # public name -> module that defines it
     "OutOfMemory": "errors",
     "NumericalError": "errors",
 }
-_MODULES = ("errors", "ops", "reference", "testing", "torch")
+_MODULES = ("errors", "evals", "ops", "reference", "testing", "torch")
 
-__all__ = ["__version__", *_HOMES, "errors", "ops", "reference", "testing"]
+__all__ = ["__version__", *_HOMES, "errors", "evals", "ops", "reference", "testing"]
 
 if TYPE_CHECKING:
     from . import errors as errors
+    from . import evals as evals
     from . import ops as ops
     from . import reference as reference
     from . import testing as testing
