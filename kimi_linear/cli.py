@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   kimi-linear score --model DIR "The capital of France is" " Paris"
   kimi-linear plan --model DIR --max-context 131072
   kimi-linear bench --model DIR --prompt-tokens 2048
+  kimi-linear eval ruler --model DIR --lengths 4096 8192 --samples 20
   kimi-linear info
 """
 
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add(commands, "plan", plan_command, "the memory a model would take")
     _add_model(plan)
     _add_bench(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -130,6 +132,13 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="equal prompts")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="the best counts")
+
+
+def _add_eval(commands: Any) -> None:
+    from .evals import command
+
+    parser = _add(commands, "eval", eval_command, "RULER, MRCR, RepoQA and others")
+    command.add_suites(parser, _add_model)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +271,13 @@ def plan_command(args: argparse.Namespace) -> None:
     import kimi_linear as kl
 
     print(kl.plan(args.model, **_options(args, _MODEL_OPTIONS)))
+
+
+def eval_command(args: argparse.Namespace) -> None:
+    """Run a suite of evaluations and print its table."""
+    from .evals import command
+
+    command.run(args, _load)
 
 
 def bench_command(args: argparse.Namespace) -> None:
