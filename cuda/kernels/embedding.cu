@@ -10,6 +10,7 @@
  *              H100 (3.0 TB/s)
  * Measured     not timed yet; right on an H100, beside the CPU's results (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/types.cuh"
 
 namespace {
@@ -31,6 +32,8 @@ __global__ __launch_bounds__(THREADS) void pick_kernel(const From *from, const i
                                                        To *to, int64_t D)
 {
     const int64_t n = blockIdx.x;
+    let_next_start();
+    wait_for_inputs();
     from += rows[n] * D;
     to += n * D;
     for (int64_t first = threadIdx.x * VEC; first < D; first += THREADS * VEC * UNROLL) {
@@ -64,11 +67,9 @@ kl_status launch(const char *op, const kl_tensor &from, const kl_tensor &rows,
     const bool wide = D % VEC == 0 && reinterpret_cast<uintptr_t>(from.data) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
     const auto kernel = wide ? pick_kernel<From, To, VEC> : pick_kernel<From, To, 1>;
-    kernel<<<static_cast<unsigned>(N), THREADS, 0, stream>>>(
-        static_cast<const From *>(from.data), static_cast<const int *>(rows.data),
-        static_cast<To *>(out.data), D);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_launch(kernel, static_cast<unsigned>(N), THREADS, 0, stream, err,
+                          static_cast<const From *>(from.data),
+                          static_cast<const int *>(rows.data), static_cast<To *>(out.data), D);
 }
 
 kl_status pick(kl_backend *be, const char *op, const kl_tensor &from, const kl_tensor &rows,

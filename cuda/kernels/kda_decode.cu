@@ -17,6 +17,7 @@
  * Measured     not timed yet; right on an H100 (tests/ops/test_kda.py, 2026-11-22)
  */
 #include "../device/kda.cuh"
+#include "../device/launch.cuh"
 
 namespace {
 
@@ -26,6 +27,8 @@ __launch_bounds__(KDA_THREADS) void kda_decode_kernel(__grid_constant__ const kd
 {
     using warp_rows = kda_rows<VEC, CHUNKS, ROWS>;
     __shared__ __align__(16) kda_head s;
+    let_next_start();
+    wait_for_inputs();
     const auto [n, h, first, state] = kda_place_of<ROWS>(a);
 
     /* The rows are asked for first: they arrive while the head is prepared. */
@@ -51,8 +54,7 @@ kl_status kl_cuda_kda_decode(kl_backend *be, const kl_kda_decode *a, kl_error *e
         using L = decltype(lanes);
         unsigned blocks;
         KL_TRY(kda_grid("kda_decode", args, N, KDA_WARPS * L::ROWS, &blocks, err));
-        kda_decode_kernel<L::VEC, L::CHUNKS, L::ROWS><<<blocks, KDA_THREADS, 0, stream>>>(args);
-        KL_CUDA_TRY(cudaGetLastError(), err);
-        return KL_OK;
+        return kl_cuda_launch(kda_decode_kernel<L::VEC, L::CHUNKS, L::ROWS>, blocks,
+                              KDA_THREADS, 0, stream, err, args);
     });
 }

@@ -10,6 +10,7 @@
  * Roofline     4 bytes a channel of bf16: memory-bound, 0.8 ns a token of 576 at 3.0 TB/s
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/ragged.cuh"
 #include "../device/types.cuh"
 #include "../device/warp.cuh"
@@ -54,6 +55,8 @@ __global__
 __launch_bounds__(WARPS *WARP) void mla_append_kernel(__grid_constant__ const arguments a)
 {
     const long long token = static_cast<long long>(blockIdx.x) * WARPS + warp_id();
+    let_next_start();
+    wait_for_inputs();
     if (token >= a.T) return;
     const T *from = static_cast<const T *>(a.raw) + token * a.stride;
     T *to = static_cast<T *>(a.pages) + row_of(a, token) * a.width;
@@ -82,13 +85,8 @@ template <class T> kl_status launch(const arguments &a, cudaStream_t stream, kl_
     const bool vector = a.rank % VEC == 0 && a.width % VEC == 0 &&
                         is_aligned(a.raw, a.stride, sizeof(T), 16) &&
                         is_aligned(a.pages, a.width, sizeof(T), 16);
-    if (vector)
-        mla_append_kernel<VEC, T>
-            <<<static_cast<unsigned>(blocks), WARPS * WARP, 0, stream>>>(a);
-    else
-        mla_append_kernel<1, T><<<static_cast<unsigned>(blocks), WARPS * WARP, 0, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_launch(vector ? mla_append_kernel<VEC, T> : mla_append_kernel<1, T>,
+                          static_cast<unsigned>(blocks), WARPS * WARP, 0, stream, err, a);
 }
 
 } // namespace

@@ -16,6 +16,7 @@
  * Measured     H100 beside another job, N = 1: absorb 5.8 us, finish 3.8 us, merge 3.2 us at 1K
  *              tokens and 6.9 us at 128K (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/mla.cuh"
 #include "../device/warp.cuh"
 
@@ -83,6 +84,10 @@ __global__ __launch_bounds__(THREADS) void mla_absorb(__grid_constant__ const ml
     const W *w = static_cast<const W *>(a.w_kv_b) + h * (a.nope + a.V) * a.rank + col;
     const T *q = static_cast<const T *>(a.q) + n0 * a.q_stride + h * (a.nope + a.rope);
     float acc[ROWS][2] = {};
+    let_next_start();
+    for (long long i = threadIdx.x; i < a.nope; i += THREADS)
+        if (col < a.rank) prefetch_line(w + i * a.rank);
+    wait_for_inputs();
 
     for (long long i0 = 0; i0 < a.nope; i0 += ABSORB_STEP) {
         const int channels =
@@ -142,6 +147,8 @@ __global__ __launch_bounds__(THREADS) void mla_merge(__grid_constant__ const mla
     const long long tiles = mla_divide_up(a.rank, MERGE_COLS);
     const long long tile = blockIdx.x % tiles, unit = blockIdx.x / tiles;
     const long long n = unit / a.H, h = unit % a.H;
+    let_next_start();
+    wait_for_inputs();
     const int count = static_cast<int>(mla_cut(a.lengths[n]).count);
     const long long first = n * a.splits * a.H + h, col = tile * MERGE_COLS + lane_id();
     if (warp_id() == 0) split_weights(a.max + first, a.sum + first, a.H, count, s.weights);
@@ -173,6 +180,7 @@ constexpr int FINISH_TILE = FINISH_OUTS * WARPS;
 template <int ROWS, int VEC, class T, class W>
 __global__ __launch_bounds__(THREADS) void mla_finish(__grid_constant__ const mla_arguments a)
 {
+    constexpr int LINE = 128 / sizeof(W);
     const long long tiles = mla_divide_up(a.V, FINISH_TILE);
     const long long tile = blockIdx.x % tiles, unit = blockIdx.x / tiles;
     const long long h = unit % a.H, n0 = unit / a.H * ROWS;
@@ -181,6 +189,10 @@ __global__ __launch_bounds__(THREADS) void mla_finish(__grid_constant__ const ml
     const int outs = static_cast<int>(a.V - v < FINISH_OUTS ? a.V - v : FINISH_OUTS);
     const W *w = static_cast<const W *>(a.w_kv_b) + (h * (a.nope + a.V) + a.nope + v) * a.rank;
     const float *merged = a.merged + (n0 * a.H + h) * a.rank;
+    let_next_start();
+    for (long long r = lane_id() * LINE; r < outs * a.rank; r += WARP * LINE)
+        prefetch_line(w + r);
+    wait_for_inputs();
     float acc[FINISH_OUTS][ROWS] = {};
 
 #pragma unroll(ROWS == 1 ? 4 : 2)
@@ -234,22 +246,20 @@ kl_status launch_absorb(const mla_arguments &a, kl_dtype w, unsigned blocks,
                         cudaStream_t stream, kl_error *err)
 {
     return with_float_type(w, [&](auto t) {
-        if (rows_of(a) == 1)
-            mla_absorb<1, T, decltype(t)><<<blocks, THREADS, 0, stream>>>(a);
-        else
-            mla_absorb<MAX_ROWS, T, decltype(t)><<<blocks, THREADS, 0, stream>>>(a);
-        KL_CUDA_TRY(cudaGetLastError(), err);
-        return KL_OK;
+        using W = decltype(t);
+        return kl_cuda_launch(rows_of(a) == 1 ? mla_absorb<1, T, W>
+                                              : mla_absorb<MAX_ROWS, T, W>,
+                              blocks, THREADS, 0, stream, err, a);
     });
 }
 
 template <int VEC, class T, class W>
-void launch_finish_of(const mla_arguments &a, unsigned blocks, cudaStream_t stream)
+kl_status launch_finish_of(const mla_arguments &a, unsigned blocks, cudaStream_t stream,
+                           kl_error *err)
 {
-    if (rows_of(a) == 1)
-        mla_finish<1, VEC, T, W><<<blocks, THREADS, 0, stream>>>(a);
-    else
-        mla_finish<MAX_ROWS, VEC, T, W><<<blocks, THREADS, 0, stream>>>(a);
+    return kl_cuda_launch(rows_of(a) == 1 ? mla_finish<1, VEC, T, W>
+                                          : mla_finish<MAX_ROWS, VEC, T, W>,
+                          blocks, THREADS, 0, stream, err, a);
 }
 
 template <class T>
@@ -259,11 +269,8 @@ kl_status launch_finish(const mla_arguments &a, kl_dtype w, unsigned blocks,
     return with_float_type(w, [&](auto t) {
         using W = decltype(t);
         if (a.rank % 4 == 0 && is_aligned(a.w_kv_b, a.rank, sizeof(W), 4 * sizeof(W)))
-            launch_finish_of<4, T, W>(a, blocks, stream);
-        else
-            launch_finish_of<1, T, W>(a, blocks, stream);
-        KL_CUDA_TRY(cudaGetLastError(), err);
-        return KL_OK;
+            return launch_finish_of<4, T, W>(a, blocks, stream, err);
+        return launch_finish_of<1, T, W>(a, blocks, stream, err);
     });
 }
 
@@ -297,8 +304,8 @@ kl_status attend_in_waves(const mla_arguments &a, kl_dtype act, cudaStream_t str
     for (long long first = 0; first < a.N; first += rows) {
         const mla_arguments wave = wave_of(a, first, rows);
         KL_TRY(attend(wave, act, stream, err));
-        mla_merge<<<static_cast<unsigned>(blocks_of(wave).merge), THREADS, 0, stream>>>(wave);
-        KL_CUDA_TRY(cudaGetLastError(), err);
+        KL_TRY(kl_cuda_launch(mla_merge, static_cast<unsigned>(blocks_of(wave).merge), THREADS,
+                              0, stream, err, wave));
     }
     return KL_OK;
 }

@@ -13,6 +13,7 @@
  *              are not the published one
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/mla.cuh"
 #include "../device/warp.cuh"
 
@@ -70,6 +71,8 @@ __launch_bounds__(THREADS) void mla_attend_any(__grid_constant__ const mla_argum
     __shared__ page_scores s;
     const long long split = blockIdx.x % a.splits, unit = blockIdx.x / a.splits;
     const long long h = unit % a.H, n = unit / a.H, width = a.width();
+    let_next_start();
+    wait_for_inputs();
     const mla_cut cut(a.lengths[n]);
     if (split >= cut.count) return;
     float *query = memory, *context = memory + width;
@@ -116,8 +119,7 @@ kl_status kl_cuda_mla_attend_any(const mla_arguments &a, kl_dtype act, cudaStrea
         KL_CUDA_TRY(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
             err);
-        kernel<<<static_cast<unsigned>(a.N * a.H * a.splits), THREADS, shared, stream>>>(a);
-        KL_CUDA_TRY(cudaGetLastError(), err);
-        return KL_OK;
+        return kl_cuda_launch(kernel, static_cast<unsigned>(a.N * a.H * a.splits), THREADS,
+                              static_cast<size_t>(shared), stream, err, a);
     });
 }

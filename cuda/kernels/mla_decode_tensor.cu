@@ -18,6 +18,7 @@
  * Measured     H100 beside another job: 77 us (best 72) for 128K tokens of one sequence, 2.0 TB/s,
  *              65 % of roofline; 14 us for 1K; 377 us for 64 sequences of 8K (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/mla.cuh"
 #include "../device/mma.cuh"
 #include "../device/warp.cuh"
@@ -285,30 +286,33 @@ __device__ void store_results(const mla_arguments &a, const item &it, long long 
         }
 }
 
-/* The first page is on its way while the query is made into fragments. */
+/* The first two pages are on their way while the query is made into fragments. A page's place
+ * is filled again as soon as it is done with, while the other page may still be arriving. */
 __device__ void attend_item(const mla_arguments &a, const item &it, long long h0,
                             shared_memory &s)
 {
     query_fragments q;
     context_sums acc = {};
     softmax_state state = {-INFINITY, 0};
-    copy_page(a, it, it.first, s.page[0]);
-    copy_commit();
+    for (int i = 0; i < 2; i++) {
+        if (it.first + i < it.end) copy_page(a, it, it.first + i, s.page[i]);
+        copy_commit();
+    }
     load_query(a, it.n, h0, q, s);
     for (long long p = it.first; p < it.end; p++) {
         const int buffer = static_cast<int>(p - it.first) % 2;
-        copy_wait<0>();
-        __syncthreads(); /* the page is there for all, and the other one no longer in use */
-        if (p + 1 < it.end) copy_page(a, it, p + 1, s.page[1 - buffer]);
-        copy_commit();
+        copy_wait<1>();
+        __syncthreads(); /* the page is there for all */
         score_page(s.page[buffer], q, s);
         __syncthreads();
         softmax_page(it.length - p * TOKENS, state, s);
         __syncthreads();
         add_context(s.page[buffer], s, acc);
+        __syncthreads(); /* nobody needs it any more */
+        if (p + 2 < it.end) copy_page(a, it, p + 2, s.page[buffer]);
+        copy_commit();
     }
     store_results(a, it, h0, state, acc);
-    __syncthreads(); /* the next item's first page may overwrite this one's last */
 }
 
 __global__ __launch_bounds__(THREADS,
@@ -319,6 +323,8 @@ __global__ __launch_bounds__(THREADS,
     const long long h0 = static_cast<long long>(blockIdx.y) * HEADS;
     item_search search = {0, 0};
     item it;
+    let_next_start();
+    wait_for_inputs();
     for (long long i = blockIdx.x; search.find(a, i, &it); i += gridDim.x)
         attend_item(a, it, h0, s);
 }
@@ -342,7 +348,5 @@ kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int multiprocessors,
     KL_CUDA_TRY(cudaFuncSetAttribute(mla_attend_tensor,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
                 err);
-    mla_attend_tensor<<<grid, THREADS, bytes, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_launch(mla_attend_tensor, grid, THREADS, bytes, stream, err, a);
 }

@@ -13,6 +13,7 @@
  * Roofline     4 * T * E bytes, 1 KiB a token with 256 experts: a launch, and top_k * 60 cycles
  * Measured     not timed yet; right on an H100 (tests/ops/test_moe_route.py, 2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/math.cuh"
 #include "../device/types.cuh"
 #include "../device/warp.cuh"
@@ -150,6 +151,8 @@ __global__
 __launch_bounds__(MAX_WARPS *WARP) void moe_route_kernel(__grid_constant__ const arguments a)
 {
     const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp_id();
+    let_next_start();
+    wait_for_inputs();
     if (t >= a.T) return;
     const scratch s = scratch_of_warp(a);
     score_experts(a, t, s);
@@ -209,8 +212,7 @@ kl_status kl_cuda_moe_route(kl_backend *be, const kl_moe_route *a, kl_error *err
     KL_CUDA_TRY(cudaFuncSetAttribute(moe_route_kernel,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
                 err);
-    moe_route_kernel<<<static_cast<unsigned>(blocks), warps * WARP, shared,
-                       kl_cuda_stream(be)>>>(args);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_launch(moe_route_kernel, static_cast<unsigned>(blocks),
+                          static_cast<unsigned>(warps * WARP), static_cast<size_t>(shared),
+                          kl_cuda_stream(be), err, args);
 }

@@ -16,6 +16,7 @@
  *              memory-bound, 75 us on an H100 (3.0 TB/s); gated, H D = 4096, 201 MB, 67 us
  * Measured     not timed yet; right on an H100, beside the CPU's results (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/math.cuh"
 #include "../device/warp.cuh"
 #include "../device/wide.cuh"
@@ -87,6 +88,12 @@ __launch_bounds__(THREADS) void rms_norm_kernel(__grid_constant__ const rms_argu
     __shared__ float sums[THREADS / WARP];
     const int64_t t = blockIdx.x;
     float r[CHUNKS][VEC], weight[CHUNKS][VEC];
+    let_next_start();
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+        if (element_of<VEC, THREADS>(c) < a.D)
+            prefetch_line(a.weight + element_of<VEC, THREADS>(c));
+    wait_for_inputs();
     read_sum<A, R, VEC, THREADS>(a, t, r);
     if (a.out == nullptr) return;
 
@@ -125,6 +132,8 @@ __global__ __launch_bounds__(LOOP_THREADS) void rms_norm_loop_kernel(
     R *residual = static_cast<R *>(a.residual) + t * a.D;
     A *out = static_cast<A *>(a.out) + t * a.D;
     float sum = 0;
+    let_next_start();
+    wait_for_inputs();
     for (int64_t i = threadIdx.x; i < a.D; i += LOOP_THREADS) {
         float r = a.x == nullptr ? 0.0f : to_float(x[i]);
         if (a.residual != nullptr) r = to_float(from_float<R>(r + to_float(residual[i])));
@@ -154,6 +163,8 @@ __launch_bounds__(LOOP_THREADS) void gated_kernel(__grid_constant__ const gated_
     const A *gate = static_cast<const A *>(a.z) + t * a.z_stride + h * a.D;
     float x[CHUNKS][VEC], z[CHUNKS][VEC];
     float sum = 0;
+    let_next_start();
+    wait_for_inputs();
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int64_t i = (c * LANES + lane) * VEC;
@@ -193,6 +204,8 @@ __global__ __launch_bounds__(LOOP_THREADS) void gated_loop_kernel(
     const A *z = static_cast<const A *>(a.z) + t * a.z_stride + h * a.D;
     A *out = static_cast<A *>(a.out) + row * a.D;
     float sum = 0;
+    let_next_start();
+    wait_for_inputs();
     for (int64_t i = threadIdx.x; i < a.D; i += LOOP_THREADS)
         sum = fmaf(to_float(x[i]), to_float(x[i]), sum);
     const float inverse = inverse_rms(block_sum<LOOP_THREADS>(sum, sums), a.D, a.eps);
@@ -210,9 +223,8 @@ kl_status launch(const char *op, K kernel, int64_t blocks, int threads, const A 
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "%s: needs %lld blocks, at most %lld can be had", op,
                        static_cast<long long>(blocks), MAX_BLOCKS);
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                          0, stream, err, a);
 }
 
 template <class A, class R>

@@ -19,6 +19,7 @@
  * A row whose largest logit is not finite yields id -1: NaN, all -inf, and +inf too, for then
  * the softmax is NaN.
  */
+#include "../device/launch.cuh"
 #include "../device/select.cuh"
 #include "../device/types.cuh"
 
@@ -189,6 +190,8 @@ __global__ __cluster_dims__(RANKS, 1, 1)
     const int64_t n = blockIdx.x / RANKS;
     const float *logits = a.logits + n * a.V;
 
+    let_next_start();
+    wait_for_inputs();
     const float top = find_top(a, logits, s);
     const bool known = isfinite(top);
     const double log_sum = known ? find_log_sum(a, logits, top, s) : 0;
@@ -236,7 +239,6 @@ kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
                                      sizeof(select_shared)),
                 err);
     const unsigned blocks = static_cast<unsigned>(N * RANKS);
-    sample_kernel<<<blocks, SELECT_THREADS, sizeof(select_shared), kl_cuda_stream(be)>>>(args);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_launch(sample_kernel, blocks, SELECT_THREADS, sizeof(select_shared),
+                          kl_cuda_stream(be), err, args);
 }

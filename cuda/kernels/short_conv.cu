@@ -14,6 +14,7 @@
  *              134 us on an H100 (3.0 TB/s)
  * Measured     not timed yet; right on an H100, beside the CPU's results (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/math.cuh"
 #include "../device/warp.cuh"
 #include "../device/wide.cuh"
@@ -171,8 +172,11 @@ template <class A, int VEC, int WIDTH>
 __global__
 __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const arguments a)
 {
-    const int64_t n = find_sequence(a, blockIdx.x);
     const int64_t c = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * VEC;
+    let_next_start();
+    if (c < a.C) prefetch_line(a.weight + c * a.W);
+    wait_for_inputs();
+    const int64_t n = find_sequence(a, blockIdx.x);
     const int64_t start = a.cu_seqlens[n], length = a.cu_seqlens[n + 1] - start;
     const int64_t first = (blockIdx.x - first_run(a, n)) * RUN;
     if (c >= a.C || first >= length) return;
@@ -206,9 +210,7 @@ kl_status launch(const arguments &a, int64_t T, cudaStream_t stream, kl_error *e
             static_cast<long long>(MAX_BLOCKS_Y * THREADS * VEC), RUN, MAX_BLOCKS,
             static_cast<long long>(a.C), static_cast<long long>(runs));
     const dim3 blocks(static_cast<unsigned>(runs), static_cast<unsigned>(strips));
-    short_conv_kernel<A, VEC, WIDTH><<<blocks, THREADS, 0, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_launch(short_conv_kernel<A, VEC, WIDTH>, blocks, THREADS, 0, stream, err, a);
 }
 
 } // namespace

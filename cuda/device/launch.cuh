@@ -1,0 +1,71 @@
+/*
+ * launch.cuh -- kernels that start while the one before them in the stream still runs
+ * (programmatic dependent launch): what a kernel costs beside its work, its launch and the
+ * filling of the multiprocessors, falls into the time of its neighbour.
+ *
+ * A kernel launched this way may be on the device before the kernels ahead of it have ended.
+ * Until wait_for_inputs() it must not touch memory that they may write, nor write what they may
+ * read, and every thread calls it, also those with nothing to do: only so does the end of a
+ * kernel mean that all before it have ended too. What it waits for is complete and visible
+ * afterwards, but for loads that promise the data never changes (ld.global.nc, __ldg): the
+ * compiler may move those ahead of the wait. prefetch_l2() may come before: it changes nothing
+ * that a program can see, whoever is still writing there.
+ *
+ * Kernels of others in the stream need not know of this: one that never calls
+ * let_next_start() does so by ending, and one launched plainly starts after the end.
+ */
+#ifndef KL_CUDA_DEVICE_LAUNCH_H
+#define KL_CUDA_DEVICE_LAUNCH_H
+
+#include "../cuda_backend.h"
+
+#include <stdint.h>
+
+/* Once every block has called this or ended, the next kernel's blocks may take what room there
+ * is. As early as possible: the wait of the next kernel is for this one's end all the same. */
+__device__ inline void let_next_start()
+{
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ inline void wait_for_inputs()
+{
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/* Ask for memory to come to the L2; address and bytes are multiples of 16. */
+__device__ inline void prefetch_l2(const void *from, uint32_t bytes)
+{
+    if (bytes == 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes)
+                 : "memory");
+}
+
+/* The same for the line of memory at any address. */
+__device__ inline void prefetch_line(const void *at)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+}
+
+/* Host: kernel<<<blocks, threads, shared, stream>>>(arguments...), started early. */
+template <class... Parameters, class... Arguments>
+kl_status kl_cuda_launch(void (*kernel)(Parameters...), dim3 blocks, unsigned threads,
+                         size_t shared, cudaStream_t stream, kl_error *err,
+                         const Arguments &...arguments)
+{
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    (void)cudaLaunchKernelEx(&config, kernel, arguments...);
+    KL_CUDA_TRY(cudaGetLastError(), err);
+    return KL_OK;
+}
+
+#endif
