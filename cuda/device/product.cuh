@@ -14,6 +14,7 @@ struct product_arguments {
     void *out;
     int64_t T, x_stride, out_stride;
     int64_t t_tiles; /* of tokens, which the launcher sets */
+    int64_t ahead;   /* bytes of a row of the weight, asked for before x is there; likewise */
 };
 
 /* Host. */
@@ -34,6 +35,7 @@ inline product_arguments product_arguments_of(const kl_cuda_product *p)
         .x_stride = p->x_stride,
         .out_stride = p->out_stride,
         .t_tiles = 0,
+        .ahead = 0,
     };
 }
 

@@ -74,6 +74,13 @@ __device__ inline uint32_t multiply_bf16(uint32_t a, __nv_bfloat162 s)
     return *reinterpret_cast<const uint32_t *>(&p);
 }
 
+__device__ inline uint32_t subtract_bf16(uint32_t a, uint32_t b)
+{
+    const __nv_bfloat162 d = __hsub2(*reinterpret_cast<const __nv_bfloat162 *>(&a),
+                                     *reinterpret_cast<const __nv_bfloat162 *>(&b));
+    return *reinterpret_cast<const uint32_t *>(&d);
+}
+
 template <int PIECE>
 __device__ void round_pairs(const float (&from)[PIECE], uint32_t (&to)[PIECE / 2])
 {
@@ -82,7 +89,8 @@ __device__ void round_pairs(const float (&from)[PIECE], uint32_t (&to)[PIECE / 2
 }
 
 /* A format: PIECE columns in 16 bytes, GROUP columns with one scale (0: none), floats() and
- * pairs() of a piece in the order of its columns, and at(), one value of a row. */
+ * pairs() of a piece in the order of its columns, and at(), one value of a row. Formats of one
+ * byte also have unscaled(): the pairs without their scale, exactly. */
 template <kl_weight_format format> struct weight_codec;
 
 template <> struct weight_codec<KL_W_F32> {
@@ -139,6 +147,18 @@ template <> struct weight_codec<KL_W_INT8> {
 #pragma unroll
         for (int i = 0; i < PIECE; i++)
             to[i] = fmaf(raise_byte(words[i / 4] ^ 0x80808080u, i % 4), s, less);
+    }
+    /* q as bf16 pairs: of q = low - high, with low its seven lower bits and high its sign bit
+     * as 128, both become exact when raised by 2^7. */
+    static __device__ void unscaled(uint4 raw, uint32_t (&to)[PIECE / 2])
+    {
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < PIECE / 2; i++) {
+            const uint32_t raised =
+                choose_bytes(words[i / 2], 0x43434343u, i % 2 == 0 ? 0x4140u : 0x4342u);
+            to[i] = subtract_bf16(raised & 0xff7fff7fu, raised & 0xff80ff80u);
+        }
     }
     static __device__ void pairs(uint4 raw, float s, uint32_t (&to)[PIECE / 2])
     {
@@ -214,6 +234,21 @@ template <> struct weight_codec<KL_W_FP8> {
             const float2 q = two(words[i / 2] >> i % 2 * 16 & 0xffffu);
             to[2 * i] = q.x * s;
             to[2 * i + 1] = q.y * s;
+        }
+    }
+    /* q as bf16 pairs, of a finite q: sign, exponent and mantissa move to their places, which
+     * makes 2^-120 q, subnormal numbers included. The conversion instruction has a quarter of
+     * the rate. */
+    static __device__ void unscaled(uint4 raw, uint32_t (&to)[PIECE / 2])
+    {
+        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+        const __nv_bfloat162 raise = __float2bfloat162_rn(0x1p120f);
+#pragma unroll
+        for (int i = 0; i < PIECE / 2; i++) {
+            const uint32_t high = /* each byte in the upper half of a number */
+                choose_bytes(words[i / 2], 0, i % 2 == 0 ? 0x1404u : 0x3424u);
+            const uint32_t magnitude = (high & 0x7fff7fffu) >> 4;
+            to[i] = multiply_bf16((high & 0x80008000u) | magnitude, raise);
         }
     }
     static __device__ void pairs(uint4 raw, float s, uint32_t (&to)[PIECE / 2])

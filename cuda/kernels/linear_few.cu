@@ -3,13 +3,13 @@
  * Computes     out = x w^T, or with a second weight silu(x w^T) * (x up^T)
  * Shapes       x [T, in]; w, up [O, in]; out [T, O]
  * Layout       rows of x and of out strided; weights in pieces of 16 bytes
- * Precision    bf16 x; float32 weights exact, others rounded to bf16; f32 sums; f32 or bf16 out
+ * Precision    bf16 x; int4 weights rounded to bf16, the others exact; f32 sums; f32 or bf16 out
  * Grid         a block for each 16 rows of weights and each 16 tokens, tokens fastest; warps
  *              share out the columns. A tile with a second weight holds 8 rows of each
  * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
- * Measured     H100 that another job was using, best of 25, weight not in the L2: T = 1,
- *              [163840, 2304] bf16 270 us, 2.8 TB/s; [4096, 2304] bf16 13 us with the launch,
- *              int4 9.5 us
+ * Measured     H100, in a CUDA graph, weight not in the L2, T = 1: [12288, 2304] bf16 20.9 us, 2.7
+ *              TB/s, int8 15.1, fp8 15.0; [2304, 4096] bf16 8.7, int8 7.2; [163840, 2304] bf16 295,
+ *              int8 157, 2.5 TB/s; [288, 2304] 2.9; [4096, 128] 2.0 (2026-11-22)
  */
 #include "../device/math.cuh"
 #include "../device/product.cuh"
@@ -49,15 +49,21 @@ __launch_bounds__(STREAM_THREADS,
     __shared__ float shared[STREAM_FLOATS<N>];
     const int64_t t = blockIdx.x % a.t_tiles * N * STREAM_TOKENS, tile = blockIdx.x / a.t_tiles;
     const int r = lane_id() / 4;
-    const weight_row w[2] = {tile_row<gated>(a, tile, r), tile_row<gated>(a, tile, r + 8)};
-    const bf16 *x[N];
+    let_next_start();
+    if (threadIdx.x < STREAM_ROWS)
+        stream_prefetch(tile_row<gated>(a, tile, threadIdx.x), a.w.row_bytes, a.ahead);
+    wait_for_inputs();
+    stream_place<format, N> at = {
+        {tile_row<gated>(a, tile, r), tile_row<gated>(a, tile, r + 8)},
+        {},
+        static_cast<int>(a.w.cols)};
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const int64_t token = t + n * STREAM_TOKENS + r;
-        x[n] = token < a.T ? static_cast<const bf16 *>(a.x) + token * a.x_stride : nullptr;
+        at.x[n] = token < a.T ? static_cast<const bf16 *>(a.x) + token * a.x_stride : nullptr;
     }
     float acc[N][4];
-    stream_multiply<format, N>(acc, w, x, static_cast<int>(a.w.cols));
+    stream_multiply(acc, at);
     stream_share<N>(shared, acc);
     __syncthreads();
     store_tile<N, gated, Out>(a, shared, t, tile);
@@ -71,10 +77,9 @@ kl_status launch(kl_backend *be, product_arguments a, kl_error *err)
     a.t_tiles = (a.T + N * STREAM_TOKENS - 1) / (N * STREAM_TOKENS);
     unsigned blocks;
     KL_TRY(product_grid(a, tiles, &blocks, err));
-    product_few_kernel<format, N, gated, Out>
-        <<<blocks, STREAM_THREADS, 0, kl_cuda_stream(be)>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    a.ahead = stream_ahead(blocks);
+    return kl_cuda_launch(product_few_kernel<format, N, gated, Out>, blocks, STREAM_THREADS, 0,
+                          kl_cuda_stream(be), err, a);
 }
 
 template <kl_weight_format format, bool gated, class Out>
