@@ -82,6 +82,11 @@ struct moe_path {
                      kl_error *err);
 };
 
+/* A single token's experts, without a plan: a call that the tensor cores' paths take, and that
+ * kl_cuda_moe_step_takes(). */
+bool kl_cuda_moe_step_takes(const kl_moe_experts *a);
+kl_status kl_cuda_moe_step_run(const kl_moe_experts *a, cudaStream_t stream, kl_error *err);
+
 extern const moe_path kl_moe_general, kl_moe_few, kl_moe_many, kl_moe_most;
 
 #endif
