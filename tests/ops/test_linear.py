@@ -1,5 +1,6 @@
 """linear against the float64 specification, and that only the operands decide its bits."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
@@ -112,3 +113,40 @@ def test_arrays_are_weights_too():
         assert got.shape == (2, 3, 9) and got.dtype == np.float32
         want = x.astype(np.float64) @ given.T.astype(np.float64)
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# Columns that tensor cores can take, rows of x that can be read in wide pieces: less than a group,
+# a group and a half, the turns of a block's warps with a rest. O: no multiple of a tile's 16.
+STREAMED = ((8, 5), (64, 33), (200, 16), (1024, 37), (2304, 48), (4104, 19))
+
+
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+@pytest.mark.parametrize("T", [1, 8, 11, 17])
+def test_streamed_sizes(variant, format, T):
+    r = np.random.default_rng(8)
+    for K, O in STREAMED:
+        w, dense = weight(r, O, K, format=format)
+        x = rows(r, T, K, BF16, pad=8)
+        error = np.abs(linear(x, w) - reference.linear(x, dense))
+        assert (error <= bound(x, dense, variant)).all(), (K, O)
+
+
+@every_device
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_weights_of_one_byte_are_exact(format):
+    """Every number of the format, also the subnormal ones of e4m3, by rows that pick a column."""
+    w = np.zeros((3, 256), np.float32)
+    numbers = np.arange(-127, 128) if format == "int8" else e4m3_numbers()
+    w[1, : len(numbers)] = numbers
+    w[2, : len(numbers)] = numbers[::-1]
+    w[:, ::64] = numbers.max()  # the scale of each group is 1
+    x = np.zeros((256, 256), BF16)
+    np.fill_diagonal(x, 1)
+    for first in range(0, 256, 8):
+        got = linear(x[first : first + 8], ops.quantize(w, format))
+        assert same_bits(got, w[:, first : first + 8].T.copy()), first
+
+
+def e4m3_numbers():
+    numbers = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return numbers[np.isfinite(numbers)] + np.float32(0)  # one zero

@@ -136,8 +136,12 @@ def test_formats_may_differ(shared_format):
     assert relative(run(given), reference.moe_experts(**want)) < 4e-3
 
 
-# Multiples of 64, which the tensor cores take on CUDA: few pairs an expert, tiles of 64 and 128.
-TILED = ((9, 192, 64, 128, 16, 2), (300, 128, 64, 64, 16, 4), (700, 64, 128, 64, 9, 2))
+# Multiples of 64, which the tensor cores take on CUDA: a single token, with and without a shared
+# expert of another width, few pairs an expert, tiles of 64 and 128.
+TILED = (
+    (1, 192, 64, 128, 16, 2), (1, 64, 192, 0, 8, 8), (1, 320, 192, 64, 5, 3), (2, 128, 64, 64, 4, 2),
+    (9, 192, 64, 128, 16, 2), (300, 128, 64, 64, 16, 4), (700, 64, 128, 64, 9, 2),
+)  # fmt: skip
 
 
 @every_device
@@ -152,7 +156,7 @@ def test_tiled_sizes(format, shape):
 
 
 @every_device
-@pytest.mark.parametrize("shape", TILED)
+@pytest.mark.parametrize("shape", [s for s in TILED if s[0] > 5])
 def test_a_nan_stays_in_its_row_of_a_tile(shape):
     given, _ = make_case(*shape, format="bf16", dtype=BF16)
     clean = run(given)
@@ -162,3 +166,26 @@ def test_a_nan_stays_in_its_row_of_a_tile(shape):
     assert np.isnan(got[5].astype(np.float32)).all()
     keep = np.arange(shape[0]) != 5
     assert same_bits(got[keep], clean[keep])
+
+
+@every_device
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+def test_a_single_token_is_a_row_of_two(format):
+    """Alone it has kernels of its own on CUDA. Its experts may be named twice."""
+    given, _ = make_case(2, 192, 128, 64, 16, 4, format=format, dtype=BF16)
+    given["ids"][1] = (3, 7, 3, 0)
+    both = run(given)
+    for t in (0, 1):
+        assert same_sums(run(given, **tokens(given, t, t + 1))[0], both[t], tolerance(BF16))
+
+
+@every_device
+def test_infinite_weights_of_one_expert_stay_in_its_tokens():
+    given, _ = make_case(2, 128, 64, 64, 8, 2, format="bf16", dtype=BF16)
+    w1 = np.array(given["w1"].dequantize(), np.float32)
+    w1[5] = np.inf
+    given["w1"], given["ids"] = w1.astype(BF16), np.array([[0, 5], [1, 2]], np.int32)
+    given["w3"] = np.array(given["w3"].dequantize(), np.float32).astype(BF16)
+    for t in (0, 1):
+        alone = run(given, **tokens(given, t, t + 1))[0].astype(np.float32)
+        assert np.isnan(alone).all() if t == 0 else np.isfinite(alone).all()
