@@ -24,8 +24,9 @@ typedef struct {
 
 /* The free memory is a moment's figure, and others live here too: hence the sixteenth. Of a GPU's
  * 80 GB that would be a fifth of the room beside 8-bit weights of 50 GB, so what is asked for by
- * size may go further there. What an engine itself takes after its plan, code that is loaded at a
- * first use and recordings of steps, was under 20 MB on an H100.
+ * size may go further there. What an engine of five layers took after its plan, code loaded at a
+ * first use and recordings of steps, was under 20 MB on an H100; all recordings of the 48B model
+ * would be some 90 MB.
  *
  * 512 tokens make every product of a CPU compute-bound. A prompt's step on a GPU reads the weights
  * of all experts, which takes as long as the arithmetic of some 3,000 tokens: 8,192 are well past
