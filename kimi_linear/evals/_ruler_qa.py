@@ -4,6 +4,7 @@ Prompts and parameters are those of NVIDIA/RULER (Apache-2.0), scripts/data/synt
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,10 +46,18 @@ class QA:
     match: str = "part"
 
     def maker(self, setting: Setting) -> "_Maker":
-        path = setting.squad if self.dataset == "squad" else setting.hotpot
+        files = {"squad": setting.squad, "hotpot": setting.hotpot}
+        return _Maker(*self._read(files), setting)
+
+    def size(self, files: Mapping[str, str | None]) -> int:
+        """How many questions the dataset's file has."""
+        return len(self._read(files)[0])
+
+    def _read(self, files: Mapping[str, str | None]) -> tuple[list[Question], list[str]]:
+        path = files[self.dataset]
         if path is None:
             raise ValueError(f"{self.name}: needs the file of its questions, {self.dataset}=")
-        return _Maker(*read(self.dataset, path), setting)
+        return read(self.dataset, path)
 
 
 class _Maker:
@@ -61,7 +70,7 @@ class _Maker:
         self.least = max(len(q.gold) for q in questions)
 
     def make(self, r: Random, units: int, index: int) -> Sample:
-        question = self._questions[index % len(self._questions)]
+        question = self._questions[index]
         chosen = self._choose(r, question, units)
         Random(self._seed).shuffle(chosen)  # upstream has one order for all samples
         context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(chosen, 1))

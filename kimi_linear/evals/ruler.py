@@ -99,6 +99,11 @@ class Suite:
         self.haystack = Haystack(haystack)
         self._files = {k: None if p is None else str(p) for k, p in given.items()}
         self._files["words"] = None if words is None else str(words)
+        for task in self.tasks:
+            if isinstance(task, QA) and self.samples > (n := task.size(self._files)):
+                raise ValueError(
+                    f"samples: must be at most {n}, the questions of {task.name}, got {samples}"
+                )
         self._max_new = max_new_tokens and check_count(max_new_tokens, "max_new_tokens")
         self.max_context = max(self.lengths) + max(map(self._extra, self.tasks))
 

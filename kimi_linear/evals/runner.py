@@ -64,7 +64,7 @@ def run(
     documents = list(_number(suite.documents(model.tokenizer)))
     header = _header(model, suite, documents, sampling)
     batch = check_count(model.plan.max_batch if batch is None else batch, "batch")
-    work = _Work(model, suite, sampling, batch)
+    work = _Work(model, suite, sampling, batch, bars=_shows(progress))
     mine = [d for d in documents if d.number % world == rank]
     with nullcontext(None) if out is None else Shard(out, rank, world, header) as shard:
         done = shard.done if shard else set()
@@ -118,10 +118,17 @@ class _Work:
     """Turns documents into records."""
 
     def __init__(
-        self, model: "Model", suite: Suite, sampling: dict[str, float], batch: int
+        self,
+        model: "Model",
+        suite: Suite,
+        sampling: dict[str, float],
+        batch: int,
+        *,
+        bars: bool,
     ) -> None:
         self._model, self._suite = model, suite
         self._sampling, self._batch = sampling, batch
+        self._progress = None if bars else False  # of a long prompt, where somebody looks
         self._seed = suite.settings().get("seed", 0)
 
     def records(self, documents: list[_Numbered], done: set[str]) -> Iterator[list[Record]]:
@@ -157,7 +164,7 @@ class _Work:
     def _answers(self, examples: list[Example]) -> "list[Completion]":
         """One call of the model, in which a document's questions stand side by side."""
         prompts = [e.prompt_ids for e in examples]
-        options: dict[str, Any] = {**self._sampling, "progress": False}
+        options: dict[str, Any] = {**self._sampling, "progress": self._progress}
         options["max_new_tokens"] = examples[0].max_new_tokens
         if not self._sampling.get("temperature"):
             answers = self._model.generate(prompts, **options)
@@ -196,6 +203,10 @@ def _record(
     }
 
 
+def _shows(progress: bool | Report | None) -> bool:
+    return progress is True or (progress is None and is_watched())
+
+
 class _Progress:
     """Lines on stderr, one in SECONDS, with the end as the tokens so far foretell it."""
 
@@ -209,7 +220,7 @@ class _Progress:
         done: set[str],
     ) -> None:
         self._call = progress if callable(progress) else None
-        self._shows = progress is True or (progress is None and is_watched())
+        self._shows = _shows(progress)
         if progress not in (None, True, False) and self._call is None:
             raise TypeError(
                 f"progress: must be None, True, False or a callable, got {progress!r:.60}"

@@ -62,7 +62,7 @@ def hotpot(tmp_path_factory):
     items = [
         {"question": f"who is {i}?", "answer": f"Name{i}x",
          "context": [[f"T{i}.{j}", ["One. ", f"Name{i}x two." if j == 3 else "Two."]] for j in range(10)]}
-        for i in range(40)
+        for i in range(60)
     ]  # fmt: skip
     path.write_text(json.dumps(items))
     return path
@@ -253,9 +253,9 @@ def test_questions_of_documents(task, file, squad, hotpot):
         blocks = re.split(r"Document (\d+):\n", sample.input)
         assert blocks[1::2] == [str(n + 1) for n in range(sample.details["units"])]
         assert sum(sample.answers[0] in b for b in blocks[2::2]) == 1
-        want = f"q{i // 4}{i % 4}?" if file == "squad" else f"who is {i % 40}?"
+        want = f"q{i // 4}{i % 4}?" if file == "squad" else f"who is {i}?"
         assert sample.input.endswith(f"Question: {want}")
-    assert len({s.input for s in made}) >= 40
+    assert len({s.input for s in made}) == N
 
 
 def test_more_documents_than_there_are_are_repeated(squad):
@@ -450,11 +450,13 @@ def test_wrong_arguments(options, message):
         ruler.Suite(**options)
 
 
-def test_questions_need_their_files(tokenizer, tmp_path):
+def test_questions_need_their_files(hotpot, tmp_path):
     assert set(ruler.Suite().settings()["left_out"]) == {"qa_1", "qa_2"}
-    (document,) = ruler.Suite(tasks=["qa_1"], samples=1).documents(tokenizer)
     with pytest.raises(ValueError, match="qa_1: needs the file of its questions, squad="):
-        document.make()
+        ruler.Suite(tasks=["qa_1"])
+    assert ruler.Suite(hotpot=hotpot, samples=60).settings()["left_out"] == ["qa_1"]
+    with pytest.raises(ValueError, match="samples: must be at most 60, the questions of qa_2"):
+        ruler.Suite(hotpot=hotpot, samples=61)
     bad = tmp_path / "bad.json"
     bad.write_text('{"data": [{}]}')
     with pytest.raises(ValueError, match="bad.json: must be squad's JSON"):
