@@ -1,4 +1,4 @@
-"""Write trained weights as a checkpoint directory: config.json, model.safetensors in bfloat16.
+"""Write trained weights as a checkpoint directory: model.safetensors in bfloat16 and the configs.
 
     python export.py --weights DIR [DIR ...] --out ../../kimi_linear/small_model
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from kimi_linear import KimiLinearConfig
 from kimi_linear.testing import config_json, tiny_config, to_bf16, write_safetensors
+from kimi_linear.tokenizer import standard_controls
 from train import CONFIG as C
 
 
@@ -36,6 +37,25 @@ def config():
         ),
         bos_token_id=4000, eos_token_id=4002, pad_token_id=C["vocab_size"] - 1,
     )  # fmt: skip
+
+
+CHAT = (  # kimi_linear/chat.py's format, without tools
+    "{%for m in messages%}<|im_{{m.role}}|>{{m.role}}<|im_middle|>{{m.content}}<|im_end|>{%endfor%}"
+    "{%if add_generation_prompt%}<|im_assistant|>assistant<|im_middle|>{%endif%}"
+)
+
+
+def tokenizer_config(config):
+    """What transformers' AutoTokenizer cannot read from tiktoken.model."""
+    names = standard_controls(config.bos_token_id, config.vocab_size)
+    return {
+        "eos_token": "<|im_end|>",
+        "pad_token": "[PAD]",
+        "chat_template": CHAT,
+        "added_tokens_decoder": {
+            i: {"content": n} for n, i in names.items() if not n.startswith("<|reserved_")
+        },
+    }
 
 
 def mean_of(runs):
@@ -66,6 +86,8 @@ def main():
          for n, s in shapes.items()),
     )  # fmt: skip
     (a.out / "config.json").write_text(json.dumps(config_json(config(), "original"), indent=1) + "\n")
+    compact = json.dumps(tokenizer_config(config()), separators=(",", ":"))
+    (a.out / "tokenizer_config.json").write_text(compact + "\n")
     KimiLinearConfig.from_dir(a.out)
 
 

@@ -8,6 +8,8 @@ import kimi_linear as kl
 import numpy as np
 import pytest
 from generators import tasks
+from kimi_linear.model import SMALL_MODEL
+from transformers import AutoTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "small_model_golden.json").read_text())
 
@@ -35,8 +37,24 @@ def test_few_tokens_are_left_out():
     assert left_out <= 0.001 * sum(len(g["logprobs"]) for g in GOLDEN)
 
 
+def test_auto_tokenizer_says_the_same():
+    ours = kl.Tokenizer.from_dir(SMALL_MODEL)
+    theirs = AutoTokenizer.from_pretrained(SMALL_MODEL)
+    names = list(ours.control_tokens)
+    assert theirs.convert_tokens_to_ids(names) == list(ours.control_tokens.values())
+    assert theirs.eos_token_id == ours.control_tokens["<|im_end|>"]
+    for name in tasks.TASKS:
+        turns = tasks.TASKS[name](random.Random(tasks.HELD_OUT_SEED), 1000)
+        messages = [
+            {"role": "user" if role == "user" else "assistant", "content": text}
+            for role, text in turns
+        ]
+        got = theirs.apply_chat_template(messages, add_generation_prompt=True)
+        assert got["input_ids"] == ours.apply_chat_template(messages), name
+
+
 def test_it_is_small_and_has_a_card():
-    folder = Path(kl.model.SMALL_MODEL)
+    folder = Path(SMALL_MODEL)
     assert sum(f.stat().st_size for f in folder.iterdir()) < 16_000_000
     assert "model card" in (folder / "README.md").read_text().lower()
 
