@@ -43,6 +43,7 @@ static kl_status make_scratch(kl_engine *e, kl_error *err)
     KL_TRY(alloc_block(e, e->plan.scratch_bytes, &e->scratch, err));
     e->host_bytes = kl_plan_host_bytes(&e->config, &e->plan);
     KL_TRY(e->be->vt->alloc_host(e->be, e->host_bytes, &e->host, err));
+    for (int i = 0; i < 2; i++) KL_TRY(e->be->vt->new_mark(e->be, &e->marks[i], err));
     e->slots = kl_calloc((size_t)e->plan.max_batch, sizeof *e->slots);
     e->counts = kl_calloc((size_t)e->plan.max_batch, sizeof *e->counts);
     if (e->slots == NULL || e->counts == NULL)
@@ -86,6 +87,8 @@ void kl_engine_free(kl_engine *e)
     kl_weights_free(&e->weights);
     kl_cache_free(&e->cache);
     if (e->host != NULL) e->be->vt->free_host(e->be, e->host, e->host_bytes);
+    for (int i = 0; i < 2; i++)
+        if (e->marks[i] != NULL) e->be->vt->free_mark(e->be, e->marks[i]);
     kl_free(e->slots);
     kl_free(e->counts);
     kl_free(e);
@@ -108,7 +111,8 @@ kl_pass kl_engine_pass(kl_engine *e)
                     .weights = &e->weights,
                     .cache = &e->cache,
                     .act = kl_act_of(e->format),
-                    .row_block = e->plan.max_batch};
+                    .row_block = e->plan.max_batch,
+                    .marks = e->marks};
     kl_arena_init(&pass.arena, e->scratch, e->plan.scratch_bytes);
     return pass;
 }

@@ -21,6 +21,7 @@ struct kl_engine {
     void *host; /* a step's inputs and outputs on their way: the backend's host memory */
     size_t host_bytes;
     int64_t *slots, *counts; /* [max_batch], of a step's feeds */
+    kl_mark *marks[2];       /* of a pass                      */
 };
 
 /* A pass over the engine's memory. */

@@ -7,6 +7,8 @@
  */
 #include "model/pass.h"
 
+#define LONG_STEP 512 /* tokens: fewer take less than half a second even on a million */
+
 /* ---- buffers and operations ------------------------------------------------------------ */
 
 /* [rows], or with cols [rows, cols]. */
@@ -121,6 +123,15 @@ kl_status kl_pass_poll(const kl_pass *p, kl_error *err)
     return kl_fail(err, KL_ERR_CANCELLED, "step: the caller asked to stop");
 }
 
+/* The host enqueues layers far faster than the device runs those of a long prompt: seconds of work
+ * that no poll could stop any more. So it stays a layer ahead, which is enough to lose no time. */
+static kl_status keep_near(kl_pass *p, int64_t layer, kl_error *err)
+{
+    if (kl_pass_dry(p) || p->shape.decode || p->shape.T < LONG_STEP) return KL_OK;
+    KL_TRY(p->be->vt->set_mark(p->be, p->marks[layer % 2], err));
+    return p->be->vt->wait_mark(p->be, p->marks[(layer + 1) % 2], err);
+}
+
 static kl_status run_mixer(kl_pass *p, int64_t layer, int64_t *n_kda, int64_t *n_mla,
                            kl_error *err)
 {
@@ -143,6 +154,7 @@ static kl_status run_layers(kl_pass *p, kl_error *err)
     for (int64_t i = 0; i < p->config->n_layers; i++) {
         const kl_layer_weights *w = &p->weights->layers[i];
         const size_t mark = p->arena.used;
+        KL_TRY(keep_near(p, i, err));
         KL_TRY(kl_pass_poll(p, err));
         KL_TRY(add_and_norm(p, &w->mixer_norm, i == 0, err));
         if (i > 0) KL_TRY(capture(p, i - 1, err));

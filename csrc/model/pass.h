@@ -56,8 +56,9 @@ typedef struct {
     const kl_weights *weights;
     const kl_cache *cache;
     kl_dtype act;
-    int64_t row_block; /* rows of logits held at a time */
-    kl_arena arena;    /* base NULL: dry */
+    int64_t row_block;     /* rows of logits held at a time */
+    kl_mark *const *marks; /* [2], for the host to keep near the device; unused when dry */
+    kl_arena arena;        /* base NULL: dry */
 
     kl_pass_shape shape;
     const kl_step *step; /* where logits and captures go, and the poll; NULL when dry */

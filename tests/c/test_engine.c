@@ -434,6 +434,54 @@ static void cancelling_breaks_only_the_sequence(void)
     kl_backend_close(be);
 }
 
+static char mark_log[64];
+
+static kl_status log_mark(const char *what, kl_mark *mark)
+{
+    const size_t n = strlen(mark_log);
+    if (n + 2 < sizeof mark_log) memcpy(mark_log + n, what + 2 * (mark != NULL), 2);
+    return KL_OK;
+}
+
+static kl_status log_set(kl_backend *be, kl_mark *mark, kl_error *err)
+{
+    (void)err;
+    return log_mark("s1s0", mark == (kl_mark *)be ? NULL : mark);
+}
+
+static kl_status log_wait(kl_backend *be, kl_mark *mark, kl_error *err)
+{
+    (void)err;
+    return log_mark("w1w0", mark == (kl_mark *)be ? NULL : mark);
+}
+
+/* Before layer i is enqueued, layer i - 2 has run: a poll can end a long prompt in time. */
+static void the_host_stays_near_a_long_prompt(void)
+{
+    enum { T = 600 };
+    static int32_t ids[T];
+    static kl_backend_vtbl table;
+    kl_engine_options o = tiny_options;
+    kl_backend *be = open_backend();
+    kl_error err = {KL_OK, ""};
+    float logits[VOCAB];
+    o.max_context = o.step_tokens = T;
+    kl_engine *e = open_engine(be, &o);
+    table = *be->vt;
+    table.set_mark = log_set;
+    table.wait_mark = log_wait;
+    be->vt = &table;
+    e->marks[0] = (kl_mark *)&table; /* told from the other one, which is the backend itself */
+    make_ids(ids, T, 8);
+    kl_prompt p = {.ids = ids, .n = T, .last_logits = logits};
+    EXPECT(kl_engine_prompt(e, &p, &err) == KL_OK);
+    EXPECT_TEXT(mark_log, "s0w1s1w0s0w1s1w0");
+    p.n = 511;
+    EXPECT(kl_engine_prompt(e, &p, &err) == KL_OK && strlen(mark_log) == 16);
+    kl_engine_free(e);
+    kl_backend_close(be);
+}
+
 static void captures_are_the_stream_after_a_layer(void)
 {
     enum { T = 70, D = 24 };
@@ -954,6 +1002,7 @@ int main(void)
     RUN(the_largest_steps_fit_the_plan);
     RUN(wrong_steps_change_nothing);
     RUN(cancelling_breaks_only_the_sequence);
+    RUN(the_host_stays_near_a_long_prompt);
     RUN(captures_are_the_stream_after_a_layer);
     RUN(schedules_do_not_change_tokens);
     RUN(endings);
