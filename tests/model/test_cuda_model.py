@@ -61,8 +61,8 @@ def test_logprobs_are_as_near_as_the_cpus(rounding, dtype):
     print(f"{dtype}: {error:.2e} from f32; the CPU", {d: f"{e:.2e}" for d, (_, e) in cpu.items()})
     if dtype == "fp8":  # three bits of mantissa; the CPU has no such format
         assert cpu["bf16"][1] < error < cpu["int4"][1]
-    else:  # instruction sets of a CPU are within 9 % of each other
-        assert error < 1.25 * cpu[dtype][1]
+    else:  # instruction sets of a CPU are within 15 % of each other
+        assert error < 1.3 * cpu[dtype][1]
     if dtype == "int4":  # so large an error is the format's, the same on both
         assert rms(got - cpu[dtype][0]) < 0.5 * error
 
@@ -89,7 +89,7 @@ def test_transformers_says_the_same(exact_engine, golden):
 
 def test_greedy_tokens_are_the_cpus(model):
     """In bf16 some of 50 answers meet tokens that are as likely as each other: the instruction
-    sets of a CPU agree among themselves on 41 to 44."""
+    sets of a CPU agree among themselves on 41 to 46."""
     prompts = [g["ids"] for g in GOLDEN]
     with load("cpu", dtype="bf16") as m:
         want = [tokens(m, [p], 32)[0] for p in prompts]
