@@ -51,8 +51,9 @@ def load(
     (small_model/README.md says what it can do). device: "cpu", "cuda", "cuda:N", or "auto": CUDA where
     it works and the weights fit. dtype: storage of the big matrices, "bf16", "f32" (CPU),
     "int8", "int4", "fp8" (CUDA), or "auto": the checkpoint's, else the widest that fits.
-    max_context: tokens of one sequence; max_batch: sequences alive at once; cache_bytes: memory
-    of their states (all chosen from what is free by default). batch_invariant: results do not
+    max_context: tokens of one sequence; max_batch: sequences alive at once, by default 8, on
+    CUDA 32; cache_bytes: memory of their states and pages. Context and cache are chosen from what
+    is free by default. batch_invariant: results do not
     depend on the batch (always so on the CPU). progress: None, True, False or
     callable(done_bytes, total_bytes).
 
