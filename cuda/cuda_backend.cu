@@ -7,8 +7,8 @@
 #include "cuda_backend.h"
 
 #include "blas.h"
+#include "driver.h"
 
-#include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,23 +29,12 @@ kl_status kl_cuda_bind(kl_backend *be, kl_error *err)
 
 /* ---- the caller's context -------------------------------------------------------------- */
 
-template <class F> static F driver_function(const char *name)
-{
-    cudaDriverEntryPointQueryResult found;
-    void *function = nullptr;
-    const cudaError_t e = cudaGetDriverEntryPointByVersion(name, &function, CUDART_VERSION,
-                                                           cudaEnableDefault, &found);
-    return e == cudaSuccess && found == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<F>(function)
-               : nullptr;
-}
-
 /* The driver's own view of what is current on a thread. To restore it with cudaSetDevice() would
  * create a context on a device that the caller never used, and lose one that is not the
  * runtime's. Null where there is no driver: then nothing can become current. */
 struct driver {
-    decltype(&cuCtxGetCurrent) get = driver_function<decltype(get)>("cuCtxGetCurrent");
-    decltype(&cuCtxSetCurrent) set = driver_function<decltype(set)>("cuCtxSetCurrent");
+    decltype(&cuCtxGetCurrent) get = kl_cuda_driver_function<decltype(get)>("cuCtxGetCurrent");
+    decltype(&cuCtxSetCurrent) set = kl_cuda_driver_function<decltype(set)>("cuCtxSetCurrent");
 };
 
 static const driver &the_driver()

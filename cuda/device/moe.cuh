@@ -5,15 +5,8 @@
 #ifndef KL_CUDA_DEVICE_MOE_H
 #define KL_CUDA_DEVICE_MOE_H
 
+#include "../tiles.h"
 #include "weight.cuh"
-
-/* Rows [first, first + n) of the sorted pairs, all of one expert; of the tokens where the
- * expert is the shared one. n = 0: surplus, since the host knows only a bound. */
-struct moe_tile {
-    int expert, first, n;
-};
-
-constexpr int MOE_SHARED = -1;
 
 /* out = x w^T, or silu(x w^T) * (x up^T) in the gated product, for rows [first, first + n) of
  * each matrix: column i of out is row first + i. */
@@ -24,6 +17,7 @@ struct moe_operand {
     const int *rows; /* row of x for each row of out; null: the same   */
     void *out;       /* [., n]: act if gated, else f32                 */
     int64_t first, n;
+    int64_t count; /* matrices of the stack                          */
 };
 
 struct moe_product {
@@ -87,6 +81,6 @@ struct moe_path {
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a);
 kl_status kl_cuda_moe_step_run(const kl_moe_experts *a, cudaStream_t stream, kl_error *err);
 
-extern const moe_path kl_moe_general, kl_moe_few, kl_moe_many, kl_moe_most;
+extern const moe_path kl_moe_general, kl_moe_few, kl_moe_many;
 
 #endif

@@ -26,11 +26,11 @@
 namespace {
 
 constexpr int64_t WINDOW_PAIRS = 65536; /* 256 for each of 256 experts: weights read for many */
-constexpr int64_t RESULT_BYTES = 160
+constexpr int64_t RESULT_BYTES = 704
                                  << 20; /* of the experts, beyond which D is sliced        */
 constexpr int64_t SLICE = 128;          /* a slice is a multiple: whole tiles of a path    */
-constexpr int64_t FEW_PAIRS = 4, MANY_PAIRS = 96; /* an expert, up to which a path is taken */
-constexpr int MIN_TILE = 8; /* of the paths                                    */
+constexpr int64_t FEW_PAIRS = 4; /* an expert, up to which its weights stream by         */
+constexpr int MIN_TILE = 8;      /* of the paths                                    */
 constexpr int MAX_WARPS = 32, MIN_WARPS = 8;
 constexpr int COMBINE_THREADS = 256;
 constexpr int64_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
@@ -116,16 +116,26 @@ __device__ int scan_experts(const plan_arguments &a, const plan_scratch &s)
     return tiles;
 }
 
+/* Rows of each of as few tiles as can be, all of about one size. */
+__device__ int even_tile(int rows, int tile)
+{
+    const int tiles = max((rows + tile - 1) / tile, 1);
+    return (rows + tiles - 1) / tiles;
+}
+
 __device__ void write_tiles(const plan_arguments &a, const plan_scratch &s, int used)
 {
-    for (int e = threadIdx.x; e < a.E; e += blockDim.x)
-        for (int done = 0, i = s.tile_starts[e]; done < s.totals[e]; done += a.tile, i++)
-            a.tiles[i] = {e, s.starts[e] + done, min(a.tile, s.totals[e] - done)};
+    for (int e = threadIdx.x; e < a.E; e += blockDim.x) {
+        const int total = s.totals[e], size = even_tile(total, a.tile);
+        for (int done = 0, i = s.tile_starts[e]; done < total; done += size, i++)
+            a.tiles[i] = {e, s.starts[e] + done, min(size, total - done)};
+    }
     for (int i = used + threadIdx.x; i < a.routed_tiles; i += blockDim.x)
         a.tiles[i] = {0, 0, 0};
-    for (int i = threadIdx.x; i * a.tile < a.shared_rows; i += blockDim.x)
-        a.tiles[a.routed_tiles + i] = {MOE_SHARED, i * a.tile,
-                                       min(a.tile, a.shared_rows - i * a.tile)};
+    const int size = even_tile(a.shared_rows, a.tile);
+    for (int i = threadIdx.x; i * size < a.shared_rows; i += blockDim.x)
+        a.tiles[a.routed_tiles + i] = {MOE_SHARED, i * size,
+                                       min(size, a.shared_rows - i * size)};
 }
 
 /* A stable counting sort: each warp counts a segment of the pairs, and later places it. */
@@ -286,11 +296,18 @@ bool is_fast(const kl_moe_experts *a)
             has_fast_shape(a->shared_w3) && has_fast_shape(a->shared_w2));
 }
 
+bool has_f32(const kl_moe_experts *a)
+{
+    return a->w1.format == KL_W_F32 || a->w2.format == KL_W_F32 ||
+           (a->shared_w1.data != nullptr &&
+            (a->shared_w1.format == KL_W_F32 || a->shared_w2.format == KL_W_F32));
+}
+
 const moe_path *path_of(const kl_moe_experts *a, const sizes &s)
 {
     if (!is_fast(a)) return &kl_moe_general;
-    if (s.pairs <= FEW_PAIRS * s.E) return &kl_moe_few;
-    return s.pairs <= MANY_PAIRS * s.E ? &kl_moe_many : &kl_moe_most;
+    if (has_f32(a)) return &kl_moe_few;
+    return s.pairs <= FEW_PAIRS * s.E ? &kl_moe_few : &kl_moe_many;
 }
 
 window window_of(const kl_moe_experts *a, const sizes &s, cudaStream_t stream)
@@ -357,15 +374,23 @@ kl_status run_product(const window &w, const moe_operand &routed, const moe_oper
 moe_operand gated_operand(const kl_weight &w1, const kl_weight &w3, const void *x,
                           const int *rows, void *out)
 {
-    return {
-        weight_view_of(w1), weight_view_of(w3), w1.format, w3.format, x, rows, out, 0, w1.rows};
+    return {weight_view_of(w1),
+            weight_view_of(w3),
+            w1.format,
+            w3.format,
+            x,
+            rows,
+            out,
+            0,
+            w1.rows,
+            w1.count};
 }
 
 moe_operand plain_operand(const kl_weight &w2, const void *x, void *out, int64_t first,
                           int64_t n)
 {
     const weight_view view = weight_view_of(w2);
-    return {view, view, w2.format, w2.format, x, nullptr, out, first, n};
+    return {view, view, w2.format, w2.format, x, nullptr, out, first, n, w2.count};
 }
 
 kl_status run_inner(const window &w, char *shared_inner, kl_error *err)

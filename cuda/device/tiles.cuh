@@ -1,0 +1,305 @@
+/*
+ * tiles.cuh -- the main loop of kernels/linear_tiles.cu: a ring of steps in shared memory, the
+ * warpgroup that fills it and the two that multiply.
+ *
+ * A tile is TILE_ROWS rows of weights by up to 320 rows of x. A step of it is STEP_K columns of
+ * both: weights come by the copy engine as they are stored, rows of x from wherever they lie by
+ * cp.async. Each multiplying warpgroup has 64 of the rows of weights, as operand A, from
+ * registers, and all rows of x as operand B; so the number of x's rows may be any multiple of
+ * 32, and quantised weights become bf16 on a way that they go anyway.
+ *
+ * An output is one chain of products over k = 0, 16, ..., whatever the tile: its bits depend on
+ * its own row of x and row of the weight only.
+ */
+#ifndef KL_CUDA_DEVICE_TILES_H
+#define KL_CUDA_DEVICE_TILES_H
+
+#include "../tiles.h"
+#include "barrier.cuh"
+#include "fragments.cuh"
+#include "math.cuh"
+
+constexpr int TILE_ROWS = 128; /* of weights */
+constexpr int MULTIPLIERS = 2; /* warpgroups, behind the one that fills */
+constexpr int TILE_THREADS = (1 + MULTIPLIERS) * WARPGROUP;
+/* Of a thread. A block begins with 168 each, and no more than it has can be handed over: 72 + 2 *
+ * 216 = 3 * 168. Sums take 160. */
+constexpr int FILL_REGISTERS = 72, MULTIPLY_REGISTERS = 216;
+
+constexpr int STAGES = 4;
+constexpr int LAG = 2; /* steps a filler sends off before it waits for one */
+constexpr int X_ROW_BYTES = 2 * STEP_K;
+constexpr int X_BYTES = MOST_TILE_ROWS * X_ROW_BYTES;
+constexpr int BAND = 12; /* tiles whose blocks run together, times 11 groups: 132 */
+
+template <kl_weight_format format> constexpr int W_BYTES = TILE_ROWS *step_bytes<format>;
+template <kl_weight_format format> constexpr int STAGE_BYTES = X_BYTES + W_BYTES<format>;
+/* The barriers follow the stages; those begin at a multiple of 1024. */
+template <kl_weight_format format>
+constexpr int TILE_SHARED_BYTES = STAGES *STAGE_BYTES<format> + 2 * STAGES * 8 + 1024;
+
+/* An operand as the kernel takes it. */
+struct tile_operand {
+    CUtensorMap maps[2]; /* the weight; the second one, or the weight again */
+    const bf16 *scales[2];
+    int64_t matrix_rows, first, n, K, groups;
+    const bf16 *x;
+    int64_t x_stride;
+    const int *rows;
+    void *out;
+    int64_t out_stride;
+    bool pairs; /* neighbours of out can be stored together */
+};
+
+struct tile_arguments {
+    tile_operand routed, shared;
+    const moe_tile *tiles;
+    int n_tiles, groups; /* blocks of TILE_ROWS for a tile      */
+    int tile, T;         /* without `tiles`: rows of each, of all */
+};
+
+/* One item of work of a block. */
+struct tile_item {
+    moe_tile tile;
+    int64_t column; /* of out */
+};
+
+/* What a block's threads share. */
+template <kl_weight_format format> struct tile_ring {
+    uint8_t *stages;
+    barrier *full, *empty;
+
+    __device__ uint8_t *x(int slot) const { return stages + slot * STAGE_BYTES<format>; }
+    __device__ uint8_t *w(int slot) const { return x(slot) + X_BYTES; }
+};
+
+struct ring_place {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void advance()
+    {
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+};
+
+__device__ inline const tile_operand &operand_of(const tile_arguments &p, const moe_tile &tile)
+{
+    return tile.expert == MOE_SHARED ? p.shared : p.routed;
+}
+
+/* Columns of out in an item. */
+template <bool gated> constexpr int TILE_WIDTH = gated ? TILE_ROWS / 2 : TILE_ROWS;
+
+/* Tiles of a band come first: blocks that run together share rows of x, and of weights where
+ * their tiles are of one matrix. */
+template <bool gated> __device__ tile_item item_at(const tile_arguments &p, int i)
+{
+    const int band = i / (BAND * p.groups), rest = i % (BAND * p.groups);
+    const int width = min(BAND, p.n_tiles - band * BAND);
+    const int at = band * BAND + rest % width;
+    const int first = at * p.tile;
+    return {p.tiles != nullptr ? p.tiles[at] : moe_tile{0, first, min(p.tile, p.T - first)},
+            static_cast<int64_t>(rest / width) * TILE_WIDTH<gated>};
+}
+
+/* Call f(item, operand) for every item of this block that has work. */
+template <bool gated, class F> __device__ void for_items(const tile_arguments &p, F f)
+{
+    for (int i = blockIdx.x; i < p.n_tiles * p.groups; i += gridDim.x) {
+        const tile_item item = item_at<gated>(p, i);
+        const tile_operand &o = operand_of(p, item.tile);
+        if (item.tile.n > 0 && item.column < o.n) f(item, o);
+    }
+}
+
+__device__ inline int steps_of(const tile_operand &o)
+{
+    return static_cast<int>((o.K + STEP_K - 1) / STEP_K);
+}
+
+/* ---- the warpgroup that fills ---------------------------------------------------------- */
+
+/* What a thread copies of the rows of x: one 16-byte piece of every 16th row. */
+struct tile_copier {
+    static constexpr int PIECES = X_ROW_BYTES / 16, STRIDE = WARPGROUP / PIECES;
+    static constexpr int EACH = MOST_TILE_ROWS / STRIDE;
+    const bf16 *from[EACH]; /* null past the tile's rows */
+
+    __device__ void aim(const tile_operand &o, const moe_tile &tile)
+    {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int row = static_cast<int>(threadIdx.x) / PIECES + i * STRIDE;
+            from[i] = nullptr;
+            if (row >= tile.n) continue;
+            const int64_t source =
+                o.rows == nullptr ? tile.first + row : o.rows[tile.first + row];
+            from[i] = o.x + source * o.x_stride + threadIdx.x % PIECES * 8;
+        }
+    }
+
+    /* Rows that the tile does not have keep what they held: each is a column of the product
+     * that is not stored. */
+    __device__ void copy(uint8_t *to, int64_t k, int64_t K) const
+    {
+        const int row = static_cast<int>(threadIdx.x) / PIECES, piece = threadIdx.x % PIECES;
+        const bool inside = k + piece * 8 < K;
+        uint8_t *const at = to + swizzled<X_ROW_BYTES>(row, piece);
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (from[i] != nullptr)
+                copy_async(at + i * STRIDE * X_ROW_BYTES, from[i] + k, inside);
+    }
+};
+
+/* Rows of weights of an item: two boxes of 64, of both weights in a gated product. */
+template <kl_weight_format format, bool gated>
+__device__ void copy_weights(uint8_t *to, const tile_operand &o, int row, int step, barrier *b)
+{
+    constexpr int BYTES = step_bytes<format>;
+    barrier_arrive_expecting(b, W_BYTES<format>);
+    copy_box(to, &o.maps[0], step * BYTES, row, b);
+    copy_box(to + W_BYTES<format> / 2, &o.maps[1], step * BYTES,
+             gated ? row : row + TILE_ROWS / 2, b);
+}
+
+__device__ inline int first_weight_row(const tile_operand &o, const tile_item &item)
+{
+    const int64_t matrix = item.tile.expert == MOE_SHARED ? 0 : item.tile.expert;
+    return static_cast<int>(matrix * o.matrix_rows + o.first + item.column);
+}
+
+/* Steps that a filling thread has sent off and not yet announced. cp.async writes by another
+ * way than the one wgmma reads by: hence the fence, and the lag, so that nobody waits for it. */
+struct fill_announcer {
+    ring_place at;
+    int pending = 0;
+
+    template <int left> __device__ void announce(barrier *full)
+    {
+        copy_wait<left>();
+        fence_async_proxy();
+        for (; pending > left; pending--) {
+            barrier_arrive(full + at.slot);
+            at.advance();
+        }
+    }
+};
+
+template <kl_weight_format format, bool gated>
+__device__ void fill_ring(const tile_arguments &p, const tile_ring<format> &ring)
+{
+    ring_place at;
+    fill_announcer sent;
+    for_items<gated>(p, [&](const tile_item &item, const tile_operand &o) {
+        const int row = first_weight_row(o, item), steps = steps_of(o);
+        tile_copier rows;
+        rows.aim(o, item.tile);
+        for (int s = 0; s < steps; s++) {
+            barrier_wait(ring.empty + at.slot, at.phase ^ 1);
+            if (threadIdx.x == 0)
+                copy_weights<format, gated>(ring.w(at.slot), o, row, s, ring.full + at.slot);
+            rows.copy(ring.x(at.slot), s * STEP_K, o.K);
+            copy_commit();
+            sent.pending++;
+            if (sent.pending > LAG) sent.announce<LAG>(ring.full);
+            at.advance();
+        }
+    });
+    sent.announce<0>(ring.full);
+}
+
+/* ---- the warpgroups that multiply ------------------------------------------------------ */
+
+/* Where a warp's rows of weights lie in the ring, and where in out. */
+template <bool gated> struct tile_rows {
+    int bases[2];   /* in the ring, of eight rows each                      */
+    int columns[2]; /* of out, from the item's; one and the same when gated */
+
+    __device__ tile_rows()
+    {
+        const int warp = warp_id() - WARPGROUP / WARP; /* 0 .. 7 */
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            bases[h] = gated ? h * TILE_ROWS / 2 + warp * 8 : warp * 16 + h * 8;
+            columns[h] = gated ? warp * 8 : warp * 16 + h * 8;
+        }
+    }
+};
+
+/* N: rows of x, in one wgmma or two. */
+template <int N> struct tile_split {
+    static constexpr int FIRST = N <= 160 ? N : N / 64 * 32, SECOND = N - FIRST;
+};
+
+/* acc += the products of 32 columns from `k` on. */
+template <int N>
+__device__ __forceinline__ void multiply_half(float (&acc)[N / 2], const uint32_t (&a)[2][4],
+                                              const uint8_t *x, int k)
+{
+    using split = tile_split<N>;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *const b = x + (k + i * 16) * 2;
+        wgmma<split::FIRST>(acc, a[i], wgmma_descriptor(b));
+        if constexpr (split::SECOND > 0)
+            wgmma<split::SECOND>(acc + split::FIRST / 2, a[i],
+                                 wgmma_descriptor(b + split::FIRST * X_ROW_BYTES));
+    }
+    wgmma_commit();
+}
+
+template <kl_weight_format format, bool gated>
+__device__ fragment_scales<format> scales_of(const tile_operand &o, const tile_item &item,
+                                             const tile_rows<gated> &rows)
+{
+    fragment_scales<format> scales;
+    scales.groups = static_cast<int>(o.groups);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int64_t matrix = item.tile.expert == MOE_SHARED ? 0 : item.tile.expert;
+        const int64_t row = o.first + item.column + rows.columns[h] + lane_id() / 4;
+        scales.rows[h] = o.scales[gated ? h : 0] +
+                         (matrix * o.matrix_rows + min(row, o.matrix_rows - 1)) * o.groups;
+    }
+    scales.fetch(0);
+    return scales;
+}
+
+/* acc = the item's sums. While one half of a step is multiplied, the other's operand A is made
+ * ready; a slot is handed back when both have been read. */
+template <kl_weight_format format, bool gated, int N>
+__device__ __forceinline__ void multiply_item(float (&acc)[N / 2], const tile_operand &o,
+                                              const tile_item &item,
+                                              const tile_ring<format> &ring, ring_place &at)
+{
+    const tile_rows<gated> rows;
+    const int steps = steps_of(o);
+    fragment_scales<format> scales = scales_of<format, gated>(o, item, rows);
+    uint32_t low[2][4], high[2][4];
+    const auto begin = [&](int step) {
+        barrier_wait(ring.full + at.slot, at.phase);
+        scales.arrive(step);
+        load_fragments<format, 0>(low, ring.w(at.slot), rows.bases, scales);
+    };
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) acc[i] = 0;
+    begin(0);
+#pragma unroll 1
+    for (int s = 0; s < steps; s++) {
+        const int slot = at.slot;
+        multiply_half<N>(acc, low, ring.x(slot), 0);
+        load_fragments<format, 1>(high, ring.w(slot), rows.bases, scales);
+        wgmma_wait<0>();
+        multiply_half<N>(acc, high, ring.x(slot), STEP_K / 2);
+        at.advance();
+        if (s + 1 < steps) begin(s + 1);
+        wgmma_wait<0>();
+        if (lane_id() == 0) barrier_arrive(ring.empty + slot);
+    }
+    wgmma_settle(acc);
+}
+
+#endif

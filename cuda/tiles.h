@@ -1,0 +1,41 @@
+/*
+ * tiles.h -- products of many rows with weights, tile by tile: what linear, mlp and the experts
+ * ask of kernels/linear_tiles.cu.
+ */
+#ifndef KL_CUDA_TILES_H
+#define KL_CUDA_TILES_H
+
+#include "cuda_backend.h"
+
+/* Rows [first, first + n) of the product, all of one matrix of the stack, `expert`; of the
+ * other operand where that is MOE_SHARED. n = 0: surplus, where the host knows only a bound. */
+struct moe_tile {
+    int expert, first, n;
+};
+
+constexpr int MOE_SHARED = -1;
+constexpr int MOST_TILE_ROWS = 320; /* n of a tile */
+
+/* out = x w^T, or with a second weight silu(x w^T) * (x up^T), for rows [first, first + n) of
+ * the matrices: column i of out is row first + i. */
+struct kl_cuda_tile_operand {
+    kl_weight w, up; /* a stack each, of one format, not f32; up.data NULL: none     */
+    int64_t first, n;
+    const void *x; /* [., w.cols] bf16, rows of 16-byte multiples                */
+    int64_t x_stride;
+    const int *rows; /* on the device: row of x for each row of out; NULL: the same */
+    void *out;       /* [., n] */
+    int64_t out_stride;
+};
+
+struct kl_cuda_tile_product {
+    kl_cuda_tile_operand routed, shared; /* shared: of tiles of MOE_SHARED; else routed again */
+    kl_dtype out_dtype;                  /* bf16 with a second weight                        */
+    const moe_tile *tiles;               /* on the device; NULL: rows [0, T) of matrix 0     */
+    int64_t n_tiles, T;
+};
+
+/* On the current device. */
+kl_status kl_cuda_tiles_run(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err);
+
+#endif
