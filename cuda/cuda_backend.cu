@@ -21,12 +21,6 @@ static kl_cuda_backend *self_of(kl_backend *be)
     return reinterpret_cast<kl_cuda_backend *>(be);
 }
 
-kl_status kl_cuda_bind(kl_backend *be, kl_error *err)
-{
-    KL_CUDA_TRY(cudaSetDevice(self_of(be)->device), err);
-    return KL_OK;
-}
-
 /* ---- the caller's context -------------------------------------------------------------- */
 
 /* The driver's own view of what is current on a thread. To restore it with cudaSetDevice() would
@@ -68,14 +62,48 @@ struct kept_context {
     kept_context &operator=(const kept_context &) = delete;
 };
 
-/* entry<f>::call is f for the table: it leaves the calling thread's device as it was. */
-template <auto f> struct entry;
+/* What the table has for f: unbound<f>::call leaves the calling thread's device as it was, and
+ * entry<f>::call runs f on the backend's. */
+template <auto f> struct unbound;
 
-template <class R, class... A, R (*f)(A...)> struct entry<f> {
+template <class R, class... A, R (*f)(A...)> struct unbound<f> {
     static R call(A... args)
     {
         const kept_context kept;
         return f(args...);
+    }
+};
+
+/* Where a call's last argument wants its message, or null. */
+static kl_error *error_in(kl_error *err)
+{
+    return err;
+}
+
+template <class T> static kl_error *error_in(T)
+{
+    return nullptr;
+}
+
+template <class T, class... Rest> static kl_error *error_in(T, Rest... rest)
+{
+    return error_in(rest...);
+}
+
+static kl_status bind(kl_backend *be, kl_error *err)
+{
+    KL_CUDA_TRY(cudaSetDevice(self_of(be)->device), err);
+    return KL_OK;
+}
+
+template <auto f> struct entry;
+
+template <class R, class... A, R (*f)(kl_backend *, A...)> struct entry<f> {
+    static R call(kl_backend *be, A... args)
+    {
+        const kept_context kept;
+        const kl_status status = bind(be, error_in(args...));
+        return status == KL_OK ? f(be, args...) : static_cast<R>(status);
     }
 };
 
@@ -113,7 +141,6 @@ static void cuda_close(kl_backend *be)
 static kl_status cuda_info(kl_backend *be, kl_backend_info *out, kl_error *err)
 {
     cudaDeviceProp prop;
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaGetDeviceProperties(&prop, self_of(be)->device), err);
     *out = {};
     KL_CUDA_TRY(cudaMemGetInfo(&out->free_bytes, &out->total_bytes), err);
@@ -125,7 +152,6 @@ static kl_status cuda_info(kl_backend *be, kl_backend_info *out, kl_error *err)
 
 static kl_status cuda_sync(kl_backend *be, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaStreamSynchronize(self_of(be)->stream), err);
     return KL_OK;
 }
@@ -141,7 +167,6 @@ static kl_status cuda_set_stream(kl_backend *be, void *stream, kl_error *)
 static kl_status cuda_alloc(kl_backend *be, size_t bytes, void **out, kl_error *err)
 {
     *out = nullptr;
-    KL_TRY(kl_cuda_bind(be, err));
     const cudaError_t e = cudaMalloc(out, bytes == 0 ? 1 : bytes);
     if (e == cudaErrorMemoryAllocation) {
         (void)cudaGetLastError(); /* or the next launch would be blamed for it */
@@ -154,15 +179,13 @@ static kl_status cuda_alloc(kl_backend *be, size_t bytes, void **out, kl_error *
 }
 
 /* cudaFree waits for the device, so work that still uses the block has ended. */
-static void cuda_free(kl_backend *be, void *ptr, size_t)
+static void cuda_free(kl_backend *, void *ptr, size_t)
 {
-    kl_error err;
-    if (kl_cuda_bind(be, &err) == KL_OK) (void)cudaFree(ptr);
+    (void)cudaFree(ptr);
 }
 
 static kl_status cuda_zero(kl_backend *be, void *ptr, size_t bytes, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaMemsetAsync(ptr, 0, bytes, self_of(be)->stream), err);
     return KL_OK;
 }
@@ -170,7 +193,6 @@ static kl_status cuda_zero(kl_backend *be, void *ptr, size_t bytes, kl_error *er
 static kl_status copy(kl_backend *be, void *dst, const void *src, size_t bytes,
                       cudaMemcpyKind kind, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, kind, self_of(be)->stream), err);
     return KL_OK;
 }
@@ -191,7 +213,6 @@ static kl_status copy_small(kl_backend *be, void *dst, const void *src, size_t b
                             kl_error *err)
 {
     small_block block;
-    KL_TRY(kl_cuda_bind(be, err));
     memcpy(block.bytes, src, bytes);
     store_small<<<1, 256, 0, self_of(be)->stream>>>(static_cast<unsigned char *>(dst), block,
                                                     static_cast<int>(bytes));
@@ -202,7 +223,6 @@ static kl_status copy_small(kl_backend *be, void *dst, const void *src, size_t b
 static kl_status refuse_capture(kl_backend *be, size_t bytes, kl_error *err)
 {
     cudaStreamCaptureStatus now;
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaStreamIsCapturing(self_of(be)->stream, &now), err);
     if (now == cudaStreamCaptureStatusNone) return KL_OK;
     return kl_fail(err, KL_ERR_DEVICE,
@@ -232,10 +252,9 @@ static kl_status cuda_copy(kl_backend *be, void *dst, const void *src, size_t by
     return copy(be, dst, src, bytes, cudaMemcpyDeviceToDevice, err);
 }
 
-static kl_status cuda_alloc_host(kl_backend *be, size_t bytes, void **out, kl_error *err)
+static kl_status cuda_alloc_host(kl_backend *, size_t bytes, void **out, kl_error *err)
 {
     *out = nullptr;
-    KL_TRY(kl_cuda_bind(be, err));
     const cudaError_t e = cudaMallocHost(out, bytes == 0 ? 1 : bytes);
     if (e == cudaErrorMemoryAllocation) {
         (void)cudaGetLastError();
@@ -246,10 +265,9 @@ static kl_status cuda_alloc_host(kl_backend *be, size_t bytes, void **out, kl_er
     return KL_OK;
 }
 
-static void cuda_free_host(kl_backend *be, void *ptr, size_t)
+static void cuda_free_host(kl_backend *, void *ptr, size_t)
 {
-    kl_error err;
-    if (ptr != nullptr && kl_cuda_bind(be, &err) == KL_OK) (void)cudaFreeHost(ptr);
+    if (ptr != nullptr) (void)cudaFreeHost(ptr);
 }
 
 /* ---- marks and recordings ------------------------------------------------------------ */
@@ -265,40 +283,34 @@ static cudaGraphExec_t graph_of(kl_recording *recording)
     return reinterpret_cast<cudaGraphExec_t>(recording);
 }
 
-static kl_status cuda_new_mark(kl_backend *be, kl_mark **out, kl_error *err)
+static kl_status cuda_new_mark(kl_backend *, kl_mark **out, kl_error *err)
 {
     cudaEvent_t event;
     *out = nullptr;
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), err);
     *out = reinterpret_cast<kl_mark *>(event);
     return KL_OK;
 }
 
-static void cuda_free_mark(kl_backend *be, kl_mark *mark)
+static void cuda_free_mark(kl_backend *, kl_mark *mark)
 {
-    kl_error err;
-    if (mark != nullptr && kl_cuda_bind(be, &err) == KL_OK)
-        (void)cudaEventDestroy(event_of(mark));
+    if (mark != nullptr) (void)cudaEventDestroy(event_of(mark));
 }
 
 static kl_status cuda_set_mark(kl_backend *be, kl_mark *mark, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaEventRecord(event_of(mark), self_of(be)->stream), err);
     return KL_OK;
 }
 
-static kl_status cuda_wait_mark(kl_backend *be, kl_mark *mark, kl_error *err)
+static kl_status cuda_wait_mark(kl_backend *, kl_mark *mark, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaEventSynchronize(event_of(mark)), err);
     return KL_OK;
 }
 
 static kl_status cuda_record_begin(kl_backend *be, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(be, err));
     /* Thread-local: other threads, torch's among them, may allocate meanwhile. */
     KL_CUDA_TRY(cudaStreamBeginCapture(self_of(be)->stream, cudaStreamCaptureModeThreadLocal),
                 err);
@@ -310,7 +322,6 @@ static kl_status cuda_record_end(kl_backend *be, kl_recording **out, kl_error *e
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable;
     *out = nullptr;
-    KL_TRY(kl_cuda_bind(be, err));
     const cudaError_t ended = cudaStreamEndCapture(self_of(be)->stream, &graph);
     if (ended != cudaSuccess) (void)cudaGetLastError(); /* or the next launch would be blamed */
     KL_CUDA_TRY(ended, err);
@@ -326,16 +337,13 @@ static kl_status cuda_record_end(kl_backend *be, kl_recording **out, kl_error *e
 
 static kl_status cuda_replay(kl_backend *be, kl_recording *recording, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaGraphLaunch(graph_of(recording), self_of(be)->stream), err);
     return KL_OK;
 }
 
-static void cuda_free_recording(kl_backend *be, kl_recording *recording)
+static void cuda_free_recording(kl_backend *, kl_recording *recording)
 {
-    kl_error err;
-    if (recording != nullptr && kl_cuda_bind(be, &err) == KL_OK)
-        (void)cudaGraphExecDestroy(graph_of(recording));
+    if (recording != nullptr) (void)cudaGraphExecDestroy(graph_of(recording));
 }
 
 /* ---- the table ------------------------------------------------------------------------- */
@@ -348,8 +356,8 @@ static constexpr kl_backend_vtbl make_table()
         .abi = KL_BACKEND_ABI,
         .name = "cuda",
         .formats = (1u << KL_N_WEIGHT_FORMATS) - 1u,
-        .open = entry<cuda_open>::call,
-        .close = entry<cuda_close>::call,
+        .open = unbound<cuda_open>::call,
+        .close = unbound<cuda_close>::call,
         .info = entry<cuda_info>::call,
         .sync = entry<cuda_sync>::call,
         .set_stream = cuda_set_stream,
@@ -383,7 +391,7 @@ static constexpr kl_backend_vtbl cuda_vtbl = make_table();
 
 static kl_status create_stream(kl_cuda_backend *self, kl_error *err)
 {
-    KL_TRY(kl_cuda_bind(&self->base, err));
+    KL_TRY(bind(&self->base, err));
     KL_CUDA_TRY(cudaStreamCreateWithFlags(&self->own, cudaStreamNonBlocking), err);
     self->stream = self->own;
     return KL_OK;

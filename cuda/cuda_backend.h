@@ -30,10 +30,8 @@ struct kl_cuda_backend {
                            #call, cudaGetErrorString(kl_e_));                                  \
     } while (0)
 
-/* The current device is a property of the calling thread, and callers have many: every entry of
- * the table starts with this. The table puts back what was current before. */
-kl_status kl_cuda_bind(kl_backend *be, kl_error *err);
-
+/* The current device is a property of the calling thread, and callers have many: the table makes
+ * the backend's current around each of its entries, and puts back what was. */
 static inline cudaStream_t kl_cuda_stream(kl_backend *be)
 {
     return reinterpret_cast<kl_cuda_backend *>(be)->stream;

@@ -76,7 +76,6 @@ kl_status pick(kl_backend *be, const char *op, const kl_tensor &from, const kl_t
                const kl_tensor &out, kl_error *err)
 {
     if (out.shape[0] == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     return with_float_type(from.dtype, [&](auto f) {
         return with_float_type(out.dtype, [&](auto t) {
             return launch<decltype(f), decltype(t)>(op, from, rows, out, kl_cuda_stream(be),

@@ -52,7 +52,6 @@ kl_status kl_cuda_fill_normal(kl_backend *be, const kl_fill_normal *a, kl_error 
         return kl_fail(
             err, KL_ERR_VALUE, "fill_normal: out must have <= %lld elements, got %lld",
             static_cast<long long>(MAX_BLOCKS * 2 * THREADS), static_cast<long long>(size));
-    KL_TRY(kl_cuda_bind(be, err));
     return with_float_type(a->out.dtype, [&](auto t) {
         using T = decltype(t);
         fill_normal_kernel<<<static_cast<unsigned>(blocks), THREADS, 0, kl_cuda_stream(be)>>>(

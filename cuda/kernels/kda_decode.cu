@@ -48,7 +48,6 @@ kl_status kl_cuda_kda_decode(kl_backend *be, const kl_kda_decode *a, kl_error *e
     kda_arguments args = kda_arguments_of(a);
     const long long N = a->q.shape[0];
     if (N == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     const cudaStream_t stream = kl_cuda_stream(be);
     return kda_with_lanes(args, [&](auto lanes) {
         using L = decltype(lanes);

@@ -144,7 +144,6 @@ kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error 
     kda_arguments args = kda_arguments_of(a);
     const long long N = a->cu_seqlens.shape[0] - 1;
     if (N == 0 || a->q.shape[0] == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     const cudaStream_t stream = kl_cuda_stream(be);
     if (chunked_applies(a)) return run_chunked(a, stream, err);
     return kda_with_lanes(args, [&](auto lanes) {

@@ -106,7 +106,6 @@ size_t kl_cuda_product_workspace(const kl_cuda_product *p)
 kl_status kl_cuda_linear(kl_backend *be, const kl_linear *a, kl_error *err)
 {
     const kl_cuda_product p = product_of(a);
-    KL_TRY(kl_cuda_bind(be, err));
     return kl_cuda_product_run(be, &p, a->ws, err);
 }
 
@@ -121,7 +120,6 @@ kl_status kl_cuda_mlp(kl_backend *be, const kl_mlp *a, kl_error *err)
     char *const inner = static_cast<char *>(a->ws.data);
     const kl_workspace rest = {inner + inner_bytes(a), a->ws.bytes - inner_bytes(a)};
     const kl_cuda_product gate_up = gate_up_of(a, inner), down = down_of(a, inner);
-    KL_TRY(kl_cuda_bind(be, err));
     KL_TRY(kl_cuda_product_run(be, &gate_up, rest, err));
     return kl_cuda_product_run(be, &down, rest, err);
 }

@@ -110,7 +110,6 @@ kl_status kl_cuda_mla_append(kl_backend *be, const kl_mla_append *a, kl_error *e
         .eps = a->eps,
     };
     if (args.T == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     return with_float_type(a->raw.dtype, [&](auto t) {
         return launch<decltype(t)>(args, kl_cuda_stream(be), err);
     });

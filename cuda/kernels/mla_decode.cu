@@ -380,7 +380,6 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
                        "mla_decode: N * H must be <= %lld / (rank / %d), got N %lld, H %lld",
                        MAX_BLOCKS, MERGE_COLS, args.N, args.H);
     if (args.N == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     KL_TRY(with_float_type(act, [&](auto t) {
         return launch_absorb<decltype(t)>(args, weight, static_cast<unsigned>(blocks.absorb),
                                           stream, err);

@@ -52,7 +52,6 @@ kl_status kl_cuda_mla_lay_out(kl_backend *be, const kl_mla_lay_out *a, kl_error 
     if (N > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "mla_lay_out: N must be <= %lld, got %lld",
                        MAX_BLOCKS, N);
-    KL_TRY(kl_cuda_bind(be, err));
     mla_lay_out_kernel<<<static_cast<unsigned>(N), THREADS, 0, kl_cuda_stream(be)>>>(args);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;

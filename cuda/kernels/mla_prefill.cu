@@ -287,7 +287,6 @@ kl_status kl_cuda_mla_prefill(kl_backend *be, const kl_mla_prefill *a, kl_error 
                        "<= %d",
                        INT_MAX);
     if (c.T == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     const layout l = lay_out(be, a, c);
     plan_kernel<<<1, THREADS, 0, stream>>>(c, l.plan, l.few);
     KL_CUDA_TRY(cudaGetLastError(), err);

@@ -474,7 +474,6 @@ kl_status kl_cuda_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error 
                        static_cast<long long>(WINDOW_PAIRS),
                        static_cast<long long>(0xffff * COMBINE_THREADS),
                        static_cast<long long>(s.top_k), static_cast<long long>(s.D));
-    KL_TRY(kl_cuda_bind(be, err));
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (!invariant && is_fast(a) && kl_cuda_moe_step_takes(a))
         return kl_cuda_moe_step_run(a, kl_cuda_stream(be), err);

@@ -207,7 +207,6 @@ kl_status kl_cuda_moe_route(kl_backend *be, const kl_moe_route *a, kl_error *err
                        "and %lld",
                        SHARED_LIMIT / sizeof(float), static_cast<long long>(MAX_BLOCKS * warps),
                        bytes / sizeof(float), static_cast<long long>(args.T));
-    KL_TRY(kl_cuda_bind(be, err));
     const int shared = static_cast<int>(bytes * static_cast<size_t>(warps));
     KL_CUDA_TRY(cudaFuncSetAttribute(moe_route_kernel,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared),

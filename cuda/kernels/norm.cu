@@ -289,7 +289,6 @@ kl_status kl_cuda_rms_norm(kl_backend *be, const kl_rms_norm *a, kl_error *err)
         .eps = a->eps,
     };
     if (T == 0 || (args.x == nullptr && args.out == nullptr)) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     const int n = act == KL_BF16 ? 8 : 4;
     const bool wide = allows(a->x, D, n) && allows(a->residual, D, n) && allows(a->out, D, n) &&
                       allows(a->weight, D, n);
@@ -317,7 +316,6 @@ kl_status kl_cuda_gated_rms_norm(kl_backend *be, const kl_gated_rms_norm *a, kl_
         .eps = a->eps,
     };
     if (args.rows == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     const int n = a->x.dtype == KL_BF16 ? 8 : 4;
     const bool wide = allows(a->x, D, n) && allows(a->z, D, n) && allows(a->out, D, n) &&
                       allows(a->weight, D, n);

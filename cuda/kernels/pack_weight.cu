@@ -207,7 +207,6 @@ kl_status kl_cuda_pack_weight(kl_backend *be, const kl_pack_weight *a, kl_error 
         .wide_src = is_wide(a->src, UNIT, UNIT),
         .wide_out = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && row_bytes % 16 == 0,
     };
-    KL_TRY(kl_cuda_bind(be, err));
     return with_float_type(a->src.dtype, [&](auto t) {
         return launch_format<decltype(t)>(args, w, kl_cuda_stream(be), err);
     });

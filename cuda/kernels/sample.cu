@@ -234,7 +234,6 @@ kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
     if (N > MAX_ROWS)
         return kl_fail(err, KL_ERR_VALUE, "sample: at most %d rows, got %lld", MAX_ROWS,
                        static_cast<long long>(N));
-    KL_TRY(kl_cuda_bind(be, err));
     KL_CUDA_TRY(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      sizeof(select_shared)),
                 err);

@@ -232,7 +232,6 @@ kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *e
         .silu = a->silu,
     };
     if (T == 0) return KL_OK;
-    KL_TRY(kl_cuda_bind(be, err));
     return with_float_type(a->x.dtype, [&](auto t) {
         using A = decltype(t);
         constexpr int VEC = 16 / sizeof(A);

@@ -405,7 +405,6 @@ kl_status kl_cuda_token_logprobs(kl_backend *be, const kl_token_logprobs *a, kl_
     const bool tensor = a->hidden.dtype == KL_BF16 && D % GEMM_CHUNK == 0 &&
                         is_aligned(a->hidden.data, D, 2, 16) &&
                         has_pieces(weight_view_of(a->lm_head));
-    KL_TRY(kl_cuda_bind(be, err));
     for (int64_t first = 0; first < T; first += chunk) {
         const arguments args = arguments_of(a, first, T - first < chunk ? T - first : chunk);
         KL_TRY(with_format(a->lm_head.format, [&](auto format) {
