@@ -267,8 +267,8 @@ kl_status launch(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *e
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), err);
     const int items = a.n_tiles * a.groups;
-    kernel < <<items<multiprocessors ? items : multiprocessors, TILE_THREADS, BYTES, stream>>>(
-                 a);
+    const int blocks = items < multiprocessors ? items : multiprocessors;
+    kernel<<<blocks, TILE_THREADS, BYTES, stream>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;
 }
