@@ -53,9 +53,8 @@ def load(
     "int8", "int4", "fp8" (CUDA), or "auto": the checkpoint's, else the widest that fits.
     max_context: tokens of one sequence; max_batch: sequences alive at once, by default 8, on
     CUDA 32; cache_bytes: memory of their states and pages. Context and cache are chosen from what
-    is free by default. batch_invariant: results do not
-    depend on the batch (always so on the CPU). progress: None, True, False or
-    callable(done_bytes, total_bytes).
+    is free by default. batch_invariant: results do not depend on the batch (always so on the
+    CPU). progress: None, True, False or callable(done_bytes, total_bytes).
 
     Raises ConfigError, WeightsError or TokenizerError for a bad directory, OutOfMemory with the
     figures, DeviceError, OSError.
