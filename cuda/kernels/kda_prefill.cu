@@ -62,7 +62,7 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
 {
     using warp_rows = carried_rows<VEC, CHUNKS, ROWS>;
     __shared__ __align__(16) kda_head s;
-    const auto [n, h, first, state] = kda_place_of<ROWS>(a);
+    const auto [n, h, first, state] = kda_place_of<ROWS, KDA_WARPS>(a);
     const int begin = a.cu[n], end = a.cu[n + 1];
     if (begin >= end) return;
 
