@@ -7,7 +7,7 @@
 __device__ inline float sigmoid(float x)
 {
     const float e = expf(-fabsf(x));
-    return x >= 0 ? 1 / (1 + e) : e / (1 + e);
+    return (x >= 0 ? 1.0f : e) / (1 + e);
 }
 
 __device__ inline float silu(float x)

@@ -22,8 +22,7 @@
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int RUN = 16;  /* tokens; the taps of a thread cost as much to read as four of them */
-constexpr int AHEAD = 4; /* tokens asked for before the first is used */
+constexpr int RUN = 16; /* tokens; the taps of a thread cost as much to read as four of them */
 constexpr int MAX_WIDTH = 8;
 static_assert(RUN >= MAX_WIDTH - 1, "only a sequence's first run may need its state");
 constexpr int64_t MAX_BLOCKS_Y = 65535;
@@ -61,7 +60,7 @@ __device__ int64_t find_sequence(const arguments &a, int64_t run)
 
 /* A thread's channels of one sequence. Fewer taps than WIDTH stand at the end; with VEC > 1 there
  * are as many. */
-template <class A, int VEC, int WIDTH> struct strip {
+template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
     static constexpr int PAST = WIDTH - 1;
     const A *x; /* of the sequence's first token */
     A *out, *state;
@@ -168,7 +167,8 @@ template <class A, int VEC, int WIDTH> struct strip {
     }
 };
 
-template <class A, int VEC, int WIDTH>
+/* AHEAD: tokens asked for before the first is used. */
+template <class A, int VEC, int WIDTH, int AHEAD>
 __global__
 __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const arguments a)
 {
@@ -182,7 +182,7 @@ __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const argume
     if (c >= a.C || first >= length) return;
 
     const int64_t slot = a.slots == nullptr ? n : a.slots[n];
-    strip<A, VEC, WIDTH> s;
+    strip<A, VEC, WIDTH, AHEAD> s;
     s.x = static_cast<const A *>(a.x) + start * a.x_stride + c;
     s.out = static_cast<A *>(a.out) + start * a.C + c;
     s.state = static_cast<A *>(a.state) + (slot * a.C + c) * (a.W - 1);
@@ -210,7 +210,10 @@ kl_status launch(const arguments &a, int64_t T, cudaStream_t stream, kl_error *e
             static_cast<long long>(MAX_BLOCKS_Y * THREADS * VEC), RUN, MAX_BLOCKS,
             static_cast<long long>(a.C), static_cast<long long>(runs));
     const dim3 blocks(static_cast<unsigned>(runs), static_cast<unsigned>(strips));
-    return kl_cuda_launch(short_conv_kernel<A, VEC, WIDTH>, blocks, THREADS, 0, stream, err, a);
+    /* A step of single tokens ends before much code has come from memory. */
+    const auto kernel =
+        T > a.N ? short_conv_kernel<A, VEC, WIDTH, 4> : short_conv_kernel<A, VEC, WIDTH, 1>;
+    return kl_cuda_launch(kernel, blocks, THREADS, 0, stream, err, a);
 }
 
 } // namespace
