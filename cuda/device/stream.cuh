@@ -238,9 +238,11 @@ __device__ inline void stream_prefetch(const weight_row &row, int64_t row_bytes,
     prefetch_l2(row.data, static_cast<uint32_t>(bytes < row_bytes ? bytes : row_bytes));
 }
 
-/* Blocks that an H100 or H200 holds at once. A block asks for what the one after so many others
- * will read: the memory has work while those on the device multiply. */
+/* Blocks that an H100 or H200 holds at once. A block asks for the first bytes of each row that the
+ * one after so many others will read: the memory has work while those on the device multiply.
+ * Together 8 MB: more might leave the L2 before it is used. */
 constexpr int64_t STREAM_AT_ONCE = 264;
+constexpr int64_t STREAM_LATER_BYTES = (8 << 20) / (STREAM_AT_ONCE * STREAM_ROWS) / 16 * 16;
 
 /* Host: bytes of each row of a tile that a grid of so many blocks asks for ahead. Small weights
  * come whole; of large ones what arrives in the microseconds of a wait, for more would stand in

@@ -30,7 +30,8 @@ template <bool gated> __device__ void prefetch_tile(const product_arguments &a, 
 {
     constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
     if (threadIdx.x < STREAM_ROWS && tile * EACH < a.w.rows)
-        stream_prefetch(tile_row<gated>(a, tile, threadIdx.x), a.w.row_bytes, a.w.row_bytes);
+        stream_prefetch(tile_row<gated>(a, tile, threadIdx.x), a.w.row_bytes,
+                        STREAM_LATER_BYTES);
 }
 
 template <int N, bool gated, class Out>

@@ -103,7 +103,7 @@ __launch_bounds__(STREAM_THREADS,
     float acc[1][4];
     stream_multiply<STREAM_WARPS, stream_format<format, 1>::DEPTH>(acc, at, warp_id(), [&] {
         const int64_t later = blockIdx.x + STREAM_AT_ONCE;
-        if (later < gridDim.x) inner_tile(a, later).prefetch(a, tile.gate.row_bytes);
+        if (later < gridDim.x) inner_tile(a, later).prefetch(a, STREAM_LATER_BYTES);
     });
     /* Not before: blocks of the next kernel that took the room of those that end first would lie
      * two on one multiprocessor and none on another. */
