@@ -11,8 +11,8 @@
  * Grid         plan: one block. combine: a thread an element of out. Tokens go in windows and
  *              the down product in slices of columns, which bounds the workspace; a window's
  *              tiles are known only on the device, their bound here, and surplus blocks leave
- * Order        a row's bits depend on the path, which the number of tokens decides, and on no
- *              other row
+ * Order        a row's bits depend on the path and on no other row; the number of tokens decides
+ *              the path, on a batch-invariant backend the shapes of the weights alone
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
  *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
  * Measured     H100 with another job beside, bf16, 256 experts, 8 chosen and a shared one, D =
@@ -303,17 +303,17 @@ bool has_f32(const kl_moe_experts *a)
             (a->shared_w1.format == KL_W_F32 || a->shared_w2.format == KL_W_F32));
 }
 
-const moe_path *path_of(const kl_moe_experts *a, const sizes &s)
+const moe_path *path_of(const kl_moe_experts *a, const sizes &s, bool invariant)
 {
     if (!is_fast(a)) return &kl_moe_general;
     if (has_f32(a)) return &kl_moe_few;
-    return s.pairs <= FEW_PAIRS * s.E ? &kl_moe_few : &kl_moe_many;
+    return s.pairs <= FEW_PAIRS * s.E && !invariant ? &kl_moe_few : &kl_moe_many;
 }
 
-window window_of(const kl_moe_experts *a, const sizes &s, cudaStream_t stream)
+window window_of(const kl_moe_experts *a, const sizes &s, bool invariant, cudaStream_t stream)
 {
     char *ws = static_cast<char *>(a->ws.data);
-    window w = {.a = a, .s = &s, .path = path_of(a, s), .stream = stream};
+    window w = {.a = a, .s = &s, .path = path_of(a, s, invariant), .stream = stream};
     w.tokens = reinterpret_cast<int *>(ws + s.tokens);
     w.places = reinterpret_cast<int *>(ws + s.places);
     w.tiles = reinterpret_cast<moe_tile *>(ws + s.tiles);
@@ -477,7 +477,7 @@ kl_status kl_cuda_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error 
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (!invariant && is_fast(a) && kl_cuda_moe_step_takes(a))
         return kl_cuda_moe_step_run(a, kl_cuda_stream(be), err);
-    window w = window_of(a, s, kl_cuda_stream(be));
+    window w = window_of(a, s, invariant, kl_cuda_stream(be));
     for (; w.first < T; w.first += s.n) KL_TRY(run_window(w, err));
     return KL_OK;
 }
