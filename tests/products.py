@@ -30,15 +30,15 @@ def bound(x, w, variant, out_dtype=np.float32):
     """The largest error of x w^T that rounding can explain. A lane adds ceil(K / lanes)
     products, one rounding each, the lanes are added in log2(lanes) more; each is at most 2^-24
     of what a sum of magnitudes reaches. CUDA may add in any order; its tensor cores multiply
-    bf16 by bf16, to which weights of other formats are rounded, and cut sums off instead of
-    rounding them."""
+    bf16 by bf16, to which weights of other formats are rounded (eight digits, so by 2^-8 of a
+    weight at most), and cut sums off instead of rounding them."""
     on_tensor_cores = variant == "cuda" and x.dtype == BF16
     rounds_weights = on_tensor_cores and not np.array_equal(w, w.astype(BF16))
     x, w = np.abs(np.asarray(x, np.float64)), np.abs(w)
     lanes = LANES[variant]
     roundings = -(-x.shape[-1] // lanes) + np.log2(lanes) + 1
     error = 1.01 * roundings * 2.0 ** (-23 if on_tensor_cores else -24) * (x @ w.T)
-    error += rounds_weights * 2.0**-9 * (x @ w.T)
+    error += rounds_weights * 2.0**-8 * (x @ w.T)
     if out_dtype == BF16:
         error += 2.0**-8 * np.abs(x @ w.T)
     return error + 1e-37
