@@ -168,17 +168,10 @@ static void make_alive(kl_cache *c, int64_t slot, kl_seq *out)
     *out = handle_of(c, slot);
 }
 
-/* Slot `slot` of a tensor whose first axis counts slots. */
-static void *slot_of(const kl_tensor *t, int64_t slot, size_t *bytes)
-{
-    *bytes = (size_t)t->stride[0] * kl_dtype_bytes(t->dtype);
-    return (char *)t->data + (size_t)slot * *bytes;
-}
-
 static kl_status zero_slot(kl_cache *c, const kl_tensor *t, int64_t slot, kl_error *err)
 {
     size_t bytes;
-    void *p = slot_of(t, slot, &bytes);
+    void *p = kl_cache_entry(t, slot, &bytes);
     return bytes == 0 ? KL_OK : c->be->vt->zero(c->be, p, bytes, err);
 }
 
@@ -186,8 +179,8 @@ static kl_status copy_slot(kl_cache *c, const kl_tensor *t, int64_t from, int64_
                            kl_error *err)
 {
     size_t bytes;
-    const void *src = slot_of(t, from, &bytes);
-    void *dst = slot_of(t, to, &bytes);
+    const void *src = kl_cache_entry(t, from, &bytes);
+    void *dst = kl_cache_entry(t, to, &bytes);
     return bytes == 0 ? KL_OK : c->be->vt->copy(c->be, dst, src, bytes, err);
 }
 
@@ -222,6 +215,49 @@ kl_status kl_cache_fork(kl_cache *c, kl_seq seq, kl_seq *out, kl_error *err)
     return KL_OK;
 }
 
+static int32_t take_page(kl_cache *c, kl_cache_seq *s)
+{
+    const int32_t page = c->free_pages[--c->n_free];
+    c->refs[page] = 1;
+    if (s->reserved > 0) {
+        s->reserved--;
+        c->n_reserved--;
+    }
+    return page;
+}
+
+static kl_status check_room(const kl_cache *c, int64_t length, kl_error *err)
+{
+    const int64_t pages = kl_cache_pages_for(c->config, length);
+    if (length > c->max_context)
+        return kl_fail(
+            err, KL_ERR_MEMORY,
+            "sequence: it has %lld tokens, the model has room for %lld (max_context); "
+            "load it with more",
+            (long long)length, (long long)c->max_context);
+    if (pages > kl_cache_available(c))
+        return kl_fail(err, KL_ERR_MEMORY,
+                       "sequence: its %lld tokens need %lld pages of %d, %lld of %lld are "
+                       "available; release a sequence or plan for more cache",
+                       (long long)length, (long long)pages, KL_PAGE_TOKENS,
+                       (long long)kl_cache_available(c), (long long)c->n_pages);
+    return KL_OK;
+}
+
+kl_status kl_cache_restore(kl_cache *c, int64_t length, kl_seq *out, kl_error *err)
+{
+    int64_t slot;
+    KL_TRY(check_room(c, length, err));
+    KL_TRY(kl_cache_new(c, out, err));
+    KL_TRY(kl_cache_find(c, *out, false, &slot, err));
+    kl_cache_seq *s = &c->seqs[slot];
+    const int64_t pages = kl_cache_pages_for(c->config, length);
+    while (s->n_pages < pages)
+        c->tables[slot * c->table_width + s->n_pages++] = take_page(c, s);
+    s->length = length;
+    return KL_OK;
+}
+
 static void drop_page(kl_cache *c, int32_t page)
 {
     if (--c->refs[page] == 0) c->free_pages[c->n_free++] = page;
@@ -234,7 +270,7 @@ kl_status kl_cache_release(kl_cache *c, kl_seq seq, kl_error *err)
     kl_cache_seq *s = &c->seqs[slot];
     const int32_t *table = kl_cache_table(c, slot);
     for (int64_t p = 0; p < s->n_pages; p++) drop_page(c, table[p]);
-    c->n_reserved -= s->reserved;
+    kl_cache_unreserve(c, slot);
     c->n_alive--;
     *s = (kl_cache_seq){.generation = s->generation + 1};
     return KL_OK;
@@ -247,19 +283,16 @@ int64_t kl_cache_available(const kl_cache *c)
     return c->n_free - c->n_reserved;
 }
 
-kl_status kl_cache_reserve(kl_cache *c, kl_seq seq, int64_t tokens, kl_error *err)
+void kl_cache_unreserve(kl_cache *c, int64_t slot)
 {
-    int64_t slot;
-    KL_TRY(kl_cache_find(c, seq, false, &slot, err));
-    kl_cache_seq *s = &c->seqs[slot];
-    const int64_t more = kl_cache_pages_for(c->config, tokens) - s->n_pages - s->reserved;
-    if (more <= 0) return KL_OK;
-    if (more > kl_cache_available(c))
-        return kl_fail(err, KL_ERR_MEMORY, "cache: needs %lld more pages, %lld are available",
-                       (long long)more, (long long)kl_cache_available(c));
-    s->reserved += more;
-    c->n_reserved += more;
-    return KL_OK;
+    c->n_reserved -= c->seqs[slot].reserved;
+    c->seqs[slot].reserved = 0;
+}
+
+int64_t kl_cache_fork_pages(const kl_cache *c, int64_t slot, int64_t tokens)
+{
+    if (c->n_mla == 0) return 0;
+    return kl_cache_pages_for(c->config, tokens) - c->seqs[slot].length / KL_PAGE_TOKENS;
 }
 
 /* The page that slot's next token goes to, when it is one that it has already; else -1. */
@@ -279,6 +312,29 @@ static bool needs_copy(const kl_cache *c, const int64_t *slots, int64_t i)
     int64_t before = 0;
     for (int64_t j = 0; j < i; j++) before += partial_page(c, slots[j]) == page;
     return (int64_t)c->refs[page] - before > 1;
+}
+
+/* Pages to take for growing to `tokens`. */
+static int64_t growth(const kl_cache *c, int64_t slot, int64_t tokens)
+{
+    const kl_cache_seq *s = &c->seqs[slot];
+    if (tokens <= s->length) return 0;
+    return kl_cache_pages_for(c->config, tokens) - s->n_pages + needs_copy(c, &slot, 0);
+}
+
+kl_status kl_cache_reserve(kl_cache *c, kl_seq seq, int64_t tokens, kl_error *err)
+{
+    int64_t slot;
+    KL_TRY(kl_cache_find(c, seq, false, &slot, err));
+    kl_cache_seq *s = &c->seqs[slot];
+    const int64_t more = growth(c, slot, tokens) - s->reserved;
+    if (more <= 0) return KL_OK;
+    if (more > kl_cache_available(c))
+        return kl_fail(err, KL_ERR_MEMORY, "cache: needs %lld more pages, %lld are available",
+                       (long long)more, (long long)kl_cache_available(c));
+    s->reserved += more;
+    c->n_reserved += more;
+    return KL_OK;
 }
 
 kl_status kl_cache_check_growth(const kl_cache *c, const int64_t *slots, const int64_t *counts,
@@ -303,17 +359,6 @@ kl_status kl_cache_check_growth(const kl_cache *c, const int64_t *slots, const i
                        "release a sequence or plan for more cache",
                        (long long)unreserved, KL_PAGE_TOKENS, (long long)kl_cache_available(c));
     return KL_OK;
-}
-
-static int32_t take_page(kl_cache *c, kl_cache_seq *s)
-{
-    const int32_t page = c->free_pages[--c->n_free];
-    c->refs[page] = 1;
-    if (s->reserved > 0) {
-        s->reserved--;
-        c->n_reserved--;
-    }
-    return page;
 }
 
 static kl_status copy_page(kl_cache *c, int32_t from, int32_t to, kl_error *err)

@@ -71,8 +71,15 @@ kl_status kl_cache_release(kl_cache *c, kl_seq seq, kl_error *err);
 kl_status kl_cache_find(const kl_cache *c, kl_seq seq, bool broken, int64_t *slot,
                         kl_error *err);
 
-/* Promise pages for a sequence to grow to `tokens`: nobody else can take them. */
+/* A sequence of `length` tokens whose memory the caller is about to write. */
+kl_status kl_cache_restore(kl_cache *c, int64_t length, kl_seq *out, kl_error *err);
+
+/* Promise pages for a sequence to grow to `tokens`, with a copy of its last page where that is
+ * shared now: nobody else can take them. unreserve() gives back what was not taken. */
 kl_status kl_cache_reserve(kl_cache *c, kl_seq seq, int64_t tokens, kl_error *err);
+void kl_cache_unreserve(kl_cache *c, int64_t slot);
+/* Pages that a fork of a sequence takes to grow to `tokens`: full ones stay shared. */
+int64_t kl_cache_fork_pages(const kl_cache *c, int64_t slot, int64_t tokens);
 /* Pages that are neither taken nor promised. */
 int64_t kl_cache_available(const kl_cache *c);
 
@@ -83,6 +90,13 @@ kl_status kl_cache_check_growth(const kl_cache *c, const int64_t *slots, const i
 kl_status kl_cache_grow(kl_cache *c, const int64_t *slots, const int64_t *counts, int64_t n,
                         kl_error *err);
 void kl_cache_advance(kl_cache *c, int64_t slot, int64_t count);
+
+/* Entry `index` of a tensor whose first axis counts slots or pages. */
+static inline void *kl_cache_entry(const kl_tensor *t, int64_t index, size_t *bytes)
+{
+    *bytes = (size_t)t->stride[0] * kl_dtype_bytes(t->dtype);
+    return (char *)t->data + (size_t)index * *bytes;
+}
 
 static inline const int32_t *kl_cache_table(const kl_cache *c, int64_t slot)
 {

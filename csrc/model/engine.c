@@ -148,6 +148,36 @@ kl_status kl_seq_length(const kl_engine *e, kl_seq seq, int64_t *out, kl_error *
     return KL_OK;
 }
 
+kl_status kl_seq_pages(const kl_engine *e, kl_seq seq, int64_t *pages, int64_t *shared,
+                       kl_error *err)
+{
+    int64_t slot;
+    KL_TRY(kl_cache_find(&e->cache, seq, true, &slot, err));
+    const int32_t *table = kl_cache_table(&e->cache, slot);
+    *pages = e->cache.seqs[slot].n_pages;
+    *shared = 0;
+    for (int64_t i = 0; i < *pages; i++) *shared += e->cache.refs[table[i]] > 1;
+    return KL_OK;
+}
+
+kl_status kl_seq_draft(kl_engine *e, kl_seq seq, int64_t n_tokens, kl_seq *out, kl_error *err)
+{
+    kl_cache *const c = &e->cache;
+    int64_t slot;
+    KL_TRY(kl_cache_find(c, seq, false, &slot, err));
+    const int64_t length = c->seqs[slot].length;
+    *out = seq;
+    if (n_tokens > c->max_context - length || c->n_alive == c->n_slots ||
+        kl_cache_fork_pages(c, slot, length + n_tokens) > kl_cache_available(c))
+        return KL_OK;
+    return kl_cache_fork(c, seq, out, err);
+}
+
+kl_status kl_seq_restore(kl_engine *e, int64_t length, kl_seq *out, kl_error *err)
+{
+    return kl_cache_restore(&e->cache, length, out, err);
+}
+
 void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used)
 {
     *sequences = e->cache.n_alive;

@@ -95,6 +95,23 @@ kl_status kl_seq_read_kda(kl_engine *e, kl_seq seq, int64_t layer, float *state,
                           kl_error *err);
 kl_status kl_seq_write_kda(kl_engine *e, kl_seq seq, int64_t layer, const float *state,
                            const float *window, kl_error *err);
+/* Pages of a sequence in each MLA layer, and how many of them others hold too. */
+kl_status kl_seq_pages(const kl_engine *e, kl_seq seq, int64_t *pages, int64_t *shared,
+                       kl_error *err);
+/* A copy to work on where a slot and pages are free for it to grow by n_tokens, so that a
+ * failure leaves `seq` as it was; else seq itself. */
+kl_status kl_seq_draft(kl_engine *e, kl_seq seq, int64_t n_tokens, kl_seq *out, kl_error *err);
+
+/* All that is remembered of a sequence as one run of bytes, its image: of each KDA layer the
+ * state [H, V, K] f32 and the conv window [C, W-1], then of each MLA layer the latents
+ * [length, rank+rope]. Any part of it can be read; and written, where no page is shared. */
+uint64_t kl_seq_image_bytes(const kl_engine *e, int64_t length);
+kl_status kl_seq_read_image(kl_engine *e, kl_seq seq, uint64_t offset, void *out, size_t bytes,
+                            kl_error *err);
+kl_status kl_seq_write_image(kl_engine *e, kl_seq seq, uint64_t offset, const void *in,
+                             size_t bytes, kl_error *err);
+/* A sequence of `length` tokens whose image the caller is about to write. */
+kl_status kl_seq_restore(kl_engine *e, int64_t length, kl_seq *out, kl_error *err);
 void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used);
 
 /* ---- one step -------------------------------------------------------------------------- */
@@ -152,12 +169,19 @@ kl_status kl_engine_sample(kl_engine *e, const float *logits, int64_t n_rows,
 
 typedef struct {
     const int32_t *prompt; /* copied */
-    int64_t n_prompt;      /* >= 1 */
+    int64_t n_prompt;      /* >= 1 beyond the history, unless there are logits */
     int64_t max_new_tokens;
     kl_sampling sampling;    /* position 0 is this request's first draw */
     const int32_t *stop_ids; /* copied */
     int64_t n_stop_ids;
     int top; /* alternatives to report with every token */
+
+    /* To continue a sequence. The tokens fed are prompt[n_history ..]; the history, which is
+     * none or all that the sequence holds, is for penalties and processors only. */
+    kl_seq seq;    /* 0: an empty one; else each request runs on a fork of it */
+    bool in_place; /* no fork: seq itself grows, and stays the caller's       */
+    int64_t n_history;
+    const float *logits; /* copied [vocab], after seq: for a request that feeds no prompt */
 } kl_request;
 
 typedef enum { KL_RUNNING, KL_FINISH_STOP, KL_FINISH_LENGTH, KL_FINISH_CANCELLED } kl_finish;

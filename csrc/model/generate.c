@@ -4,8 +4,7 @@
  * scheduler.c decides what a step holds; this file keeps the requests' sequences, draws and
  * endings. Events wait in a queue of one step, so that a caller may take them one at a time.
  */
-#include "model/engine_struct.h"
-#include "model/scheduler.h"
+#include "model/generation.h"
 
 #include "base/memory.h"
 
@@ -13,192 +12,11 @@
 #include <string.h>
 #include <time.h>
 
-typedef struct {
-    kl_request r; /* its pointers lead into ids and stop_ids below */
-    int32_t *ids; /* prompt, then new tokens: [n_prompt + max_new_tokens] */
-    int32_t *stop_ids;
-    int32_t *seen; /* bit set [words], or NULL without a repetition penalty */
-    int64_t n_new;
-    kl_seq seq;  /* 0: none */
-    bool failed; /* not finite, and not reported yet */
-} request;
-
-struct kl_generation {
-    kl_engine *e;
-    int64_t n_requests, words;
-    request *requests;
-    kl_sched_request *phases;
-    kl_sched_item *items;
-
-    kl_event *queue; /* [n_items + 1] */
-    int64_t queue_first, queue_count;
-    kl_generation_stats stats;
-
-    /* Arrays of a step, max_batch rows each. */
-    kl_feed *feeds;
-    kl_sampling *sampling;
-    int32_t *rows, *ids, *top_ids, *seen;
-    float *logprobs, *top_logprobs;
-    int64_t *of_row; /* the request of a row */
-    float *logits;   /* [max_batch, vocab], with a logits processor only; host memory of be */
-    bool penalties;  /* some request has one */
-    int top;         /* the most that a request asks for */
-};
-
 static double now_s(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* ---- life ------------------------------------------------------------------------------ */
-
-static kl_status check_request(const kl_engine *e, const kl_request *r, int64_t i,
-                               kl_error *err)
-{
-    const int64_t vocab = e->config.vocab_size, context = e->plan.max_context;
-    const int64_t most = kl_min_i64(vocab, KL_MAX_TOP);
-    kl_error cause;
-    if (r->n_prompt < 1)
-        return kl_fail(err, KL_ERR_VALUE,
-                       "generate: request %lld: the prompt must have a token or more, got none",
-                       (long long)i);
-    if (r->max_new_tokens < 0 || r->n_prompt > context ||
-        r->max_new_tokens > context - r->n_prompt)
-        return kl_fail(
-            err, KL_ERR_VALUE,
-            "generate: request %lld: %lld prompt tokens and max_new_tokens %lld must "
-            "be at most %lld together (max_context)",
-            (long long)i, (long long)r->n_prompt, (long long)r->max_new_tokens,
-            (long long)context);
-    if (kl_cache_pages_for(&e->config, r->n_prompt + r->max_new_tokens) > e->plan.n_pages)
-        return kl_fail(err, KL_ERR_VALUE,
-                       "generate: request %lld needs more than the cache's %lld pages",
-                       (long long)i, (long long)e->plan.n_pages);
-    if (r->top < 0 || r->top > most)
-        return kl_fail(err, KL_ERR_VALUE,
-                       "generate: request %lld: top must be in [0, %lld], "
-                       "got %d",
-                       (long long)i, (long long)most, r->top);
-    if (kl_check_ids("prompt", r->prompt, r->n_prompt, vocab, &cause) != KL_OK ||
-        kl_check_sampling("sampling", &r->sampling, &cause) != KL_OK)
-        return kl_fail(err, KL_ERR_VALUE, "generate: request %lld: %s", (long long)i,
-                       cause.message);
-    return KL_OK;
-}
-
-static void mark_seen(int32_t *seen, int32_t id)
-{
-    if (seen != NULL) seen[id / 32] = (int32_t)((uint32_t)seen[id / 32] | 1u << (id % 32));
-}
-
-static kl_status copy_request(kl_generation *g, const kl_request *r, int64_t i, kl_error *err)
-{
-    request *q = &g->requests[i];
-    const size_t n_ids = (size_t)(r->n_prompt + r->max_new_tokens);
-    q->r = *r;
-    q->ids = kl_calloc(n_ids, sizeof *q->ids);
-    q->stop_ids = kl_calloc((size_t)r->n_stop_ids, sizeof *q->stop_ids);
-    const bool penalty = r->sampling.repetition_penalty != 1.0f;
-    if (penalty) q->seen = kl_calloc((size_t)g->words, sizeof *q->seen);
-    if (q->ids == NULL || q->stop_ids == NULL || (penalty && q->seen == NULL))
-        return kl_fail(err, KL_ERR_MEMORY, "generate: no memory for request %lld",
-                       (long long)i);
-    memcpy(q->ids, r->prompt, (size_t)r->n_prompt * sizeof *q->ids);
-    if (r->n_stop_ids > 0)
-        memcpy(q->stop_ids, r->stop_ids, (size_t)r->n_stop_ids * sizeof *q->stop_ids);
-    for (int64_t t = 0; t < r->n_prompt; t++) mark_seen(q->seen, q->ids[t]);
-
-    g->phases[i] = (kl_sched_request){
-        .phase = KL_SCHED_WAITING,
-        .n_prompt = r->n_prompt,
-        .pages = kl_cache_pages_for(&g->e->config, r->n_prompt + r->max_new_tokens)};
-    g->penalties = g->penalties || penalty;
-    if (r->top > g->top) g->top = r->top;
-    g->stats.prompt_tokens += r->n_prompt;
-    return KL_OK;
-}
-
-static kl_status make_step_arrays(kl_generation *g, kl_error *err)
-{
-    const size_t n = (size_t)g->e->plan.max_batch, top = (size_t)g->top;
-    g->queue = kl_calloc(n, sizeof *g->queue);
-    g->feeds = kl_calloc(n, sizeof *g->feeds);
-    g->sampling = kl_calloc(n, sizeof *g->sampling);
-    g->rows = kl_calloc(n, sizeof *g->rows);
-    g->ids = kl_calloc(n, sizeof *g->ids);
-    g->logprobs = kl_calloc(n, sizeof *g->logprobs);
-    g->of_row = kl_calloc(n, sizeof *g->of_row);
-    g->top_ids = kl_calloc(n * top, sizeof *g->top_ids);
-    g->top_logprobs = kl_calloc(n * top, sizeof *g->top_logprobs);
-    if (g->penalties) g->seen = kl_calloc(n * (size_t)g->words, sizeof *g->seen);
-    g->items = kl_calloc(n, sizeof *g->items);
-    if (g->queue == NULL || g->feeds == NULL || g->sampling == NULL || g->rows == NULL ||
-        g->ids == NULL || g->logprobs == NULL || g->of_row == NULL || g->top_ids == NULL ||
-        g->top_logprobs == NULL || (g->penalties && g->seen == NULL) || g->items == NULL)
-        return kl_fail(err, KL_ERR_MEMORY, "generate: no memory for the rows of a step");
-    return KL_OK;
-}
-
-static kl_status make_generation(kl_generation *g, const kl_request *requests, kl_error *err)
-{
-    g->requests = kl_calloc((size_t)g->n_requests, sizeof *g->requests);
-    g->phases = kl_calloc((size_t)g->n_requests, sizeof *g->phases);
-    if (g->requests == NULL || g->phases == NULL)
-        return kl_fail(err, KL_ERR_MEMORY, "generate: no memory for %lld requests",
-                       (long long)g->n_requests);
-    for (int64_t i = 0; i < g->n_requests; i++) KL_TRY(copy_request(g, &requests[i], i, err));
-    return make_step_arrays(g, err);
-}
-
-kl_status kl_generation_new(kl_engine *e, const kl_request *requests, int64_t n_requests,
-                            kl_generation **out, kl_error *err)
-{
-    *out = NULL;
-    KL_TRY(kl_engine_check_loaded(e, err));
-    for (int64_t i = 0; i < n_requests; i++) KL_TRY(check_request(e, &requests[i], i, err));
-    kl_generation *g = kl_calloc(1, sizeof *g);
-    if (g == NULL) return kl_fail(err, KL_ERR_MEMORY, "generate: no memory");
-    g->e = e;
-    g->n_requests = n_requests;
-    g->words = (e->config.vocab_size + 31) / 32;
-    const kl_status status = make_generation(g, requests, err);
-    if (status == KL_OK)
-        *out = g;
-    else
-        kl_generation_free(g);
-    return status;
-}
-
-/* A request ends: its sequence goes back. */
-static void end_request(kl_generation *g, int64_t i)
-{
-    kl_error ignored; /* the handle is ours and alive */
-    if (g->requests[i].seq != 0) (void)kl_seq_release(g->e, g->requests[i].seq, &ignored);
-    g->requests[i].seq = 0;
-    g->phases[i].phase = KL_SCHED_DONE;
-}
-
-static size_t logits_bytes(const kl_generation *g)
-{
-    return (size_t)(g->e->plan.max_batch * g->e->config.vocab_size) * sizeof *g->logits;
-}
-
-void kl_generation_free(kl_generation *g)
-{
-    if (g == NULL) return;
-    for (int64_t i = 0; g->requests != NULL && g->phases != NULL && i < g->n_requests; i++) {
-        end_request(g, i);
-        kl_free(g->requests[i].ids);
-        kl_free(g->requests[i].stop_ids);
-        kl_free(g->requests[i].seen);
-    }
-    if (g->logits != NULL) g->e->be->vt->free_host(g->e->be, g->logits, logits_bytes(g));
-    void *const owned[] = {g->requests, g->phases, g->items,        g->queue,   g->feeds,
-                           g->sampling, g->rows,   g->ids,          g->top_ids, g->seen,
-                           g->logprobs, g->of_row, g->top_logprobs, g};
-    for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) kl_free(owned[i]);
 }
 
 /* ---- a step's ends --------------------------------------------------------------------- */
@@ -215,7 +33,7 @@ static kl_event *push_event(kl_generation *g, int64_t i, int32_t id, float logpr
     return event;
 }
 
-static bool is_stop(const request *q, int32_t id)
+static bool is_stop(const kl_request_state *q, int32_t id)
 {
     for (int64_t i = 0; i < q->r.n_stop_ids; i++)
         if (q->stop_ids[i] == id) return true;
@@ -226,15 +44,15 @@ static bool is_stop(const request *q, int32_t id)
 static void take_token(kl_generation *g, int64_t row)
 {
     const int64_t i = g->of_row[row];
-    request *q = &g->requests[i];
+    kl_request_state *q = &g->requests[i];
     const int32_t id = g->ids[row];
     if (id < 0) {
         q->failed = true;
-        end_request(g, i);
+        kl_generation_end(g, i);
         return;
     }
     q->ids[q->r.n_prompt + q->n_new++] = id;
-    mark_seen(q->seen, id);
+    kl_mark_seen(q->seen, id);
     g->stats.new_tokens++;
     const kl_finish finish = is_stop(q, id)                    ? KL_FINISH_STOP
                              : q->n_new == q->r.max_new_tokens ? KL_FINISH_LENGTH
@@ -245,12 +63,25 @@ static void take_token(kl_generation *g, int64_t row)
     memcpy(event->top_logprobs, g->top_logprobs + row * g->top,
            (size_t)q->r.top * sizeof(float));
     if (finish != KL_RUNNING)
-        end_request(g, i);
+        kl_generation_end(g, i);
     else
         g->phases[i].phase = KL_SCHED_DECODE;
 }
 
 /* ---- a step ---------------------------------------------------------------------------- */
+
+/* Between two runs the caller may have fed or released the sequence of a waiting request. */
+static kl_status fork_unchanged(kl_generation *g, int64_t i, kl_error *err)
+{
+    kl_request_state *q = &g->requests[i];
+    int64_t length;
+    if (kl_seq_length(g->e, q->r.seq, &length, err) == KL_OK && length == q->before)
+        return kl_seq_fork(g->e, q->r.seq, &q->seq, err);
+    kl_generation_end(g, i);
+    return kl_fail(err, KL_ERR_VALUE,
+                   "generate: request %lld: the sequence it continues has changed since",
+                   (long long)i);
+}
 
 /* Requests in their order, as long as sequences and pages last. */
 static kl_status admit(kl_generation *g, kl_error *err)
@@ -261,19 +92,38 @@ static kl_status admit(kl_generation *g, kl_error *err)
             kl_sched_admit(g->phases, g->n_requests, e->plan.max_batch - e->cache.n_alive,
                            kl_cache_available(&e->cache));
         if (i < 0) return KL_OK;
-        request *q = &g->requests[i];
-        KL_TRY(kl_seq_new(e, &q->seq, err));
-        KL_TRY(kl_cache_reserve(&e->cache, q->seq, q->r.n_prompt + q->r.max_new_tokens, err));
+        kl_request_state *q = &g->requests[i];
+        if (q->r.seq != 0)
+            KL_TRY(fork_unchanged(g, i, err));
+        else
+            KL_TRY(kl_seq_new(e, &q->seq, err));
+        KL_TRY(kl_cache_reserve(&e->cache, q->seq, kl_request_longest(q), err));
         g->phases[i].phase = KL_SCHED_PROMPT;
     }
 }
 
 static kl_feed feed_of(const kl_generation *g, const kl_sched_item *item)
 {
-    const request *q = &g->requests[item->request];
+    const kl_request_state *q = &g->requests[item->request];
     const bool decode = g->phases[item->request].phase == KL_SCHED_DECODE;
     const int64_t first = decode ? q->r.n_prompt + q->n_new - 1 : g->phases[item->request].fed;
     return (kl_feed){q->seq, q->ids + first, item->count};
+}
+
+/* How row `row` draws, for a request. */
+static void fill_row(kl_generation *g, int64_t row, int64_t i)
+{
+    const kl_request_state *q = &g->requests[i];
+    g->of_row[row] = i;
+    g->sampling[row] = q->r.sampling;
+    g->sampling[row].position += (uint64_t)q->n_new;
+    if (!g->penalties) return;
+    int32_t *seen = g->seen + row * g->words;
+    const size_t bytes = (size_t)g->words * sizeof *seen;
+    if (q->seen != NULL)
+        memcpy(seen, q->seen, bytes);
+    else
+        memset(seen, 0, bytes);
 }
 
 /* The rows that draw: the last token of each item that samples. Returns their number. */
@@ -282,23 +132,11 @@ static int64_t make_rows(kl_generation *g, int64_t n_items)
     int64_t n_rows = 0, end = 0;
     for (int64_t k = 0; k < n_items; k++) {
         const kl_sched_item *item = &g->items[k];
-        const request *q = &g->requests[item->request];
         g->feeds[k] = feed_of(g, item);
         end += item->count;
         if (!item->samples) continue;
         g->rows[n_rows] = (int32_t)(end - 1);
-        g->of_row[n_rows] = item->request;
-        g->sampling[n_rows] = q->r.sampling;
-        g->sampling[n_rows].position += (uint64_t)q->n_new;
-        if (g->penalties) {
-            int32_t *seen = g->seen + n_rows * g->words;
-            const size_t bytes = (size_t)g->words * sizeof *seen;
-            if (q->seen != NULL)
-                memcpy(seen, q->seen, bytes);
-            else
-                memset(seen, 0, bytes);
-        }
-        n_rows++;
+        fill_row(g, n_rows++, item->request);
     }
     return n_rows;
 }
@@ -314,37 +152,62 @@ static void advance_prompts(kl_generation *g, int64_t n_items)
     }
 }
 
-/* Let the caller change the logits, then draw from them. */
-static kl_status process_and_sample(kl_generation *g, const kl_step *step, int64_t n_rows,
+static kl_step sampling_step(const kl_generation *g)
+{
+    return (kl_step){.sampling = g->sampling,
+                     .seen = g->seen,
+                     .ids = g->ids,
+                     .id_logprobs = g->logprobs,
+                     .top = g->top,
+                     .top_ids = g->top_ids,
+                     .top_logprobs = g->top_logprobs};
+}
+
+/* Let the caller change the logits [n_rows, vocab], then draw from them. */
+static kl_status process_and_sample(kl_generation *g, float *logits, int64_t n_rows,
                                     kl_logits_fn process, void *ctx, kl_error *err)
 {
     const int64_t vocab = g->e->config.vocab_size;
-    for (int64_t row = 0; row < n_rows; row++) {
+    const kl_step step = sampling_step(g);
+    for (int64_t row = 0; process != NULL && row < n_rows; row++) {
         const int64_t i = g->of_row[row];
-        const request *q = &g->requests[i];
-        if (process(ctx, i, q->ids, q->r.n_prompt + q->n_new, g->logits + row * vocab) != 0)
+        const kl_request_state *q = &g->requests[i];
+        if (process(ctx, i, q->ids, q->r.n_prompt + q->n_new, logits + row * vocab) != 0)
             return kl_fail(err, KL_ERR_CANCELLED, "generate: the logits processor stopped");
     }
-    return kl_engine_sample(g->e, g->logits, n_rows, step, err);
+    return kl_engine_sample(g->e, logits, n_rows, &step, err);
+}
+
+/* Requests that feed no prompt draw from the logits they brought. *drew: one did. */
+static kl_status draw_first(kl_generation *g, kl_logits_fn process, void *ctx, bool *drew,
+                            kl_error *err)
+{
+    *drew = false;
+    for (int64_t i = 0; i < g->n_requests; i++) {
+        const kl_sched_request *p = &g->phases[i];
+        if (p->phase != KL_SCHED_PROMPT || p->fed < p->n_prompt) continue;
+        fill_row(g, 0, i);
+        const kl_status status =
+            process_and_sample(g, g->requests[i].logits, 1, process, ctx, err);
+        if (status != KL_OK) kl_generation_end(g, i);
+        KL_TRY(status);
+        take_token(g, 0);
+        *drew = true;
+    }
+    return KL_OK;
 }
 
 static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn process,
                            void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err)
 {
     const int64_t n_rows = make_rows(g, n_items);
-    kl_step step = {.feeds = g->feeds,
-                    .n_feeds = n_items,
-                    .rows = g->rows,
-                    .n_rows = n_rows,
-                    .sampling = g->sampling,
-                    .seen = g->seen,
-                    .ids = g->ids,
-                    .id_logprobs = g->logprobs,
-                    .top = g->top,
-                    .top_ids = g->top_ids,
-                    .top_logprobs = g->top_logprobs,
-                    .poll = poll,
-                    .poll_ctx = poll_ctx};
+    kl_step step = sampling_step(g);
+    step.feeds = g->feeds;
+    step.n_feeds = n_items;
+    step.rows = g->rows;
+    step.n_rows = n_rows;
+    step.poll = poll;
+    step.poll_ctx = poll_ctx;
     if (process == NULL || n_rows == 0) {
         KL_TRY(kl_engine_step(g->e, &step, err));
     } else {
@@ -356,7 +219,7 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
                                .poll = poll,
                                .poll_ctx = poll_ctx};
         KL_TRY(kl_engine_step(g->e, &logits_only, err));
-        KL_TRY(process_and_sample(g, &step, n_rows, process, process_ctx, err));
+        KL_TRY(process_and_sample(g, g->logits, n_rows, process, process_ctx, err));
     }
     advance_prompts(g, n_items);
     for (int64_t row = 0; row < n_rows; row++) take_token(g, row);
@@ -370,7 +233,7 @@ static bool end_empty(kl_generation *g)
         if (g->phases[i].phase != KL_SCHED_WAITING || g->requests[i].r.max_new_tokens > 0)
             continue;
         push_event(g, i, -1, 0.0f, KL_FINISH_LENGTH);
-        end_request(g, i);
+        kl_generation_end(g, i);
     }
     return g->queue_count > 0;
 }
@@ -399,6 +262,9 @@ static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_c
     *ran = true;
     if (end_empty(g)) return KL_OK;
     KL_TRY(admit(g, err));
+    bool drew;
+    KL_TRY(draw_first(g, process, process_ctx, &drew, err));
+    if (drew) return KL_OK;
     const int64_t n_items =
         kl_sched_step(g->phases, g->n_requests, g->e->plan.step_tokens, g->items);
     *ran = n_items > 0;
@@ -410,7 +276,7 @@ static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_c
         g->stats.prompt_done > done_before ? &g->stats.prefill_s : &g->stats.decode_s;
     *total += now_s() - start;
     if (status != KL_OK)
-        for (int64_t k = 0; k < n_items; k++) end_request(g, g->items[k].request);
+        for (int64_t k = 0; k < n_items; k++) kl_generation_end(g, g->items[k].request);
     return status;
 }
 
@@ -451,7 +317,7 @@ static kl_status make_logits(kl_generation *g, kl_error *err)
 {
     void *block;
     if (g->logits != NULL) return KL_OK;
-    KL_TRY(g->e->be->vt->alloc_host(g->e->be, logits_bytes(g), &block, err));
+    KL_TRY(g->e->be->vt->alloc_host(g->e->be, kl_generation_logits_bytes(g), &block, err));
     g->logits = block;
     return KL_OK;
 }
@@ -486,7 +352,7 @@ kl_status kl_generation_finish(kl_generation *g, int64_t index, kl_error *err)
     if (index < 0 || index >= g->n_requests)
         return kl_fail(err, KL_ERR_VALUE, "generate: request must be in [0, %lld), got %lld",
                        (long long)g->n_requests, (long long)index);
-    end_request(g, index);
+    kl_generation_end(g, index);
     return KL_OK;
 }
 

@@ -59,6 +59,9 @@ static void sweep(EngineObject *self)
         kl_generation_free(node->g);
         kl_free(node);
     }
+    kl_error ignored; /* its owner may have released it before */
+    for (; self->n_dropped > 0 && self->engine != NULL; self->n_dropped--)
+        (void)kl_seq_release(self->engine, self->dropped[self->n_dropped - 1], &ignored);
 }
 
 void kl_engine_leave(EngineObject *self)
@@ -68,10 +71,15 @@ void kl_engine_leave(EngineObject *self)
     PyThread_release_lock(self->lock);
 }
 
+void kl_engine_sweep(EngineObject *self)
+{
+    if (PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) kl_engine_leave(self);
+}
+
 void kl_engine_drop(EngineObject *self, kl_gen_node *node)
 {
     node->dead = true;
-    if (PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) kl_engine_leave(self);
+    kl_engine_sweep(self);
 }
 
 /* ---- coming back to Python ------------------------------------------------------------- */

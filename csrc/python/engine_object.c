@@ -9,6 +9,15 @@
 
 /* ---- life ------------------------------------------------------------------------------ */
 
+/* Room for every sequence that can be alive. */
+static kl_status make_dropped(EngineObject *self, kl_error *err)
+{
+    self->max_dropped = kl_engine_plan(self->engine)->max_batch;
+    self->dropped = kl_calloc((size_t)self->max_dropped, sizeof *self->dropped);
+    if (self->dropped != NULL) return KL_OK;
+    return kl_fail(err, KL_ERR_MEMORY, "engine: no memory for its sequences");
+}
+
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     const kl_module *m = PyType_GetModuleState(type);
@@ -40,7 +49,8 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     }
     Py_BEGIN_ALLOW_THREADS status =
         kl_engine_new(dev->be, &config, &options, &self->engine, &err);
-    Py_END_ALLOW_THREADS if (status == KL_OK) return (PyObject *)self;
+    Py_END_ALLOW_THREADS if (status == KL_OK) status = make_dropped(self, &err);
+    if (status == KL_OK) return (PyObject *)self;
     Py_DECREF(self);
     return kl_raise(m, &err);
 }
@@ -71,6 +81,7 @@ static void engine_dealloc(PyObject *op)
         kl_free(node);
     }
     if (self->lock != NULL) PyThread_free_lock(self->lock);
+    kl_free(self->dropped);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);
 }
@@ -235,6 +246,24 @@ static PyMethodDef engine_methods[] = {
      "seq_release($self, seq, /)\n--\n\nGive a sequence back."},
     {"seq_length", engine_seq_length, METH_O,
      "seq_length($self, seq, /)\n--\n\nTokens fed so far."},
+    {"seq_draft", KL_FASTCALL(kl_engine_py_draft), METH_FASTCALL,
+     "seq_draft($self, seq, n_tokens, /)\n--\n\n"
+     "A fork that has room to grow so far, or the sequence itself where there is none."},
+    {"seq_restore", kl_engine_py_restore, METH_O,
+     "seq_restore($self, length, /)\n--\n\n"
+     "A sequence of so many tokens whose image is to be written."},
+    {"seq_pages", kl_engine_py_pages, METH_O,
+     "seq_pages($self, seq, /)\n--\n\n(pages, of them shared) of a sequence."},
+    {"seq_drop", kl_engine_py_drop, METH_O,
+     "seq_drop($self, seq, /)\n--\n\n"
+     "Release a sequence now or soon, from any thread and callback; a stale handle is fine."},
+    {"image_bytes", kl_engine_py_image_bytes, METH_O,
+     "image_bytes($self, length, /)\n--\n\nBytes of the image of a sequence of so many "
+     "tokens."},
+    {"seq_read_image", KL_FASTCALL(kl_engine_py_read_image), METH_FASTCALL,
+     "seq_read_image($self, seq, offset, out, /)\n--\n\nFill a buffer from the image."},
+    {"seq_write_image", KL_FASTCALL(kl_engine_py_write_image), METH_FASTCALL,
+     "seq_write_image($self, seq, offset, data, /)\n--\n\nReplace a part of the image."},
     {"seq_read_kda", KL_FASTCALL(kl_engine_py_read_kda), METH_FASTCALL,
      "seq_read_kda($self, seq, layer, /)\n--\n\n"
      "(state [H, V, K], conv window [C, W-1]) of a KDA layer, f32."},

@@ -2,8 +2,8 @@
  * engine_object.h -- shared by the files of Engine and Generation.
  *
  * One lock an engine, held around every call of the core, and the GIL released within. A
- * Generation can die in any thread while another one uses its engine: its C part then waits in
- * the engine's list until the lock is free.
+ * Generation, or the owner of a sequence, can die in any thread while another one uses its
+ * engine: what it held then waits in the engine until the lock is free.
  */
 #ifndef KL_PYTHON_ENGINE_OBJECT_H
 #define KL_PYTHON_ENGINE_OBJECT_H
@@ -27,13 +27,17 @@ typedef struct {
     PyThread_type_lock lock;
     atomic_ulong owner; /* the thread that holds the lock, 0: none */
     kl_gen_node *generations;
+    kl_seq *dropped; /* [max_dropped], handles whose owners are gone; under the GIL */
+    int64_t n_dropped, max_dropped;
 } EngineObject;
 
 /* Take the lock; -1 with an exception when the engine is closed, when this thread holds it
  * already (a callback calls its own engine), or when a signal came while waiting. */
 int kl_engine_enter(EngineObject *self);
 void kl_engine_leave(EngineObject *self);
-/* Free a Generation's C part now, or when whoever holds the lock leaves. */
+/* Free what waits for the lock now, or when whoever holds it leaves. */
+void kl_engine_sweep(EngineObject *self);
+/* Free a Generation's C part so. */
 void kl_engine_drop(EngineObject *self, kl_gen_node *node);
 
 /* ---- calls that run for long ----------------------------------------------------------- */
@@ -89,6 +93,14 @@ PyObject *kl_engine_py_logits(PyObject *op, PyObject *const *args, Py_ssize_t na
 PyObject *kl_engine_py_logprobs(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_hidden(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_step(PyObject *op, PyObject *arg);
+/* In engine_state.c. */
+PyObject *kl_engine_py_draft(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+PyObject *kl_engine_py_restore(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_pages(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_drop(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_image_bytes(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_read_image(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
+PyObject *kl_engine_py_write_image(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 
 PyObject *kl_generation_object_new(EngineObject *engine, PyObject *requests);
 

@@ -39,9 +39,49 @@ static int parse_sampling(PyObject *dict, kl_sampling *out)
     return 0;
 }
 
-/* The ids are the caller's to free, whatever is returned. */
-static int parse_request(const kl_module *m, PyObject *dict, kl_request *out, int32_t **ids,
-                         int32_t **stop_ids)
+/* A copy of the logits [vocab] that a request draws from before it feeds anything. */
+static int parse_logits(const kl_module *m, PyObject *dict, int64_t vocab, float **out)
+{
+    kl_array a;
+    PyObject *value = PyDict_GetItemString(dict, "logits");
+    if (value == NULL || value == Py_None) return 0;
+    if (kl_array_borrow(m, "generate", "logits", value, -1, &a) < 0) return -1;
+    if (a.dtype.code != kDLFloat || a.dtype.bits != 32 || a.device.device_type != kDLCPU ||
+        a.ndim != 1 || a.shape[0] != vocab)
+        PyErr_Format(PyExc_ValueError,
+                     "generate: logits must be a float32 array of %lld on the cpu, got %R",
+                     (long long)vocab, value);
+    else if ((*out = kl_calloc((size_t)vocab, sizeof **out)) == NULL)
+        PyErr_NoMemory();
+    else
+        kl_array_copy_dense(&a, *out);
+    kl_array_release(&a);
+    return *out == NULL ? -1 : 0;
+}
+
+/* What a request continues. */
+static int parse_past(PyObject *dict, kl_request *out)
+{
+    static const int64_t none = 0;
+    int64_t seq, in_place;
+    if (kl_dict_int("generate", dict, "seq", 0, INT64_MAX, &none, &seq) < 0 ||
+        kl_dict_int("generate", dict, "in_place", 0, 1, &none, &in_place) < 0 ||
+        kl_dict_int("generate", dict, "n_history", 0, INT64_MAX, &none, &out->n_history) < 0)
+        return -1;
+    out->seq = (kl_seq)seq;
+    out->in_place = in_place != 0;
+    return 0;
+}
+
+/* What a request points to. */
+typedef struct {
+    int32_t *ids, *stop_ids;
+    float *logits;
+} request_arrays;
+
+/* The arrays are the caller's to free, whatever is returned. */
+static int parse_request(const kl_module *m, PyObject *dict, int64_t vocab, kl_request *out,
+                         request_arrays *arrays)
 {
     static const int64_t none = 0;
     int64_t top;
@@ -55,45 +95,50 @@ static int parse_request(const kl_module *m, PyObject *dict, kl_request *out, in
         PyErr_SetString(PyExc_ValueError, "generate: a request's ids are missing");
         return -1;
     }
-    if (kl_parse_ids(m, "generate", "ids", prompt, ids, &out->n_prompt) < 0 ||
-        (stops != NULL &&
-         kl_parse_ids(m, "generate", "stop_ids", stops, stop_ids, &out->n_stop_ids) < 0) ||
+    if (kl_parse_ids(m, "generate", "ids", prompt, &arrays->ids, &out->n_prompt) < 0 ||
+        (stops != NULL && kl_parse_ids(m, "generate", "stop_ids", stops, &arrays->stop_ids,
+                                       &out->n_stop_ids) < 0) ||
         kl_dict_int("generate", dict, "max_new_tokens", 0, INT64_MAX, NULL,
                     &out->max_new_tokens) < 0 ||
-        kl_dict_int("generate", dict, "top", 0, 256, &none, &top) < 0)
+        kl_dict_int("generate", dict, "top", 0, 256, &none, &top) < 0 ||
+        parse_past(dict, out) < 0 || parse_logits(m, dict, vocab, &arrays->logits) < 0)
         return -1;
-    out->prompt = *ids;
-    out->stop_ids = *stop_ids;
+    out->prompt = arrays->ids;
+    out->stop_ids = arrays->stop_ids;
+    out->logits = arrays->logits;
     out->top = (int)top;
     return parse_sampling(dict, &out->sampling);
 }
 
-/* Requests, and the ids they point to: 2 i and 2 i + 1 are prompt and stop ids of request i. */
 typedef struct {
     kl_request *requests;
-    int32_t **ids;
+    request_arrays *arrays;
     Py_ssize_t n;
 } request_args;
 
-static int parse_requests(const kl_module *m, PyObject *list, request_args *out)
+static int parse_requests(const kl_module *m, PyObject *list, int64_t vocab, request_args *out)
 {
     out->requests = kl_calloc((size_t)out->n, sizeof *out->requests);
-    out->ids = kl_calloc((size_t)out->n * 2, sizeof *out->ids);
-    if (out->requests == NULL || out->ids == NULL) {
+    out->arrays = kl_calloc((size_t)out->n, sizeof *out->arrays);
+    if (out->requests == NULL || out->arrays == NULL) {
         PyErr_NoMemory();
         return -1;
     }
     for (Py_ssize_t i = 0; i < out->n; i++)
-        if (parse_request(m, PyList_GetItem(list, i), &out->requests[i], &out->ids[2 * i],
-                          &out->ids[2 * i + 1]) < 0)
+        if (parse_request(m, PyList_GetItem(list, i), vocab, &out->requests[i],
+                          &out->arrays[i]) < 0)
             return -1;
     return 0;
 }
 
 static void free_requests(request_args *a)
 {
-    for (Py_ssize_t i = 0; a->ids != NULL && i < 2 * a->n; i++) kl_free(a->ids[i]);
-    kl_free(a->ids);
+    for (Py_ssize_t i = 0; a->arrays != NULL && i < a->n; i++) {
+        kl_free(a->arrays[i].ids);
+        kl_free(a->arrays[i].stop_ids);
+        kl_free(a->arrays[i].logits);
+    }
+    kl_free(a->arrays);
     kl_free(a->requests);
 }
 
@@ -140,9 +185,12 @@ PyObject *kl_generation_object_new(EngineObject *engine, PyObject *requests)
     const kl_module *m = kl_module_of_instance((PyObject *)engine);
     GenerationObject *self = NULL;
     request_args a = {0};
+    if (kl_engine_enter(engine) < 0) return NULL;
+    const int64_t vocab = kl_engine_config(engine->engine)->vocab_size;
+    kl_engine_leave(engine);
     PyObject *list = kl_parse_list("generate", "requests", requests, &a.n);
     if (list == NULL) return NULL;
-    if (parse_requests(m, list, &a) == 0) {
+    if (parse_requests(m, list, vocab, &a) == 0) {
         PyTypeObject *type = m->generation_type;
         self = (GenerationObject *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     }

@@ -289,6 +289,61 @@ static void shared_pages_are_copied_only_where_needed(void)
     close_world(&w);
 }
 
+/* A fork is promised the page it copies, too: others may take all the rest before it writes. */
+static void a_promise_covers_the_copy(void)
+{
+    static world w;
+    const int64_t ten = 10, one = 1;
+    int64_t slot, fork_slot;
+    kl_seq a, b, filler;
+    kl_error err;
+    open_world(&w, 4);
+    EXPECT(kl_cache_new(&w.c, &a, &err) == KL_OK);
+    EXPECT(kl_cache_find(&w.c, a, false, &slot, &err) == KL_OK);
+    EXPECT(kl_cache_grow(&w.c, &slot, &ten, 1, &err) == KL_OK);
+    kl_cache_advance(&w.c, slot, ten);
+    EXPECT(kl_cache_fork(&w.c, a, &b, &err) == KL_OK);
+    EXPECT(kl_cache_find(&w.c, b, false, &fork_slot, &err) == KL_OK);
+    EXPECT(kl_cache_fork_pages(&w.c, slot, 11) == 1 &&
+           kl_cache_fork_pages(&w.c, slot, 65) == 2);
+    EXPECT(kl_cache_reserve(&w.c, b, 11, &err) == KL_OK);
+    EXPECT(w.c.seqs[fork_slot].reserved == 1);
+    for (int64_t left = kl_cache_available(&w.c); left > 0; left = kl_cache_available(&w.c)) {
+        EXPECT(kl_cache_new(&w.c, &filler, &err) == KL_OK);
+        const int64_t tokens = kl_min_i64(left, 5) * KL_PAGE_TOKENS;
+        EXPECT(kl_cache_reserve(&w.c, filler, tokens, &err) == KL_OK);
+    }
+    EXPECT(kl_cache_check_growth(&w.c, &slot, &one, 1, &err) == KL_ERR_MEMORY);
+    EXPECT(kl_cache_check_growth(&w.c, &fork_slot, &one, 1, &err) == KL_OK);
+    EXPECT(kl_cache_grow(&w.c, &fork_slot, &one, 1, &err) == KL_OK);
+    EXPECT(pages_add_up(&w));
+    close_world(&w);
+}
+
+static void restored_sequences_have_their_pages(void)
+{
+    static world w;
+    kl_seq seq;
+    kl_error err;
+    int64_t slot;
+    open_world(&w, 5);
+    EXPECT(kl_cache_restore(&w.c, 2 * KL_PAGE_TOKENS + 1, &seq, &err) == KL_OK);
+    EXPECT(kl_cache_find(&w.c, seq, false, &slot, &err) == KL_OK);
+    EXPECT(w.c.seqs[slot].length == 2 * KL_PAGE_TOKENS + 1 && w.c.seqs[slot].n_pages == 3);
+    EXPECT(pages_add_up(&w));
+    EXPECT(kl_cache_restore(&w.c, CONTEXT + 1, &seq, &err) == KL_ERR_MEMORY);
+    EXPECT_TEXT(err.message, "sequence: it has 324 tokens, the model has room for 323 "
+                             "(max_context); load it with more");
+    EXPECT(kl_cache_restore(&w.c, CONTEXT, &seq, &err) == KL_OK);
+    EXPECT(kl_cache_restore(&w.c, CONTEXT, &seq, &err) == KL_ERR_MEMORY);
+    EXPECT_TEXT(err.message,
+                "sequence: its 323 tokens need 6 pages of 64, 5 of 14 are available; release a "
+                "sequence or plan for more cache");
+    EXPECT(kl_cache_restore(&w.c, 0, &seq, &err) == KL_OK);
+    EXPECT(w.c.n_alive == 3 && pages_add_up(&w));
+    close_world(&w);
+}
+
 static void limits_have_names(void)
 {
     static world w;
@@ -315,6 +370,8 @@ int main(void)
 {
     RUN(every_sequence_keeps_its_own);
     RUN(shared_pages_are_copied_only_where_needed);
+    RUN(a_promise_covers_the_copy);
+    RUN(restored_sequences_have_their_pages);
     RUN(limits_have_names);
     return test_failures != 0;
 }
