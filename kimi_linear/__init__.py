@@ -13,6 +13,7 @@ _HOMES = {  # public name -> module that defines it
     "load": "model",
     "plan": "model",
     "Model": "model",
+    "State": "state",
     "MemoryPlan": "memory",
     "Completion": "results",
     "Chunk": "results",
@@ -29,6 +30,7 @@ _HOMES = {  # public name -> module that defines it
     "TokenizerError": "errors",
     "DeviceError": "errors",
     "OutOfMemory": "errors",
+    "StateError": "errors",
     "NumericalError": "errors",
 }
 _MODULES = ("errors", "evals", "ops", "reference", "testing", "torch")
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from .errors import KimiLinearError as KimiLinearError
     from .errors import NumericalError as NumericalError
     from .errors import OutOfMemory as OutOfMemory
+    from .errors import StateError as StateError
     from .errors import TokenizerError as TokenizerError
     from .errors import WeightsError as WeightsError
     from .memory import MemoryPlan as MemoryPlan
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from .results import Logprobs as Logprobs
     from .results import Stats as Stats
     from .results import TokenLogprob as TokenLogprob
+    from .state import State as State
     from .tokenizer import Tokenizer as Tokenizer
 
 

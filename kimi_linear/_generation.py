@@ -1,6 +1,7 @@
 """A running generation: the core's tokens turned into text, row by row."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import chat
@@ -16,6 +17,28 @@ if TYPE_CHECKING:
     from ._core import Engine
 
 
+@dataclass(frozen=True)
+class Past:
+    """A sequence that prompts continue: each on a fork of it, or a single one in place."""
+
+    seq: int
+    ids: "np.ndarray"  # int32, the tokens it holds
+    in_place: bool = False
+    logits: "np.ndarray | None" = None  # float32 [vocab] after them, for an empty prompt
+
+    def extend(self, request: dict[str, Any], sampling: Sampling) -> dict[str, Any]:
+        """A request that goes on from here; the tokens before it only where they matter."""
+        import numpy as np
+
+        past = {"seq": self.seq, "in_place": int(self.in_place)}
+        if not len(request["ids"]):
+            past["logits"] = self.logits
+        if sampling.looks_back:
+            past["n_history"] = len(self.ids)
+            past["ids"] = np.concatenate([self.ids, request["ids"]])
+        return request | past
+
+
 class Run:
     """Rows of prompts being continued by an engine. Close it: that frees their sequences."""
 
@@ -27,11 +50,19 @@ class Run:
         tokenizer: Tokenizer | None,
         *,
         plan: MemoryPlan,
+        past: Past | None = None,
     ) -> None:
-        requests = [sampling.request(ids, i, plan.max_context) for i, ids in enumerate(rows)]
+        room = plan.max_context - (len(past.ids) if past else 0)
+        requests = [sampling.request(ids, i, room) for i, ids in enumerate(rows)]
+        if past:
+            requests = [past.extend(request, sampling) for request in requests]
         self._sampling = sampling
         self._plan = plan
-        self._bytes = plan.weights + plan.workspace + sum(plan.of_sequence(len(r)) for r in rows)
+        self._n_before = len(past.ids) if past else 0
+        self._n_shared = 0 if past is None or past.in_place else self._n_before
+        self._bytes = plan.weights + plan.workspace + sum(self._bytes_of(len(r)) for r in rows)
+        if self._n_shared:
+            self._bytes += plan.of_sequence(self._n_shared)
         self._process = _processor(sampling.processors)
         self._rows = [_Row(ids, TextBuilder(tokenizer, sampling.stop)) for ids in rows]
         self._n_running = len(rows)
@@ -53,9 +84,9 @@ class Run:
             row = self._rows[i]
             if row.finish_reason:  # tokens of the same call, past a stop string
                 continue
-            before = self._plan.of_sequence(row.n_tokens)
+            before = self._bytes_of(row.n_tokens)
             text = row.take(token_id, logprob, finish, top)
-            self._bytes += self._plan.of_sequence(row.n_tokens) - before
+            self._bytes += self._bytes_of(row.n_tokens) - before
             if row.finish_reason:
                 self._n_running -= 1
                 if not finish:
@@ -63,6 +94,10 @@ class Run:
             stats = self._stats(row)
             chunks.append((i, Chunk(text, token_id, logprob, row.finish_reason, stats)))
         return chunks
+
+    def _bytes_of(self, n_tokens: int) -> int:
+        """What a row of so many tokens, prompt and new ones, takes."""
+        return self._plan.of_fork(self._n_shared, self._n_before + n_tokens)
 
     def _stats(self, row: "_Row") -> Stats:
         core = self._generation.stats()

@@ -53,12 +53,29 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, int | float) or getattr(value, "ndim", None) == 0
 
 
-def row_ids(row: Any, tokenizer: GetTokenizer, vocab_size: int, label: str) -> "np.ndarray":
-    """int32 [T], T >= 1, of one prompt."""
+def awaits_answer(prompt: Any) -> bool:
+    """Whether these are messages whose last is not the assistant's."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return False
+    last = prompt[-1]
+    return isinstance(last, Mapping) and last.get("role") != "assistant"
+
+
+def answer_header(tokenizer: "Tokenizer") -> list[int]:
+    """The ids that open the assistant's turn after messages."""
+    message = [{"role": "user", "content": ""}]
+    closed = tokenizer.apply_chat_template(message, add_generation_prompt=False)
+    return tokenizer.apply_chat_template(message)[len(closed) :]
+
+
+def row_ids(
+    row: Any, tokenizer: GetTokenizer, vocab_size: int, label: str, *, answer: bool = True
+) -> "np.ndarray":
+    """int32 [T], T >= 1, of one prompt. answer: the assistant's turn is opened after messages."""
     if isinstance(row, str):
         ids: Any = tokenizer().encode(row)
     elif isinstance(row, Sequence) and len(row) and isinstance(row[0], Mapping):
-        ids = tokenizer().apply_chat_template(row)
+        ids = tokenizer().apply_chat_template(row, add_generation_prompt=answer)
     else:
         ids = row
     array = _id_array(ids, label)

@@ -35,11 +35,11 @@ class Sampling:
     logprobs: int | None
     processors: tuple[LogitsProcessor, ...]
 
-    def request(self, ids: Any, row: int, max_context: int) -> dict[str, Any]:
-        """A request of the core: row `row` of a batch, ending at the context's limit."""
+    def request(self, ids: Any, row: int, room: int) -> dict[str, Any]:
+        """A request of the core: row `row` of a batch, in a context with that much room."""
         return {
             "ids": ids,
-            "max_new_tokens": min(self.max_new_tokens, max_context - len(ids)),
+            "max_new_tokens": min(self.max_new_tokens, room - len(ids)),
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
@@ -49,6 +49,11 @@ class Sampling:
             "stop_ids": list(self.stop_ids),
             "top": self.logprobs or 0,
         }
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on the tokens before the prompt beside the state."""
+        return self.repetition_penalty != 1.0 or bool(self.processors)
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -6,6 +6,7 @@ JSON, then the tensors' bytes without holes. Every rule of its reference reader 
 two of its prose: duplicate keys are refused, and nothing follows the last tensor.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ MAX_HEADER = 100_000_000  # the reference reader's limit
 MAX_INDEX = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FINGERPRINT_BYTES = 512  # of a tensor
 MAX_NDIM = 5  # csrc/base/tensor.h
 
 # Bits of an element.
@@ -110,6 +112,20 @@ class Checkpoint:
                 raise WeightsError(
                     f"{where}: tensor {quote(name)} must be named by {index.name}"
                 )
+
+    def fingerprint(self) -> str:
+        """A digest that tells these weights from others, whichever files they are in: of every
+        tensor but the routed experts', its name, dtype, size and some bytes of its middle."""
+        digest = hashlib.sha256()
+        for name, file, offset, n, dtype, _ in sorted(self.sources()):
+            if ".experts." in name:
+                continue
+            digest.update(f"{name} {dtype} {n} ".encode())
+            part = min(n, FINGERPRINT_BYTES)
+            digest.update(
+                _pread(self.fds[file], part, offset + (n - part) // 2, str(self.files[file]))
+            )
+        return digest.hexdigest()
 
     @property
     def dtype(self) -> str:

@@ -2,7 +2,8 @@
 
 ``KimiLinearError`` is the root. ``ConfigError``, ``WeightsError`` and ``TokenizerError`` are
 also ``ValueError``; ``DeviceError`` is also ``RuntimeError``; ``OutOfMemory`` is also
-``MemoryError``; ``NumericalError`` is also ``ArithmeticError``. A wrong argument raises
+``MemoryError``; ``NumericalError`` is also ``ArithmeticError``; ``StateError``, for the file of
+a state, is also ``ValueError``. A wrong argument raises
 ``ValueError`` or ``TypeError``, a file that cannot be opened ``OSError``, as Python would.
 """
 
@@ -16,12 +17,18 @@ from ._core import (
     WeightsError,
 )
 
+
+class StateError(KimiLinearError, ValueError):
+    """A file is no state, not whole, or another model's."""
+
+
 __all__ = [
     "ConfigError",
     "DeviceError",
     "KimiLinearError",
     "NumericalError",
     "OutOfMemory",
+    "StateError",
     "TokenizerError",
     "WeightsError",
 ]

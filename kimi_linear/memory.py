@@ -54,8 +54,17 @@ class MemoryPlan:
 
     def of_sequence(self, n_tokens: int) -> int:
         """Bytes that a sequence of so many tokens occupies: its states and whole pages."""
-        pages = -(-n_tokens // _core.PAGE_TOKENS)
-        return self.kda_state_per_sequence + pages * _core.PAGE_TOKENS * self.mla_page_per_token
+        return self.kda_state_per_sequence + self.of_pages(-(-n_tokens // _core.PAGE_TOKENS))
+
+    def of_fork(self, n_shared: int, n_tokens: int) -> int:
+        """What a fork of a sequence of n_shared tokens adds when it holds n_tokens: full pages
+        stay shared."""
+        pages = n_shared // _core.PAGE_TOKENS
+        return self.of_sequence(n_tokens) - self.of_pages(pages)
+
+    def of_pages(self, n: int) -> int:
+        """Bytes of n pages of latents, in all MLA layers."""
+        return n * _core.PAGE_TOKENS * self.mla_page_per_token
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much) for a reader, in the order of a table."""

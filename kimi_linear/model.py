@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from . import _core
 from ._device import Choice, check_options, choose, require_fit
 from ._files import quote
-from ._generation import Run
+from ._generation import Past, Run
 from ._progress import Callback, Progress
 from ._prompts import prompt_rows, row_ids
 from ._sampling import (
@@ -23,6 +23,7 @@ from .config import KimiLinearConfig
 from .errors import TokenizerError
 from .memory import MemoryPlan, Report, gib
 from .results import Chunk, Completion, Logprobs
+from .state import State
 from .tokenizer import Tokenizer, check_id
 
 if TYPE_CHECKING:
@@ -80,7 +81,15 @@ def load(
             engine.close()
             raise
         notes = (f"{unused} tensors of the checkpoint are not used",) if unused else ()
-        return Model(checkpoint.config, engine, choice, tokenizer, checkpoint.path, notes)
+        return Model(
+            checkpoint.config,
+            engine,
+            choice,
+            tokenizer,
+            checkpoint.path,
+            notes,
+            checkpoint.fingerprint(),
+        )
 
 
 def plan(
@@ -127,7 +136,8 @@ def random(
     except BaseException:
         engine.close()
         raise
-    return Model(config, engine, choice, tokenizer, None, ("weights are random",))
+    notes = ("weights are random",)
+    return Model(config, engine, choice, tokenizer, None, notes, f"random, seed {seed}")
 
 
 def _directory(path: str | Path | None) -> Path:
@@ -165,7 +175,7 @@ class Model:
     """A loaded model; `kimi_linear.load` makes one.
 
     config: KimiLinearConfig. device, dtype, plan: where it is, how the big matrices are stored,
-    what memory it has. Calls from several threads are served one after the other. After
+    what memory it has. fingerprint: tells its weights from others in files of states. Calls from several threads are served one after the other. After
     close() every call raises ValueError.
     """
 
@@ -177,12 +187,14 @@ class Model:
         tokenizer: Tokenizer | None,
         path: Path | None,
         notes: tuple[str, ...],
+        fingerprint: str,
     ) -> None:
         self.config = config
         self.dtype = choice.dtype
         self.device = choice.plan.device
         self.plan = MemoryPlan.from_core(self.device, self.dtype, engine.plan())
         self.path = path
+        self.fingerprint = fingerprint
         self._engine = engine
         self._kernels = choice.backend.info()
         self._tokenizer = tokenizer
@@ -235,9 +247,7 @@ class Model:
         Raises ValueError or TypeError naming the argument, NumericalError for logits that are
         not finite, KeyboardInterrupt: the model stays usable.
         """
-        checked = check_sampling(
-            self.config.vocab_size,
-            self._stop_ids,
+        checked = self._check_sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -252,14 +262,7 @@ class Model:
             logits_processor=logits_processor,
         )
         rows, is_batch = prompt_rows(prompt, self._get_tokenizer, self.config.vocab_size)
-        run = self._run(rows, checked)
-        try:
-            with self._prompt_progress(progress, rows) as callback:
-                while not run.done:
-                    run.step(1 if checked.stop else STEPS_PER_CALL, callback)
-            completions = run.completions()
-        finally:
-            run.close()
+        completions = self._complete(rows, checked, progress)
         return completions if is_batch else completions[0]
 
     def stream(
@@ -273,7 +276,7 @@ class Model:
 
         Arguments are checked at the call. Leaving the loop early frees the sequence.
         """
-        checked = check_sampling(self.config.vocab_size, self._stop_ids, **sampling)
+        checked = self._check_sampling(**sampling)
         rows, is_batch = prompt_rows(prompt, self._get_tokenizer, self.config.vocab_size)
         if is_batch:
             raise ValueError("prompt: stream takes one prompt, got a list; use generate")
@@ -307,15 +310,44 @@ class Model:
         assert isinstance(completion, Completion)
         return completion
 
-    def _run(self, rows: "list[np.ndarray]", sampling: Sampling) -> Run:
+    def state(self) -> State:
+        """An empty sequence to feed, fork, continue and keep; see State.
+
+        Raises OutOfMemory when max_batch sequences are alive.
+        """
+        return State._empty(self)
+
+    def _check_sampling(self, **sampling: Unpack[SamplingOptions]) -> Sampling:
+        return check_sampling(self.config.vocab_size, self._stop_ids, **sampling)
+
+    def _complete(
+        self,
+        rows: "list[np.ndarray]",
+        sampling: Sampling,
+        progress: bool | Callback | None,
+        past: Past | None = None,
+    ) -> list[Completion]:
+        run = self._run(rows, sampling, past)
+        try:
+            with self._prompt_progress(progress, rows) as callback:
+                while not run.done:
+                    run.step(1 if sampling.stop else STEPS_PER_CALL, callback)
+            return run.completions()
+        finally:
+            run.close()
+
+    def _run(
+        self, rows: "list[np.ndarray]", sampling: Sampling, past: Past | None = None
+    ) -> Run:
         if sampling.stop:
             self._get_tokenizer()
+        before = len(past.ids) if past else 0
         for i, ids in enumerate(rows):
-            if len(ids) >= self.plan.max_context and sampling.max_new_tokens > 0:
+            if before + len(ids) >= self.plan.max_context and sampling.max_new_tokens > 0:
                 label = f"prompt[{i}]" if len(rows) > 1 else "prompt"
                 raise ValueError(
                     f"{label}: must leave room for a token in max_context "
-                    f"({self.plan.max_context}), has {len(ids)} tokens"
+                    f"({self.plan.max_context}), has {before + len(ids)} tokens"
                 )
         return Run(
             self._open_engine(),
@@ -323,6 +355,7 @@ class Model:
             sampling,
             self._tokenizer,
             plan=self.plan,
+            past=past,
         )
 
     def _prompt_progress(
@@ -349,12 +382,7 @@ class Model:
             parts: tuple[Any, ...] = (np.empty(0), np.empty(0), *(np.empty((0, top)),) * 2)
         else:
             parts = engine.logprobs(0, ids[:-1], ids[1:], top, None)
-        return Logprobs(
-            ids.tolist(),
-            np.asarray(parts[0], np.float32),
-            np.asarray(parts[1]).astype(bool),
-            (np.asarray(parts[2], np.int32), np.asarray(parts[3], np.float32)) if top else None,
-        )
+        return Logprobs.joined(ids.tolist(), [parts])
 
     def score(self, context: Any, continuation: Any) -> tuple[float, bool]:
         """log p(continuation | context) as a float64 sum, and whether it is the greedy one.
@@ -421,9 +449,18 @@ class Model:
             ),
             ("tokenizer", repr(self._tokenizer) if self._tokenizer else "none: token ids only"),
             *self.plan.rows(),
+            *self._usage(),
             *(("note", note) for note in self._notes),
         ]
         return Report(rows)
+
+    def _usage(self) -> list[tuple[str, str]]:
+        """What sequences hold now; pages that several share are counted once."""
+        if self._engine is None:
+            return []
+        sequences, pages = self._engine.usage()
+        n_bytes = sequences * self.plan.kda_state_per_sequence + self.plan.of_pages(pages)
+        return [("in use", f"{gib(n_bytes)} by {sequences} sequences")]
 
     # ---- life ----------------------------------------------------------------------------
 

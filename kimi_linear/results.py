@@ -1,5 +1,6 @@
 """What a model gives back: plain values that outlive it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -98,3 +99,14 @@ class Logprobs:
     logprobs: "np.ndarray"
     greedy: "np.ndarray"
     top: "tuple[np.ndarray, np.ndarray] | None" = None
+
+    @classmethod
+    def joined(cls, token_ids: list[int], parts: "Sequence[Sequence[Any]]") -> "Logprobs":
+        """From parts (logprobs, greedy[, top_ids, top_logprobs]) of the core, in their order."""
+        import numpy as np
+
+        columns = [np.concatenate(arrays) for arrays in zip(*parts, strict=False)]
+        top = None
+        if len(columns) == 4 and columns[2].shape[1]:
+            top = columns[2].astype(np.int32), columns[3].astype(np.float32)
+        return cls(token_ids, columns[0].astype(np.float32), columns[1].astype(bool), top)

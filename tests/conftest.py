@@ -34,6 +34,16 @@ show_children_the_same()
 
 import variants  # noqa: E402  the package's first import, from where the lines above say
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sequences",
+        type=int,
+        default=200,
+        help="sequences of operations on states to try (tests/model/test_states.py)",
+    )
+
+
 needs_compiler = pytest.mark.skipif(
     not (ROOT / "csrc").is_dir() or shutil.which("make") is None or shutil.which("cc") is None,
     reason="needs the source tree, make and a C compiler",

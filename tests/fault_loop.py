@@ -1,4 +1,5 @@
-"""Fail the k-th allocation of the C core, for every k, while a model loads and generates.
+"""Fail the k-th allocation of the C core, for every k, while a model loads, generates and
+keeps states.
 
     python fault_loop.py FOLDER        with _core built under -DKL_FAULT_INJECTION
 
@@ -37,6 +38,17 @@ def operations():
                        rng.standard_normal((2, 12, 6), np.float32))  # fmt: skip
 
 
+def keep(model, file):
+    """A state fed, forked, continued in a batch, saved, loaded and scored."""
+    with model.state() as s:
+        s.feed(list(range(4, 90))).save(file)
+        first = s.fork().generate([1, 2], max_new_tokens=2, repetition_penalty=1.2).token_ids
+        s.generate(max_new_tokens=2)
+        with kl.State.load(file, model) as t:
+            rows = t.generate([[1, 2], [3]], max_new_tokens=2)
+            return first, [r.token_ids for r in rows], t.score([5, 6]), s.token_ids
+
+
 def fail_each(action, stage):
     """Run `action` with its k-th allocation failing, k = 1, 2, ..., until none fails."""
     k = 0
@@ -69,6 +81,10 @@ def main():
     fail_each(operations, "operations")
     with load(folder) as model:
         fail_each(lambda: use(model), "generate")
+        file = f"{folder}/s.klstate"
+        want_kept = keep(model, file)
+        fail_each(lambda: keep(model, file), "states")
+        assert keep(model, file) == want_kept and model._engine.usage() == (0, 0)
         assert use(model) == want, "the model no longer gives what it gave"
 
 

@@ -14,7 +14,7 @@ pytestmark = needs_compiler
 # What parses the bytes of others, and every operation, each allocation of it failing once.
 SUITES = [
     "tests/python/test_checkpoint.py", "tests/python/test_hostile.py", "tests/python/test_buffers.py",
-    "tests/python/test_dlpack.py", "tests/python/test_ops_api.py",
+    "tests/python/test_dlpack.py", "tests/python/test_ops_api.py", "tests/python/test_state.py",
 ]  # fmt: skip
 NOT_HERE = "test_unused_capsules_do_not_leak"  # measures the process, whose freed memory ASan keeps
 
@@ -68,7 +68,7 @@ def test_every_allocation_may_fail(sanitized, tmp_path):
     run = python(env, "tests/fault_loop.py", tmp_path)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     counts = dict(re.findall(r"^(\w+): (\d+) failures", run.stdout, re.M))
-    assert set(counts) == {"load", "operations", "generate"}, run.stdout
+    assert set(counts) == {"load", "operations", "generate", "states"}, run.stdout
     assert all(int(n) > 5 for n in counts.values()), run.stdout
     ours = [leak for leak in run.stderr.split("\n\n") if re.search(r"in kl_\w*alloc", leak)]
     assert not ours, ours[0]

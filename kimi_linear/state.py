@@ -1,0 +1,478 @@
+"""Sequences as values: read once, forked, continued, scored, kept in files."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from . import _state_file
+from ._files import quote
+from ._generation import Past
+from ._progress import Callback, Progress
+from ._prompts import answer_header, awaits_answer, prompt_rows, row_ids
+from ._sampling import MAX_TOP, Sampling, SamplingOptions
+from .errors import StateError
+from .results import Completion, Logprobs
+from .tokenizer import check_id
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ._core import Engine
+    from .model import Model
+
+
+class _Sequence:
+    """A sequence of an engine, given back when nobody refers to it any more."""
+
+    __slots__ = ("engine", "seq")
+
+    def __init__(self, engine: "Engine", seq: int) -> None:
+        self.engine, self.seq = engine, seq
+
+    def release(self) -> None:
+        """Give it back now: a traceback may refer to this object for long."""
+        self.engine.seq_drop(self.seq)
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __enter__(self) -> "_Sequence":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a state is at one moment; replaced as a whole, so that nothing is ever half done."""
+
+    sequence: _Sequence
+    ids: "np.ndarray"  # int32 [position]
+    logits: "np.ndarray | None"  # float32 [vocab] after the last token
+    awaits_answer: bool  # messages were fed last
+
+
+class State:
+    """What a model remembers of the tokens it has read; `Model.state` makes an empty one.
+
+    A fork costs the KDA states (one of `max_batch` sequences): the latents of all full pages of
+    64 tokens are shared until the model is closed or both are released. Calls on one state from
+    several threads are served one after the other. Where a sequence is free (`max_batch`), `feed`
+    and `generate` work on a copy: interrupted or failed, they leave the state as it was. Else an
+    interruption within them loses the state, and later calls say so.
+
+    After `release` every call raises ValueError, and so it does after `Model.close`. A state
+    that is not released lives as long as its object; a `with` block releases it, too.
+    """
+
+    def __init__(self, model: "Model", held: _Held) -> None:
+        self._model = model
+        self._held: _Held | None = held
+        self._lock = threading.RLock()
+        self._why_gone = "is released"
+
+    @classmethod
+    def _empty(cls, model: "Model") -> "State":
+        import numpy as np
+
+        engine = model._open_engine()
+        sequence = _Sequence(engine, engine.seq_new())
+        return cls(model, _Held(sequence, np.empty(0, np.int32), None, False))
+
+    def _get(self) -> _Held:
+        held = self._held
+        if held is None:
+            raise ValueError(f"state: {self._why_gone}")
+        self._model._open_engine()
+        return held
+
+    # ---- growing -------------------------------------------------------------------------
+
+    def feed(self, prompt: Any, progress: bool | Callback | None = None) -> "State":
+        """Append a prompt; returns the state itself.
+
+        prompt: str (control tokens in it stay text), token ids, or chat messages: these are
+        appended as they are, and a following `generate` opens the assistant's turn. progress:
+        callable(done, total) over tokens, True, False or None, as in `Model.generate`.
+
+        Fed in parts, a text has the bits of the whole if all parts but the last have a multiple
+        of 64 tokens. Raises ValueError or TypeError for a bad prompt or past max_context,
+        OutOfMemory where the pages do not suffice, KeyboardInterrupt.
+        """
+        with self._lock:
+            held = self._get()
+            ids = row_ids(
+                prompt,
+                self._model._get_tokenizer,
+                self._model.config.vocab_size,
+                "prompt",
+                answer=False,
+            )
+            self._check_room(held, len(ids), 0)
+            with (
+                self._model._prompt_progress(progress, [ids]) as callback,
+                self._draft(held, len(ids)) as draft,
+            ):
+                logits = _logits_after(draft, ids, callback)
+            self._set(draft, held, ids, logits, awaits_answer(prompt))
+        return self
+
+    def generate(
+        self,
+        prompt: Any = None,
+        *,
+        progress: bool | Callback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion]:
+        """Continue the state, after a prompt if one is given; arguments of `Model.generate`.
+
+        The state keeps the prompt and all new tokens, a stop token included. A list of prompts
+        is answered from forks, all in one batch, each admitted as sequences and pages are free:
+        then the state stays as it is.
+
+        The completion's prompt_token_ids and Stats.prompt_tokens are the prompt of this call;
+        penalties and logits processors see the tokens of the state before it.
+        """
+        with self._lock:
+            held = self._get()
+            checked = self._model._check_sampling(**sampling)
+            if prompt is None:
+                return self._continue(held, self._no_prompt(held), checked, progress)
+            rows, is_batch = prompt_rows(
+                prompt, self._model._get_tokenizer, self._model.config.vocab_size
+            )
+            if not is_batch:
+                return self._continue(held, rows[0], checked, progress)
+            past = Past(held.sequence.seq, held.ids)
+            return self._model._complete(rows, checked, progress, past)
+
+    def _no_prompt(self, held: _Held) -> "np.ndarray":
+        import numpy as np
+
+        if held.awaits_answer:
+            return np.asarray(answer_header(self._model.tokenizer), np.int32)
+        if not len(held.ids):
+            raise ValueError("prompt: must hold at least one token, the state is empty")
+        return np.empty(0, np.int32)
+
+    def _continue(
+        self,
+        held: _Held,
+        ids: "np.ndarray",
+        checked: Sampling,
+        progress: bool | Callback | None,
+    ) -> Completion:
+        import numpy as np
+
+        self._check_room(held, len(ids), 1 if checked.max_new_tokens else 0)
+        room = self._model.plan.max_context - len(held.ids) - len(ids)
+        most = len(ids) + min(checked.max_new_tokens, room)
+        with self._draft(held, most) as draft:
+            past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
+            (completion,) = self._model._complete([ids], checked, progress, past)
+            new = np.concatenate([ids, np.asarray(completion.token_ids, np.int32)])
+            # The last token drawn has not been read yet, nor has a prompt of no new tokens.
+            rest = new[draft.engine.seq_length(draft.seq) - len(held.ids) :]
+            logits = _logits_after(draft, rest, None) if len(rest) else held.logits
+        self._set(draft, held, new, logits, False)
+        return completion
+
+    def _check_room(self, held: _Held, n: int, more: int) -> None:
+        most = self._model.plan.max_context
+        if len(held.ids) + n + more > most:
+            raise ValueError(
+                f"state: its {len(held.ids)} tokens and {n + more} more must be at most {most} "
+                f"(max_context)"
+            )
+
+    @contextmanager
+    def _draft(self, held: _Held, n_tokens: int) -> Iterator[_Sequence]:
+        """The sequence to work on: a copy, or the state's own where nothing is free."""
+        engine, seq = held.sequence.engine, held.sequence.seq
+        draft = engine.seq_draft(seq, n_tokens)
+        sequence = held.sequence if draft == seq else _Sequence(engine, draft)
+        try:
+            yield sequence
+        except BaseException:
+            if sequence is held.sequence and not _is_untouched(held):
+                self._held = None
+                self._why_gone = (
+                    "was lost when a call on it did not end, and no other sequence was free "
+                    "(max_batch) to keep it"
+                )
+            if self._held is not held or sequence is not held.sequence:
+                sequence.release()
+            raise
+
+    def _set(
+        self,
+        draft: _Sequence,
+        held: _Held,
+        new: "np.ndarray",
+        logits: "np.ndarray | None",
+        awaits: bool,
+    ) -> None:
+        import numpy as np
+
+        self._held = _Held(draft, np.concatenate([held.ids, new]), logits, awaits)
+        if draft is not held.sequence:
+            held.sequence.release()
+
+    def fork(self) -> "State":
+        """An independent copy: KDA states are copied, full pages of latents shared.
+
+        Raises OutOfMemory when max_batch sequences are alive.
+        """
+        with self._lock:
+            held = self._get()
+            copy = _copy(held)
+            return State(
+                self._model, _Held(copy, held.ids, held.logits, held.awaits_answer)
+            )
+
+    # ---- looking -------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far, `len(state)`."""
+        return len(self._get().ids)
+
+    def __len__(self) -> int:
+        return self.position
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens read so far."""
+        return self._get().ids.tolist()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the state refers to: KDA states and whole pages, shared
+        ones included; see `shared_nbytes`."""
+        return self._bytes()[0]
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Those of `nbytes` in pages that other sequences hold too: a release keeps them."""
+        return self._bytes()[1]
+
+    def _bytes(self) -> tuple[int, int]:
+        with self._lock:
+            sequence, plan = self._get().sequence, self._model.plan
+            pages, shared = sequence.engine.seq_pages(sequence.seq)
+            return plan.kda_state_per_sequence + plan.of_pages(pages), plan.of_pages(shared)
+
+    def logits(self) -> "np.ndarray":
+        """float32 [vocab] after the last token; raises ValueError for an empty state."""
+        logits = self._get().logits
+        if logits is None:
+            raise ValueError("state: is empty; feed it a token first")
+        return logits.copy()
+
+    def logprobs(self, prompt: Any, *, top: int = 0) -> Logprobs:
+        """log p of each token of a continuation; the state stays as it is.
+
+        prompt: str or token ids [T]. The result has T log-probabilities, the first one from
+        `logits`; after an empty state it is that of `Model.logprobs`, with T - 1. top: how many
+        of the best alternatives to report, 0..256. Works on a fork where T > 1: raises
+        OutOfMemory when no sequence is free.
+        """
+        with self._lock:
+            held = self._get()
+            if held.logits is None:
+                return self._model.logprobs(prompt, top=top)
+            ids = self._model._one_row(prompt, "prompt")
+            if not 0 <= check_id(top, MAX_TOP + 1, "top") <= self._model.config.vocab_size:
+                raise ValueError(
+                    f"top: must be in 0..{self._model.config.vocab_size}, got {top}"
+                )
+            self._check_room(held, len(ids) - 1, 0)
+            parts = [_first_logprob(held.logits, int(ids[0]), top)]
+            if len(ids) > 1:
+                with _copy(held) as copy:
+                    parts.append(copy.engine.logprobs(copy.seq, ids[:-1], ids[1:], top, None))
+            return Logprobs.joined(ids.tolist(), parts)
+
+    def score(self, continuation: Any) -> tuple[float, bool]:
+        """log p(continuation | state) as a float64 sum, and whether it is the greedy one.
+
+        continuation: str or token ids. The state stays as it is; raises ValueError if it is
+        empty.
+        """
+        import numpy as np
+
+        if not self.position:
+            raise ValueError("state: is empty; feed it a token first")
+        found = self.logprobs(continuation)
+        return float(found.logprobs.sum(dtype=np.float64)), bool(found.greedy.all())
+
+    # ---- files ---------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, progress: bool | Callback | None = None) -> None:
+        """Write the state to a file, which replaces another one only once it is whole.
+
+        The format is that of kimi_linear/_state_file.py: every byte is covered by a checksum.
+        progress: callable(done_bytes, total_bytes), True, False or None. Raises OSError.
+        """
+        with self._lock:
+            held = self._get()
+            model = self._model
+            header = {
+                "config": model.config.to_core(),
+                "dtype": model.dtype,
+                "weights": model.fingerprint,
+                "length": len(held.ids),
+                "awaits_answer": held.awaits_answer,
+                "writer": f"kimi_linear {_version()}",
+            }
+            parts = _parts(held.ids, held.logits, _Image(held.sequence, len(held.ids)))
+            with Progress(progress, "state", "B") as callback:
+                _state_file.write(Path(path), header, parts, callback)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: "Model", *, progress: bool | Callback | None = None
+    ) -> "State":
+        """The state that a file holds, to the bit.
+
+        model: one of the same config, weights and dtype as the one that saved it, on any device.
+        progress: callable(done_bytes, total_bytes), True, False or None.
+
+        Raises StateError for a file that is none, is truncated or altered, has another version,
+        or was saved by another model; OutOfMemory with the figures where the model has no
+        sequence, pages or context for it; OSError.
+        """
+        import numpy as np
+
+        engine = model._open_engine()
+        with _state_file.Reader(Path(path)) as reader:
+            length, awaits = _check_header(reader, model)
+            vocab = model.config.vocab_size
+            payload = 4 * length + (4 * vocab if length else 0) + engine.image_bytes(length)
+            reader.check_size(payload)
+            ids = np.empty(length, np.int32)
+            logits = np.empty(vocab, np.float32) if length else None
+            sequence = _Sequence(engine, engine.seq_restore(length))
+            try:
+                with Progress(progress, "state", "B") as callback:
+                    reader.read(_parts(ids, logits, _Image(sequence, length)), callback)
+                if length and not 0 <= ids.min() <= ids.max() < vocab:
+                    raise StateError(f"{path}: token ids must be in 0..{vocab - 1}")
+            except BaseException:
+                sequence.release()
+                raise
+        return cls(model, _Held(sequence, ids, logits, awaits))
+
+    # ---- life ----------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Give the memory back; further calls do nothing."""
+        with self._lock:
+            held, self._held = self._held, None
+            if held is not None:
+                held.sequence.release()
+
+    def __enter__(self) -> "State":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        held = self._held
+        if held is None:
+            return f"<kimi_linear.State {self._why_gone.partition(' when')[0]}>"
+        return f"<kimi_linear.State {len(held.ids)} tokens of {self._model!r}>"
+
+
+# ---- sequences ---------------------------------------------------------------------------
+
+
+def _copy(held: _Held) -> _Sequence:
+    engine = held.sequence.engine
+    return _Sequence(engine, engine.seq_fork(held.sequence.seq))
+
+
+def _is_untouched(held: _Held) -> bool:
+    """Whether a call that failed did so before it changed the sequence."""
+    try:
+        return held.sequence.engine.seq_length(held.sequence.seq) == len(held.ids)
+    except ValueError:  # a step was interrupted, or the model closed
+        return False
+
+
+def _logits_after(
+    sequence: _Sequence, ids: "np.ndarray", callback: Callback | None
+) -> "np.ndarray":
+    import numpy as np
+
+    return np.asarray(sequence.engine.logits(sequence.seq, ids, True, callback)).reshape(-1)
+
+
+def _first_logprob(logits: "np.ndarray", target: int, top: int) -> tuple["np.ndarray", ...]:
+    """(logprobs [1], greedy [1], top_ids [1, top], top_logprobs [1, top]) by the definition."""
+    import numpy as np
+
+    z = logits.astype(np.float64)
+    z -= z.max()
+    z -= np.log(np.exp(z).sum())
+    best = np.argsort(-logits, kind="stable")[:top][None]
+    greedy = np.array([logits.argmax() == target])
+    return z[target : target + 1], greedy, best, z[best]
+
+
+# ---- files -------------------------------------------------------------------------------
+
+
+class _Image:
+    """The device's memory of a sequence, a part of a file's payload."""
+
+    def __init__(self, sequence: _Sequence, length: int) -> None:
+        self._sequence = sequence
+        self.nbytes = sequence.engine.image_bytes(length)
+
+    def read(self, offset: int, out: memoryview) -> None:
+        self._sequence.engine.seq_read_image(self._sequence.seq, offset, out)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._sequence.engine.seq_write_image(self._sequence.seq, offset, data)
+
+
+def _parts(
+    ids: "np.ndarray", logits: "np.ndarray | None", image: _Image
+) -> Sequence[_state_file.Part]:
+    arrays = [ids] if logits is None else [ids, logits]
+    return [*map(_state_file.ArrayPart, arrays), image]
+
+
+def _check_header(reader: _state_file.Reader, model: "Model") -> tuple[int, bool]:
+    """(length, awaits_answer) of a file that this model may take."""
+    header, path = reader.header, reader.path
+    config = header.get("config")
+    for name, ours in model.config.to_core().items():
+        theirs = config.get(name) if isinstance(config, dict) else None
+        if theirs != ours:
+            raise StateError(
+                f"{path}: was saved by a model with {name} {quote(theirs)}, this one has "
+                f"{quote(ours)}"
+            )
+    for name, ours in (("dtype", model.dtype), ("weights", model.fingerprint)):
+        if header.get(name) != ours:
+            raise StateError(
+                f"{path}: was saved by a model with {name} {quote(header.get(name))}, this one "
+                f"has {quote(ours)}"
+            )
+    length, awaits = header.get("length"), header.get("awaits_answer")
+    if type(length) is not int or not 0 <= length < 1 << 40 or type(awaits) is not bool:
+        raise StateError(f"{path}: header must have length and awaits_answer")
+    return length, awaits
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
