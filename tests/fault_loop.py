@@ -16,8 +16,10 @@ import kimi_linear as kl
 from kimi_linear import _core, testing
 
 
-def load(folder):
-    return kl.load(folder, device="cpu", dtype="int8", max_context=256, max_batch=2, progress=False)
+def load(folder, max_batch=2):
+    return kl.load(
+        folder, device="cpu", dtype="int8", max_context=256, max_batch=max_batch, progress=False
+    )
 
 
 def use(model):
@@ -81,11 +83,12 @@ def main():
     fail_each(operations, "operations")
     with load(folder) as model:
         fail_each(lambda: use(model), "generate")
+        assert use(model) == want, "the model no longer gives what it gave"
+    with load(folder, max_batch=4) as model:
         file = f"{folder}/s.klstate"
         want_kept = keep(model, file)
         fail_each(lambda: keep(model, file), "states")
         assert keep(model, file) == want_kept and model._engine.usage() == (0, 0)
-        assert use(model) == want, "the model no longer gives what it gave"
 
 
 if __name__ == "__main__":

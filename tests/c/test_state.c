@@ -171,6 +171,34 @@ static void requests_continue_sequences(void)
     close_engine(e, be, 2);
 }
 
+/* Ended early, a request in place keeps no promise that its sequence does not need. */
+static void promises_are_given_back(void)
+{
+    kl_backend *be;
+    kl_engine *e = open_engine(&be, 1);
+    kl_error err = {KL_OK, ""};
+    kl_event events[MAX_EVENTS];
+    int64_t n;
+    kl_generation *g;
+    const kl_request r = {.prompt = ids,
+                          .n_prompt = 1,
+                          .max_new_tokens = 200,
+                          .sampling = {.top_p = 1.0f, .repetition_penalty = 1.0f},
+                          .seq = fed(e, 10, NULL),
+                          .in_place = true};
+    for (int by_free = 0; by_free < 2; by_free++) {
+        EXPECT(kl_generation_new(e, &r, 1, &g, &err) == KL_OK);
+        EXPECT(e->cache.n_reserved > 0);
+        EXPECT(kl_generation_run(g, 3, events, MAX_EVENTS, &n, NULL, NULL, NULL, NULL, &err) ==
+               KL_OK);
+        if (by_free == 0) EXPECT(kl_generation_finish(g, 0, &err) == KL_OK);
+        if (by_free == 0) EXPECT(e->cache.n_reserved == 0);
+        kl_generation_free(g);
+        EXPECT(e->cache.n_reserved == 0 && e->cache.n_alive == 1);
+    }
+    close_engine(e, be, 1);
+}
+
 static void requests_on_sequences_are_checked(void)
 {
     kl_backend *be;
@@ -225,6 +253,7 @@ int main(void)
     RUN(images_are_whole);
     RUN(drafts_need_room);
     RUN(requests_continue_sequences);
+    RUN(promises_are_given_back);
     RUN(requests_on_sequences_are_checked);
     return test_failures != 0;
 }
