@@ -177,28 +177,26 @@ template <kl_weight_format format, int N> struct stream_step {
     }
 };
 
-/* The share of warp `warp` of WARPS in a tile's sums. at: the start of rows r and r + 8 of the
- * tile and of rows r, r + 8, ... of x, r = lane / 4, with all K columns left. K is a multiple of
- * 8, rows of x are 16-byte aligned. Once the first loads are on their way it calls prefetch(). */
-template <int WARPS, int DEPTH, kl_weight_format format, int N, class F>
-__device__ void stream_multiply(float (&acc)[N][4], stream_place<format, N> at, int warp,
-                                F prefetch)
+/* This warp's share of a tile's sums. at: the start of rows r and r + 8 of the tile and of rows
+ * r, r + 8, ... of x, r = lane / 4, with all K columns left. K is a multiple of 8, rows of x are
+ * 16-byte aligned. */
+template <kl_weight_format format, int N>
+__device__ void stream_multiply(float (&acc)[N][4], stream_place<format, N> at)
 {
-    using format_of = stream_format<format, N>;
-    constexpr int STEP = format_of::STEP, TURN = WARPS * STEP, ALL = DEPTH * TURN;
-    const int start = warp * STEP, end = at.left;
-    stream_step<format, N> steps[DEPTH];
+    using F = stream_format<format, N>;
+    constexpr int TURN = STREAM_WARPS * F::STEP, ALL = F::DEPTH * TURN;
+    const int start = warp_id() * F::STEP, end = at.left;
+    stream_step<format, N> steps[F::DEPTH];
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) acc[n][e] = 0;
-    at.advance(start + lane_id() % STREAM_LANES * format_of::PIECE);
+    at.advance(start + lane_id() % STREAM_LANES * F::PIECE);
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) steps[d].load(at, d * TURN);
-    prefetch();
+    for (int d = 0; d < F::DEPTH; d++) steps[d].load(at, d * TURN);
     for (int k = start; k < end; k += ALL) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
+        for (int d = 0; d < F::DEPTH; d++) {
             if (k + d * TURN >= end) break; /* the same for the whole warp */
             steps[d].multiply(acc);
             steps[d].load(at, ALL + d * TURN);
@@ -238,19 +236,13 @@ __device__ inline void stream_prefetch(const weight_row &row, int64_t row_bytes,
     prefetch_l2(row.data, static_cast<uint32_t>(bytes < row_bytes ? bytes : row_bytes));
 }
 
-/* Blocks that an H100 or H200 holds at once. A block asks for the first bytes of each row that the
- * one after so many others will read: the memory has work while those on the device multiply.
- * Together 8 MB: more might leave the L2 before it is used. */
-constexpr int64_t STREAM_AT_ONCE = 264;
-constexpr int64_t STREAM_LATER_BYTES = (8 << 20) / (STREAM_AT_ONCE * STREAM_ROWS) / 16 * 16;
-
 /* Host: bytes of each row of a tile that a grid of so many blocks asks for ahead. Small weights
  * come whole; of large ones what arrives in the microseconds of a wait, for more would stand in
  * the way of the kernel that is waited for. */
 inline int64_t stream_ahead(int64_t blocks)
 {
-    constexpr int64_t ALL = 12 << 20;
-    return ALL / ((blocks < STREAM_AT_ONCE ? blocks : STREAM_AT_ONCE) * STREAM_ROWS) / 16 * 16;
+    constexpr int64_t ALL = 6 << 20, AT_ONCE = 264; /* blocks that an H100 or H200 holds */
+    return ALL / ((blocks < AT_ONCE ? blocks : AT_ONCE) * STREAM_ROWS) / 16 * 16;
 }
 
 #endif

@@ -26,14 +26,6 @@ __device__ weight_row tile_row(const product_arguments &a, int64_t tile, int i)
     return row_of(gated && i >= EACH ? a.up : a.w, row < a.w.rows ? row : a.w.rows - 1);
 }
 
-template <bool gated> __device__ void prefetch_tile(const product_arguments &a, int64_t tile)
-{
-    constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
-    if (threadIdx.x < STREAM_ROWS && tile * EACH < a.w.rows)
-        stream_prefetch(tile_row<gated>(a, tile, threadIdx.x), a.w.row_bytes,
-                        STREAM_LATER_BYTES);
-}
-
 template <int N, bool gated, class Out>
 __device__ void store_tile(const product_arguments &a, const float *shared, int64_t t,
                            int64_t tile)
@@ -71,9 +63,7 @@ __launch_bounds__(STREAM_THREADS,
         at.x[n] = token < a.T ? static_cast<const bf16 *>(a.x) + token * a.x_stride : nullptr;
     }
     float acc[N][4];
-    stream_multiply<STREAM_WARPS, stream_format<format, N>::DEPTH>(acc, at, warp_id(), [&] {
-        prefetch_tile<gated>(a, tile + STREAM_AT_ONCE / a.t_tiles);
-    });
+    stream_multiply(acc, at);
     stream_share<N>(shared, acc);
     __syncthreads();
     store_tile<N, gated, Out>(a, shared, t, tile);

@@ -294,7 +294,6 @@ __device__ void attend_item(const mla_arguments &a, const item &it, long long h0
     query_fragments q;
     context_sums acc = {};
     softmax_state state = {-INFINITY, 0};
-#pragma unroll 1 /* as everywhere here: what runs once a call comes from memory first */
     for (int i = 0; i < 2; i++) {
         if (it.first + i < it.end) copy_page(a, it, it.first + i, s.page[i]);
         copy_commit();

