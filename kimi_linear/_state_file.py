@@ -29,10 +29,16 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from ._files import open_regular, quote, strict_json
 from .errors import StateError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ._core import Engine
+    from .model import Model
 
 MAGIC = b"KLSTATE\0"
 VERSION = 1
@@ -95,7 +101,7 @@ def write(
 
 @contextmanager
 def _in_place_of(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that replaces `path` when the block ends well, and vanishes when it does not."""
+    """A new file that replaces `path` when the block ends well, and vanishes else."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -140,15 +146,20 @@ class Reader:
     def _read_header(self) -> dict[str, Any]:
         head = self._exactly(16, "its first 16 bytes")
         if head[:8] != MAGIC:
-            raise StateError(f"{self.path}: is not a state file (it does not begin with KLSTATE)")
+            raise StateError(
+                f"{self.path}: is not a state file (it does not begin with KLSTATE)"
+            )
         version = int.from_bytes(head[8:12], "little")
         if version != VERSION:
             raise StateError(
-                f"{self.path}: has format version {version}, this package reads version {VERSION}"
+                f"{self.path}: has format version {version}, this package reads version "
+                f"{VERSION}"
             )
         n = int.from_bytes(head[12:16], "little")
         if n > MAX_HEADER:
-            raise StateError(f"{self.path}: header must have at most {MAX_HEADER} bytes, claims {n}")
+            raise StateError(
+                f"{self.path}: header must have at most {MAX_HEADER} bytes, claims {n}"
+            )
         text = self._exactly(n, "its header")
         self._digest = hashlib.sha256(head + text).digest()
         if self._exactly(DIGEST, "its header") != self._digest:
@@ -227,3 +238,53 @@ def _spans(
         if low < high:
             yield part, low - at, piece[low - begin : high - begin]
         at += part.nbytes
+
+
+# ---- what a state consists of ------------------------------------------------------------
+
+
+class ImagePart:
+    """The device's memory of a sequence."""
+
+    def __init__(self, engine: "Engine", seq: int, length: int) -> None:
+        self._engine, self._seq = engine, seq
+        self.nbytes = engine.image_bytes(length)
+
+    def read(self, offset: int, out: memoryview) -> None:
+        """Copy from the device."""
+        self._engine.seq_read_image(self._seq, offset, out)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Copy to the device."""
+        self._engine.seq_write_image(self._seq, offset, data)
+
+
+def parts_of(
+    ids: "np.ndarray", logits: "np.ndarray | None", engine: "Engine", seq: int
+) -> Sequence[Part]:
+    """The payload in its order."""
+    arrays = [ids] if logits is None else [ids, logits]
+    return [*map(ArrayPart, arrays), ImagePart(engine, seq, len(ids))]
+
+
+def check_header(reader: Reader, model: "Model") -> tuple[int, bool]:
+    """(length, awaits_answer) of a file that this model may take."""
+    header, path = reader.header, reader.path
+    config = header.get("config")
+    for name, ours in model.config.to_core().items():
+        theirs = config.get(name) if isinstance(config, dict) else None
+        if theirs != ours:
+            raise StateError(
+                f"{path}: was saved by a model with {name} {quote(theirs)}, this one has "
+                f"{quote(ours)}"
+            )
+    for name, ours in (("dtype", model.dtype), ("weights", model.fingerprint)):
+        if header.get(name) != ours:
+            raise StateError(
+                f"{path}: was saved by a model with {name} {quote(header.get(name))}, this one "
+                f"has {quote(ours)}"
+            )
+    length, awaits = header.get("length"), header.get("awaits_answer")
+    if type(length) is not int or not 0 <= length < 1 << 40 or type(awaits) is not bool:
+        raise StateError(f"{path}: header must have length and awaits_answer")
+    return length, awaits

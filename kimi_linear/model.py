@@ -175,8 +175,9 @@ class Model:
     """A loaded model; `kimi_linear.load` makes one.
 
     config: KimiLinearConfig. device, dtype, plan: where it is, how the big matrices are stored,
-    what memory it has. fingerprint: tells its weights from others in files of states. Calls from several threads are served one after the other. After
-    close() every call raises ValueError.
+    what memory it has. fingerprint: tells its weights from others in files of states. Calls
+    from several threads are served one after the other. After close() every call raises
+    ValueError.
     """
 
     def __init__(

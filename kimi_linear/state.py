@@ -1,20 +1,20 @@
 """Sequences as values: read once, forked, continued, scored, kept in files."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _state_file
-from ._files import quote
 from ._generation import Past
 from ._progress import Callback, Progress
 from ._prompts import answer_header, awaits_answer, prompt_rows, row_ids
 from ._sampling import MAX_TOP, Sampling, SamplingOptions
+from ._state_file import check_header, parts_of
 from .errors import StateError
-from .results import Completion, Logprobs
+from .results import Chunk, Completion, Logprobs
 from .tokenizer import check_id
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class State:
     """What a model remembers of the tokens it has read; `Model.state` makes an empty one.
 
     A fork costs the KDA states (one of `max_batch` sequences): the latents of all full pages of
-    64 tokens are shared until the model is closed or both are released. Calls on one state from
-    several threads are served one after the other. Where a sequence is free (`max_batch`), `feed`
-    and `generate` work on a copy: interrupted or failed, they leave the state as it was. Else an
-    interruption within them loses the state, and later calls say so.
+    64 tokens are shared as long as two of them live. Calls on one state from several threads are
+    served one after the other. Where a sequence is free (`max_batch`), `feed` and `generate` work
+    on a copy: interrupted or failed, they leave the state as it was. Else an interruption within
+    them loses the state, and later calls say so.
 
     After `release` every call raises ValueError, and so it does after `Model.close`. A state
     that is not released lives as long as its object; a `with` block releases it, too.
@@ -175,11 +175,64 @@ class State:
             past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
             (completion,) = self._model._complete([ids], checked, progress, past)
             new = np.concatenate([ids, np.asarray(completion.token_ids, np.int32)])
-            # The last token drawn has not been read yet, nor has a prompt of no new tokens.
-            rest = new[draft.engine.seq_length(draft.seq) - len(held.ids) :]
-            logits = _logits_after(draft, rest, None) if len(rest) else held.logits
+            logits = _catch_up(draft, held, new)
         self._set(draft, held, new, logits, False)
         return completion
+
+    def stream(
+        self,
+        prompt: Any = None,
+        *,
+        progress: bool | Callback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Chunk]:
+        """Continue the state token by token; arguments of `generate`, for one prompt.
+
+        The state changes after the last token; leaving the loop before leaves it as it was.
+        Works on a fork: raises OutOfMemory when no sequence is free. Raises ValueError at the
+        end if the state has changed meanwhile.
+        """
+        with self._lock:
+            held = self._get()
+            checked = self._model._check_sampling(**sampling)
+            ids = self._no_prompt(held) if prompt is None else self._one_prompt(prompt)
+            self._check_room(held, len(ids), 1 if checked.max_new_tokens else 0)
+            reporter = self._model._prompt_progress(progress, [ids])
+            draft = _copy(held)
+            try:
+                past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
+                run = self._model._run([ids], checked, past)
+            except BaseException:
+                draft.release()
+                raise
+        return self._stream(held, draft, ids, self._model._stream(run, reporter))
+
+    def _one_prompt(self, prompt: Any) -> "np.ndarray":
+        rows, is_batch = prompt_rows(
+            prompt, self._model._get_tokenizer, self._model.config.vocab_size
+        )
+        if is_batch:
+            raise ValueError("prompt: stream takes one prompt, got a list; use generate")
+        return rows[0]
+
+    def _stream(
+        self, held: _Held, draft: _Sequence, ids: "np.ndarray", chunks: Iterator[Chunk]
+    ) -> Iterator[Chunk]:
+        import numpy as np
+
+        made = []
+        try:
+            for chunk in chunks:
+                made += [chunk.token_id] if chunk.token_id >= 0 else []
+                yield chunk
+            new = np.concatenate([ids, np.asarray(made, np.int32)])
+            with self._lock:
+                if self._held is not held:
+                    raise ValueError("state: was changed while it was streamed")
+                self._set(draft, held, new, _catch_up(draft, held, new), False)
+        except BaseException:
+            draft.release()
+            raise
 
     def _check_room(self, held: _Held, n: int, more: int) -> None:
         most = self._model.plan.max_context
@@ -320,7 +373,7 @@ class State:
         """
         with self._lock:
             held = self._get()
-            model = self._model
+            model, engine = self._model, held.sequence.engine
             header = {
                 "config": model.config.to_core(),
                 "dtype": model.dtype,
@@ -329,7 +382,7 @@ class State:
                 "awaits_answer": held.awaits_answer,
                 "writer": f"kimi_linear {_version()}",
             }
-            parts = _parts(held.ids, held.logits, _Image(held.sequence, len(held.ids)))
+            parts = parts_of(held.ids, held.logits, engine, held.sequence.seq)
             with Progress(progress, "state", "B") as callback:
                 _state_file.write(Path(path), header, parts, callback)
 
@@ -339,7 +392,7 @@ class State:
     ) -> "State":
         """The state that a file holds, to the bit.
 
-        model: one of the same config, weights and dtype as the one that saved it, on any device.
+        model: one of the config, weights and dtype of the one that saved it, on any device.
         progress: callable(done_bytes, total_bytes), True, False or None.
 
         Raises StateError for a file that is none, is truncated or altered, has another version,
@@ -350,7 +403,7 @@ class State:
 
         engine = model._open_engine()
         with _state_file.Reader(Path(path)) as reader:
-            length, awaits = _check_header(reader, model)
+            length, awaits = check_header(reader, model)
             vocab = model.config.vocab_size
             payload = 4 * length + (4 * vocab if length else 0) + engine.image_bytes(length)
             reader.check_size(payload)
@@ -358,8 +411,9 @@ class State:
             logits = np.empty(vocab, np.float32) if length else None
             sequence = _Sequence(engine, engine.seq_restore(length))
             try:
+                parts = parts_of(ids, logits, engine, sequence.seq)
                 with Progress(progress, "state", "B") as callback:
-                    reader.read(_parts(ids, logits, _Image(sequence, length)), callback)
+                    reader.read(parts, callback)
                 if length and not 0 <= ids.min() <= ids.max() < vocab:
                     raise StateError(f"{path}: token ids must be in 0..{vocab - 1}")
             except BaseException:
@@ -405,6 +459,13 @@ def _is_untouched(held: _Held) -> bool:
         return False
 
 
+def _catch_up(draft: _Sequence, held: _Held, new: "np.ndarray") -> "np.ndarray | None":
+    """Read what of the new tokens a generation has not: the last one drawn, or a prompt that no
+    token followed. The logits after it."""
+    rest = new[draft.engine.seq_length(draft.seq) - len(held.ids) :]
+    return _logits_after(draft, rest, None) if len(rest) else held.logits
+
+
 def _logits_after(
     sequence: _Sequence, ids: "np.ndarray", callback: Callback | None
 ) -> "np.ndarray":
@@ -423,53 +484,6 @@ def _first_logprob(logits: "np.ndarray", target: int, top: int) -> tuple["np.nda
     best = np.argsort(-logits, kind="stable")[:top][None]
     greedy = np.array([logits.argmax() == target])
     return z[target : target + 1], greedy, best, z[best]
-
-
-# ---- files -------------------------------------------------------------------------------
-
-
-class _Image:
-    """The device's memory of a sequence, a part of a file's payload."""
-
-    def __init__(self, sequence: _Sequence, length: int) -> None:
-        self._sequence = sequence
-        self.nbytes = sequence.engine.image_bytes(length)
-
-    def read(self, offset: int, out: memoryview) -> None:
-        self._sequence.engine.seq_read_image(self._sequence.seq, offset, out)
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self._sequence.engine.seq_write_image(self._sequence.seq, offset, data)
-
-
-def _parts(
-    ids: "np.ndarray", logits: "np.ndarray | None", image: _Image
-) -> Sequence[_state_file.Part]:
-    arrays = [ids] if logits is None else [ids, logits]
-    return [*map(_state_file.ArrayPart, arrays), image]
-
-
-def _check_header(reader: _state_file.Reader, model: "Model") -> tuple[int, bool]:
-    """(length, awaits_answer) of a file that this model may take."""
-    header, path = reader.header, reader.path
-    config = header.get("config")
-    for name, ours in model.config.to_core().items():
-        theirs = config.get(name) if isinstance(config, dict) else None
-        if theirs != ours:
-            raise StateError(
-                f"{path}: was saved by a model with {name} {quote(theirs)}, this one has "
-                f"{quote(ours)}"
-            )
-    for name, ours in (("dtype", model.dtype), ("weights", model.fingerprint)):
-        if header.get(name) != ours:
-            raise StateError(
-                f"{path}: was saved by a model with {name} {quote(header.get(name))}, this one "
-                f"has {quote(ours)}"
-            )
-    length, awaits = header.get("length"), header.get("awaits_answer")
-    if type(length) is not int or not 0 <= length < 1 << 40 or type(awaits) is not bool:
-        raise StateError(f"{path}: header must have length and awaits_answer")
-    return length, awaits
 
 
 def _version() -> str:

@@ -12,17 +12,6 @@ typedef struct {
     int64_t window_size;
 } place;
 
-static int64_t size_of_slot(const kl_tensor *pool)
-{
-    return kl_tensor_size(pool) / pool->shape[0];
-}
-
-static char *slot_data(const kl_tensor *pool, int64_t slot)
-{
-    const size_t bytes = (size_t)size_of_slot(pool) * kl_dtype_bytes(pool->dtype);
-    return (char *)pool->data + (size_t)slot * bytes;
-}
-
 static kl_status find(const kl_engine *e, const char *op, kl_seq seq, int64_t layer, place *out,
                       kl_error *err)
 {
@@ -34,10 +23,10 @@ static kl_status find(const kl_engine *e, const char *op, kl_seq seq, int64_t la
                        (long long)layer);
     for (int64_t i = 0; i < layer; i++) index += c->mixer[i] == KL_MIXER_KDA;
     const kl_tensor *states = &e->cache.states[index], *windows = &e->cache.windows[index];
-    *out = (place){.state = slot_data(states, slot),
-                   .window = slot_data(windows, slot),
-                   .state_bytes = (size_t)size_of_slot(states) * sizeof(float),
-                   .window_size = size_of_slot(windows)};
+    size_t window_bytes;
+    out->state = kl_cache_entry(states, slot, &out->state_bytes);
+    out->window = kl_cache_entry(windows, slot, &window_bytes);
+    out->window_size = (int64_t)(window_bytes / kl_dtype_bytes(windows->dtype));
     return KL_OK;
 }
 

@@ -170,58 +170,6 @@ static PyObject *engine_randomize(PyObject *op, PyObject *arg)
     Py_RETURN_NONE;
 }
 
-/* ---- sequences ------------------------------------------------------------------------- */
-
-static PyObject *seq_result(PyObject *op, kl_status status, kl_seq seq, const kl_error *err)
-{
-    kl_engine_leave((EngineObject *)op);
-    if (status != KL_OK) return kl_raise(kl_module_of_instance(op), err);
-    return PyLong_FromUnsignedLongLong(seq);
-}
-
-static PyObject *engine_seq_new(PyObject *op, PyObject *Py_UNUSED(none))
-{
-    EngineObject *self = (EngineObject *)op;
-    kl_seq seq = 0;
-    kl_error err = {KL_OK, ""};
-    if (kl_engine_enter(self) < 0) return NULL;
-    const kl_status status = kl_seq_new(self->engine, &seq, &err);
-    return seq_result(op, status, seq, &err);
-}
-
-static PyObject *engine_seq_fork(PyObject *op, PyObject *arg)
-{
-    EngineObject *self = (EngineObject *)op;
-    kl_seq seq, fork = 0;
-    kl_error err = {KL_OK, ""};
-    if (kl_parse_seq("seq_fork", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
-    const kl_status status = kl_seq_fork(self->engine, seq, &fork, &err);
-    return seq_result(op, status, fork, &err);
-}
-
-static PyObject *engine_seq_length(PyObject *op, PyObject *arg)
-{
-    EngineObject *self = (EngineObject *)op;
-    kl_seq seq;
-    int64_t length = 0;
-    kl_error err = {KL_OK, ""};
-    if (kl_parse_seq("seq_length", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
-    const kl_status status = kl_seq_length(self->engine, seq, &length, &err);
-    return seq_result(op, status, (kl_seq)length, &err);
-}
-
-static PyObject *engine_seq_release(PyObject *op, PyObject *arg)
-{
-    EngineObject *self = (EngineObject *)op;
-    kl_seq seq;
-    kl_error err = {KL_OK, ""};
-    if (kl_parse_seq("seq_release", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
-    const kl_status status = kl_seq_release(self->engine, seq, &err);
-    kl_engine_leave(self);
-    if (status != KL_OK) return kl_raise(kl_module_of_instance(op), &err);
-    Py_RETURN_NONE;
-}
-
 /* ---- the type -------------------------------------------------------------------------- */
 
 static PyObject *engine_generate(PyObject *op, PyObject *arg)
@@ -239,12 +187,13 @@ static PyMethodDef engine_methods[] = {
     {"close", engine_close, METH_NOARGS,
      "close($self, /)\n--\n\nGive all memory back; later calls raise ValueError."},
     {"usage", engine_usage, METH_NOARGS, "usage($self, /)\n--\n\n(sequences, pages) in use."},
-    {"seq_new", engine_seq_new, METH_NOARGS, "seq_new($self, /)\n--\n\nAn empty sequence."},
-    {"seq_fork", engine_seq_fork, METH_O,
+    {"seq_new", kl_engine_py_seq_new, METH_NOARGS,
+     "seq_new($self, /)\n--\n\nAn empty sequence."},
+    {"seq_fork", kl_engine_py_seq_fork, METH_O,
      "seq_fork($self, seq, /)\n--\n\nAn independent copy of a sequence."},
-    {"seq_release", engine_seq_release, METH_O,
+    {"seq_release", kl_engine_py_seq_release, METH_O,
      "seq_release($self, seq, /)\n--\n\nGive a sequence back."},
-    {"seq_length", engine_seq_length, METH_O,
+    {"seq_length", kl_engine_py_seq_length, METH_O,
      "seq_length($self, seq, /)\n--\n\nTokens fed so far."},
     {"seq_draft", KL_FASTCALL(kl_engine_py_draft), METH_FASTCALL,
      "seq_draft($self, seq, n_tokens, /)\n--\n\n"

@@ -94,6 +94,10 @@ PyObject *kl_engine_py_logprobs(PyObject *op, PyObject *const *args, Py_ssize_t 
 PyObject *kl_engine_py_hidden(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_step(PyObject *op, PyObject *arg);
 /* In engine_state.c. */
+PyObject *kl_engine_py_seq_new(PyObject *op, PyObject *none);
+PyObject *kl_engine_py_seq_fork(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_seq_length(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_seq_release(PyObject *op, PyObject *arg);
 PyObject *kl_engine_py_draft(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_restore(PyObject *op, PyObject *arg);
 PyObject *kl_engine_py_pages(PyObject *op, PyObject *arg);

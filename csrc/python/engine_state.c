@@ -1,17 +1,63 @@
 /*
- * engine_state.c -- sequences that a caller keeps: copies to work on, images, handing back.
+ * engine_state.c -- sequences: life, copies to work on, images, handing back.
  */
 #include "python/engine_object.h"
 
 #include "base/memory.h"
 
-static PyObject *seq_result(EngineObject *self, kl_status status, kl_seq seq,
-                            const kl_error *err)
+/* ---- life ------------------------------------------------------------------------------ */
+
+static PyObject *seq_result(PyObject *op, kl_status status, kl_seq seq, const kl_error *err)
 {
-    kl_engine_leave(self);
-    if (status == KL_OK) return PyLong_FromUnsignedLongLong(seq);
-    return kl_raise(kl_module_of_instance((PyObject *)self), err);
+    kl_engine_leave((EngineObject *)op);
+    if (status != KL_OK) return kl_raise(kl_module_of_instance(op), err);
+    return PyLong_FromUnsignedLongLong(seq);
 }
+
+PyObject *kl_engine_py_seq_new(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq = 0;
+    kl_error err = {KL_OK, ""};
+    if (kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_new(self->engine, &seq, &err);
+    return seq_result(op, status, seq, &err);
+}
+
+PyObject *kl_engine_py_seq_fork(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq, fork = 0;
+    kl_error err = {KL_OK, ""};
+    if (kl_parse_seq("seq_fork", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_fork(self->engine, seq, &fork, &err);
+    return seq_result(op, status, fork, &err);
+}
+
+PyObject *kl_engine_py_seq_length(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq;
+    int64_t length = 0;
+    kl_error err = {KL_OK, ""};
+    if (kl_parse_seq("seq_length", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_length(self->engine, seq, &length, &err);
+    return seq_result(op, status, (kl_seq)length, &err);
+}
+
+PyObject *kl_engine_py_seq_release(PyObject *op, PyObject *arg)
+{
+    EngineObject *self = (EngineObject *)op;
+    kl_seq seq;
+    kl_error err = {KL_OK, ""};
+    if (kl_parse_seq("seq_release", arg, &seq) < 0 || kl_engine_enter(self) < 0) return NULL;
+    const kl_status status = kl_seq_release(self->engine, seq, &err);
+    kl_engine_leave(self);
+    if (status != KL_OK) return kl_raise(kl_module_of_instance(op), &err);
+    Py_RETURN_NONE;
+}
+
+/* ---- copies and images ----------------------------------------------------------------- */
 
 PyObject *kl_engine_py_draft(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -25,7 +71,7 @@ PyObject *kl_engine_py_draft(PyObject *op, PyObject *const *args, Py_ssize_t nar
         kl_engine_enter(self) < 0)
         return NULL;
     const kl_status status = kl_seq_draft(self->engine, seq, n, &draft, &err);
-    return seq_result(self, status, draft, &err);
+    return seq_result(op, status, draft, &err);
 }
 
 PyObject *kl_engine_py_restore(PyObject *op, PyObject *arg)
@@ -38,7 +84,7 @@ PyObject *kl_engine_py_restore(PyObject *op, PyObject *arg)
         kl_engine_enter(self) < 0)
         return NULL;
     const kl_status status = kl_seq_restore(self->engine, length, &seq, &err);
-    return seq_result(self, status, seq, &err);
+    return seq_result(op, status, seq, &err);
 }
 
 PyObject *kl_engine_py_pages(PyObject *op, PyObject *arg)

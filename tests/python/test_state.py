@@ -139,6 +139,44 @@ def test_peak_counts_shared_pages_once(model, state):
     assert two - one == model.plan.of_fork(len(IDS), len(IDS) + 2)
 
 
+def test_a_stream_is_the_generation(model, state):
+    options = dict(max_new_tokens=9, temperature=1.0, seed=2, ignore_eos=True)
+    for prompt in ([1, 2], None):
+        want = state.fork()
+        done = want.generate(prompt, **options)
+        chunks = list(state.stream(prompt, **options))
+        assert [c.token_id for c in chunks] == done.token_ids
+        assert "".join(c.text for c in chunks) == done.text
+        assert state.token_ids == want.token_ids
+        assert np.array_equal(state.logits(), want.logits())
+    list(state.stream([7], max_new_tokens=0))
+    assert state.token_ids == [*want.token_ids, 7]
+
+
+def test_a_stream_that_is_left_changes_nothing(model, state):
+    before = state.logits()
+    for n in (0, 1, 3):
+        stream = state.stream([1], max_new_tokens=9, ignore_eos=True)
+        for _ in range(n):
+            next(stream)
+        assert model._engine.usage()[0] == 2
+        stream.close()
+        del stream
+        assert model._engine.usage()[0] == 1
+    assert state.token_ids == IDS and np.array_equal(state.logits(), before)
+    stream = state.stream([1], max_new_tokens=2, ignore_eos=True)
+    next(stream)
+    state.feed([2])
+    with pytest.raises(ValueError, match="was changed while it was streamed"):
+        list(stream)
+    assert state.token_ids == [*IDS, 2] and model._engine.usage()[0] == 1
+    with pytest.raises(ValueError, match="stream takes one prompt"):
+        state.stream([[1], [2]])
+    with pytest.raises(ValueError, match="temperature"):
+        state.stream(temperature=-1)
+    assert model._engine.usage()[0] == 1
+
+
 # ---- what is refused ---------------------------------------------------------------------
 
 
@@ -180,6 +218,7 @@ def test_an_empty_state(model):
 CALLS = {
     "feed": lambda s: s.feed([1]),
     "generate": lambda s: s.generate([1]),
+    "stream": lambda s: s.stream([1]),
     "fork": lambda s: s.fork(),
     "logits": lambda s: s.logits(),
     "logprobs": lambda s: s.logprobs([1]),
