@@ -17,6 +17,10 @@ namespace {
 /* Past so many tokens tiles read the weight less often than the streaming kernel would. */
 constexpr int64_t FEW_TOKENS = 16;
 
+/* Up to so many rows of a quantised weight make few tiles, for which most multiprocessors wait:
+ * it rather streams by, once from memory and for each 16 of so many tokens from the L2. */
+constexpr int64_t NARROW_ROWS = 4096, NARROW_TOKENS = 64;
+
 constexpr int64_t MAX_COLS = 1 << 28; /* tensor-core kernels count the columns in an int */
 
 bool suits_tensor_cores(const kl_cuda_product *p)
@@ -26,6 +30,17 @@ bool suits_tensor_cores(const kl_cuda_product *p)
     return p->act == KL_BF16 && p->w.cols % 8 == 0 && p->w.cols < MAX_COLS &&
            is_aligned(p->x, p->x_stride, sizeof(bf16), 16) && has_pieces(w) &&
            (!gated || (p->up.format == p->w.format && has_pieces(up)));
+}
+
+bool is_quantised(const kl_cuda_product *p)
+{
+    return p->w.format != KL_W_F32 && p->w.format != KL_W_BF16;
+}
+
+bool suits_streaming(const kl_cuda_product *p)
+{
+    if (p->T <= FEW_TOKENS) return true;
+    return is_quantised(p) && p->T <= NARROW_TOKENS && p->w.rows <= NARROW_ROWS;
 }
 
 size_t align_up(size_t bytes)
@@ -93,14 +108,13 @@ kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_works
         return kl_cuda_blas_run(be, p, ws, err);
     if (!suits_tensor_cores(p)) return kl_cuda_product_any(be, p, err);
     if (p->w.format == KL_W_F32) return kl_cuda_product_few(be, p, err);
-    if (p->T <= FEW_TOKENS && !invariant) return kl_cuda_product_few(be, p, err);
+    if (suits_streaming(p) && !invariant) return kl_cuda_product_few(be, p, err);
     return kl_cuda_product_many(be, p, err);
 }
 
 size_t kl_cuda_product_workspace(const kl_cuda_product *p)
 {
-    const bool quantised = p->w.format != KL_W_F32 && p->w.format != KL_W_BF16;
-    return p->T <= FEW_TOKENS || quantised ? 0 : KL_CUDA_BLAS_BYTES;
+    return p->T <= FEW_TOKENS || is_quantised(p) ? 0 : KL_CUDA_BLAS_BYTES;
 }
 
 kl_status kl_cuda_linear(kl_backend *be, const kl_linear *a, kl_error *err)
