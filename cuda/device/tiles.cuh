@@ -103,14 +103,15 @@ template <bool gated> __device__ tile_item item_at(const tile_arguments &p, int 
             static_cast<int64_t>(rest / width) * TILE_WIDTH<gated>};
 }
 
-/* Call f(item, operand) for every item of this block that has work. */
-template <bool gated, class F> __device__ void for_items(const tile_arguments &p, F f)
+__device__ inline int items_of(const tile_arguments &p)
 {
-    for (int i = blockIdx.x; i < p.n_tiles * p.groups; i += gridDim.x) {
-        const tile_item item = item_at<gated>(p, i);
-        const tile_operand &o = operand_of(p, item.tile);
-        if (item.tile.n > 0 && item.column < o.n) f(item, o);
-    }
+    return p.n_tiles * p.groups;
+}
+
+/* A surplus tile, or columns that one of the operands does not have, are no work. */
+__device__ inline bool has_work(const tile_operand &o, const tile_item &item)
+{
+    return item.tile.n > 0 && item.column < o.n;
 }
 
 __device__ inline int steps_of(const tile_operand &o)
@@ -192,7 +193,10 @@ __device__ void fill_ring(const tile_arguments &p, const tile_ring<format> &ring
 {
     ring_place at;
     fill_announcer sent;
-    for_items<gated>(p, [&](const tile_item &item, const tile_operand &o) {
+    for (int i = blockIdx.x; i < items_of(p); i += gridDim.x) {
+        const tile_item item = item_at<gated>(p, i);
+        const tile_operand &o = operand_of(p, item.tile);
+        if (!has_work(o, item)) continue;
         const int row = first_weight_row(o, item), steps = steps_of(o);
         tile_copier rows;
         rows.aim(o, item.tile);
@@ -206,7 +210,7 @@ __device__ void fill_ring(const tile_arguments &p, const tile_ring<format> &ring
             if (sent.pending > LAG) sent.announce<LAG>(ring.full);
             at.advance();
         }
-    });
+    }
     sent.announce<0>(ring.full);
 }
 

@@ -115,6 +115,22 @@ def test_arrays_are_weights_too():
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+# Tiles of CUDA's tensor cores: 128 rows of the weight by up to 320 of x, 64 columns a step.
+@every_device
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+@pytest.mark.parametrize("K, O", [(72, 130), (64, 8), (200, 321)])
+def test_tiles(format, K, O):
+    r = np.random.default_rng(9)
+    w, dense = weight(r, O, K, format=format)
+    for T in (33, 65, 160, 161, 320, 321, 700):
+        x = rows(r, T, K, BF16, pad=8)
+        got = linear(x, w)
+        error = np.abs(got - reference.linear(x, dense))
+        assert (error <= bound(x, dense, "cuda")).all(), T
+        if format not in ("f32", "bf16"):  # those are another library's
+            assert same_bits(linear(x, w, BF16), got.astype(BF16)), T
+
+
 # Columns that tensor cores can take, rows of x that can be read in wide pieces: less than a group,
 # a group and a half, the turns of a block's warps with a rest. O: no multiple of a tile's 16.
 STREAMED = ((8, 5), (64, 33), (200, 16), (1024, 37), (2304, 48), (4104, 19))

@@ -137,10 +137,11 @@ def test_formats_may_differ(shared_format):
 
 
 # Multiples of 64, which the tensor cores take on CUDA: a single token, with and without a shared
-# expert of another width, few pairs an expert, tiles of 64 and 128.
+# expert of another width, few pairs an expert, tiles of some sizes up to 320 rows, more than those.
 TILED = (
     (1, 192, 64, 128, 16, 2), (1, 64, 192, 0, 8, 8), (1, 320, 192, 64, 5, 3), (2, 128, 64, 64, 4, 2),
     (9, 192, 64, 128, 16, 2), (300, 128, 64, 64, 16, 4), (700, 64, 128, 64, 9, 2),
+    (1400, 64, 64, 64, 5, 2),
 )  # fmt: skip
 
 
@@ -153,6 +154,19 @@ def test_tiled_sizes(format, shape):
     got = run(given)
     assert relative(got, reference.moe_experts(**want)) < 4.5e-3
     assert same_bits(run(given), got)
+
+
+@every_device
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+def test_experts_of_any_number_of_rows(format):
+    """From none to more than three tiles; some fill 32, 64, ... rows, some one more."""
+    counts = (1, 0, 31, 32, 33, 95, 129, 160, 161, 225, 257, 289, 320, 321, 650, 0, 1000)
+    T = sum(counts)
+    given, want = make_case(T, 64, 128, 0, len(counts), 1, format=format, dtype=BF16)
+    ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    ids = np.random.default_rng(1).permutation(ids)[:, None]
+    got = run(given, ids=ids)
+    assert relative(got, reference.moe_experts(**{**want, "ids": ids})) < 4.5e-3
 
 
 @every_device
