@@ -10,6 +10,7 @@ import pytest
 from engines import AUTO, open_backend, open_engine, run
 from kimi_linear import _core
 from kimi_linear.checkpoint import Checkpoint
+from kimi_linear.model import SMALL_MODEL
 from on_cuda import has_cuda, torch
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device and torch")
@@ -69,7 +70,7 @@ def test_logprobs_are_as_near_as_the_cpus(rounding, dtype):
 
 @pytest.fixture(scope="module")
 def exact_engine():
-    e = open_engine(kl.model.SMALL_MODEL, device="cuda", format="f32", max_context=2048)
+    e = open_engine(SMALL_MODEL, device="cuda", format="f32", max_context=2048)
     yield e
     e.close()
 
@@ -188,7 +189,7 @@ def test_threads_with_a_model_each_and_one_for_all(model):
 def test_without_memory_nothing_is_taken(model):
     """A plan for more than there is, and then an allocation that the driver refuses."""
     want, before = tokens(model), free()
-    with Checkpoint(kl.model.SMALL_MODEL) as files:
+    with Checkpoint(SMALL_MODEL) as files:
         config = files.config.to_core()
     options = AUTO | dict(format="bf16", max_context=1 << 20, max_batch=1024)
     for budget, message in ((1 << 20, "MiB are to be had"), (1 << 50, "bytes of memory to be had")):
