@@ -15,8 +15,8 @@
  *              warp; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for the model in bf16, 42 us
  *              at 3.0 TB/s
- * Measured     H100, in a CUDA graph, weights not in the L2, 256 experts, 8 chosen: bf16 53.6 us,
- *              2.4 TB/s; int8 32.6 us, 2.0 TB/s (2026-11-22)
+ * Measured     H100, 256 experts, 8 chosen and a shared one: bf16 51.8 us, 82 % of roofline; int8
+ *              33.1, fp8 34.7, int4 26.7 (benchmarks/bench_ops.py, 2026-11-22)
  */
 #include "../device/math.cuh"
 #include "../device/moe.cuh"
