@@ -7,40 +7,20 @@ import os
 
 import numpy as np
 import pytest
+from states import (  # noqa: F401
+    CONFIG,
+    IDS,
+    LONG,
+    QUESTION,
+    make,
+    model,
+    nothing_is_left_behind,
+    state,
+)
 
 import kimi_linear as kl
 from kimi_linear import _state_file
-from kimi_linear.testing import random_model, tiny_config, write_checkpoint
-
-CONFIG = tiny_config()
-LONG = tiny_config(model_max_length=1 << 17)
-IDS = list(range(3, 103))
-QUESTION = [{"role": "user", "content": "what is it?"}]
-
-
-def make(config=CONFIG, **options):
-    options = dict(device="cpu", dtype="bf16", seed=1, max_context=512, max_batch=4) | options
-    return random_model(config, **options)
-
-
-@pytest.fixture(scope="module")
-def model():
-    with make() as m:
-        yield m
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind(model):
-    yield
-    if model._engine.usage() != (0, 0):
-        gc.collect()  # of an exception that a test has caught
-    assert model._engine.usage() == (0, 0), "sequences or pages are still held"
-
-
-@pytest.fixture
-def state(model):
-    with model.state() as s:
-        yield s.feed(IDS)
+from kimi_linear.testing import tiny_config, write_checkpoint
 
 
 def fail(*_):
