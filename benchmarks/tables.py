@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,34 +69,27 @@ def model_lines(bench: str) -> dict[tuple, Line]:
     }  # fmt: skip
 
 
-def decode() -> str:
-    found = model_lines("decode")
-    cases = [(0, 1), (8192, 1), (131072, 1), (8192, 8), (8192, 64)]
-    head = ["GPU, weights", "no context", "8K", "128K", "8K, batch 8", "8K, batch 64"]
-    rows = []
+def by_gpu(bench: str, head: list[str], cases: list[tuple], show: Callable[[Line], str]) -> str:
+    """A row for each GPU and storage, a column for each case; empty where nobody measured it."""
+    found, rows = model_lines(bench), []
     for device, dtype in dict.fromkeys(key[:2] for key in found):
-        row = [f"{short(device)}, {dtype}"]
-        for context, batch in cases:
-            line = found.get((device, dtype, None, context, batch))
-            row.append("" if line is None else f"{number(line['ms_per_token'])} ms"
-                       + percent(line.get("share")))  # fmt: skip
-        rows.append(row)
-    return table(head, rows)
+        cells = (found.get((device, dtype, *case)) for case in cases)
+        rows.append([f"{short(device)}, {dtype}",
+                     *("" if x is None else show(x) + percent(x.get("share")) for x in cells)])  # fmt: skip
+    return table(["GPU, weights", *head], rows)
+
+
+def decode() -> str:
+    head = ["no context", "8K", "128K", "8K, batch 8", "8K, batch 64"]
+    cases = [(None, 0, 1), (None, 8192, 1), (None, 131072, 1), (None, 8192, 8), (None, 8192, 64)]
+    return by_gpu("decode", head, cases, lambda x: f"{number(x['ms_per_token'])} ms")
 
 
 def prefill() -> str:
-    found = model_lines("prefill")
     sizes = (1024, 8192, 32768, 131072)
-    head = ["GPU, weights", *(f"{n // 1024}K tokens" for n in sizes)]
-    rows = []
-    for device, dtype in dict.fromkeys(key[:2] for key in found):
-        row = [f"{short(device)}, {dtype}"]
-        for n in sizes:
-            line = found.get((device, dtype, n, None, None))
-            row.append("" if line is None else f"{number(line['tok_s'])} tok/s"
-                       + percent(line.get("share")))  # fmt: skip
-        rows.append(row)
-    return table(head, rows)
+    head = [f"{n // 1024}K tokens" for n in sizes]
+    cases = [(n, None, None) for n in sizes]
+    return by_gpu("prefill", head, cases, lambda x: f"{number(x['tok_s'])} tok/s")
 
 
 def load() -> str:
