@@ -95,7 +95,7 @@ def check_sampling(
     for i, token_id in enumerate(() if stop_token_ids is None else stop_token_ids):
         stop_ids[check_id(token_id, vocab_size, f"stop_token_ids[{i}]")] = None
     if logprobs is not None:
-        logprobs = _integer("logprobs", logprobs, 0, min(MAX_TOP, vocab_size))
+        logprobs = check_top(logprobs, vocab_size, "logprobs")
     return Sampling(
         max_new_tokens=_integer("max_new_tokens", max_new_tokens, 0, (1 << 31) - 1),
         temperature=_number("temperature", temperature, 0.0, 1e6),
@@ -121,6 +121,11 @@ def row_seed(seed: int, row: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
     return (z ^ (z >> 31)) >> 1
+
+
+def check_top(value: Any, vocab_size: int, name: str = "top") -> int:
+    """How many alternatives to report; raises TypeError or ValueError naming the argument."""
+    return _integer(name, value, 0, min(MAX_TOP, vocab_size))
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

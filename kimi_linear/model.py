@@ -12,11 +12,11 @@ from ._generation import Past, Run
 from ._progress import Callback, Progress
 from ._prompts import prompt_rows, row_ids
 from ._sampling import (
-    MAX_TOP,
     LogitsProcessor,
     Sampling,
     SamplingOptions,
     check_sampling,
+    check_top,
 )
 from .checkpoint import Checkpoint
 from .config import KimiLinearConfig
@@ -376,8 +376,7 @@ class Model:
         import numpy as np
 
         ids = self._one_row(prompt, "prompt")
-        if not 0 <= check_id(top, MAX_TOP + 1, "top") <= self.config.vocab_size:
-            raise ValueError(f"top: must be in 0..{self.config.vocab_size}, got {top}")
+        top = check_top(top, self.config.vocab_size)
         engine = self._open_engine()
         if len(ids) == 1:
             parts: tuple[Any, ...] = (np.empty(0), np.empty(0), *(np.empty((0, top)),) * 2)

@@ -11,11 +11,10 @@ from . import _state_file
 from ._generation import Past
 from ._progress import Callback, Progress
 from ._prompts import answer_header, awaits_answer, prompt_rows, row_ids
-from ._sampling import MAX_TOP, Sampling, SamplingOptions
+from ._sampling import Sampling, SamplingOptions, check_top
 from ._state_file import check_header, parts_of
 from .errors import StateError
 from .results import Chunk, Completion, Logprobs
-from .tokenizer import check_id
 
 if TYPE_CHECKING:
     import numpy as np
@@ -339,10 +338,7 @@ class State:
             if held.logits is None:
                 return self._model.logprobs(prompt, top=top)
             ids = self._model._one_row(prompt, "prompt")
-            if not 0 <= check_id(top, MAX_TOP + 1, "top") <= self._model.config.vocab_size:
-                raise ValueError(
-                    f"top: must be in 0..{self._model.config.vocab_size}, got {top}"
-                )
+            top = check_top(top, self._model.config.vocab_size)
             self._check_room(held, len(ids) - 1, 0)
             parts = [_first_logprob(held.logits, int(ids[0]), top)]
             if len(ids) > 1:
