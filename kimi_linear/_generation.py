@@ -92,7 +92,8 @@ class Run:
                 if not finish:
                     self._generation.finish(i)
             stats = self._stats(row)
-            chunks.append((i, Chunk(text, token_id, logprob, row.finish_reason, stats)))
+            chunk = Chunk(text, token_id, logprob, row.finish_reason, stats, tuple(top))
+            chunks.append((i, chunk))
         return chunks
 
     def _bytes_of(self, n_tokens: int) -> int:

@@ -78,13 +78,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One new token of a stream. text: what became certain with it, maybe nothing yet."""
+    """One new token of a stream.
+
+    text: what became certain with it, maybe nothing yet. top: the best alternatives, if
+    `logprobs` asked for some, as (id, logprob), best first.
+    """
 
     text: str
     token_id: int
     logprob: float
     finish_reason: str | None
     stats: Stats = field(repr=False)
+    top: tuple[tuple[int, float], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

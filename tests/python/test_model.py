@@ -503,6 +503,14 @@ def test_a_stream_says_what_generate_says(model):
         assert all(c.finish_reason is None and c.logprob <= 0 for c in chunks[:-1])
 
 
+def test_a_stream_gives_the_alternatives_that_generate_gives(model):
+    whole = model.generate("hello", max_new_tokens=5, ignore_eos=True, logprobs=3)
+    chunks = list(model.stream("hello", max_new_tokens=5, ignore_eos=True, logprobs=3))
+    assert [c.top for c in chunks] == [t.top for t in whole.logprobs]
+    assert all(len(c.top) == 3 for c in chunks)
+    assert next(model.stream("hello", max_new_tokens=1)).top == ()
+
+
 def test_leaving_a_stream_early_frees_its_sequence(model):
     stream = model.stream("hello", max_new_tokens=100, ignore_eos=True)
     next(stream)
