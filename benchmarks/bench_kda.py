@@ -1,15 +1,18 @@
-"""KDA on the CPU: cost a token from 1K to 64K tokens, and how near it comes to the machine.
+"""KDA: cost a token from 1K to 64K tokens, and how near it comes to the machine.
 
-    python benchmarks/bench_kda.py            # about two minutes
-    python benchmarks/bench_kda.py --small    # seconds, to see that it works
+    python benchmarks/bench_kda.py                          # the CPU: about two minutes
+    python benchmarks/bench_kda.py --device cuda            # a GPU: kda_cuda.py, a minute and FLA's
+    python benchmarks/bench_kda.py --device cuda --quick    # its most important cases, < 25 s
+    python benchmarks/bench_kda.py --small                  # seconds, to see that it works
 
-Prefill is bound by the FMA units: its floor is 3 K V multiply-adds a token and head at the rate
+On the CPU prefill is bound by the FMA units: its floor is 3 K V multiply-adds a token and head at the rate
 of `fma_peak.c` on as many cores, timed beside it. Decode is bound by memory: its floor is the
 states, read and written, at the rate of a plain read. The gate, the norms of q and k and the
 sigmoid of beta are part of the call where `fused` is true. Results are checked against the
 float64 recurrence before anything is timed.
 """
 
+import argparse
 import ctypes
 import os
 import statistics
@@ -145,10 +148,29 @@ def decode(results: Results, N: int, H: int, threads: int, repeat: int) -> None:
     )  # fmt: skip
 
 
+def cuda_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("with --device cuda").add_argument
+    add("--quick", action="store_true", help="the most important cases, < 25 s")
+    add("--only", default="", help="cases by a part of their name, commas; =NAME for just that")
+    add("--repeat", type=int, default=20, help="replays of a graph")
+    add("--fla", help="cases to time flash-linear-attention on, where it is installed: its first "
+        "call takes over a minute (default 8192,8192-init; none with --quick)")  # fmt: skip
+    add("--fla-seconds", type=float, default=150, help="the longest that such a call may take")
+    add("--fla-errors", action="store_true", help="its errors, too, on this device")
+    add("--cudnn", default="", help="plans of cuDNN-frontend to time, commas: kda_hopper, "
+        "kda_hopper_cuda")  # fmt: skip
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="small sizes, one repetition")
+    parser.add_argument("--small", action="store_true", help="small sizes, few repetitions")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    cuda_arguments(parser)
     options = parser.parse_args()
+    if options.device == "cuda":
+        import kda_cuda
+
+        return kda_cuda.main(options)
     results = Results(options)
     lengths = [64, 256] if options.small else [2**i for i in range(10, 17)]
     repeat = 1 if options.small else 9

@@ -124,6 +124,8 @@ def ops() -> str:
     rows = []
     for op in OPS:
         for line in filter(on_gpu, lines(op)):
+            if "profile" in line["case"]:  # kda() has those
+                continue
             case = {k: v for k, v in line["case"].items() if k not in ("dtype", "gate", "fused")}
             ratio = line.get("ratio") or {}
             rows.append([
@@ -134,6 +136,26 @@ def ops() -> str:
                 percent(line.get("share")).strip(" ()"),
                 ", ".join(f"{number(v)} {k}" for k, v in ratio.items()),
             ])  # fmt: skip
+    return table(head, rows)
+
+
+def kda() -> str:
+    head = ["GPU", "T x heads", "gate", "us", "of the byte floor", "FLA's time / ours",
+            "error of o, state"]  # fmt: skip
+    rows = []
+    for line in lines("kda_prefill"):
+        case = line["case"]
+        if not on_gpu(line) or "profile" not in case:
+            continue
+        size = f"{case['T']} x {case['H']}"
+        errors = line["error"]
+        rows.append([
+            short(line["device"]), size if case["N"] == 1 else f"{size}, {case['N']} sequences",
+            f"{case['profile']}, {case['g']}", number(line["us"]),
+            percent(line.get("share")).strip(" ()"),
+            number(line["ratio"]["fla"]) if "fla" in line["ratio"] else "",
+            f"{100 * errors['o']:.2f} %, {100 * errors['state']:.2f} %",
+        ])  # fmt: skip
     return table(head, rows)
 
 
@@ -156,7 +178,7 @@ def storage() -> str:
     ))  # fmt: skip
 
 
-TABLES = {f.__name__: f for f in (decode, prefill, load, cpu, ops, parity, storage)}
+TABLES = {f.__name__: f for f in (decode, prefill, load, cpu, ops, kda, parity, storage)}
 
 
 def filled(text: str) -> str:
