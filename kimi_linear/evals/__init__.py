@@ -13,20 +13,23 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {  # public name -> module that defines it
     "run": "runner",
     "merge": "shards",
+    "report": "reports",
     "Example": "suite",
     "Document": "suite",
     "Results": "results",
 }
-_MODULES = ("jsonkv", "mrcr", "repoqa", "ruler", "synthetic")
+_MODULES = ("jsonkv", "mrcr", "plots", "repoqa", "ruler", "synthetic")
 
 __all__ = [*_HOMES, *_MODULES]
 
 if TYPE_CHECKING:
     from . import jsonkv as jsonkv
     from . import mrcr as mrcr
+    from . import plots as plots
     from . import repoqa as repoqa
     from . import ruler as ruler
     from . import synthetic as synthetic
+    from .reports import report as report
     from .results import Results as Results
     from .runner import run as run
     from .shards import merge as merge

@@ -3,17 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..model import Model
+    from .results import Results
     from .suite import Suite
 
 Add = Callable[[argparse.ArgumentParser], None]
 
 
 def add_suites(parser: argparse.ArgumentParser, add_model: Add) -> None:
-    """A subcommand for each suite, and `merge`. add_model: adds the options of a model."""
+    """A subcommand for each suite, `merge`, and `report`. add_model: adds a model's options."""
     suites = parser.add_subparsers(dest="suite", required=True, metavar="SUITE")
     for name, (text, add) in SUITES.items():
         suite = suites.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -25,16 +27,23 @@ def add_suites(parser: argparse.ArgumentParser, add_model: Add) -> None:
     )
     merge.add_argument("out", metavar="DIR", help="the folder of the run")
     merge.add_argument("--partial", action="store_true", help="show what there is so far")
+    report = suites.add_parser("report", help="runs side by side, and beside published figures")
+    report.add_argument("out", nargs="+", metavar="DIR", help="folders of runs")
+    text = "write scores-SUITE.png and needles-N.png there (needs matplotlib)"
+    report.add_argument("--plots", metavar="FOLDER", help=text)
 
 
 def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], "Model"]) -> None:
-    """Run a suite, or merge one's shares, and print the table."""
+    """Run a suite, merge one's shares, or compare runs; print the tables."""
     from . import merge
     from .runner import run as run_suite
     from .shards import shard_of
 
     if args.suite == "merge":
         print(merge(args.out, partial=args.partial))
+        return
+    if args.suite == "report":
+        _report([merge(folder, partial=True) for folder in args.out], args.plots)
         return
     rank, world = _shard(args.shard) if args.shard else shard_of()
     suite: Suite = _make(args)
@@ -50,6 +59,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], "Model"])
             rank=rank,
             world=world,
             batch=args.batch,
+            repeats=args.repeats,
             progress=True,
             **sampling,
         )
@@ -58,6 +68,29 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], "Model"])
     if world > 1:
         print(f"process {rank} of {world} is done; when all are: kimi-linear eval merge {out}",
               file=sys.stderr)  # fmt: skip
+
+
+def _report(runs: "list[Results]", folder: str | None) -> None:
+    """Print a report; draw what there is to draw, where a folder is given."""
+    from . import report
+
+    print(report(*runs))
+    if folder is None:
+        return
+    from . import plots
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for suite in dict.fromkeys(run.header["settings"]["suite"] for run in runs):
+        same = [run for run in runs if run.header["settings"]["suite"] == suite]
+        pictures[f"scores-{suite}"] = plots.scores(*same)
+    for i, run in enumerate(runs, 1):
+        if plots.has_needles(run):
+            pictures[f"needles-{i}"] = plots.needles(run)
+    for name, picture in pictures.items():
+        picture.savefig(path / f"{name}.png", dpi=150)
+        print(path / f"{name}.png", file=sys.stderr)
 
 
 def _make(args: argparse.Namespace) -> Any:
@@ -95,6 +128,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=int, metavar="N", help="examples in a call of the model")
     group.add_argument("--temperature", type=float, metavar="T", help="default: greedy")
     group.add_argument("--top-p", type=float, metavar="P")
+    text = "draws of each answer, averaged (avg@K); needs --temperature"
+    group.add_argument("--repeats", type=int, default=1, metavar="K", help=text)
 
 
 def _add(parser: argparse.ArgumentParser, *names: str) -> None:

@@ -72,7 +72,7 @@ class Results:
         return module.overall(self) if hasattr(module, "overall") else {}
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), "", *_table(self._cells()), "", *self._foot()])
+        return "\n".join([*self._head(), "", *table(self._cells()), "", *self._foot()])
 
     def _head(self) -> Iterable[str]:
         settings, model = self.header["settings"], self.header["model"]
@@ -85,7 +85,7 @@ class Results:
         hidden = ("suite", "tasks", "lengths")
         shown = {**settings, **self.header["sampling"]}
         yield ", ".join(
-            f"{k} {_plain(v)}"
+            f"{k} {plain(v)}"
             for k, v in shown.items()
             if k not in hidden and v not in (None, [])
         )
@@ -93,31 +93,33 @@ class Results:
     def _cells(self) -> list[list[str]]:
         """The table: a line a task, a column a length."""
         means = self.means()
-        scores = {(r.task, r.length): _percent(r.score, r.error) for r in self.rows}
+        scores = {(r.task, r.length): percent(r.score, r.error) for r in self.rows}
         floors = {r.task for r in self.rows if r.floor is not None}
         lines = [["task", *(f"{n:,}" for n in means)]]
         for task in dict.fromkeys(r.task for r in self.rows):
             lines.append([task, *(scores.get((task, n), "") for n in means)])
             if task in floors:
                 by_length = {r.length: r.floor for r in self.rows if r.task == task}
-                lines.append(["  floor", *(_percent(by_length.get(n), None) for n in means)])
+                lines.append(["  floor", *(percent(by_length.get(n), None) for n in means)])
         if len(lines) > 2:
-            lines.append(["mean", *(_percent(*m) for m in means.values())])
+            lines.append(["mean", *(percent(*m) for m in means.values())])
         return lines
 
     def _foot(self) -> Iterable[str]:
         sizes = {r.n for r in self.rows} or {0}
         n = f"{min(sizes)}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+        repeats = self.header["settings"].get("repeats")
+        draws = f", avg@{repeats}" if repeats else ""
         empty, truncated = (
             sum(getattr(r, k) for r in self.rows) for k in ("empty", "truncated")
         )
         yield (
-            f"per cent \N{PLUS-MINUS SIGN} standard error; n {n} a cell, "
+            f"per cent \N{PLUS-MINUS SIGN} standard error; n {n} a cell{draws}, "
             f"empty answers {empty}, truncations {truncated}"
         )
         for name, value in self._overall().items():
             if not isinstance(value, dict):  # tables of a suite's own stay in results.json
-                yield f"{name} {_plain(value)}"
+                yield f"{name} {plain(value)}"
         if truncated:
             yield "answers were cut by max_context: these scores do not count"
         if not self.complete:
@@ -147,20 +149,20 @@ def _error_of_mean(errors: Sequence[float | None]) -> float | None:
     return math.hypot(*known) / len(errors) if len(known) == len(errors) else None
 
 
-def _percent(score: float | None, error: float | None) -> str:
+def percent(score: float | None, error: float | None) -> str:
     if score is None:
         return ""
     text = f"{100 * score:.2f}"
     return text if error is None else f"{text} \N{PLUS-MINUS SIGN}{100 * error:.2f}"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _table(lines: list[list[str]]) -> list[str]:
+def table(lines: list[list[str]]) -> list[str]:
     """Columns wide enough for their texts; the first flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [

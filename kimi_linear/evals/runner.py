@@ -14,7 +14,7 @@ from .._files import quote
 from .._progress import is_watched
 from .results import Results
 from .shards import Record, Shard, check_shard, merge, shard_of
-from .suite import Document, Example, Suite, check_count, tokenizer_name
+from .suite import Document, Example, Repeated, Suite, check_count, tokenizer_name
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -32,6 +32,7 @@ def run(
     rank: int | None = None,
     world: int | None = None,
     batch: int | None = None,
+    repeats: int = 1,
     progress: bool | Report | None = None,
     **sampling: float,
 ) -> Results:
@@ -41,7 +42,8 @@ def run(
     there. None keeps them in memory. rank, world: this process takes the documents i with
     i % world == rank; by default from the launcher's variables (torchrun, Slurm, MPI). batch:
     examples in one call of the model, by default its max_batch; a document's questions always
-    go together. progress: None (lines on a terminal), True, False or callable(done, total).
+    go together. repeats: draws of each answer, whose scores are averaged (avg@k); more than one
+    needs a temperature. progress: None (lines on a terminal), True, False or callable(done, total).
     sampling: temperature, top_k, top_p, min_p, repetition_penalty; greedy by default. With a
     temperature each example is drawn alone, from a seed of the suite's and its id.
 
@@ -53,6 +55,10 @@ def run(
         raise TypeError(f"run: unknown argument {quote(min(unknown))}")
     if rank is None and world is None:
         rank, world = shard_of()
+    if check_count(repeats, "repeats") > 1:
+        if not sampling.get("temperature"):
+            raise ValueError(f"repeats: must be 1 for greedy answers, all alike, got {repeats}")
+        suite = Repeated(suite, repeats)
     rank, world = check_shard(rank or 0, 1 if world is None else world)
     if world > 1 and out is None:
         raise ValueError(f"out: must be a folder for process {rank} of {world}")

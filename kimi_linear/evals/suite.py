@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,6 +61,44 @@ class Suite(Protocol):
 
     def grade(self, example: Example, answer: str) -> dict[str, Any]:
         """{"score": 0.0 .. 1.0, ...}: what the record says of an answer."""
+
+
+class Repeated:
+    """A suite in which each question is drawn several times: its score is then avg@times.
+
+    Errors stay those of documents: draws of one question are no independent samples.
+    """
+
+    def __init__(self, suite: Suite, times: int) -> None:
+        self._suite, self._times = suite, times
+        self.max_context = suite.max_context
+
+    def settings(self) -> dict[str, Any]:
+        """The suite's, and how many draws."""
+        return {**self._suite.settings(), "repeats": self._times}
+
+    def documents(self, tokenizer: "Tokenizer") -> list[Document]:
+        """The suite's; the draws of a question stand side by side."""
+        return [
+            Document(
+                tuple(f"{i}~{k}" for i in document.ids for k in range(self._times)),
+                document.length,
+                partial(self._examples, document),
+            )
+            for document in self._suite.documents(tokenizer)
+        ]
+
+    def _examples(self, document: Document) -> list[Example]:
+        return [
+            replace(example, id=f"{example.id}~{k}")
+            for example in document.make()
+            for k in range(self._times)
+        ]
+
+    def grade(self, example: Example, answer: str) -> dict[str, Any]:
+        """As the suite grades the question."""
+        question = replace(example, id=example.id.rpartition("~")[0])
+        return self._suite.grade(question, answer)
 
 
 class Prompting:

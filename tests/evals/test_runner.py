@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,38 @@ def test_with_a_temperature_an_answer_is_the_same_in_every_batch(tmp_path):
     assert answers[0] != {
         r["id"]: r["answer"] for r in evals.run(Parrot(), Toy(seed=1), temperature=0.7).records
     }
+
+
+def test_several_draws_of_an_answer(tmp_path):
+    """avg@3: three answers of each question from seeds of their own, errors of documents."""
+
+    class Lucky(Parrot):
+        def answer(self, prompt, options):
+            said = str(prompt[0]) if options["seed"] % 2 else "-"
+            return Completion(said, [1], prompt, "stop", None, STATS)
+
+    suite = Toy(n=8)
+    results = evals.run(Lucky(), suite, tmp_path, temperature=1.0, repeats=3)
+    assert results.complete and len(results.records) == 45
+    assert [r["id"] for r in results.records[:4]] == ["0/0~0", "0/0~1", "0/0~2", "1/0~0"]
+    assert results.header["settings"]["repeats"] == 3
+    assert suite.made == list(range(8))  # a document is made once
+    (even, odd) = results.rows
+    assert (even.n, odd.n) == (21, 24) and 0 < even.score < 1
+    documents = {}
+    for r in results.records:
+        if r["task"] == "even":
+            documents.setdefault(r["document"], []).append(r["score"])
+    means = [sum(x) / len(x) for x in documents.values()]
+    assert even.error == pytest.approx(statistics.stdev(means) / 2)  # of four documents
+    assert "n 21 to 24 a cell, avg@3," in str(results) and "repeats 3" in str(results)
+    first = merged(tmp_path)
+    evals.run(Lucky(), Toy(n=8), tmp_path, temperature=1.0, repeats=3)
+    assert merged(tmp_path) == first
+    with pytest.raises(ValueError, match="another run: examples was 45, now 15"):
+        evals.run(Lucky(), Toy(n=8), tmp_path, temperature=1.0)
+    once = evals.run(Lucky(), Toy(n=8), temperature=1.0)
+    assert "repeats" not in once.header["settings"] and "avg@" not in str(once)
 
 
 # ---- shards ------------------------------------------------------------------------------
@@ -292,6 +325,8 @@ def test_one_file_has_one_writer(tmp_path):
         ({"rank": 0, "world": 2}, ValueError, "out: must be a folder"),
         ({"batch": -1}, ValueError, "batch"),
         ({"progress": 3}, TypeError, "progress"),
+        ({"repeats": 0, "temperature": 1.0}, ValueError, "repeats: must be an integer of"),
+        ({"repeats": 2}, ValueError, "repeats: must be 1 for greedy answers"),
         ({"max_tokens": 3}, TypeError, "unknown argument 'max_tokens'"),
     ],
 )
