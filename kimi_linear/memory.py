@@ -16,12 +16,14 @@ class MemoryPlan:
     dtype: str
     weights: int
     kda_states: int  # recurrent states and convolution windows of max_batch sequences
-    mla_pages: int  # latents, shared by the sequences alive
+    snapshots: int  # the same of prefixes that the prefix cache keeps, see Model.prefix_cache
+    mla_pages: int  # latents, shared by the sequences alive and those prefixes
     workspace: int
     total: int
     free: int  # on the device now
     max_context: int  # tokens of one sequence
     max_batch: int  # sequences alive at once
+    snapshot_slots: int  # prefixes kept beside as many; more where fewer are alive
     step_tokens: int  # tokens of one step
     kda_state_per_sequence: int
     mla_page_per_token: int
@@ -40,12 +42,14 @@ class MemoryPlan:
             dtype=dtype,
             weights=core["weight_bytes"],
             kda_states=core["state_bytes"],
+            snapshots=core["snapshot_bytes"],
             mla_pages=core["page_bytes"],
             workspace=core["scratch_bytes"],
             total=core["total_bytes"],
             free=core["free_bytes"],
             max_context=core["max_context"],
             max_batch=core["max_batch"],
+            snapshot_slots=core["snapshot_slots"],
             step_tokens=core["step_tokens"],
             kda_state_per_sequence=core["state_bytes_per_sequence"],
             mla_page_per_token=core["page_bytes_per_token"],
@@ -72,6 +76,7 @@ class MemoryPlan:
             ("device", f"{self.device}, {self.dtype} weights"),
             ("weights", gib(self.weights)),
             ("KDA states", f"{gib(self.kda_states)} for {self.max_batch} sequences"),
+            ("snapshots", f"{gib(self.snapshots)} for {self.snapshot_slots} prefixes more"),
             ("MLA pages", f"{gib(self.mla_pages)}, up to {self.max_context:,} tokens each"),
             ("workspace", f"{gib(self.workspace)} for steps of {self.step_tokens:,} tokens"),
             ("total", f"{gib(self.total)} of {gib(self.free)} free{self._verdict()}"),
@@ -81,7 +86,8 @@ class MemoryPlan:
         """All of it in a line, for a screen that waits."""
         return (
             f"{self.dtype} weights {gib(self.weights)}, states and pages "
-            f"{gib(self.kda_states + self.mla_pages)}, workspace {gib(self.workspace)}: "
+            f"{gib(self.kda_states + self.snapshots + self.mla_pages)}, workspace "
+            f"{gib(self.workspace)}: "
             f"{gib(self.total)} of {gib(self.free)} free on {self.device}{self._verdict()}"
         )
 

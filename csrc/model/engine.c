@@ -27,10 +27,16 @@ static kl_status make_weights(kl_engine *e, kl_error *err)
     return kl_weights_layout(&e->weights, &e->config, e->format, &arena, err);
 }
 
+static size_t cache_bytes(const kl_plan *p)
+{
+    return p->state_bytes + p->snapshot_bytes + p->page_bytes;
+}
+
 static kl_status make_cache(kl_engine *e, kl_error *err)
 {
-    const kl_cache_shape shape = {e->plan.max_batch, e->plan.n_pages, e->plan.max_context};
-    const size_t bytes = e->plan.state_bytes + e->plan.page_bytes;
+    const kl_plan *p = &e->plan;
+    const kl_cache_shape shape = {p->max_batch, p->n_pages, p->max_context, p->snapshot_slots};
+    const size_t bytes = cache_bytes(p);
     kl_arena arena;
     KL_TRY(alloc_block(e, bytes, &e->cache_block, err));
     kl_arena_init(&arena, e->cache_block, bytes);
@@ -82,7 +88,7 @@ void kl_engine_free(kl_engine *e)
     if (e == NULL) return;
     kl_recordings_free(&e->recordings, e->be);
     free_block(e, e->weight_block, e->plan.weight_bytes);
-    free_block(e, e->cache_block, e->plan.state_bytes + e->plan.page_bytes);
+    free_block(e, e->cache_block, cache_bytes(&e->plan));
     free_block(e, e->scratch, e->plan.scratch_bytes);
     kl_weights_free(&e->weights);
     kl_cache_free(&e->cache);
@@ -167,7 +173,7 @@ kl_status kl_seq_draft(kl_engine *e, kl_seq seq, int64_t n_tokens, kl_seq *out, 
     KL_TRY(kl_cache_find(c, seq, false, &slot, err));
     const int64_t length = c->seqs[slot].length;
     *out = seq;
-    if (n_tokens > c->max_context - length || c->n_alive == c->n_slots ||
+    if (n_tokens > c->max_context - length || kl_cache_free_seqs(c) == 0 ||
         kl_cache_fork_pages(c, slot, length + n_tokens) > kl_cache_available(c))
         return KL_OK;
     return kl_cache_fork(c, seq, out, err);
@@ -181,5 +187,5 @@ kl_status kl_seq_restore(kl_engine *e, int64_t length, kl_seq *out, kl_error *er
 void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used)
 {
     *sequences = e->cache.n_alive;
-    *pages_used = e->cache.n_pages - e->cache.n_free;
+    *pages_used = e->cache.n_pages - e->cache.n_free - e->cache.n_spare;
 }

@@ -28,8 +28,9 @@ typedef struct {
 typedef struct {
     size_t weight_bytes, state_bytes /* KDA states and conv windows */, page_bytes,
         scratch_bytes, total_bytes, free_bytes;
+    size_t snapshot_bytes; /* states and windows that only the prefix cache uses */
     size_t limit_bytes, cache_limit_bytes; /* what total and cache may be; 0: any cache */
-    int64_t max_context, max_batch, step_tokens, n_pages;
+    int64_t max_context, max_batch, step_tokens, n_pages, snapshot_slots;
     size_t state_bytes_per_sequence, page_bytes_per_token;
 } kl_plan;
 

@@ -89,7 +89,7 @@ static kl_status admit(kl_generation *g, kl_error *err)
     kl_engine *const e = g->e;
     for (;;) {
         const int64_t i =
-            kl_sched_admit(g->phases, g->n_requests, e->plan.max_batch - e->cache.n_alive,
+            kl_sched_admit(g->phases, g->n_requests, kl_cache_free_seqs(&e->cache),
                            kl_cache_available(&e->cache));
         if (i < 0) return KL_OK;
         kl_request_state *q = &g->requests[i];
@@ -248,8 +248,7 @@ static kl_status check_waiting(const kl_generation *g, kl_error *err)
                            "generate: request %lld needs a sequence and %lld pages, but other "
                            "sequences leave %lld and %lld",
                            (long long)i, (long long)g->phases[i].pages,
-                           (long long)(c->n_slots - c->n_alive),
-                           (long long)kl_cache_available(c));
+                           (long long)kl_cache_free_seqs(c), (long long)kl_cache_available(c));
     return KL_OK;
 }
 

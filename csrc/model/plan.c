@@ -6,6 +6,10 @@
  * is then left: a context of at most a quarter of the free memory, and pages for every sequence
  * of the context, or as many as fit. Where nobody said how long sequences are, the pages take no
  * more than the weights do: a small model must not take a GPU for itself.
+ *
+ * The prefix cache lives in what sequences leave of all that (cache.h). A batch that fills every
+ * slot would leave it nothing, so it has a few more: one for four sequences, as far as a
+ * thirty-second of what the pages may take pays for them and a context still fits.
  */
 #include "model/plan.h"
 
@@ -156,7 +160,7 @@ static kl_status measure_scratch(const planner *s, const kl_weights *w, const kl
                                  size_t *bytes, kl_error *err)
 {
     /* The cache only lends the shapes of its tensors here. */
-    const kl_cache_shape shape = {plan->max_batch, 1, 1};
+    const kl_cache_shape shape = {plan->max_batch, 1, 1, 0};
     kl_arena arena;
     kl_arena_init(&arena, NULL, 0);
     kl_cache cache;
@@ -190,17 +194,21 @@ static void choose_context(const planner *s, kl_plan *out)
     out->max_context = fits > least ? fits : least;
 }
 
-/* Pages in what the other parts leave of `limit`, or of what cache_bytes says. */
+/* What the other parts leave of `limit`, or of what cache_bytes says. */
+static size_t room_within(const kl_plan *p, size_t limit)
+{
+    const size_t states = p->state_bytes + p->snapshot_bytes;
+    const size_t others = p->weight_bytes + p->scratch_bytes + states;
+    const size_t cache = p->cache_limit_bytes;
+    const size_t room = limit > others ? limit - others : 0;
+    if (cache == 0) return room;
+    const size_t asked = cache > states ? cache - states : 0;
+    return asked < room ? asked : room;
+}
+
 static int64_t pages_within(const planner *s, const kl_plan *p, size_t limit)
 {
-    const size_t others = p->weight_bytes + p->scratch_bytes + p->state_bytes;
-    const size_t cache = p->cache_limit_bytes;
-    size_t room = limit > others ? limit - others : 0;
-    if (cache != 0) {
-        const size_t asked = cache > p->state_bytes ? cache - p->state_bytes : 0;
-        room = asked < room ? asked : room;
-    }
-    return s->page == 0 ? 0 : (int64_t)(room / s->page);
+    return s->page == 0 ? 0 : (int64_t)(room_within(p, limit) / s->page);
 }
 
 static int64_t pages_wanted(const planner *s, const kl_plan *p, int64_t one)
@@ -209,6 +217,17 @@ static int64_t pages_wanted(const planner *s, const kl_plan *p, int64_t one)
     if (s->options->max_context != 0 || s->page == 0) return all;
     const int64_t most = (int64_t)(p->weight_bytes / s->page);
     return kl_min_i64(all, most > one ? most : one);
+}
+
+/* A model without KDA layers has snapshots for nothing. */
+static void choose_snapshots(const planner *s, kl_plan *out)
+{
+    const size_t room = room_within(out, s->ample), slot = out->state_bytes_per_sequence;
+    const size_t context = (size_t)kl_cache_pages_for(s->config, out->max_context) * s->page;
+    int64_t n = (out->max_batch + 3) / 4;
+    if (slot > 0) n = kl_min_i64(n, (int64_t)(room / 32 / slot));
+    if (context + (size_t)n * slot > room) n = 0;
+    out->snapshot_slots = n;
 }
 
 /* As many as are wanted, or as fit; one sequence's in any case, even where they do not fit. A
@@ -227,7 +246,7 @@ static void choose_pages(const planner *s, kl_plan *out)
 
 kl_status kl_plan_check(const kl_plan *p, kl_error *err)
 {
-    const size_t cache = p->state_bytes + p->page_bytes;
+    const size_t cache = p->state_bytes + p->snapshot_bytes + p->page_bytes;
     const bool cache_fits = p->cache_limit_bytes == 0 || cache <= p->cache_limit_bytes;
     if (p->total_bytes <= p->limit_bytes && cache_fits) return KL_OK;
     return kl_fail(
@@ -242,11 +261,17 @@ kl_status kl_plan_check(const kl_plan *p, kl_error *err)
 
 static kl_status measure_cache(const planner *s, kl_plan *out, kl_error *err)
 {
-    const kl_cache_shape shape = {out->max_batch, out->n_pages, out->max_context};
+    kl_cache_shape shape = {out->max_batch, out->n_pages, out->max_context, 0};
     kl_arena arena;
+    size_t all_states;
     kl_arena_init(&arena, NULL, 0);
-    return kl_cache_layout(NULL, s->config, s->act, &shape, &arena, &out->state_bytes,
-                           &out->page_bytes, err);
+    KL_TRY(kl_cache_layout(NULL, s->config, s->act, &shape, &arena, &out->state_bytes,
+                           &out->page_bytes, err));
+    shape.n_extra = out->snapshot_slots;
+    KL_TRY(kl_cache_layout(NULL, s->config, s->act, &shape, &arena, &all_states,
+                           &out->page_bytes, err));
+    out->snapshot_bytes = all_states - out->state_bytes;
+    return KL_OK;
 }
 
 /* ---- the plan -------------------------------------------------------------------------- */
@@ -259,11 +284,13 @@ static kl_status fill_plan(planner *s, kl_weights *w, kl_plan *out, kl_error *er
     s->page = out->page_bytes_per_token * KL_PAGE_TOKENS;
     choose_context(s, out);
     KL_TRY(measure_scratch(s, w, out, &out->scratch_bytes, err));
-    KL_TRY(measure_cache(s, out, err)); /* states, which the pages' room depends on */
+    KL_TRY(measure_cache(s, out, err)); /* states, which the rest's room depends on */
+    choose_snapshots(s, out);
+    KL_TRY(measure_cache(s, out, err));
     choose_pages(s, out);
     KL_TRY(measure_cache(s, out, err));
-    out->total_bytes =
-        out->weight_bytes + out->state_bytes + out->page_bytes + out->scratch_bytes;
+    out->total_bytes = out->weight_bytes + out->state_bytes + out->snapshot_bytes +
+                       out->page_bytes + out->scratch_bytes;
     return KL_OK;
 }
 

@@ -172,13 +172,15 @@ PyObject *kl_plan_dict(const kl_plan *p)
     kl_error problem = {KL_OK, ""};
     const bool fits = kl_plan_check(p, &problem) == KL_OK;
     return Py_BuildValue(
-        "{s:K,s:K,s:K,s:K,s:K,s:K,s:L,s:L,s:L,s:L,s:K,s:K,s:z}", "weight_bytes",
+        "{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:L,s:L,s:L,s:L,s:L,s:K,s:K,s:z}", "weight_bytes",
         (unsigned long long)p->weight_bytes, "state_bytes", (unsigned long long)p->state_bytes,
-        "page_bytes", (unsigned long long)p->page_bytes, "scratch_bytes",
+        "snapshot_bytes", (unsigned long long)p->snapshot_bytes, "page_bytes",
+        (unsigned long long)p->page_bytes, "scratch_bytes",
         (unsigned long long)p->scratch_bytes, "total_bytes", (unsigned long long)p->total_bytes,
         "free_bytes", (unsigned long long)p->free_bytes, "max_context",
         (long long)p->max_context, "max_batch", (long long)p->max_batch, "step_tokens",
-        (long long)p->step_tokens, "n_pages", (long long)p->n_pages, "state_bytes_per_sequence",
+        (long long)p->step_tokens, "n_pages", (long long)p->n_pages, "snapshot_slots",
+        (long long)p->snapshot_slots, "state_bytes_per_sequence",
         (unsigned long long)p->state_bytes_per_sequence, "page_bytes_per_token",
         (unsigned long long)p->page_bytes_per_token, "problem", fits ? NULL : problem.message);
 }

@@ -1,6 +1,7 @@
 /*
  * test_cache.c -- the cache against a model of it: every sequence remembers what was written
- * to it, whatever was forked, shared, copied, released and used again in between.
+ * to it, whatever was forked, shared, copied, released and used again in between. Snapshots are
+ * taken and given up all the time: they hold what they held, and no call fails because of them.
  */
 #include "test.h"
 
@@ -11,7 +12,14 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { SLOTS = 5, PAGES = 14, CONTEXT = 5 * KL_PAGE_TOKENS + 3, STEPS = 4000 };
+enum {
+    SLOTS = 5,
+    EXTRA = 2,
+    ALL = SLOTS + EXTRA,
+    PAGES = 14,
+    CONTEXT = 5 * KL_PAGE_TOKENS + 3,
+    STEPS = 4000
+};
 
 static const kl_config config = {
     .vocab_size = 10,
@@ -42,7 +50,7 @@ typedef struct {
     kl_cache c;
     void *block;
     size_t bytes;
-    shadow shadows[SLOTS];
+    shadow shadows[SLOTS], snapshots[ALL];
     uint64_t seed, index;
     float next; /* a value never written before */
 } world;
@@ -61,7 +69,7 @@ static void poison(world *w)
 static void open_world(world *w, uint64_t seed)
 {
     const kl_backend_options options = {.threads = 1};
-    const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT};
+    const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT, EXTRA};
     kl_error err = {KL_OK, ""};
     size_t states, pages;
     kl_arena a;
@@ -135,20 +143,27 @@ static bool holds(const world *w, const shadow *s)
 /* Pages in use are those that some table holds, with as many references. */
 static bool pages_add_up(const world *w)
 {
-    uint32_t refs[PAGES] = {0};
-    int64_t used = 0, alive = 0, reserved = 0;
-    for (int64_t s = 0; s < SLOTS; s++) {
-        const kl_cache_seq *seq = &w->c.seqs[s];
-        alive += seq->generation & 1u;
+    const kl_cache *c = &w->c;
+    uint32_t refs[PAGES] = {0}, snapshot_refs[PAGES] = {0};
+    int64_t used = 0, spare = 0, alive = 0, snapshots = 0, reserved = 0;
+    for (int64_t s = 0; s < ALL; s++) {
+        const kl_cache_seq *seq = &c->seqs[s];
+        snapshots += seq->snapshot;
+        alive += (seq->generation & 1u) && !seq->snapshot;
         reserved += seq->reserved;
-        for (int64_t p = 0; p < seq->n_pages; p++) refs[kl_cache_table(&w->c, s)[p]]++;
+        for (int64_t p = 0; p < seq->n_pages; p++) {
+            refs[kl_cache_table(c, s)[p]]++;
+            snapshot_refs[kl_cache_table(c, s)[p]] += seq->snapshot;
+        }
     }
     for (int p = 0; p < PAGES; p++) {
-        if (refs[p] != w->c.refs[p]) return false;
+        if (refs[p] != c->refs[p] || snapshot_refs[p] != c->snapshot_refs[p]) return false;
         used += refs[p] > 0;
+        spare += refs[p] > 0 && refs[p] == snapshot_refs[p];
     }
-    return used == PAGES - w->c.n_free && alive == w->c.n_alive &&
-           reserved == w->c.n_reserved && w->c.n_free >= w->c.n_reserved;
+    return used == PAGES - c->n_free && spare == c->n_spare && alive == c->n_alive &&
+           snapshots == c->n_snapshots && reserved == c->n_reserved &&
+           c->n_free >= c->n_reserved && alive <= SLOTS;
 }
 
 /* ---- the moves ------------------------------------------------------------------------- */
@@ -194,6 +209,37 @@ static void move_release(world *w)
     s->seq = 0;
 }
 
+/* Of a sequence at the end of a page. */
+static void move_snapshot(world *w)
+{
+    kl_error err;
+    shadow *from = any(w, true), *to = &w->snapshots[draw(w, ALL)];
+    if (from == NULL || kl_cache_is_alive(&w->c, to->seq)) return;
+    const bool room = w->c.n_alive < ALL;
+    kl_seq seq = 1;
+    const kl_status status = kl_cache_snapshot(&w->c, from->seq, &seq, &err);
+    EXPECT(status == (from->length % KL_PAGE_TOKENS == 0 ? KL_OK : KL_ERR_VALUE));
+    EXPECT((seq != 0) == (status == KL_OK && room));
+    if (seq == 0) return;
+    *to = *from;
+    to->seq = seq;
+}
+
+static void move_use_snapshot(world *w)
+{
+    kl_error err;
+    const shadow *from = &w->snapshots[draw(w, ALL)];
+    shadow *to = any(w, false);
+    if (to == NULL || !kl_cache_is_alive(&w->c, from->seq)) return;
+    const int64_t slot = (int64_t)(from->seq & 0xffffffffu) - 1, tokens = draw(w, CONTEXT + 1);
+    const int64_t pages = kl_cache_fork_pages(&w->c, slot, tokens);
+    const bool fits = tokens > from->length && pages <= kl_cache_available(&w->c);
+    *to = *from;
+    EXPECT(kl_cache_fork(&w->c, from->seq, &to->seq, &err) == KL_OK);
+    EXPECT(to->seq != from->seq);
+    if (fits) EXPECT(kl_cache_reserve(&w->c, to->seq, tokens, &err) == KL_OK);
+}
+
 static void move_reserve(world *w)
 {
     kl_error err;
@@ -224,11 +270,14 @@ static void move_grow(world *w)
     shadow *fed[SLOTS];
     int64_t slots[SLOTS], counts[SLOTS], n = 0;
     kl_error err;
+    const bool whole = draw(w, 2) == 0; /* to the end of a page, where snapshots are taken */
     for (int i = 0; i < SLOTS; i++) {
         if (w->shadows[i].seq == 0 || draw(w, 2) == 0) continue;
         EXPECT(kl_cache_find(&w->c, w->shadows[i].seq, false, &slots[n], &err) == KL_OK);
         fed[n] = &w->shadows[i];
-        counts[n++] = 1 + draw(w, draw(w, 2) == 0 ? 3 : 100);
+        counts[n] = 1 + draw(w, draw(w, 2) == 0 ? 3 : 100);
+        if (whole) counts[n] = KL_PAGE_TOKENS - fed[n]->length % KL_PAGE_TOKENS;
+        n++;
     }
     const int64_t free_before = w->c.n_free;
     bool too_long = false;
@@ -243,16 +292,20 @@ static void move_grow(world *w)
 
 static void every_sequence_keeps_its_own(void)
 {
-    static void (*const moves[])(world *) = {move_new,  move_fork, move_release, move_reserve,
-                                             move_grow, move_grow, move_grow,    move_grow};
+    static void (*const moves[])(world *) = {
+        move_new,  move_fork, move_release, move_reserve,      move_grow,    move_grow,
+        move_grow, move_grow, move_release, move_use_snapshot, move_snapshot};
     static world w;
     open_world(&w, 1);
     for (int step = 0; step < STEPS && test_failed_here == 0; step++) {
-        moves[draw(&w, 8)](&w);
+        moves[draw(&w, 11)](&w);
         EXPECT(pages_add_up(&w));
         for (int i = 0; i < SLOTS; i++)
             if (w.shadows[i].seq != 0) EXPECT(holds(&w, &w.shadows[i]));
+        for (int i = 0; i < ALL; i++)
+            if (kl_cache_is_alive(&w.c, w.snapshots[i].seq)) EXPECT(holds(&w, &w.snapshots[i]));
     }
+    EXPECT(w.c.n_evicted > 50);
     close_world(&w);
 }
 
@@ -344,6 +397,72 @@ static void restored_sequences_have_their_pages(void)
     close_world(&w);
 }
 
+static kl_seq fed(world *w, int64_t tokens)
+{
+    kl_error err;
+    kl_seq seq = 0;
+    int64_t slot;
+    EXPECT(kl_cache_new(&w->c, &seq, &err) == KL_OK);
+    EXPECT(kl_cache_find(&w->c, seq, false, &slot, &err) == KL_OK);
+    EXPECT(kl_cache_grow(&w->c, &slot, &tokens, 1, &err) == KL_OK);
+    kl_cache_advance(&w->c, slot, tokens);
+    return seq;
+}
+
+/* The one used longest ago goes first; one whose pages others hold has none to give. */
+static void snapshots_go_in_the_order_of_their_use(void)
+{
+    static world w;
+    kl_error err;
+    kl_seq seq[3], snapshot[3], more;
+    open_world(&w, 6);
+    for (int i = 0; i < 3; i++) {
+        seq[i] = fed(&w, 2 * KL_PAGE_TOKENS);
+        EXPECT(kl_cache_snapshot(&w.c, seq[i], &snapshot[i], &err) == KL_OK);
+    }
+    EXPECT(w.c.n_snapshots == 3 && kl_cache_available(&w.c) == PAGES - 6);
+    for (int i = 1; i < 3; i++) EXPECT(kl_cache_release(&w.c, seq[i], &err) == KL_OK);
+    EXPECT(kl_cache_available(&w.c) == PAGES - 2 && w.c.n_free == PAGES - 6);
+    EXPECT(kl_cache_fork(&w.c, snapshot[1], &more, &err) == KL_OK);
+    EXPECT(kl_cache_release(&w.c, more, &err) == KL_OK);
+
+    /* 9 pages of 8 that are free: snapshot 0 is the oldest, but its pages are seq[0]'s. */
+    more = fed(&w, 4 * KL_PAGE_TOKENS);
+    EXPECT(kl_cache_reserve(&w.c, fed(&w, 0), 5 * KL_PAGE_TOKENS, &err) == KL_OK);
+    EXPECT(kl_cache_is_alive(&w.c, snapshot[0]) && kl_cache_is_alive(&w.c, snapshot[1]) &&
+           !kl_cache_is_alive(&w.c, snapshot[2]));
+    EXPECT(pages_add_up(&w));
+    for (int i = 0; i < 2; i++) fed(&w, 0); /* 5 alive and 2 snapshots */
+    EXPECT(w.c.n_evicted == 1 && kl_cache_free_seqs(&w.c) == 0);
+    close_world(&w);
+}
+
+/* Where no other slot is left, a snapshot that is forked becomes the fork. */
+static void the_last_slot_comes_alive(void)
+{
+    static world w;
+    const kl_cache_shape shape = {2, PAGES, CONTEXT, 0};
+    kl_error err;
+    kl_seq seq, snapshot, fork, none;
+    int64_t slot;
+    kl_arena a;
+    open_world(&w, 7);
+    kl_cache_free(&w.c);
+    kl_arena_init(&a, w.block, w.bytes);
+    EXPECT(kl_cache_init(&w.c, w.be, &config, KL_F32, &shape, &a, &err) == KL_OK);
+    seq = fed(&w, KL_PAGE_TOKENS);
+    EXPECT(kl_cache_snapshot(&w.c, seq, &snapshot, &err) == KL_OK);
+    EXPECT(kl_cache_fork(&w.c, snapshot, &fork, &err) == KL_OK && fork != snapshot);
+    EXPECT(!kl_cache_is_alive(&w.c, snapshot) && w.c.n_snapshots == 0 && w.c.n_alive == 2);
+    EXPECT(kl_cache_find(&w.c, fork, false, &slot, &err) == KL_OK && slot == 1);
+    EXPECT(w.c.seqs[1].length == KL_PAGE_TOKENS && w.c.refs[kl_cache_table(&w.c, 1)[0]] == 2);
+    EXPECT(w.c.snapshot_refs[kl_cache_table(&w.c, 1)[0]] == 0 && w.c.n_evicted == 0);
+    EXPECT(kl_cache_snapshot(&w.c, seq, &none, &err) == KL_OK && none == 0);
+    EXPECT(kl_cache_release(&w.c, seq, &err) == KL_OK && w.c.n_spare == 0);
+    EXPECT(kl_cache_release(&w.c, fork, &err) == KL_OK && w.c.n_free == PAGES);
+    close_world(&w);
+}
+
 static void limits_have_names(void)
 {
     static world w;
@@ -372,6 +491,8 @@ int main(void)
     RUN(shared_pages_are_copied_only_where_needed);
     RUN(a_promise_covers_the_copy);
     RUN(restored_sequences_have_their_pages);
+    RUN(snapshots_go_in_the_order_of_their_use);
+    RUN(the_last_slot_comes_alive);
     RUN(limits_have_names);
     return test_failures != 0;
 }

@@ -195,7 +195,7 @@ static void random_steps_fit(kl_backend *be, const kl_config *c, const kl_engine
     kl_plan plan;
     kl_arena none;
     kl_error err = {KL_OK, ""};
-    const kl_cache_shape shape = {1, 1, 1};
+    const kl_cache_shape shape = {1, 1, 1, 0};
     kl_arena_init(&none, NULL, 0);
     EXPECT(kl_plan_make(be, c, o, &plan, &err) == KL_OK);
     EXPECT(kl_weights_new(c->n_layers, &w, &err) == KL_OK);
@@ -252,13 +252,15 @@ static void plans_add_up_and_refuse(void)
     kl_engine *e;
     kl_plan p, q;
     EXPECT(kl_plan_make(be, &tiny_config, &o, &p, &err) == KL_OK);
-    EXPECT(p.total_bytes == p.weight_bytes + p.state_bytes + p.page_bytes + p.scratch_bytes);
+    EXPECT(p.total_bytes ==
+           p.weight_bytes + p.state_bytes + p.snapshot_bytes + p.page_bytes + p.scratch_bytes);
+    EXPECT(p.snapshot_slots == 1 && p.state_bytes == 4 * p.snapshot_bytes);
     EXPECT(p.max_context == 256 && p.max_batch == 4 && p.step_tokens == 64 && p.n_pages == 16);
     EXPECT(p.page_bytes == p.page_bytes_per_token * 64 * 16);
 
     o.cache_bytes = p.state_bytes + 5 * 64 * p.page_bytes_per_token; /* fewer than wanted */
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);
-    EXPECT(q.n_pages == 5);
+    EXPECT(q.n_pages == 5 && q.snapshot_slots == 0 && q.snapshot_bytes == 0);
     o.cache_bytes = p.state_bytes + 3 * 64 * p.page_bytes_per_token; /* less than a context */
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);
     EXPECT(q.n_pages == 4 && q.max_context == 256); /* what it would take */

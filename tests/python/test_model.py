@@ -109,7 +109,7 @@ def test_plan_says_what_load_takes(path, model):
     for name in plan.__dataclass_fields__:
         if name not in skip:
             assert getattr(plan, name) == getattr(model.plan, name), name
-    parts = plan.weights + plan.kda_states + plan.mla_pages + plan.workspace
+    parts = plan.weights + plan.kda_states + plan.snapshots + plan.mla_pages + plan.workspace
     assert parts <= plan.total <= parts + 4096
     assert kl.plan(CONFIG, **CPU).total < plan.total  # bf16 where nothing says otherwise
 
