@@ -78,6 +78,11 @@ CASES |= {
         dict(cu_seqlens=torch.tensor([0, 70, 80]), gate="softplus", A_log=rand(2),
              dt_bias=rand(2, 128), normalize=True, beta_logits=True),
     ),
+    "kda_prefill wide 160": (
+        (half(80, 2, 128), half(80, 2, 128), half(80, 2, 160), -rand(80, 2, 128).abs(),
+         half(80, 2)),
+        dict(cu_seqlens=torch.tensor([0, 33, 33, 34, 80]), normalize=True, beta_logits=True),
+    ),
     "mla_prefill wide": (
         (half(80, 2, 192), half(80, 576), WIDE_W), dict(past=half(70, 576)),
     ),
