@@ -14,7 +14,7 @@ GetTokenizer = Callable[[], "Tokenizer"]
 
 
 def prompt_rows(
-    prompt: Any, tokenizer: GetTokenizer, vocab_size: int
+    prompt: Any, tokenizer: GetTokenizer, vocab_size: int, label: str = "prompt"
 ) -> "tuple[list[np.ndarray], bool]":
     """The rows of a prompt, and whether it is a batch.
 
@@ -24,15 +24,15 @@ def prompt_rows(
     if getattr(prompt, "ndim", None) == 2:
         prompt = list(prompt)
     if _is_row(prompt):
-        return [row_ids(prompt, tokenizer, vocab_size, "prompt")], False
+        return [row_ids(prompt, tokenizer, vocab_size, label)], False
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         raise TypeError(
-            f"prompt: must be str, token ids, chat messages, or a list of such, "
+            f"{label}: must be str, token ids, chat messages, or a list of such, "
             f"got {type(prompt).__name__}"
         )
     if not prompt:
-        raise ValueError("prompt: must hold at least one token, it is empty")
-    rows = [row_ids(row, tokenizer, vocab_size, f"prompt[{i}]") for i, row in enumerate(prompt)]
+        raise ValueError(f"{label}: must hold at least one token, it is empty")
+    rows = [row_ids(row, tokenizer, vocab_size, f"{label}[{i}]") for i, row in enumerate(prompt)]
     return rows, True
 
 

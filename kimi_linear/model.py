@@ -1,4 +1,4 @@
-"""The model: load a checkpoint, continue text, look inside."""
+"""The model: load a checkpoint, continue text; inspection.py looks inside."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,21 +10,16 @@ from ._device import Choice, check_options, choose, require_fit
 from ._files import quote
 from ._generation import Past, Run
 from ._progress import Callback, Progress
-from ._prompts import prompt_rows, row_ids
-from ._sampling import (
-    LogitsProcessor,
-    Sampling,
-    SamplingOptions,
-    check_sampling,
-    check_top,
-)
+from ._prompts import prompt_rows
+from ._sampling import LogitsProcessor, Sampling, SamplingOptions, check_sampling
 from .checkpoint import Checkpoint
 from .config import KimiLinearConfig
 from .errors import TokenizerError
+from .inspection import Inspection
 from .memory import MemoryPlan, Report, gib
-from .results import Chunk, Completion, Logprobs
+from .results import Chunk, Completion
 from .state import State
-from .tokenizer import Tokenizer, check_id
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,7 +166,7 @@ def _read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     return Tokenizer.from_dir(checkpoint.path, vocab_size=checkpoint.config.vocab_size)
 
 
-class Model:
+class Model(Inspection):
     """A loaded model; `kimi_linear.load` makes one.
 
     config: KimiLinearConfig. device, dtype, plan: where it is, how the big matrices are stored,
@@ -366,73 +361,7 @@ class Model:
             progress = False
         return Progress(progress, "prompt", "tok")
 
-    # ---- looking inside ------------------------------------------------------------------
-
-    def logprobs(self, prompt: Any, *, top: int = 0) -> Logprobs:
-        """log p(t+1 | <= t) of every token but the first.
-
-        prompt: str or token ids. top: how many of the best alternatives to report, 0..256.
-        """
-        import numpy as np
-
-        ids = self._one_row(prompt, "prompt")
-        top = check_top(top, self.config.vocab_size)
-        engine = self._open_engine()
-        if len(ids) == 1:
-            parts: tuple[Any, ...] = (np.empty(0), np.empty(0), *(np.empty((0, top)),) * 2)
-        else:
-            parts = engine.logprobs(0, ids[:-1], ids[1:], top, None)
-        return Logprobs.joined(ids.tolist(), [parts])
-
-    def score(self, context: Any, continuation: Any) -> tuple[float, bool]:
-        """log p(continuation | context) as a float64 sum, and whether it is the greedy one.
-
-        context, continuation: str or token ids; each text is encoded by itself.
-        """
-        first = self._one_row(context, "context")
-        rest = self._one_row(continuation, "continuation")
-        import numpy as np
-
-        found = self.logprobs(np.concatenate([first, rest]))
-        tail = slice(len(first) - 1, None)
-        return (
-            float(found.logprobs[tail].sum(dtype=np.float64)),
-            bool(found.greedy[tail].all()),
-        )
-
-    def logits(self, prompt: Any, *, last: bool = True) -> "np.ndarray":
-        """float32 [vocab] after the last token, or with last=False [T, vocab] after each."""
-        import numpy as np
-
-        ids = self._one_row(prompt, "prompt")
-        logits = np.asarray(self._open_engine().logits(0, ids, bool(last), None))
-        return logits.reshape(-1) if last else logits
-
-    def hidden(
-        self, prompt: Any, *, layers: Sequence[int] | None = None
-    ) -> "dict[int, np.ndarray]":
-        """The residual stream after layers: {layer: float32 [T, hidden]}.
-
-        layers: counted from 0; by default the first, the middle and the last.
-        """
-        import numpy as np
-
-        n = self.config.num_hidden_layers
-        if layers is None:
-            layers = sorted({0, n // 2, n - 1})
-        wanted = [check_id(layer, n, "layers") for layer in layers]
-        ids = self._one_row(prompt, "prompt")
-        found = self._open_engine().hidden(0, ids, list(dict.fromkeys(wanted)), None)
-        return {layer: np.asarray(x) for layer, x in found.items()}
-
-    def _one_row(self, prompt: Any, label: str) -> "np.ndarray":
-        ids = row_ids(prompt, self._get_tokenizer, self.config.vocab_size, label)
-        if len(ids) > self.plan.max_context:
-            raise ValueError(
-                f"{label}: must have at most {self.plan.max_context} tokens (max_context), "
-                f"has {len(ids)}"
-            )
-        return ids
+    # ---- what it is --------------------------------------------------------------------
 
     def info(self) -> Report:
         """Device, storage, kernels and memory; text, and a table in a notebook."""

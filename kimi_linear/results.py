@@ -105,6 +105,11 @@ class Logprobs:
     greedy: "np.ndarray"
     top: "tuple[np.ndarray, np.ndarray] | None" = None
 
+    @property
+    def total(self) -> float:
+        """Their sum in float64, the log-likelihood."""
+        return float(self.logprobs.sum(dtype="float64"))
+
     @classmethod
     def joined(cls, token_ids: list[int], parts: "Sequence[Sequence[Any]]") -> "Logprobs":
         """From parts (logprobs, greedy[, top_ids, top_logprobs]) of the core, in their order."""

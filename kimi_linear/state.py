@@ -1,58 +1,27 @@
 """Sequences as values: read once, forked, continued, scored, kept in files."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _state_file
 from ._generation import Past
+from ._held import Held, HeldSequence, catch_up, fork_of, is_untouched, logits_after
 from ._progress import Callback, Progress
 from ._prompts import answer_header, awaits_answer, prompt_rows, row_ids
 from ._sampling import Sampling, SamplingOptions, check_top
+from ._scoring import continued, first_logprob
 from ._state_file import check_header, parts_of
 from .errors import StateError
+from .inspection import streams
 from .results import Chunk, Completion, Logprobs
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ._core import Engine
     from .model import Model
-
-
-class _Sequence:
-    """A sequence of an engine, given back when nobody refers to it any more."""
-
-    __slots__ = ("engine", "seq")
-
-    def __init__(self, engine: "Engine", seq: int) -> None:
-        self.engine, self.seq = engine, seq
-
-    def release(self) -> None:
-        """Give it back now: a traceback may refer to this object for long."""
-        self.engine.seq_drop(self.seq)
-
-    def __del__(self) -> None:
-        self.release()
-
-    def __enter__(self) -> "_Sequence":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What a state is at one moment; replaced as a whole, so that nothing is ever half done."""
-
-    sequence: _Sequence
-    ids: "np.ndarray"  # int32 [position]
-    logits: "np.ndarray | None"  # float32 [vocab] after the last token
-    awaits_answer: bool  # messages were fed last
 
 
 class State:
@@ -68,9 +37,9 @@ class State:
     that is not released lives as long as its object; a `with` block releases it, too.
     """
 
-    def __init__(self, model: "Model", held: _Held) -> None:
+    def __init__(self, model: "Model", held: Held) -> None:
         self._model = model
-        self._held: _Held | None = held
+        self._held: Held | None = held
         self._lock = threading.RLock()
         self._why_gone = "is released"
 
@@ -79,10 +48,10 @@ class State:
         import numpy as np
 
         engine = model._open_engine()
-        sequence = _Sequence(engine, engine.seq_new())
-        return cls(model, _Held(sequence, np.empty(0, np.int32), None, False))
+        sequence = HeldSequence(engine, engine.seq_new())
+        return cls(model, Held(sequence, np.empty(0, np.int32), None, False))
 
-    def _get(self) -> _Held:
+    def _get(self) -> Held:
         held = self._held
         if held is None:
             raise ValueError(f"state: {self._why_gone}")
@@ -116,7 +85,7 @@ class State:
                 self._model._prompt_progress(progress, [ids]) as callback,
                 self._draft(held, len(ids)) as draft,
             ):
-                logits = _logits_after(draft, ids, callback)
+                logits = logits_after(draft, ids, callback)
             self._set(draft, held, ids, logits, awaits_answer(prompt))
         return self
 
@@ -149,7 +118,7 @@ class State:
             past = Past(held.sequence.seq, held.ids)
             return self._model._complete(rows, checked, progress, past)
 
-    def _no_prompt(self, held: _Held) -> "np.ndarray":
+    def _no_prompt(self, held: Held) -> "np.ndarray":
         import numpy as np
 
         if held.awaits_answer:
@@ -160,7 +129,7 @@ class State:
 
     def _continue(
         self,
-        held: _Held,
+        held: Held,
         ids: "np.ndarray",
         checked: Sampling,
         progress: bool | Callback | None,
@@ -174,7 +143,7 @@ class State:
             past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
             (completion,) = self._model._complete([ids], checked, progress, past)
             new = np.concatenate([ids, np.asarray(completion.token_ids, np.int32)])
-            logits = _catch_up(draft, held, new)
+            logits = catch_up(draft, held, new)
         self._set(draft, held, new, logits, False)
         return completion
 
@@ -197,7 +166,7 @@ class State:
             ids = self._no_prompt(held) if prompt is None else self._one_prompt(prompt)
             self._check_room(held, len(ids), 1 if checked.max_new_tokens else 0)
             reporter = self._model._prompt_progress(progress, [ids])
-            draft = _copy(held)
+            draft = fork_of(held)
             try:
                 past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
                 run = self._model._run([ids], checked, past)
@@ -215,7 +184,7 @@ class State:
         return rows[0]
 
     def _stream(
-        self, held: _Held, draft: _Sequence, ids: "np.ndarray", chunks: Iterator[Chunk]
+        self, held: Held, draft: HeldSequence, ids: "np.ndarray", chunks: Iterator[Chunk]
     ) -> Iterator[Chunk]:
         import numpy as np
 
@@ -228,12 +197,12 @@ class State:
             with self._lock:
                 if self._held is not held:
                     raise ValueError("state: was changed while it was streamed")
-                self._set(draft, held, new, _catch_up(draft, held, new), False)
+                self._set(draft, held, new, catch_up(draft, held, new), False)
         except BaseException:
             draft.release()
             raise
 
-    def _check_room(self, held: _Held, n: int, more: int) -> None:
+    def _check_room(self, held: Held, n: int, more: int) -> None:
         most = self._model.plan.max_context
         if len(held.ids) + n + more > most:
             raise ValueError(
@@ -242,15 +211,15 @@ class State:
             )
 
     @contextmanager
-    def _draft(self, held: _Held, n_tokens: int) -> Iterator[_Sequence]:
+    def _draft(self, held: Held, n_tokens: int) -> Iterator[HeldSequence]:
         """The sequence to work on: a copy, or the state's own where nothing is free."""
         engine, seq = held.sequence.engine, held.sequence.seq
         draft = engine.seq_draft(seq, n_tokens)
-        sequence = held.sequence if draft == seq else _Sequence(engine, draft)
+        sequence = held.sequence if draft == seq else HeldSequence(engine, draft)
         try:
             yield sequence
         except BaseException:
-            if sequence is held.sequence and not _is_untouched(held):
+            if sequence is held.sequence and not is_untouched(held):
                 self._held = None
                 self._why_gone = (
                     "was lost when a call on it did not end, and no other sequence was free "
@@ -262,15 +231,15 @@ class State:
 
     def _set(
         self,
-        draft: _Sequence,
-        held: _Held,
+        draft: HeldSequence,
+        held: Held,
         new: "np.ndarray",
         logits: "np.ndarray | None",
         awaits: bool,
     ) -> None:
         import numpy as np
 
-        self._held = _Held(draft, np.concatenate([held.ids, new]), logits, awaits)
+        self._held = Held(draft, np.concatenate([held.ids, new]), logits, awaits)
         if draft is not held.sequence:
             held.sequence.release()
 
@@ -281,10 +250,8 @@ class State:
         """
         with self._lock:
             held = self._get()
-            copy = _copy(held)
-            return State(
-                self._model, _Held(copy, held.ids, held.logits, held.awaits_answer)
-            )
+            copy = fork_of(held)
+            return State(self._model, Held(copy, held.ids, held.logits, held.awaits_answer))
 
     # ---- looking -------------------------------------------------------------------------
 
@@ -325,39 +292,80 @@ class State:
             raise ValueError("state: is empty; feed it a token first")
         return logits.copy()
 
-    def logprobs(self, prompt: Any, *, top: int = 0) -> Logprobs:
+    def logprobs(
+        self, prompt: Any, *, top: int = 0, progress: bool | Callback | None = None
+    ) -> Logprobs:
         """log p of each token of a continuation; the state stays as it is.
 
         prompt: str or token ids [T]. The result has T log-probabilities, the first one from
-        `logits`; after an empty state it is that of `Model.logprobs`, with T - 1. top: how many
-        of the best alternatives to report, 0..256. Works on a fork where T > 1: raises
-        OutOfMemory when no sequence is free.
+        `logits`; after an empty state it is that of `Model.logprobs`, with T - 1. top, progress:
+        as there. Works on a fork where T > 1: raises OutOfMemory when no sequence is free.
         """
         with self._lock:
             held = self._get()
             if held.logits is None:
-                return self._model.logprobs(prompt, top=top)
+                return self._model.logprobs(prompt, top=top, progress=progress)
             ids = self._model._one_row(prompt, "prompt")
             top = check_top(top, self._model.config.vocab_size)
             self._check_room(held, len(ids) - 1, 0)
-            parts = [_first_logprob(held.logits, int(ids[0]), top)]
+            parts = [first_logprob(held.logits, int(ids[0]), top)]
             if len(ids) > 1:
-                with _copy(held) as copy:
-                    parts.append(copy.engine.logprobs(copy.seq, ids[:-1], ids[1:], top, None))
+                with self._reading(held, ids, progress) as (fork, callback):
+                    more = fork.engine.logprobs(fork.seq, ids[:-1], ids[1:], top, callback)
+                    parts.append(more)
             return Logprobs.joined(ids.tolist(), parts)
 
-    def score(self, continuation: Any) -> tuple[float, bool]:
+    def score(
+        self, continuation: Any, *, progress: bool | Callback | None = None
+    ) -> tuple[float, bool] | list[tuple[float, bool]]:
         """log p(continuation | state) as a float64 sum, and whether it is the greedy one.
 
-        continuation: str or token ids. The state stays as it is; raises ValueError if it is
-        empty.
+        continuation: str or token ids; or a list of such, which are read in batches, and gives
+        a list. The state stays as it is; raises ValueError if it is empty, OutOfMemory when no
+        sequence is free.
         """
-        import numpy as np
+        model = self._model
+        with self._lock:
+            held = self._get()
+            if held.logits is None:
+                raise ValueError("state: is empty; feed it a token first")
+            rows, is_batch = prompt_rows(
+                continuation, model._get_tokenizer, model.config.vocab_size, "continuation"
+            )
+            self._check_room(held, max(map(len, rows)) - 1, 0)
+            with model._prompt_progress(progress, rows) as callback:
+                sequence, room = held.sequence, model.plan.max_context
+                found = continued(
+                    sequence.engine, sequence.seq, held.logits, rows, room, callback
+                )
+        return found if is_batch else found[0]
 
-        if not self.position:
-            raise ValueError("state: is empty; feed it a token first")
-        found = self.logprobs(continuation)
-        return float(found.logprobs.sum(dtype=np.float64)), bool(found.greedy.all())
+    def hidden(
+        self,
+        prompt: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        progress: bool | Callback | None = None,
+    ) -> "dict[int, np.ndarray]":
+        """The residual streams of a continuation's tokens, as of `Model.hidden`.
+
+        The state stays as it is. Works on a fork: raises OutOfMemory when no sequence is free.
+        """
+        with self._lock:
+            held = self._get()
+            wanted = self._model._layers(layers)
+            ids = self._model._one_row(prompt, "prompt")
+            self._check_room(held, len(ids), 0)
+            with self._reading(held, ids, progress) as (fork, callback):
+                return streams(fork.engine, fork.seq, ids, wanted, callback)
+
+    @contextmanager
+    def _reading(
+        self, held: Held, ids: "np.ndarray", progress: bool | Callback | None
+    ) -> "Iterator[tuple[HeldSequence, Callback | None]]":
+        """A fork that reads and is forgotten."""
+        with self._model._prompt_progress(progress, [ids]) as callback, fork_of(held) as fork:
+            yield fork, callback
 
     # ---- files ---------------------------------------------------------------------------
 
@@ -405,7 +413,7 @@ class State:
             reader.check_size(payload)
             ids = np.empty(length, np.int32)
             logits = np.empty(vocab, np.float32) if length else None
-            sequence = _Sequence(engine, engine.seq_restore(length))
+            sequence = HeldSequence(engine, engine.seq_restore(length))
             try:
                 parts = parts_of(ids, logits, engine, sequence.seq)
                 with Progress(progress, "state", "B") as callback:
@@ -415,7 +423,7 @@ class State:
             except BaseException:
                 sequence.release()
                 raise
-        return cls(model, _Held(sequence, ids, logits, awaits))
+        return cls(model, Held(sequence, ids, logits, awaits))
 
     # ---- life ----------------------------------------------------------------------------
 
@@ -437,49 +445,6 @@ class State:
         if held is None:
             return f"<kimi_linear.State {self._why_gone.partition(' when')[0]}>"
         return f"<kimi_linear.State {len(held.ids)} tokens of {self._model!r}>"
-
-
-# ---- sequences ---------------------------------------------------------------------------
-
-
-def _copy(held: _Held) -> _Sequence:
-    engine = held.sequence.engine
-    return _Sequence(engine, engine.seq_fork(held.sequence.seq))
-
-
-def _is_untouched(held: _Held) -> bool:
-    """Whether a call that failed did so before it changed the sequence."""
-    try:
-        return held.sequence.engine.seq_length(held.sequence.seq) == len(held.ids)
-    except ValueError:  # a step was interrupted, or the model closed
-        return False
-
-
-def _catch_up(draft: _Sequence, held: _Held, new: "np.ndarray") -> "np.ndarray | None":
-    """Read what of the new tokens a generation has not: the last one drawn, or a prompt that no
-    token followed. The logits after it."""
-    rest = new[draft.engine.seq_length(draft.seq) - len(held.ids) :]
-    return _logits_after(draft, rest, None) if len(rest) else held.logits
-
-
-def _logits_after(
-    sequence: _Sequence, ids: "np.ndarray", callback: Callback | None
-) -> "np.ndarray":
-    import numpy as np
-
-    return np.asarray(sequence.engine.logits(sequence.seq, ids, True, callback)).reshape(-1)
-
-
-def _first_logprob(logits: "np.ndarray", target: int, top: int) -> tuple["np.ndarray", ...]:
-    """(logprobs [1], greedy [1], top_ids [1, top], top_logprobs [1, top]) by the definition."""
-    import numpy as np
-
-    z = logits.astype(np.float64)
-    z -= z.max()
-    z -= np.log(np.exp(z).sum())
-    best = np.argsort(-logits, kind="stable")[:top][None]
-    greedy = np.array([logits.argmax() == target])
-    return z[target : target + 1], greedy, best, z[best]
 
 
 def _version() -> str:

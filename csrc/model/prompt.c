@@ -62,9 +62,10 @@ static int64_t choose_rows(const kl_prompt *p, buffers *b, int64_t first, int64_
     return n_rows;
 }
 
-/* Put the log-probabilities of the step's rows where their tokens are. */
-static void scatter(const kl_prompt *p, const buffers *b, int64_t first, int64_t n,
-                    int64_t n_rows)
+/* Put the log-probabilities of the step's rows where their tokens are; those of targets must be
+ * finite, which they are when all logits are. */
+static kl_status scatter(const kl_prompt *p, const buffers *b, int64_t first, int64_t n,
+                         int64_t n_rows, kl_error *err)
 {
     for (int64_t i = first; i < first + n; i++) {
         p->logprobs[i] = NAN;
@@ -74,12 +75,17 @@ static void scatter(const kl_prompt *p, const buffers *b, int64_t first, int64_t
         const int64_t t = first + b->rows[r];
         p->logprobs[t] = b->logprobs[r];
         p->greedy[t] = b->greedy[r];
+        if (b->targets[r] >= 0 && !isfinite(b->logprobs[r]))
+            return kl_fail(err, KL_ERR_NUMERICAL,
+                           "prompt: log-probability after token %lld must be finite, got %g",
+                           (long long)t, (double)b->logprobs[r]);
         if (p->top == 0) continue;
         memcpy(p->top_ids + t * p->top, b->top_ids + r * p->top,
                (size_t)p->top * sizeof *p->top_ids);
         memcpy(p->top_logprobs + t * p->top, b->top_logprobs + r * p->top,
                (size_t)p->top * sizeof *p->top_logprobs);
     }
+    return KL_OK;
 }
 
 static kl_status run_piece(kl_engine *e, const kl_prompt *p, buffers *b, kl_seq seq,
@@ -111,8 +117,7 @@ static kl_status run_piece(kl_engine *e, const kl_prompt *p, buffers *b, kl_seq 
         s.top_logprobs = b->top_logprobs;
     }
     KL_TRY(kl_engine_step(e, &s, err));
-    if (p->targets != NULL) scatter(p, b, first, n, s.n_rows);
-    return KL_OK;
+    return p->targets == NULL ? KL_OK : scatter(p, b, first, n, s.n_rows, err);
 }
 
 static kl_status run_pieces(kl_engine *e, const kl_prompt *p, buffers *b, kl_seq seq,

@@ -36,7 +36,8 @@ typedef struct {
 } kl_prompt;
 
 /* Every argument is checked before a state changes. A sequence that a failed step leaves
- * broken stays the caller's to release, unless it was a fresh one. */
+ * broken stays the caller's to release, unless it was a fresh one. KL_ERR_NUMERICAL for a
+ * log-probability that is not finite: then the sequence has read up to there. */
 kl_status kl_engine_prompt(kl_engine *e, const kl_prompt *prompt, kl_error *err);
 
 #endif

@@ -227,6 +227,9 @@ static PyMethodDef engine_methods[] = {
     {"logprobs", KL_FASTCALL(kl_engine_py_logprobs), METH_FASTCALL,
      "logprobs($self, seq, ids, targets, top, progress, /)\n--\n\n"
      "(logprobs [n], greedy [n]) and, with top, (top_ids, top_logprobs) [n, top]."},
+    {"score", KL_FASTCALL(kl_engine_py_score), METH_FASTCALL,
+     "score($self, seq, contexts, rows, progress, /)\n--\n\n"
+     "(logprobs, greedy) of continuations: rows of (index of a context, ids), all after seq."},
     {"hidden", KL_FASTCALL(kl_engine_py_hidden), METH_FASTCALL,
      "hidden($self, seq, ids, layers, progress, /)\n--\n\n{layer: f32 [n, hidden]}."},
     {"step", kl_engine_py_step, METH_O,

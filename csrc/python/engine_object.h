@@ -85,7 +85,7 @@ int kl_dict_float(const char *op, PyObject *dict, const char *key, const float *
 
 PyObject *kl_plan_dict(const kl_plan *plan);
 
-/* Methods of Engine in engine_kda.c and engine_prompts.c. */
+/* Methods of Engine in engine_kda.c, engine_prompts.c and engine_scores.c. */
 PyObject *kl_engine_py_read_kda(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_write_kda(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_feed(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
@@ -93,6 +93,7 @@ PyObject *kl_engine_py_logits(PyObject *op, PyObject *const *args, Py_ssize_t na
 PyObject *kl_engine_py_logprobs(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_hidden(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_step(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_score(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 /* In engine_state.c. */
 PyObject *kl_engine_py_seq_new(PyObject *op, PyObject *none);
 PyObject *kl_engine_py_seq_fork(PyObject *op, PyObject *arg);

@@ -1,0 +1,79 @@
+"""What a state holds: a sequence of an engine, and what was read into it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ._progress import Callback
+from .errors import NumericalError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ._core import Engine
+
+
+class HeldSequence:
+    """A sequence of an engine, given back when nobody refers to it any more."""
+
+    __slots__ = ("engine", "seq")
+
+    def __init__(self, engine: "Engine", seq: int) -> None:
+        self.engine, self.seq = engine, seq
+
+    def release(self) -> None:
+        """Give it back now: a traceback may refer to this object for long."""
+        self.engine.seq_drop(self.seq)
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __enter__(self) -> "HeldSequence":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a state is at one moment; replaced as a whole, so that nothing is ever half done."""
+
+    sequence: HeldSequence
+    ids: "np.ndarray"  # int32 [position]
+    logits: "np.ndarray | None"  # float32 [vocab] after the last token
+    awaits_answer: bool  # messages were fed last
+
+
+def fork_of(held: Held) -> HeldSequence:
+    """A copy of its sequence."""
+    engine = held.sequence.engine
+    return HeldSequence(engine, engine.seq_fork(held.sequence.seq))
+
+
+def is_untouched(held: Held) -> bool:
+    """Whether a call that failed did so before it changed the sequence."""
+    try:
+        return held.sequence.engine.seq_length(held.sequence.seq) == len(held.ids)
+    except ValueError:  # a step was interrupted, or the model closed
+        return False
+
+
+def catch_up(draft: HeldSequence, held: Held, new: "np.ndarray") -> "np.ndarray | None":
+    """Read what of the new tokens a generation has not: the last one drawn, or a prompt that no
+    token followed. The logits after it."""
+    rest = new[draft.engine.seq_length(draft.seq) - len(held.ids) :]
+    return logits_after(draft, rest, None) if len(rest) else held.logits
+
+
+def logits_after(
+    sequence: HeldSequence, ids: "np.ndarray", callback: Callback | None
+) -> "np.ndarray":
+    """Feed a sequence; float32 [vocab] after the last token. Raises NumericalError where they are
+    not finite."""
+    import numpy as np
+
+    logits = np.asarray(sequence.engine.logits(sequence.seq, ids, True, callback)).reshape(-1)
+    if not np.isfinite(logits).all():
+        n = sequence.engine.seq_length(sequence.seq)
+        raise NumericalError(f"state: logits after {n} tokens must be finite")
+    return logits
