@@ -211,11 +211,6 @@ static kl_status flush(scorer *r, kl_error *err)
 
 /* ---- the walk -------------------------------------------------------------------------- */
 
-static int64_t free_sequences(const scorer *r)
-{
-    return r->e->cache.n_slots - r->e->cache.n_alive;
-}
-
 /* A sequence that goes on from `base` and has the pages for its tokens. */
 static kl_status take_sequence(scorer *r, kl_seq base, int64_t end, kl_seq *out, kl_error *err)
 {
@@ -256,8 +251,8 @@ static kl_status add_passes(scorer *r, kl_seq base, int64_t depth, int64_t lo, i
 static kl_status gather(scorer *r, kl_seq base, int64_t depth, int64_t *lo, int64_t hi,
                         kl_error *err)
 {
-    if (free_sequences(r) < 2 && r->n_jobs > 0) KL_TRY(flush(r, err));
-    const int64_t most = free_sequences(r) / 2;
+    if (kl_cache_free_seqs(&r->e->cache) < 2 && r->n_jobs > 0) KL_TRY(flush(r, err));
+    const int64_t most = kl_cache_free_seqs(&r->e->cache) / 2;
     int64_t n = 0;
     while (*lo < hi) {
         int64_t shared;
