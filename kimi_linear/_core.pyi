@@ -129,14 +129,17 @@ class Engine:
 
 class Generation:
     """requests: dicts with ids, max_new_tokens, temperature, top_k, top_p, min_p,
-    repetition_penalty, seed, stop_ids, top. To continue a sequence: seq, and in_place=1 for
-    itself instead of a fork; n_history, of the ids those that it holds; logits f32 [vocab] after
-    it where no id is fed."""
+    repetition_penalty, seed, stop_ids, top, process (1; 0: not through the processor). To continue
+    a sequence: seq, and in_place=1 for itself instead of a fork; n_history, of the ids those that
+    it holds; logits f32 [vocab] after it where no id is fed."""
 
-    # [(request, id, logprob, finish or None, ((id, logprob), ...)), ...]; [] once all is done.
-    # A request of max_new_tokens 0 has one event, of id -1. process may change the row in place.
+    # [(request, id, logprob, finish or None, ((id, logprob), ...)), ...] of max_steps steps at most.
+    # A request of max_new_tokens 0 has one event, of id -1; so has one that failed, whose finish is
+    # the exception. process may change the row in place.
     def run(self, max_steps: int, process: Callable[[int, Any, Any], Any] | None,
         progress: Callable[[int, int], Any] | None, /) -> list[tuple]: ...
+    def submit(self, request: dict[str, Any], /) -> int: ...
     def finish(self, request: int, /) -> None: ...
+    def done(self) -> bool: ...
     def stats(self) -> dict[str, float]: ...
     def close(self) -> None: ...

@@ -183,18 +183,21 @@ typedef struct {
     bool in_place; /* no fork: seq itself grows, and stays the caller's       */
     int64_t n_history;
     const float *logits; /* copied [vocab], after seq: for a request that feeds no prompt */
+    bool process;        /* its logits go through the processor of the run */
 } kl_request;
 
-typedef enum { KL_RUNNING, KL_FINISH_STOP, KL_FINISH_LENGTH, KL_FINISH_CANCELLED } kl_finish;
+typedef enum { KL_RUNNING, KL_FINISH_STOP, KL_FINISH_LENGTH, KL_FINISH_ERROR } kl_finish;
 
 /* A token of a request. The stop token itself is reported, with KL_FINISH_STOP. A request of
- * max_new_tokens 0 ends with one event of id -1 and KL_FINISH_LENGTH. */
+ * max_new_tokens 0 ends with one event of id -1 and KL_FINISH_LENGTH; one that fails with one of
+ * id -1 and KL_FINISH_ERROR. */
 typedef struct {
     int64_t request;
     int32_t id;
     float logprob;
     kl_finish finish;
-    int n_top; /* request.top, 0 without an id */
+    kl_error error; /* of KL_FINISH_ERROR */
+    int n_top;      /* request.top, 0 without an id */
     int32_t top_ids[256];
     float top_logprobs[256];
 } kl_event;
@@ -205,28 +208,37 @@ typedef int (*kl_logits_fn)(void *ctx, int64_t request, const int32_t *ids, int6
                             float *logits);
 
 typedef struct {
-    int64_t prompt_tokens, prompt_done, new_tokens; /* of all requests */
+    int64_t prompt_tokens, prompt_done, new_tokens; /* of all requests so far */
     double prefill_s, decode_s;
+    int64_t running, waiting; /* requests with a sequence, and those before them */
 } kl_generation_stats;
 
 typedef struct kl_generation kl_generation;
 
-/* Queue requests over an engine; model/scheduler.c decides which run in each step. A request
- * that could never fit (context, pages) is refused here, by its index. */
+/* Requests over an engine; model/scheduler.c decides which run in each step. The first ones may
+ * be none; their ids are 0, 1, ... A request that could never fit (context, pages) or whose
+ * arguments are wrong is refused, by its id, and with it the whole. */
 kl_status kl_generation_new(kl_engine *e, const kl_request *requests, int64_t n_requests,
                             kl_generation **out, kl_error *err);
+/* One more, behind those that wait; ids count up and are never used again. A request's memory is
+ * given back when it ends: what a step costs does not depend on how many there have been. */
+kl_status kl_generation_submit(kl_generation *g, const kl_request *request, int64_t *id,
+                               kl_error *err);
 /* Release every sequence still held. */
 void kl_generation_free(kl_generation *g);
 
 /* Run steps until max_events events are stored, max_steps steps have run, or all requests
- * have finished (*n_events 0 then). A request whose logits are not finite ends the run with
- * KL_ERR_NUMERICAL naming it; the others can go on with the next run. */
+ * have finished (*n_events 0 then). What befalls one request (logits that are not finite, a
+ * continued sequence that was changed, memory that others hold while nothing runs) ends that one
+ * with an event; a failed step ends those that were in it. Returns KL_ERR_CANCELLED when poll or
+ * process said so; the events of the interrupted step come with the next run. */
 kl_status kl_generation_run(kl_generation *g, int64_t max_steps, kl_event *events,
                             int64_t max_events, int64_t *n_events, kl_logits_fn process,
                             void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err);
 /* Nothing is left to run or to be reported. */
 bool kl_generation_done(const kl_generation *g);
-/* End one request (a stop string was seen); its sequence is released. */
+/* End one request (a stop string was seen, nobody wants it any more) without an event; one that
+ * has ended is fine. */
 kl_status kl_generation_finish(kl_generation *g, int64_t request, kl_error *err);
 void kl_generation_get_stats(const kl_generation *g, kl_generation_stats *out);
 

@@ -19,18 +19,25 @@ static double now_s(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* ---- a step's ends --------------------------------------------------------------------- */
+/* ---- events ---------------------------------------------------------------------------- */
 
-static kl_event *push_event(kl_generation *g, int64_t i, int32_t id, float logprob,
+static kl_event *push_event(kl_generation *g, const kl_request_state *q, int32_t id,
                             kl_finish finish)
 {
     kl_event *event = &g->queue[g->queue_first + g->queue_count++];
-    event->request = i;
+    event->request = q->id;
     event->id = id;
-    event->logprob = logprob;
+    event->logprob = 0.0f;
     event->finish = finish;
     event->n_top = 0;
     return event;
+}
+
+/* A request ends by what befell it. */
+static void fail(kl_generation *g, kl_request_state *q, const kl_error *err)
+{
+    push_event(g, q, -1, KL_FINISH_ERROR)->error = *err;
+    kl_request_end(g, q);
 }
 
 static bool is_stop(const kl_request_state *q, int32_t id)
@@ -40,15 +47,34 @@ static bool is_stop(const kl_request_state *q, int32_t id)
     return false;
 }
 
+static void fail_numerical(kl_generation *g, kl_request_state *q)
+{
+    kl_error err;
+    kl_error_set(&err, KL_ERR_NUMERICAL,
+                 "generate: request %lld: logits after %lld tokens must be finite",
+                 (long long)q->id, (long long)(q->r.n_prompt + q->n_new));
+    fail(g, q, &err);
+}
+
+static void report_token(kl_generation *g, const kl_request_state *q, int64_t row,
+                         kl_finish finish)
+{
+    kl_event *event = push_event(g, q, g->ids[row], finish);
+    event->logprob = g->logprobs[row];
+    event->n_top = q->r.top;
+    for (int i = 0; i < q->r.top; i++) {
+        event->top_ids[i] = g->top_ids[row * g->top + i];
+        event->top_logprobs[i] = g->top_logprobs[row * g->top + i];
+    }
+}
+
 /* A drawn token: append it, report it, and end the request if it is the last. */
 static void take_token(kl_generation *g, int64_t row)
 {
-    const int64_t i = g->of_row[row];
-    kl_request_state *q = &g->requests[i];
+    kl_request_state *q = g->of_row[row];
     const int32_t id = g->ids[row];
     if (id < 0) {
-        q->failed = true;
-        kl_generation_end(g, i);
+        fail_numerical(g, q);
         return;
     }
     q->ids[q->r.n_prompt + q->n_new++] = id;
@@ -57,87 +83,168 @@ static void take_token(kl_generation *g, int64_t row)
     const kl_finish finish = is_stop(q, id)                    ? KL_FINISH_STOP
                              : q->n_new == q->r.max_new_tokens ? KL_FINISH_LENGTH
                                                                : KL_RUNNING;
-    kl_event *event = push_event(g, i, id, g->logprobs[row], finish);
-    event->n_top = q->r.top;
-    memcpy(event->top_ids, g->top_ids + row * g->top, (size_t)q->r.top * sizeof(int32_t));
-    memcpy(event->top_logprobs, g->top_logprobs + row * g->top,
-           (size_t)q->r.top * sizeof(float));
+    report_token(g, q, row, finish);
     if (finish != KL_RUNNING)
-        kl_generation_end(g, i);
+        kl_request_end(g, q);
     else
-        g->phases[i].phase = KL_SCHED_DECODE;
+        q->sched.phase = KL_SCHED_DECODE;
+}
+
+/* ---- admission ------------------------------------------------------------------------- */
+
+/* Between two runs the caller may have fed or released the sequence of a waiting request. */
+static kl_status fork_unchanged(kl_generation *g, const kl_request_state *q, kl_seq *out,
+                                kl_error *err)
+{
+    int64_t length;
+    if (kl_seq_length(g->e, q->r.seq, &length, err) == KL_OK && length == q->before)
+        return kl_seq_fork(g->e, q->r.seq, out, err);
+    return kl_fail(err, KL_ERR_VALUE,
+                   "generate: request %lld: the sequence it continues has changed since",
+                   (long long)q->id);
+}
+
+/* A sequence for a request, with the pages it may come to need. */
+static kl_status open_sequence(kl_generation *g, const kl_request_state *q, kl_seq *seq,
+                               kl_error *err)
+{
+    kl_error ignored;
+    if (q->r.seq != 0)
+        KL_TRY(fork_unchanged(g, q, seq, err));
+    else
+        KL_TRY(kl_seq_new(g->e, seq, err));
+    const kl_status status = kl_cache_reserve(&g->e->cache, *seq, kl_request_longest(q), err);
+    if (status != KL_OK) (void)kl_seq_release(g->e, *seq, &ignored);
+    return status;
+}
+
+/* Out of the queue with a request that never ran. */
+static void turn_away(kl_generation *g, const kl_error *err)
+{
+    kl_request_state *q = kl_generation_pop(g);
+    fail(g, q, err);
+    kl_request_free(q);
+}
+
+static bool first_fits(const kl_generation *g)
+{
+    const kl_cache *c = &g->e->cache;
+    const int64_t places = g->e->plan.max_batch - g->n_running;
+    return kl_sched_admits(&g->first->sched, kl_min_i64(kl_cache_free_seqs(c), places),
+                           kl_cache_available(c));
+}
+
+/* Requests in their order, as long as sequences and pages last. One of no tokens ends here, with
+ * an event that has no id. */
+static void admit(kl_generation *g)
+{
+    while (g->first != NULL && g->queue_count < g->e->plan.max_batch) {
+        kl_request_state *q = g->first;
+        kl_error err;
+        kl_seq seq;
+        if (q->r.max_new_tokens == 0) {
+            push_event(g, q, -1, KL_FINISH_LENGTH);
+            kl_request_free(kl_generation_pop(g));
+        } else if (!first_fits(g)) {
+            return;
+        } else if (open_sequence(g, q, &seq, &err) != KL_OK) {
+            turn_away(g, &err);
+        } else {
+            kl_request_seat(g, kl_generation_pop(g), seq);
+        }
+    }
+}
+
+/* Nothing runs and nothing can be admitted: the first request waits for what others hold, who
+ * may never give it back. */
+static void turn_away_blocked(kl_generation *g)
+{
+    const kl_cache *c = &g->e->cache;
+    kl_error err;
+    kl_error_set(&err, KL_ERR_MEMORY,
+                 "generate: request %lld needs a sequence and %lld pages, but other "
+                 "sequences leave %lld and %lld",
+                 (long long)g->first->id, (long long)g->first->sched.pages,
+                 (long long)kl_cache_free_seqs(c), (long long)kl_cache_available(c));
+    turn_away(g, &err);
 }
 
 /* ---- a step ---------------------------------------------------------------------------- */
 
-/* Between two runs the caller may have fed or released the sequence of a waiting request. */
-static kl_status fork_unchanged(kl_generation *g, int64_t i, kl_error *err)
+/* Tokens that a running request's sequence must hold now: all but the last that was drawn. */
+static int64_t held_by(const kl_request_state *q)
 {
-    kl_request_state *q = &g->requests[i];
-    int64_t length;
-    if (kl_seq_length(g->e, q->r.seq, &length, err) == KL_OK && length == q->before)
-        return kl_seq_fork(g->e, q->r.seq, &q->seq, err);
-    kl_generation_end(g, i);
-    return kl_fail(err, KL_ERR_VALUE,
-                   "generate: request %lld: the sequence it continues has changed since",
-                   (long long)i);
+    return q->before + q->sched.fed - q->r.n_history + (q->n_new > 0 ? q->n_new - 1 : 0);
 }
 
-/* Requests in their order, as long as sequences and pages last. */
-static kl_status admit(kl_generation *g, kl_error *err)
+/* A caller's sequence that was fed, released or broken since would fail the whole step. */
+static void end_changed(kl_generation *g)
 {
-    kl_engine *const e = g->e;
-    for (;;) {
-        const int64_t i =
-            kl_sched_admit(g->phases, g->n_requests, kl_cache_free_seqs(&e->cache),
-                           kl_cache_available(&e->cache));
-        if (i < 0) return KL_OK;
-        kl_request_state *q = &g->requests[i];
-        if (q->r.seq != 0)
-            KL_TRY(fork_unchanged(g, i, err));
-        else
-            KL_TRY(kl_seq_new(e, &q->seq, err));
-        KL_TRY(kl_cache_reserve(&e->cache, q->seq, kl_request_longest(q), err));
-        g->phases[i].phase = KL_SCHED_PROMPT;
+    for (int64_t i = 0; i < g->n_running; i++) {
+        kl_request_state *q = g->running[i];
+        int64_t length;
+        kl_error err;
+        if (!q->r.in_place) continue;
+        if (kl_seq_length(g->e, q->seq, &length, &err) == KL_OK && length == held_by(q))
+            continue;
+        kl_error_set(&err, KL_ERR_VALUE,
+                     "generate: request %lld: the sequence it continues has changed since",
+                     (long long)q->id);
+        fail(g, q, &err);
     }
 }
 
-static kl_feed feed_of(const kl_generation *g, const kl_sched_item *item)
+static kl_feed feed_of(const kl_request_state *q, int64_t count)
 {
-    const kl_request_state *q = &g->requests[item->request];
-    const bool decode = g->phases[item->request].phase == KL_SCHED_DECODE;
-    const int64_t first = decode ? q->r.n_prompt + q->n_new - 1 : g->phases[item->request].fed;
-    return (kl_feed){q->seq, q->ids + first, item->count};
+    const bool decode = q->sched.phase == KL_SCHED_DECODE;
+    const int64_t first = decode ? q->r.n_prompt + q->n_new - 1 : q->sched.fed;
+    return (kl_feed){q->seq, q->ids + first, count};
+}
+
+static void clear_rows(kl_generation *g)
+{
+    g->top = 0;
+    g->penalties = g->processed = false;
 }
 
 /* How row `row` draws, for a request. */
-static void fill_row(kl_generation *g, int64_t row, int64_t i)
+static void fill_row(kl_generation *g, int64_t row, kl_request_state *q)
 {
-    const kl_request_state *q = &g->requests[i];
-    g->of_row[row] = i;
+    g->of_row[row] = q;
     g->sampling[row] = q->r.sampling;
     g->sampling[row].position += (uint64_t)q->n_new;
-    if (!g->penalties) return;
-    int32_t *seen = g->seen + row * g->words;
-    const size_t bytes = (size_t)g->words * sizeof *seen;
-    if (q->seen != NULL)
-        memcpy(seen, q->seen, bytes);
-    else
-        memset(seen, 0, bytes);
+    g->penalties = g->penalties || q->seen != NULL;
+    g->processed = g->processed || q->r.process;
+    if (q->r.top > g->top) g->top = q->r.top;
+}
+
+static void fill_seen(kl_generation *g, int64_t n_rows)
+{
+    const size_t bytes = (size_t)g->words * sizeof *g->seen;
+    for (int64_t row = 0; g->penalties && row < n_rows; row++) {
+        int32_t *seen = g->seen + row * g->words;
+        const kl_request_state *q = g->of_row[row];
+        if (q->seen != NULL)
+            memcpy(seen, q->seen, bytes);
+        else
+            memset(seen, 0, bytes);
+    }
 }
 
 /* The rows that draw: the last token of each item that samples. Returns their number. */
 static int64_t make_rows(kl_generation *g, int64_t n_items)
 {
     int64_t n_rows = 0, end = 0;
+    clear_rows(g);
     for (int64_t k = 0; k < n_items; k++) {
         const kl_sched_item *item = &g->items[k];
-        g->feeds[k] = feed_of(g, item);
+        g->feeds[k] = feed_of(g->running[item->request], item->count);
         end += item->count;
         if (!item->samples) continue;
         g->rows[n_rows] = (int32_t)(end - 1);
-        fill_row(g, n_rows++, item->request);
+        fill_row(g, n_rows++, g->running[item->request]);
     }
+    fill_seen(g, n_rows);
     return n_rows;
 }
 
@@ -145,7 +252,7 @@ static int64_t make_rows(kl_generation *g, int64_t n_items)
 static void advance_prompts(kl_generation *g, int64_t n_items)
 {
     for (int64_t k = 0; k < n_items; k++) {
-        kl_sched_request *r = &g->phases[g->items[k].request];
+        kl_sched_request *r = &g->running[g->items[k].request]->sched;
         if (r->phase != KL_SCHED_PROMPT) continue;
         r->fed += g->items[k].count;
         g->stats.prompt_done += g->items[k].count;
@@ -155,7 +262,7 @@ static void advance_prompts(kl_generation *g, int64_t n_items)
 static kl_step sampling_step(const kl_generation *g)
 {
     return (kl_step){.sampling = g->sampling,
-                     .seen = g->seen,
+                     .seen = g->penalties ? g->seen : NULL,
                      .ids = g->ids,
                      .id_logprobs = g->logprobs,
                      .top = g->top,
@@ -170,29 +277,36 @@ static kl_status process_and_sample(kl_generation *g, float *logits, int64_t n_r
     const int64_t vocab = g->e->config.vocab_size;
     const kl_step step = sampling_step(g);
     for (int64_t row = 0; process != NULL && row < n_rows; row++) {
-        const int64_t i = g->of_row[row];
-        const kl_request_state *q = &g->requests[i];
-        if (process(ctx, i, q->ids, q->r.n_prompt + q->n_new, logits + row * vocab) != 0)
+        const kl_request_state *q = g->of_row[row];
+        if (!q->r.process) continue;
+        if (process(ctx, q->id, q->ids, q->r.n_prompt + q->n_new, logits + row * vocab) != 0)
             return kl_fail(err, KL_ERR_CANCELLED, "generate: the logits processor stopped");
     }
     return kl_engine_sample(g->e, logits, n_rows, &step, err);
 }
 
-/* Requests that feed no prompt draw from the logits they brought. *drew: one did. */
-static kl_status draw_first(kl_generation *g, kl_logits_fn process, void *ctx, bool *drew,
-                            kl_error *err)
+/* What ended a step ends its requests; only the caller's own wish to stop is told at once. */
+static kl_status end_failed(kl_generation *g, int64_t n_items, const kl_error *err)
 {
-    *drew = false;
-    for (int64_t i = 0; i < g->n_requests; i++) {
-        const kl_sched_request *p = &g->phases[i];
-        if (p->phase != KL_SCHED_PROMPT || p->fed < p->n_prompt) continue;
-        fill_row(g, 0, i);
-        const kl_status status =
-            process_and_sample(g, g->requests[i].logits, 1, process, ctx, err);
-        if (status != KL_OK) kl_generation_end(g, i);
-        KL_TRY(status);
-        take_token(g, 0);
-        *drew = true;
+    for (int64_t k = 0; k < n_items; k++) fail(g, g->running[g->items[k].request], err);
+    return err->status == KL_ERR_CANCELLED ? KL_ERR_CANCELLED : KL_OK;
+}
+
+/* Requests that feed no prompt draw from the logits they brought. */
+static kl_status draw_first(kl_generation *g, kl_logits_fn process, void *ctx, kl_error *err)
+{
+    for (int64_t i = 0; i < g->n_running; i++) {
+        kl_request_state *q = g->running[i];
+        if (q->sched.phase != KL_SCHED_PROMPT || q->sched.fed < q->sched.n_prompt) continue;
+        clear_rows(g);
+        fill_row(g, 0, q);
+        fill_seen(g, 1);
+        if (process_and_sample(g, q->logits, 1, process, ctx, err) == KL_OK) {
+            take_token(g, 0);
+            continue;
+        }
+        g->items[0] = (kl_sched_item){i, 0, true};
+        KL_TRY(end_failed(g, 1, err));
     }
     return KL_OK;
 }
@@ -208,7 +322,7 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
     step.n_rows = n_rows;
     step.poll = poll;
     step.poll_ctx = poll_ctx;
-    if (process == NULL || n_rows == 0) {
+    if (process == NULL || !g->processed) {
         KL_TRY(kl_engine_step(g->e, &step, err));
     } else {
         kl_step logits_only = {.feeds = g->feeds,
@@ -226,57 +340,44 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
     return KL_OK;
 }
 
-/* A request of no tokens ends with an event that has no id. Returns whether one did. */
-static bool end_empty(kl_generation *g)
+/* Returns the number of items of the next step. */
+static int64_t choose_items(kl_generation *g)
 {
-    for (int64_t i = 0; i < g->n_requests && g->queue_count < g->e->plan.max_batch; i++) {
-        if (g->phases[i].phase != KL_SCHED_WAITING || g->requests[i].r.max_new_tokens > 0)
-            continue;
-        push_event(g, i, -1, 0.0f, KL_FINISH_LENGTH);
-        kl_generation_end(g, i);
-    }
-    return g->queue_count > 0;
+    for (int64_t i = 0; i < g->n_running; i++) g->phases[i] = g->running[i]->sched;
+    const int64_t n_items = kl_sched_step(g->phases, g->n_running, g->e->plan.step_tokens,
+                                          g->decode_first, g->items);
+    g->decode_first = kl_sched_held_up(g->phases, g->n_running, g->items, n_items);
+    return n_items;
 }
 
-/* Nothing runs: all have ended, or one waits for what other sequences hold. */
-static kl_status check_waiting(const kl_generation *g, kl_error *err)
-{
-    const kl_cache *c = &g->e->cache;
-    for (int64_t i = 0; i < g->n_requests; i++)
-        if (g->phases[i].phase == KL_SCHED_WAITING)
-            return kl_fail(err, KL_ERR_MEMORY,
-                           "generate: request %lld needs a sequence and %lld pages, but other "
-                           "sequences leave %lld and %lld",
-                           (long long)i, (long long)g->phases[i].pages,
-                           (long long)kl_cache_free_seqs(c), (long long)kl_cache_available(c));
-    return KL_OK;
-}
-
-/* One step of whatever can run; *ran false when nothing is left. After a failure the requests
- * of the step have ended: their sequences are unusable. */
-static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_ctx,
-                         kl_poll_fn poll, void *poll_ctx, bool *ran, kl_error *err)
+static kl_status run_step(kl_generation *g, int64_t n_items, kl_logits_fn process,
+                          void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err)
 {
     const int64_t done_before = g->stats.prompt_done;
-    *ran = true;
-    if (end_empty(g)) return KL_OK;
-    KL_TRY(admit(g, err));
-    bool drew;
-    KL_TRY(draw_first(g, process, process_ctx, &drew, err));
-    if (drew) return KL_OK;
-    const int64_t n_items =
-        kl_sched_step(g->phases, g->n_requests, g->e->plan.step_tokens, g->items);
-    *ran = n_items > 0;
-    if (n_items == 0) return check_waiting(g, err);
-
     const double start = now_s();
     const kl_status status = run_items(g, n_items, process, process_ctx, poll, poll_ctx, err);
     double *const total =
         g->stats.prompt_done > done_before ? &g->stats.prefill_s : &g->stats.decode_s;
     *total += now_s() - start;
-    if (status != KL_OK)
-        for (int64_t k = 0; k < n_items; k++) kl_generation_end(g, g->items[k].request);
-    return status;
+    return status == KL_OK ? KL_OK : end_failed(g, n_items, err);
+}
+
+/* One step of whatever can run, or events of what cannot; *ran false when nothing is left. */
+static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_ctx,
+                         kl_poll_fn poll, void *poll_ctx, bool *ran, kl_error *err)
+{
+    *ran = true;
+    kl_generation_sweep(g);
+    admit(g);
+    if (g->queue_count > 0) return KL_OK;
+    end_changed(g);
+    KL_TRY(draw_first(g, process, process_ctx, err));
+    if (g->queue_count > 0) return KL_OK;
+    const int64_t n_items = choose_items(g);
+    if (n_items > 0) return run_step(g, n_items, process, process_ctx, poll, poll_ctx, err);
+    *ran = g->first != NULL;
+    if (*ran) turn_away_blocked(g);
+    return KL_OK;
 }
 
 /* ---- the run --------------------------------------------------------------------------- */
@@ -288,27 +389,6 @@ static void drain(kl_generation *g, kl_event *events, int64_t max_events, int64_
         g->queue_count--;
     }
     if (g->queue_count == 0) g->queue_first = 0;
-}
-
-/* Name a request whose logits were not finite, each once. */
-static kl_status report_failure(kl_generation *g, kl_error *err)
-{
-    for (int64_t i = 0; i < g->n_requests; i++)
-        if (g->requests[i].failed) {
-            g->requests[i].failed = false;
-            return kl_fail(err, KL_ERR_NUMERICAL,
-                           "generate: request %lld: logits after %lld tokens must be finite",
-                           (long long)i,
-                           (long long)(g->requests[i].r.n_prompt + g->requests[i].n_new));
-        }
-    return KL_OK;
-}
-
-static bool has_failure(const kl_generation *g)
-{
-    for (int64_t i = 0; i < g->n_requests; i++)
-        if (g->requests[i].failed) return true;
-    return false;
 }
 
 /* In the backend's host memory: they cross twice at every step. */
@@ -331,31 +411,24 @@ kl_status kl_generation_run(kl_generation *g, int64_t max_steps, kl_event *event
     for (int64_t steps = 0; ran; steps++) {
         drain(g, events, max_events, n_events);
         if (*n_events == max_events || steps == max_steps) return KL_OK;
-        /* Events go out before a failure does, or the caller would lose them. */
-        if (has_failure(g)) return *n_events > 0 ? KL_OK : report_failure(g, err);
         const kl_status status = run_one(g, process, process_ctx, poll, poll_ctx, &ran, err);
-        if (status != KL_OK) return !ran && *n_events > 0 ? KL_OK : status;
+        if (status != KL_OK) return status;
     }
     return KL_OK;
 }
 
 bool kl_generation_done(const kl_generation *g)
 {
-    for (int64_t i = 0; i < g->n_requests; i++)
-        if (g->phases[i].phase != KL_SCHED_DONE || g->requests[i].failed) return false;
-    return g->queue_count == 0;
-}
-
-kl_status kl_generation_finish(kl_generation *g, int64_t index, kl_error *err)
-{
-    if (index < 0 || index >= g->n_requests)
-        return kl_fail(err, KL_ERR_VALUE, "generate: request must be in [0, %lld), got %lld",
-                       (long long)g->n_requests, (long long)index);
-    kl_generation_end(g, index);
-    return KL_OK;
+    for (int64_t i = 0; i < g->n_running; i++)
+        if (g->running[i]->sched.phase != KL_SCHED_DONE) return false;
+    return g->first == NULL && g->queue_count == 0;
 }
 
 void kl_generation_get_stats(const kl_generation *g, kl_generation_stats *out)
 {
     *out = g->stats;
+    out->running = out->waiting = 0;
+    for (int64_t i = 0; i < g->n_running; i++)
+        out->running += g->running[i]->sched.phase != KL_SCHED_DONE;
+    out->waiting = g->n_waiting;
 }

@@ -7,8 +7,11 @@
 #include "model/engine_struct.h"
 #include "model/scheduler.h"
 
-typedef struct {
+typedef struct kl_request_state {
+    struct kl_request_state *next; /* behind this one in the queue */
+    int64_t id;
     kl_request r; /* its pointers lead into ids and stop_ids below */
+    kl_sched_request sched;
     int32_t *ids; /* prompt, then new tokens: [n_prompt + max_new_tokens] */
     int32_t *stop_ids;
     int32_t *seen; /* bit set [words], or NULL without a repetition penalty */
@@ -16,33 +19,56 @@ typedef struct {
     float *logits;  /* what the first draw is from, where nothing is fed before it; or NULL */
     int64_t before; /* tokens of the sequence that is continued */
     kl_seq seq;     /* 0: none */
-    bool failed;    /* not finite, and not reported yet */
 } kl_request_state;
 
 struct kl_generation {
     kl_engine *e;
-    int64_t n_requests, words;
-    kl_request_state *requests;
-    kl_sched_request *phases;
-    kl_sched_item *items;
+    int64_t next_id, words;
 
-    kl_event *queue; /* [n_items + 1] */
+    kl_request_state *first, *last; /* the queue: those that wait for a sequence */
+    int64_t n_waiting;
+    /* Those that have one, in the order of their admission: [max_batch], for each of them holds
+     * another sequence. One that ends in a step stays, DONE, until the step is over. */
+    kl_request_state **running;
+    int64_t n_running;
+
+    kl_sched_request *phases; /* [max_batch], of running, for the scheduler */
+    kl_sched_item *items;
+    bool decode_first; /* see kl_sched_step() */
+
+    kl_event *queue; /* [max_batch] */
     int64_t queue_first, queue_count;
     kl_generation_stats stats;
 
     /* Arrays of a step, max_batch rows each. */
     kl_feed *feeds;
     kl_sampling *sampling;
-    int32_t *rows, *ids, *top_ids, *seen;
-    float *logprobs, *top_logprobs;
-    int64_t *of_row; /* the request of a row */
-    float *logits;   /* [max_batch, vocab], with a logits processor only; host memory of be */
-    bool penalties;  /* some request has one */
-    int top;         /* the most that a request asks for */
+    int32_t *rows, *ids;
+    float *logprobs;
+    kl_request_state **of_row; /* the request of a row */
+    float *logits;             /* [max_batch, vocab], for a processor; host memory of be */
+
+    /* Taken when a request first asks for them: [max_batch, words] and [max_batch, max_top]. */
+    int32_t *seen, *top_ids;
+    float *top_logprobs;
+    int max_top;
+
+    /* What the rows of this step need. */
+    int top;
+    bool penalties, processed;
 };
 
-/* A request ends: its sequence goes back, or what was promised to the caller's. */
-void kl_generation_end(kl_generation *g, int64_t request);
+/* The first that waits leaves the queue. */
+kl_request_state *kl_generation_pop(kl_generation *g);
+
+/* A request with its sequence, and the pages promised to that, runs from now on. */
+void kl_request_seat(kl_generation *g, kl_request_state *q, kl_seq seq);
+
+/* A request ends: its sequence goes back, or what was promised to the caller's. It is DONE, and
+ * its memory goes with the next kl_generation_sweep(), or now where it was never running. */
+void kl_request_end(kl_generation *g, kl_request_state *q);
+void kl_request_free(kl_request_state *q);
+void kl_generation_sweep(kl_generation *g);
 
 static inline void kl_mark_seen(int32_t *seen, int32_t id)
 {

@@ -11,50 +11,101 @@ int64_t kl_sched_unit(int64_t step_tokens)
     return kl_min_i64(step_tokens, KL_PAGE_TOKENS);
 }
 
-int64_t kl_sched_admit(const kl_sched_request *requests, int64_t n, int64_t free_seqs,
-                       int64_t free_pages)
+bool kl_sched_admits(const kl_sched_request *first, int64_t free_seqs, int64_t free_pages)
 {
-    if (free_seqs == 0) return -1;
-    for (int64_t i = 0; i < n; i++)
-        if (requests[i].phase == KL_SCHED_WAITING)
-            return requests[i].pages <= free_pages ? i : -1;
-    return -1;
+    return free_seqs > 0 && first->pages <= free_pages;
 }
 
-/* Tokens of the step that prompts may use: what decoding leaves, but always a whole unit (or
- * all the rest) of the first prompt, or a full step of decoding would hold it up for ever. */
-static int64_t prompt_room(const kl_sched_request *requests, int64_t n, int64_t step_tokens)
+/* ---- prompts --------------------------------------------------------------------------- */
+
+typedef struct {
+    const kl_sched_request *requests;
+    int64_t n, unit, room; /* room: tokens that prompts may still take */
+    kl_sched_item *items;
+    int64_t n_items;
+} filling;
+
+static int64_t rest_of(const filling *f, int64_t i)
+{
+    const kl_sched_request *r = &f->requests[i];
+    return r->phase == KL_SCHED_PROMPT ? r->n_prompt - r->fed : 0;
+}
+
+/* As much of a prompt as `room` holds: the whole rest, or whole units. */
+static void take_prompt(filling *f, int64_t i, int64_t room)
+{
+    const int64_t rest = rest_of(f, i);
+    const int64_t count = rest <= room ? rest : room / f->unit * f->unit;
+    if (count == 0) return;
+    f->items[f->n_items++] = (kl_sched_item){i, count, count == rest};
+    f->room -= count;
+}
+
+/* The prompt behind prompt `last` in the order of what is left, the older first among equals;
+ * last -1: the first in that order. Returns -1 behind the end. */
+static int64_t next_shortest(const filling *f, int64_t oldest, int64_t last)
+{
+    int64_t best = -1;
+    for (int64_t i = oldest + 1; i < f->n; i++) {
+        const int64_t rest = rest_of(f, i), before = last < 0 ? 0 : rest_of(f, last);
+        if (rest < before || rest == 0 || (rest == before && i <= last)) continue;
+        if (best < 0 || rest < rest_of(f, best)) best = i;
+    }
+    return best;
+}
+
+static void take_prompts(filling *f)
+{
+    int64_t oldest = 0, others = 0;
+    while (oldest < f->n && rest_of(f, oldest) == 0) oldest++;
+    if (oldest == f->n) return;
+    for (int64_t i = oldest + 1; i < f->n; i++) others += rest_of(f, i);
+    const int64_t most = f->room - kl_min_i64(f->room / 4, others);
+    take_prompt(f, oldest, most < f->unit ? f->room : most);
+    for (int64_t i = next_shortest(f, oldest, -1); i >= 0 && f->room > 0;
+         i = next_shortest(f, oldest, i))
+        take_prompt(f, i, f->room);
+}
+
+/* ---- a step ---------------------------------------------------------------------------- */
+
+/* Tokens of the step that prompts may use: what decoding leaves, but a whole unit (or all the
+ * rest) of the oldest prompt, or a full step of decoding would hold it up for ever; and that not
+ * twice in turn, or prompts would hold up decoding. */
+static int64_t prompt_room(const filling *f, int64_t step_tokens, bool decode_first)
 {
     int64_t decoding = 0, first = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const kl_sched_request *r = &requests[i];
-        decoding += r->phase == KL_SCHED_DECODE;
-        if (r->phase == KL_SCHED_PROMPT && first == 0)
-            first = kl_min_i64(r->n_prompt - r->fed, kl_sched_unit(step_tokens));
+    for (int64_t i = 0; i < f->n; i++) {
+        decoding += f->requests[i].phase == KL_SCHED_DECODE;
+        if (first == 0) first = kl_min_i64(rest_of(f, i), f->unit);
     }
     const int64_t left = step_tokens - kl_min_i64(decoding, step_tokens);
-    return left < first ? first : left;
+    return left < first && !(decode_first && decoding > 0) ? first : left;
 }
 
 int64_t kl_sched_step(const kl_sched_request *requests, int64_t n, int64_t step_tokens,
-                      kl_sched_item *items)
+                      bool decode_first, kl_sched_item *items)
 {
-    const int64_t unit = kl_sched_unit(step_tokens);
-    int64_t room = prompt_room(requests, n, step_tokens), used = 0, n_items = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const kl_sched_request *r = &requests[i];
-        if (r->phase != KL_SCHED_PROMPT) continue;
-        const int64_t rest = r->n_prompt - r->fed;
-        const int64_t count = rest <= room ? rest : room / unit * unit;
-        if (count == 0) continue;
-        items[n_items++] = (kl_sched_item){i, count, count == rest};
-        room -= count;
-        used += count;
-    }
-    for (int64_t i = 0; i < n && used < step_tokens; i++) {
+    filling f = {
+        .requests = requests, .n = n, .unit = kl_sched_unit(step_tokens), .items = items};
+    f.room = prompt_room(&f, step_tokens, decode_first);
+    int64_t left = step_tokens - f.room;
+    take_prompts(&f);
+    left += f.room;
+    for (int64_t i = 0; i < n && left > 0; i++) {
         if (requests[i].phase != KL_SCHED_DECODE) continue;
-        items[n_items++] = (kl_sched_item){i, 1, true};
-        used++;
+        items[f.n_items++] = (kl_sched_item){i, 1, true};
+        left--;
     }
-    return n_items;
+    return f.n_items;
+}
+
+bool kl_sched_held_up(const kl_sched_request *requests, int64_t n, const kl_sched_item *items,
+                      int64_t n_items)
+{
+    int64_t prompts = 0, decoding = 0;
+    for (int64_t k = 0; k < n_items; k++)
+        prompts += requests[items[k].request].phase == KL_SCHED_PROMPT;
+    for (int64_t i = 0; i < n; i++) decoding += requests[i].phase == KL_SCHED_DECODE;
+    return prompts > 0 && n_items - prompts < decoding;
 }

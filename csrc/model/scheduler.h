@@ -4,7 +4,14 @@
  * Requests are admitted in their order (none overtakes), each when a sequence is free and the
  * cache can promise the pages of its longest outcome, so that an admitted request always ends.
  * A step feeds one token for each request that is generating and gives the rest of its tokens
- * to prompts.
+ * to prompts. Nobody waits for ever:
+ *
+ *   generating  every request gets a token in each step, save where a step is too small for all
+ *               of them and a piece of a prompt: then prompts get one step of two, and those
+ *               generating the other, the oldest first
+ *   prompts     the oldest gets three quarters of what prompts have in a step, or all of it if
+ *               the others need less; those go shortest first, so that a question does not wait
+ *               for the book that was fed before it
  *
  * Prompts are cut only at multiples of `unit`, whatever else is in the step: where a prompt is
  * cut decides the order of its arithmetic, and results must not depend on the company.
@@ -37,13 +44,17 @@ typedef struct {
 /* The cut of prompts: pieces of a page where a step holds one. */
 int64_t kl_sched_unit(int64_t step_tokens);
 
-/* The next request to admit with that many sequences and pages free, or -1. */
-int64_t kl_sched_admit(const kl_sched_request *requests, int64_t n, int64_t free_seqs,
-                       int64_t free_pages);
+/* Whether the first request that waits can be admitted with that many sequences and pages. */
+bool kl_sched_admits(const kl_sched_request *first, int64_t free_seqs, int64_t free_pages);
 
-/* Fill the next step; items has room for every request that is not waiting or done. Returns
- * their number, 0 when nothing runs. */
+/* Fill the next step from requests in the order of their admission; items has room for each that
+ * is not waiting or done. decode_first: the step before held up one that is generating. Returns
+ * the number of items, 0 when nothing runs. */
 int64_t kl_sched_step(const kl_sched_request *requests, int64_t n, int64_t step_tokens,
-                      kl_sched_item *items);
+                      bool decode_first, kl_sched_item *items);
+
+/* Whether such a step feeds a prompt and leaves out a request that is generating. */
+bool kl_sched_held_up(const kl_sched_request *requests, int64_t n, const kl_sched_item *items,
+                      int64_t n_items);
 
 #endif

@@ -73,6 +73,8 @@ int kl_errors_init(PyObject *module, kl_module *m);
 /* The only place where a kl_error becomes an exception. Returns NULL. KL_ERR_CANCELLED keeps
  * the exception that a callback left pending, else it is KeyboardInterrupt. */
 PyObject *kl_raise(const kl_module *m, const kl_error *err);
+/* The exception of an error, not raised: a new reference. */
+PyObject *kl_exception(const kl_module *m, const kl_error *err);
 
 /* ---- scalar arguments ------------------------------------------------------------------ */
 

@@ -20,6 +20,19 @@ static int64_t now_ns(void)
 
 /* ---- the engine's lock ----------------------------------------------------------------- */
 
+/* -1 with an exception when a signal came meanwhile. */
+static int acquire(PyThread_type_lock lock)
+{
+    PyLockStatus got = PyThread_acquire_lock_timed(lock, 0, 0);
+    while (got != PY_LOCK_ACQUIRED) {
+        Py_BEGIN_ALLOW_THREADS got = PyThread_acquire_lock_timed(lock, WAIT_US, 1);
+        Py_END_ALLOW_THREADS if (got != PY_LOCK_ACQUIRED && PyErr_CheckSignals() < 0) return -1;
+    }
+    return 0;
+}
+
+/* The next one waits in the door: a thread that leaves and comes back at once, step after step,
+ * would else have the lock again before those that wait for it wake up. */
 static int wait_for_lock(EngineObject *self)
 {
     if (atomic_load(&self->owner) == PyThread_get_thread_ident()) {
@@ -27,13 +40,11 @@ static int wait_for_lock(EngineObject *self)
                         "engine: a callback cannot call the engine that called it");
         return -1;
     }
-    PyLockStatus got = PyThread_acquire_lock_timed(self->lock, 0, 0);
-    while (got != PY_LOCK_ACQUIRED) {
-        Py_BEGIN_ALLOW_THREADS got = PyThread_acquire_lock_timed(self->lock, WAIT_US, 1);
-        Py_END_ALLOW_THREADS if (got != PY_LOCK_ACQUIRED && PyErr_CheckSignals() < 0) return -1;
-    }
-    atomic_store(&self->owner, PyThread_get_thread_ident());
-    return 0;
+    if (acquire(self->door) < 0) return -1;
+    const int got = acquire(self->lock);
+    PyThread_release_lock(self->door);
+    if (got == 0) atomic_store(&self->owner, PyThread_get_thread_ident());
+    return got;
 }
 
 int kl_engine_enter(EngineObject *self)

@@ -43,7 +43,8 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     atomic_init(&self->owner, 0);
     self->dev = kl_device_ref(dev);
     self->lock = PyThread_allocate_lock();
-    if (self->lock == NULL) {
+    self->door = PyThread_allocate_lock();
+    if (self->lock == NULL || self->door == NULL) {
         Py_DECREF(self);
         return PyErr_NoMemory();
     }
@@ -81,6 +82,7 @@ static void engine_dealloc(PyObject *op)
         kl_free(node);
     }
     if (self->lock != NULL) PyThread_free_lock(self->lock);
+    if (self->door != NULL) PyThread_free_lock(self->door);
     kl_free(self->dropped);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);

@@ -22,10 +22,10 @@ typedef struct kl_gen_node {
 
 typedef struct {
     PyObject_HEAD
-    kl_device *dev;    /* one reference of ours, until it is closed */
-    kl_engine *engine; /* NULL: closed */
-    PyThread_type_lock lock;
-    atomic_ulong owner; /* the thread that holds the lock, 0: none */
+    kl_device *dev;                /* one reference of ours, until it is closed */
+    kl_engine *engine;             /* NULL: closed */
+    PyThread_type_lock lock, door; /* door: see wait_for_lock() */
+    atomic_ulong owner;            /* the thread that holds the lock, 0: none */
     kl_gen_node *generations;
     kl_seq *dropped; /* [max_dropped], handles whose owners are gone; under the GIL */
     int64_t n_dropped, max_dropped;

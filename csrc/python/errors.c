@@ -58,6 +58,11 @@ static PyObject *exception_of(const kl_module *m, kl_status status)
     return PyExc_SystemError; /* KL_OK: a bug of the caller's */
 }
 
+PyObject *kl_exception(const kl_module *m, const kl_error *err)
+{
+    return PyObject_CallFunction(exception_of(m, err->status), "s", err->message);
+}
+
 PyObject *kl_raise(const kl_module *m, const kl_error *err)
 {
     if (err->status == KL_ERR_CANCELLED && PyErr_Occurred()) return NULL;

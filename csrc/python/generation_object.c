@@ -83,8 +83,8 @@ typedef struct {
 static int parse_request(const kl_module *m, PyObject *dict, int64_t vocab, kl_request *out,
                          request_arrays *arrays)
 {
-    static const int64_t none = 0;
-    int64_t top;
+    static const int64_t none = 0, yes = 1;
+    int64_t top, process;
     if (!PyDict_Check(dict)) {
         PyErr_Format(PyExc_TypeError, "generate: a request must be a dict, got %R", dict);
         return -1;
@@ -101,12 +101,14 @@ static int parse_request(const kl_module *m, PyObject *dict, int64_t vocab, kl_r
         kl_dict_int("generate", dict, "max_new_tokens", 0, INT64_MAX, NULL,
                     &out->max_new_tokens) < 0 ||
         kl_dict_int("generate", dict, "top", 0, 256, &none, &top) < 0 ||
+        kl_dict_int("generate", dict, "process", 0, 1, &yes, &process) < 0 ||
         parse_past(dict, out) < 0 || parse_logits(m, dict, vocab, &arrays->logits) < 0)
         return -1;
     out->prompt = arrays->ids;
     out->stop_ids = arrays->stop_ids;
     out->logits = arrays->logits;
     out->top = (int)top;
+    out->process = process != 0;
     return parse_sampling(dict, &out->sampling);
 }
 
@@ -115,6 +117,13 @@ typedef struct {
     request_arrays *arrays;
     Py_ssize_t n;
 } request_args;
+
+static void free_arrays(request_arrays *a)
+{
+    kl_free(a->ids);
+    kl_free(a->stop_ids);
+    kl_free(a->logits);
+}
 
 static int parse_requests(const kl_module *m, PyObject *list, int64_t vocab, request_args *out)
 {
@@ -133,11 +142,7 @@ static int parse_requests(const kl_module *m, PyObject *list, int64_t vocab, req
 
 static void free_requests(request_args *a)
 {
-    for (Py_ssize_t i = 0; a->arrays != NULL && i < a->n; i++) {
-        kl_free(a->arrays[i].ids);
-        kl_free(a->arrays[i].stop_ids);
-        kl_free(a->arrays[i].logits);
-    }
+    for (Py_ssize_t i = 0; a->arrays != NULL && i < a->n; i++) free_arrays(&a->arrays[i]);
     kl_free(a->arrays);
     kl_free(a->requests);
 }
@@ -236,6 +241,24 @@ static PyObject *generation_close(PyObject *op, PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
+static PyObject *generation_submit(PyObject *op, PyObject *dict)
+{
+    GenerationObject *self = (GenerationObject *)op;
+    const kl_module *m = kl_module_of_instance(op);
+    kl_request request = {0};
+    request_arrays arrays = {0};
+    PyObject *result = NULL;
+    kl_error err = {KL_OK, ""};
+    int64_t id;
+    if (parse_request(m, dict, self->vocab, &request, &arrays) == 0 && enter(self) == 0) {
+        const kl_status status = kl_generation_submit(self->node->g, &request, &id, &err);
+        kl_engine_leave(self->engine);
+        result = status == KL_OK ? PyLong_FromLongLong(id) : kl_raise(m, &err);
+    }
+    free_arrays(&arrays);
+    return result;
+}
+
 /* ---- the logits processor -------------------------------------------------------------- */
 
 typedef struct {
@@ -311,38 +334,34 @@ static PyObject *top_tuple(const kl_event *event, int top)
     return tuple;
 }
 
-/* (request, id, logprob, finish or None, ((id, logprob), ...)) */
-static PyObject *event_tuple(const kl_event *event)
+static PyObject *finish_object(const kl_module *m, const kl_event *event)
 {
-    static const char *const finishes[] = {NULL, "stop", "length", "cancelled"};
-    PyObject *top = top_tuple(event, event->n_top);
-    if (top == NULL) return NULL;
-    return Py_BuildValue("(LidzN)", (long long)event->request, (int)event->id,
-                         (double)event->logprob, finishes[event->finish], top);
+    if (event->finish == KL_FINISH_ERROR) return kl_exception(m, &event->error);
+    if (event->finish == KL_RUNNING) Py_RETURN_NONE;
+    return PyUnicode_FromString(event->finish == KL_FINISH_STOP ? "stop" : "length");
 }
 
-static PyObject *event_list(const kl_event *events, int64_t n)
+/* (request, id, logprob, finish or None, ((id, logprob), ...)) */
+static PyObject *event_tuple(const kl_module *m, const kl_event *event)
+{
+    PyObject *finish = finish_object(m, event);
+    PyObject *top = finish == NULL ? NULL : top_tuple(event, event->n_top);
+    if (top == NULL) {
+        Py_XDECREF(finish);
+        return NULL;
+    }
+    return Py_BuildValue("(LidNN)", (long long)event->request, (int)event->id,
+                         (double)event->logprob, finish, top);
+}
+
+static PyObject *event_list(const kl_module *m, const kl_event *events, int64_t n)
 {
     PyObject *list = PyList_New((Py_ssize_t)n);
     for (int64_t i = 0; list != NULL && i < n; i++) {
-        PyObject *tuple = event_tuple(&events[i]);
+        PyObject *tuple = event_tuple(m, &events[i]);
         if (tuple == NULL || PyList_SetItem(list, (Py_ssize_t)i, tuple) < 0) Py_CLEAR(list);
     }
     return list;
-}
-
-/* Until there are events or nothing is left: an empty list means the end. `g` and not the
- * object's node: without the GIL another thread may close the object, whose C part then lives
- * until the lock is given back. */
-static kl_status run_until_events(GenerationObject *self, kl_generation *g, int64_t max_steps,
-                                  processor *p, int64_t *n, kl_error *err)
-{
-    *n = 0;
-    while (*n == 0 && !kl_generation_done(g))
-        KL_TRY(kl_generation_run(g, max_steps, self->events, self->n_events, n,
-                                 p->process == NULL ? NULL : process_row, p, kl_caller_poll,
-                                 p->caller, err));
-    return KL_OK;
 }
 
 static PyObject *generation_run(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
@@ -363,12 +382,17 @@ static PyObject *generation_run(PyObject *op, PyObject *const *args, Py_ssize_t 
     }
     processor p = {&caller, m, args[1] == Py_None ? NULL : args[1], self->vocab};
     if (enter(self) < 0) return NULL;
+    /* Not the object's node from here on: without the GIL another thread may close the object,
+     * whose C part then lives until the lock is given back. */
     kl_generation *g = self->node->g;
     caller.generation = g;
     kl_caller_release_gil(&caller);
-    const kl_status status = run_until_events(self, g, max_steps, &p, &n, &err);
+    const kl_status status = kl_generation_run(g, max_steps, self->events, self->n_events, &n,
+                                               p.process == NULL ? NULL : process_row, &p,
+                                               kl_caller_poll, &caller, &err);
     kl_caller_take_gil(&caller);
-    if (kl_caller_finish(&caller, m, status, &err) == 0) result = event_list(self->events, n);
+    if (kl_caller_finish(&caller, m, status, &err) == 0)
+        result = event_list(m, self->events, n);
     kl_engine_leave(self->engine);
     return result;
 }
@@ -386,6 +410,15 @@ static PyObject *generation_finish(PyObject *op, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+static PyObject *generation_done(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    GenerationObject *self = (GenerationObject *)op;
+    if (enter(self) < 0) return NULL;
+    const bool done = kl_generation_done(self->node->g);
+    kl_engine_leave(self->engine);
+    return PyBool_FromLong(done);
+}
+
 static PyObject *generation_stats(PyObject *op, PyObject *Py_UNUSED(none))
 {
     GenerationObject *self = (GenerationObject *)op;
@@ -393,18 +426,24 @@ static PyObject *generation_stats(PyObject *op, PyObject *Py_UNUSED(none))
     if (enter(self) < 0) return NULL;
     kl_generation_get_stats(self->node->g, &s);
     kl_engine_leave(self->engine);
-    return Py_BuildValue("{s:L,s:L,s:L,s:d,s:d}", "prompt_tokens", (long long)s.prompt_tokens,
-                         "prompt_done", (long long)s.prompt_done, "new_tokens",
-                         (long long)s.new_tokens, "prefill_s", s.prefill_s, "decode_s",
-                         s.decode_s);
+    return Py_BuildValue("{s:L,s:L,s:L,s:d,s:d,s:L,s:L}", "prompt_tokens",
+                         (long long)s.prompt_tokens, "prompt_done", (long long)s.prompt_done,
+                         "new_tokens", (long long)s.new_tokens, "prefill_s", s.prefill_s,
+                         "decode_s", s.decode_s, "running", (long long)s.running, "waiting",
+                         (long long)s.waiting);
 }
 
 static PyMethodDef generation_methods[] = {
     {"run", KL_FASTCALL(generation_run), METH_FASTCALL,
      "run($self, max_steps, process, progress, /)\n--\n\n"
-     "[(request, id, logprob, finish or None, ((id, logprob), ...)), ...]; [] at the end."},
+     "[(request, id, logprob, finish or None, ((id, logprob), ...)), ...] of so many steps; "
+     "finish is an exception where the request failed."},
+    {"submit", generation_submit, METH_O,
+     "submit($self, request, /)\n--\n\nOne more request, behind those that wait; its number."},
     {"finish", generation_finish, METH_O,
      "finish($self, request, /)\n--\n\nEnd one request; its sequence is released."},
+    {"done", generation_done, METH_NOARGS,
+     "done($self, /)\n--\n\nWhether nothing is left to run or to be told."},
     {"stats", generation_stats, METH_NOARGS,
      "stats($self, /)\n--\n\nTokens and seconds of all requests so far."},
     {"close", generation_close, METH_NOARGS,
