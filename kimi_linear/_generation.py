@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import chat
 from ._sampling import LogitsProcessor, Sampling
 from ._text import TextBuilder
+from .errors import KimiLinearError
 from .memory import MemoryPlan
 from .results import Chunk, Completion, Stats, TokenLogprob
 from .tokenizer import Tokenizer
@@ -39,152 +40,203 @@ class Past:
         return request | past
 
 
-class Run:
-    """Rows of prompts being continued by an engine. Close it: that frees their sequences."""
+class Call:
+    """What the rows of one call have in common: what they continue, and the memory they take."""
 
     def __init__(
-        self,
-        engine: "Engine",
-        rows: "Sequence[np.ndarray]",
-        sampling: Sampling,
-        tokenizer: Tokenizer | None,
-        *,
-        plan: MemoryPlan,
-        past: Past | None = None,
+        self, plan: MemoryPlan, tokenizer: Tokenizer | None, past: Past | None = None
     ) -> None:
-        room = plan.max_context - (len(past.ids) if past else 0)
-        requests = [sampling.request(ids, i, room) for i, ids in enumerate(rows)]
-        if past:
-            requests = [past.extend(request, sampling) for request in requests]
-        self._sampling = sampling
-        self._plan = plan
-        self._n_before = len(past.ids) if past else 0
-        self._n_shared = 0 if past is None or past.in_place else self._n_before
-        self._bytes = plan.weights + plan.workspace + sum(self._bytes_of(len(r)) for r in rows)
+        self.plan, self.tokenizer, self.past = plan, tokenizer, past
+        self.n_before = len(past.ids) if past else 0
+        self._n_shared = 0 if past is None or past.in_place else self.n_before
+        self._bytes = plan.weights + plan.workspace
         if self._n_shared:
             self._bytes += plan.of_sequence(self._n_shared)
-        self._process = _processor(sampling.processors)
-        self._rows = [_Row(ids, TextBuilder(tokenizer, sampling.stop)) for ids in rows]
-        self._n_running = len(rows)
-        self._generation = engine.generate(requests)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Weights, workspace and sequences; never above the plan."""
+        return min(self._bytes, self.plan.total)
+
+    def grow(self, before: int, now: int) -> None:
+        """A row of `before` tokens, prompt and new ones, has `now`; before 0: it is new."""
+        self._bytes += self._bytes_of(now) - (self._bytes_of(before) if before else 0)
+
+    def _bytes_of(self, n_tokens: int) -> int:
+        return self.plan.of_fork(self._n_shared, self.n_before + n_tokens)
+
+    def request(self, ids: "np.ndarray", sampling: Sampling, index: int) -> dict[str, Any]:
+        """The core's request for row `index` of the call."""
+        request = sampling.request(ids, index, self.plan.max_context - self.n_before)
+        return self.past.extend(request, sampling) if self.past else request
+
+
+class Row:
+    """One prompt and what came of it.
+
+    finish_reason: None while it runs. error: what ended it instead of a finish_reason.
+    """
+
+    def __init__(self, ids: "np.ndarray", sampling: Sampling, call: Call, index: int) -> None:
+        self.prompt_ids, self.sampling, self.call = ids, sampling, call
+        self.request = call.request(ids, sampling, index)
+        self.builder = TextBuilder(call.tokenizer, sampling.stop)
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.id = -1  # the core's, once it is submitted
+        self._times = self._times_before = {"prefill_s": 0.0, "decode_s": 0.0}
+        call.grow(0, len(ids))
 
     @property
     def done(self) -> bool:
-        """Whether every row has its finish_reason."""
-        return self._n_running == 0
+        """Whether nothing more will come of it."""
+        return self.finish_reason is not None or self.error is not None
+
+    def begin(self, request_id: int, times: dict[str, float]) -> None:
+        """It is the core's now. times: those of the generation so far, which are not its own."""
+        self.id, self._times, self._times_before = request_id, times, times
+
+    def take(
+        self, token_id: int, logprob: float, finish: Any, top: Any, times: dict[str, float]
+    ) -> Chunk | None:
+        """Add an event of the core; None where it was no token but an error."""
+        self._times = times
+        if isinstance(finish, BaseException):
+            self.error = self.error or _as_exception(finish)
+            return None
+        self.finish_reason = finish
+        text = ""
+        if token_id >= 0:  # else a request of no tokens
+            n = len(self.prompt_ids) + len(self.token_ids)
+            self.call.grow(n, n + 1)
+            self.token_ids.append(token_id)
+            self.logprobs.append(TokenLogprob(token_id, logprob, tuple(top)))
+            text = self._text_of(token_id)
+        return Chunk(text, token_id, logprob, self.finish_reason, self.stats(), tuple(top))
+
+    def _text_of(self, token_id: int) -> str:
+        """The text that became certain with a token; a stop string may end the row."""
+        if self.finish_reason == "stop":
+            return self.builder.finish()  # a stop token has no text
+        text = self.builder.feed(token_id)
+        if self.finish_reason and not self.builder.stopped:
+            text += self.builder.finish()
+        if self.builder.stopped:
+            self.finish_reason = "stop"
+        return text
+
+    def process(self, ids: Any, logits: Any) -> None:
+        """Run the processors over logits [vocab]. What one raises ends this row alone: it is
+        kept, and logits that are not finite tell the core."""
+        try:
+            _process(self.sampling.processors, ids, logits)
+        except Exception as e:
+            self.error = e
+            logits[...] = float("nan")
+
+    def stats(self) -> Stats:
+        """Counts and times so far."""
+        return Stats(
+            prompt_tokens=len(self.prompt_ids),
+            cached_tokens=0,
+            new_tokens=len(self.token_ids),
+            prefill_s=self._times["prefill_s"] - self._times_before["prefill_s"],
+            decode_s=self._times["decode_s"] - self._times_before["decode_s"],
+            peak_bytes=self.call.peak_bytes,
+        )
+
+    def completion(self) -> Completion:
+        """The answer, as far as it came."""
+        return Completion(
+            text=self.builder.text,
+            token_ids=self.token_ids,
+            prompt_token_ids=self.prompt_ids.tolist(),
+            finish_reason=self.finish_reason or "cancelled",
+            logprobs=None if self.sampling.logprobs is None else self.logprobs,
+            stats=self.stats(),
+            tool_calls=tuple(chat.parse_tool_calls(self.builder.text)),
+        )
+
+
+class Run:
+    """Rows being continued by an engine; they may join at any time. Close it: that frees their
+    sequences. For one thread."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._generation = engine.generate([])
+        self._rows: dict[int, Row] = {}  # those under way
+        self._n_processed = 0
+        self.stats: dict[str, float] = self._generation.stats()  # of the core, of the last step
+
+    @property
+    def done(self) -> bool:
+        """Whether every row is done."""
+        return not self._rows
+
+    def submit(self, row: Row) -> None:
+        """Raises what the core finds wrong with it."""
+        row.begin(self._generation.submit(row.request), self.stats)
+        self._rows[row.id] = row
+        self._n_processed += bool(row.sampling.processors)
 
     def step(
         self, max_steps: int, progress: Callable[[int, int], Any] | None
-    ) -> list[tuple[int, Chunk]]:
-        """Run up to max_steps steps; the new tokens as (row, Chunk), in the order they came."""
-        chunks = []
-        for i, token_id, logprob, finish, top in self._generation.run(
-            max_steps, self._process, progress
-        ):
-            row = self._rows[i]
-            if row.finish_reason:  # tokens of the same call, past a stop string
+    ) -> list[tuple[Row, Chunk | None]]:
+        """Run up to max_steps steps; the new tokens in the order they came, None for a row that
+        failed."""
+        process = self._process if self._n_processed else None
+        events = self._generation.run(max_steps, process, progress)
+        self.stats = self._generation.stats()
+        found = []
+        for request_id, token_id, logprob, finish, top in events:
+            row = self._rows.get(request_id)
+            if row is None:  # a token of the same call, past a stop string
                 continue
-            before = self._bytes_of(row.n_tokens)
-            text = row.take(token_id, logprob, finish, top)
-            self._bytes += self._bytes_of(row.n_tokens) - before
-            if row.finish_reason:
-                self._n_running -= 1
-                if not finish:
-                    self._generation.finish(i)
-            stats = self._stats(row)
-            chunk = Chunk(text, token_id, logprob, row.finish_reason, stats, tuple(top))
-            chunks.append((i, chunk))
-        return chunks
+            found.append((row, row.take(token_id, logprob, finish, top, self.stats)))
+            if row.done:
+                self._forget(row, ended=finish is not None)
+        return found
 
-    def _bytes_of(self, n_tokens: int) -> int:
-        """What a row of so many tokens, prompt and new ones, takes."""
-        return self._plan.of_fork(self._n_shared, self._n_before + n_tokens)
+    def finish(self, row: Row) -> None:
+        """End a row that nobody waits for any more; one that is done is fine."""
+        if row.id in self._rows:
+            self._forget(row, ended=False)
 
-    def _stats(self, row: "_Row") -> Stats:
-        core = self._generation.stats()
-        return Stats(
-            prompt_tokens=len(row.prompt_ids),
-            cached_tokens=0,
-            new_tokens=len(row.token_ids),
-            prefill_s=core["prefill_s"],
-            decode_s=core["decode_s"],
-            peak_bytes=min(self._bytes, self._plan.total),
-        )
+    def _forget(self, row: Row, *, ended: bool) -> None:
+        del self._rows[row.id]
+        self._n_processed -= bool(row.sampling.processors)
+        if not ended:
+            self._generation.finish(row.id)
 
-    def completions(self) -> list[Completion]:
-        """The answers, in the order of the prompts."""
-        return [
-            Completion(
-                text=row.builder.text,
-                token_ids=row.token_ids,
-                prompt_token_ids=row.prompt_ids.tolist(),
-                finish_reason=row.finish_reason or "cancelled",
-                logprobs=None if self._sampling.logprobs is None else row.logprobs,
-                stats=self._stats(row),
-                tool_calls=tuple(chat.parse_tool_calls(row.builder.text)),
-            )
-            for row in self._rows
-        ]
+    def _process(self, request_id: int, ids: Any, logits: Any) -> None:
+        import numpy as np
+
+        self._rows[request_id].process(np.asarray(ids), np.asarray(logits))
 
     def close(self) -> None:
         """Free the sequences; further calls do nothing."""
         self._generation.close()
 
 
-class _Row:
-    """One prompt and what came of it."""
-
-    def __init__(self, prompt_ids: "np.ndarray", builder: TextBuilder) -> None:
-        self.prompt_ids = prompt_ids
-        self.builder = builder
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.finish_reason: str | None = None
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
-
-    def take(self, token_id: int, logprob: float, finish: str | None, top: Any) -> str:
-        """Add a token; returns the text that became certain."""
-        self.finish_reason = finish
-        if token_id < 0:  # a request of no tokens
-            return ""
-        self.token_ids.append(token_id)
-        self.logprobs.append(TokenLogprob(token_id, logprob, tuple(top)))
-        if finish == "stop":
-            return self.builder.finish()  # a stop token has no text
-        text = self.builder.feed(token_id)
-        if self.builder.stopped:
-            self.finish_reason = "stop"
-        elif finish:
-            text += self.builder.finish()
-            if self.builder.stopped:
-                self.finish_reason = "stop"
-        return text
+def _as_exception(error: BaseException) -> Exception:
+    """A step that was interrupted for another's sake ends its requests, not their callers."""
+    return error if isinstance(error, Exception) else KimiLinearError(str(error))
 
 
-def _processor(
-    processors: Sequence[LogitsProcessor],
-) -> Callable[[int, Any, Any], None] | None:
-    """One callback for the core from the user's: each gets what the one before left."""
-    if not processors:
-        return None
+def _process(processors: Sequence[LogitsProcessor], ids: Any, logits: Any) -> None:
+    """Each gets what the one before left."""
+    import numpy as np
 
-    def process(_row: int, ids: Any, logits: Any) -> None:
-        import numpy as np
-
-        ids, logits = np.asarray(ids), np.asarray(logits)
-        for processor in processors:
-            result = processor(ids, logits)
-            if result is None or result is logits:  # changed in place
-                continue
-            result = np.asarray(result)
-            if result.shape != logits.shape:
-                raise ValueError(
-                    f"logits_processor: must return logits of shape {logits.shape}, "
-                    f"got {result.shape}"
-                )
-            logits[...] = result
-
-    return process
+    for processor in processors:
+        result = processor(ids, logits)
+        if result is None or result is logits:  # changed in place
+            continue
+        result = np.asarray(result)
+        if result.shape != logits.shape:
+            raise ValueError(
+                f"logits_processor: must return logits of shape {logits.shape}, "
+                f"got {result.shape}"
+            )
+        logits[...] = result

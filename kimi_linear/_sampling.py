@@ -48,6 +48,7 @@ class Sampling:
             "seed": row_seed(self.seed, row),
             "stop_ids": list(self.stop_ids),
             "top": self.logprobs or 0,
+            "process": int(bool(self.processors)),
         }
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from . import _core
 from ._device import Choice, check_options, choose, require_fit
 from ._files import quote
-from ._generation import Past, Run
+from ._generation import Call, Past, Row, Run
 from ._progress import Callback, Progress
 from ._prompts import prompt_rows
 from ._sampling import LogitsProcessor, Sampling, SamplingOptions, check_sampling
@@ -277,15 +277,14 @@ class Model(Inspection):
         if is_batch:
             raise ValueError("prompt: stream takes one prompt, got a list; use generate")
         reporter = self._prompt_progress(progress, rows)
-        return self._stream(self._run(rows, checked), reporter)
+        return self._stream(self._run(self._rows(rows, checked)), reporter)
 
     @staticmethod
     def _stream(run: Run, reporter: Progress) -> Iterator[Chunk]:
         try:
             with reporter as callback:
                 while not run.done:
-                    for _, chunk in run.step(1, callback):
-                        yield chunk
+                    yield from _step(run, 1, callback)
         finally:
             run.close()
 
@@ -323,36 +322,43 @@ class Model(Inspection):
         progress: bool | Callback | None,
         past: Past | None = None,
     ) -> list[Completion]:
-        run = self._run(rows, sampling, past)
+        begun = self._rows(rows, sampling, past)
+        run = self._run(begun)
         try:
             with self._prompt_progress(progress, rows) as callback:
                 while not run.done:
-                    run.step(1 if sampling.stop else STEPS_PER_CALL, callback)
-            return run.completions()
+                    _step(run, 1 if sampling.stop else STEPS_PER_CALL, callback)
+            return [row.completion() for row in begun]
         finally:
             run.close()
 
-    def _run(
+    def _rows(
         self, rows: "list[np.ndarray]", sampling: Sampling, past: Past | None = None
-    ) -> Run:
+    ) -> list[Row]:
+        """The rows of a call, ready to be submitted; raises ValueError where one has no room."""
         if sampling.stop:
             self._get_tokenizer()
-        before = len(past.ids) if past else 0
+        call = Call(self.plan, self._tokenizer, past)
         for i, ids in enumerate(rows):
-            if before + len(ids) >= self.plan.max_context and sampling.max_new_tokens > 0:
+            n = call.n_before + len(ids)
+            if n >= self.plan.max_context and sampling.max_new_tokens > 0:
                 label = f"prompt[{i}]" if len(rows) > 1 else "prompt"
                 raise ValueError(
                     f"{label}: must leave room for a token in max_context "
-                    f"({self.plan.max_context}), has {before + len(ids)} tokens"
+                    f"({self.plan.max_context}), has {n} tokens"
                 )
-        return Run(
-            self._open_engine(),
-            rows,
-            sampling,
-            self._tokenizer,
-            plan=self.plan,
-            past=past,
-        )
+        return [Row(ids, sampling, call, i) for i, ids in enumerate(rows)]
+
+    def _run(self, rows: list[Row]) -> Run:
+        """The rows on their way, in a run of their own."""
+        run = Run(self._open_engine())
+        try:
+            for row in rows:
+                run.submit(row)
+        except BaseException:
+            run.close()
+            raise
+        return run
 
     def _prompt_progress(
         self, progress: bool | Callback | None, rows: "list[np.ndarray]"
@@ -419,3 +425,14 @@ class Model(Inspection):
 
     def _repr_html_(self) -> str:
         return self.info()._repr_html_()
+
+
+def _step(run: Run, max_steps: int, progress: Callback | None) -> list[Chunk]:
+    """The new tokens of some steps; raises what ended a row."""
+    chunks = []
+    for row, chunk in run.step(max_steps, progress):
+        if chunk is None:
+            assert row.error is not None
+            raise row.error
+        chunks.append(chunk)
+    return chunks

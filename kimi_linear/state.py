@@ -169,7 +169,7 @@ class State:
             draft = fork_of(held)
             try:
                 past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
-                run = self._model._run([ids], checked, past)
+                run = self._model._run(self._model._rows([ids], checked, past))
             except BaseException:
                 draft.release()
                 raise

@@ -57,9 +57,11 @@ def next_tokens(engine, seq, last_logits, n: int) -> list[int]:
 
 
 def run(generation, *, max_steps=4, process=None, progress=None) -> dict[int, list[int]]:
-    """The tokens of every request, from here to the end of the generation."""
+    """The tokens of every request, from here to the end of the generation; raises what ended one."""
     tokens: dict[int, list[int]] = {}
-    while events := generation.run(max_steps, process, progress):
-        for request, token, _, _, _ in events:
+    while not generation.done():
+        for request, token, _, finish, _ in generation.run(max_steps, process, progress):
+            if isinstance(finish, Exception):
+                raise finish
             tokens.setdefault(request, []).append(token)
     return tokens

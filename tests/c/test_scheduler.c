@@ -4,17 +4,23 @@
  */
 #include "test.h"
 
+#include "base/memory.h"
 #include "base/rng.h"
 #include "model/scheduler.h"
 
 #define MAX_REQUESTS 12
+#define MAX_QUEUED   24
 
+/* Requests wait in `queue`, run in the order of their admission, and are forgotten when they end,
+ * as a generation does it. */
 typedef struct {
     uint64_t seed, index;
-    int64_t n, step_tokens, n_slots, n_pages; /* of the engine */
-    int64_t slots, pages;                     /* free now      */
-    kl_sched_request requests[MAX_REQUESTS];
-    int64_t left[MAX_REQUESTS]; /* tokens to draw */
+    int64_t step_tokens, n_slots, n_pages; /* of the engine */
+    int64_t slots, pages;                  /* free now      */
+    kl_sched_request queue[MAX_QUEUED], running[MAX_REQUESTS];
+    int64_t to_draw[MAX_QUEUED], left[MAX_REQUESTS]; /* tokens to draw */
+    int64_t first, n_queue, n_running;
+    bool decode_first;
     kl_sched_item items[MAX_REQUESTS];
 } game;
 
@@ -26,47 +32,40 @@ static int64_t draw(game *g, int64_t low, int64_t high)
 static void deal(game *g, uint64_t seed)
 {
     *g = (game){.seed = seed};
-    g->n = draw(g, 1, MAX_REQUESTS);
     g->step_tokens = draw(g, 0, 1) ? draw(g, 1, 70) : 64 * draw(g, 1, 4);
-    g->slots = g->n_slots = draw(g, 1, 5);
+    g->slots = g->n_slots = draw(g, 1, MAX_REQUESTS);
     g->pages = g->n_pages = draw(g, 8, 20);
-    for (int64_t i = 0; i < g->n; i++) {
-        g->requests[i] =
-            (kl_sched_request){.n_prompt = draw(g, 1, 300), .pages = draw(g, 0, 8)};
-        g->left[i] = draw(g, 1, 20);
-    }
 }
 
-/* Admit all that can be; each must be the first that waits. */
+/* Requests come at any time. */
+static void join(game *g)
+{
+    if (g->n_queue == MAX_QUEUED || draw(g, 0, 3) != 0) return;
+    g->queue[g->n_queue] = (kl_sched_request){.n_prompt = draw(g, 1, draw(g, 0, 1) ? 20 : 300),
+                                              .pages = draw(g, 0, 8)};
+    g->to_draw[g->n_queue++] = draw(g, 1, 20);
+}
+
+/* Admit all that can be, in their order. */
 static void admit_all(game *g)
 {
-    for (;;) {
-        const int64_t i = kl_sched_admit(g->requests, g->n, g->slots, g->pages);
-        int64_t first = 0;
-        while (first < g->n && g->requests[first].phase != KL_SCHED_WAITING) first++;
-        if (i < 0) {
-            EXPECT(first == g->n || g->slots == 0 || g->requests[first].pages > g->pages);
-            return;
-        }
-        EXPECT(i == first);
-        g->requests[i].phase = KL_SCHED_PROMPT;
+    while (g->first < g->n_queue) {
+        kl_sched_request *r = &g->queue[g->first];
+        const bool fits = kl_sched_admits(r, g->slots, g->pages);
+        EXPECT(fits == (g->slots > 0 && r->pages <= g->pages));
+        if (!fits) return;
+        g->running[g->n_running] = *r;
+        g->running[g->n_running].phase = KL_SCHED_PROMPT;
+        g->left[g->n_running++] = g->to_draw[g->first++];
         g->slots--;
-        g->pages -= g->requests[i].pages;
-        EXPECT(g->slots >= 0 && g->pages >= 0);
+        g->pages -= r->pages;
     }
-}
-
-static void end(game *g, int64_t i)
-{
-    g->requests[i].phase = KL_SCHED_DONE;
-    g->slots++;
-    g->pages += g->requests[i].pages;
 }
 
 static void play_item(game *g, const kl_sched_item *item)
 {
     const int64_t unit = kl_sched_unit(g->step_tokens);
-    kl_sched_request *r = &g->requests[item->request];
+    kl_sched_request *r = &g->running[item->request];
     if (r->phase == KL_SCHED_PROMPT) {
         EXPECT(item->count >= 1 && r->fed + item->count <= r->n_prompt);
         r->fed += item->count;
@@ -79,28 +78,65 @@ static void play_item(game *g, const kl_sched_item *item)
     }
     if (!item->samples) return;
     r->phase = KL_SCHED_DECODE;
-    if (--g->left[item->request] == 0) end(g, item->request);
+    if (--g->left[item->request] > 0) return;
+    r->phase = KL_SCHED_DONE;
+    g->slots++;
+    g->pages += r->pages;
 }
 
-static int64_t play_step(game *g)
+/* Nobody is held up: a step feeds the oldest prompt and, if the one before did not, each request
+ * that is generating, as far as it has tokens for those. */
+static void check_fed(const game *g, int64_t n_items)
 {
-    const int64_t n_items = kl_sched_step(g->requests, g->n, g->step_tokens, g->items);
+    int64_t decoding = 0, fed = 0, oldest = -1;
+    bool oldest_fed = false;
+    for (int64_t i = 0; i < g->n_running; i++) {
+        decoding += g->running[i].phase == KL_SCHED_DECODE;
+        if (g->running[i].phase == KL_SCHED_PROMPT && oldest < 0) oldest = i;
+    }
+    for (int64_t k = 0; k < n_items; k++) {
+        fed += g->running[g->items[k].request].phase == KL_SCHED_DECODE;
+        oldest_fed = oldest_fed || g->items[k].request == oldest;
+    }
+    if (g->decode_first || oldest < 0) EXPECT(fed == kl_min_i64(decoding, g->step_tokens));
+    if (!g->decode_first || decoding == 0) EXPECT(oldest < 0 || oldest_fed);
+}
+
+static void sweep(game *g)
+{
+    int64_t kept = 0;
+    for (int64_t i = 0; i < g->n_running; i++) {
+        if (g->running[i].phase == KL_SCHED_DONE) continue;
+        g->running[kept] = g->running[i];
+        g->left[kept++] = g->left[i];
+    }
+    g->n_running = kept;
+}
+
+static void play_step(game *g)
+{
+    const int64_t n_items =
+        kl_sched_step(g->running, g->n_running, g->step_tokens, g->decode_first, g->items);
     int64_t total = 0;
-    EXPECT(n_items <= g->n_slots);
+    EXPECT(n_items <= g->n_running && (n_items > 0 || g->n_running == 0));
     for (int64_t k = 0; k < n_items; k++) {
         total += g->items[k].count;
         for (int64_t j = 0; j < k; j++) EXPECT(g->items[j].request != g->items[k].request);
     }
     EXPECT(total <= g->step_tokens);
+    check_fed(g, n_items);
+    g->decode_first = kl_sched_held_up(g->running, g->n_running, g->items, n_items);
     for (int64_t k = 0; k < n_items; k++) play_item(g, &g->items[k]);
-    return n_items;
+    sweep(g);
 }
 
 static int64_t work_left(const game *g)
 {
     int64_t work = 0;
-    for (int64_t i = 0; i < g->n; i++)
-        work += g->requests[i].n_prompt - g->requests[i].fed + g->left[i];
+    for (int64_t i = g->first; i < g->n_queue; i++)
+        work += g->queue[i].n_prompt + g->to_draw[i];
+    for (int64_t i = 0; i < g->n_running; i++)
+        work += g->running[i].n_prompt - g->running[i].fed + g->left[i];
     return work;
 }
 
@@ -109,14 +145,14 @@ static void random_loads_end(void)
     for (uint64_t seed = 0; seed < 2000 && test_failed_here == 0; seed++) {
         game g;
         deal(&g, seed);
-        while (work_left(&g) > 0 && test_failed_here == 0) {
+        while ((g.n_queue < MAX_QUEUED || work_left(&g) > 0) && test_failed_here == 0) {
+            join(&g);
             const int64_t before = work_left(&g);
             admit_all(&g);
             play_step(&g);
-            EXPECT(work_left(&g) < before); /* no step is idle while there is work */
+            EXPECT(before == 0 || work_left(&g) < before); /* no step is idle over work */
         }
-        EXPECT(g.slots == g.n_slots && g.pages == g.n_pages);
-        EXPECT(kl_sched_step(g.requests, g.n, g.step_tokens, g.items) == 0);
+        EXPECT(g.slots == g.n_slots && g.pages == g.n_pages && g.n_running == 0);
     }
 }
 
@@ -128,14 +164,33 @@ static void steps_are_full(void)
         {KL_SCHED_DONE, 7, 7, 1},   {KL_SCHED_PROMPT, 30, 0, 1},
     };
     kl_sched_item items[5];
-    EXPECT(kl_sched_step(requests, 5, 256, items) == 3);
+    EXPECT(kl_sched_step(requests, 5, 256, false, items) == 3);
     EXPECT(items[0].request == 1 && items[0].count == 192 && !items[0].samples);
     EXPECT(items[1].request == 4 && items[1].count == 30 && items[1].samples);
     EXPECT(items[2].request == 0 && items[2].count == 1 && items[2].samples);
 }
 
-/* Decoding alone could fill every step of this size; the prompt must get in all the same. */
-static void decoding_does_not_starve_prompts(void)
+/* A short prompt does not wait for the long ones before it, nor the oldest for short ones. */
+static void prompts_share_a_step(void)
+{
+    const kl_sched_request requests[] = {
+        {KL_SCHED_PROMPT, 9000, 0, 5},
+        {KL_SCHED_PROMPT, 8000, 0, 5},
+        {KL_SCHED_PROMPT, 100, 0, 5},
+        {KL_SCHED_PROMPT, 20, 0, 5},
+    };
+    kl_sched_item items[4];
+    EXPECT(kl_sched_step(requests, 4, 1024, false, items) == 4);
+    EXPECT(items[0].request == 0 && items[0].count == 768);
+    EXPECT(items[1].request == 3 && items[1].count == 20 && items[1].samples);
+    EXPECT(items[2].request == 2 && items[2].count == 100 && items[2].samples);
+    EXPECT(items[3].request == 1 && items[3].count == 128 && !items[3].samples);
+    EXPECT(kl_sched_step(requests + 2, 2, 1024, false, items) == 2);
+    EXPECT(items[0].count == 100 && items[1].count == 20);
+}
+
+/* Decoding alone could fill every step of this size, and so could the prompt: they take turns. */
+static void steps_without_room_for_both_alternate(void)
 {
     const kl_sched_request requests[] = {
         {KL_SCHED_DECODE, 5, 5, 1},
@@ -143,14 +198,21 @@ static void decoding_does_not_starve_prompts(void)
         {KL_SCHED_PROMPT, 9, 0, 1},
     };
     kl_sched_item items[3];
-    EXPECT(kl_sched_step(requests, 3, 2, items) == 1);
+    EXPECT(kl_sched_step(requests, 3, 2, false, items) == 1);
     EXPECT(items[0].request == 2 && items[0].count == 2);
+    EXPECT(kl_sched_held_up(requests, 3, items, 1));
+    EXPECT(kl_sched_step(requests, 3, 2, true, items) == 2);
+    EXPECT(items[0].request == 0 && items[1].request == 1);
+    EXPECT(!kl_sched_held_up(requests, 3, items, 2));
+    EXPECT(kl_sched_step(requests, 3, 1, true, items) == 1);
+    EXPECT(!kl_sched_held_up(requests, 3, items, 1)); /* or the prompt would starve */
 }
 
 int main(void)
 {
     RUN(random_loads_end);
     RUN(steps_are_full);
-    RUN(decoding_does_not_starve_prompts);
+    RUN(prompts_share_a_step);
+    RUN(steps_without_room_for_both_alternate);
     return test_failures != 0;
 }

@@ -268,8 +268,8 @@ def test_many_requests_are_each_alone(engine):
 def test_events(engine):
     g = engine.generate([request(top=3), request(max_new_tokens=0), request(max_new_tokens=2)])
     events = []
-    while new := g.run(1, None, None):
-        events += new
+    while not g.done():
+        events += g.run(1, None, None)
     assert [e for e in events if e[0] == 1] == [(1, -1, 0.0, "length", ())]
     assert [e[3] for e in events if e[0] == 0] == [None] * 11 + ["length"]
     assert [e[3] for e in events if e[0] == 2] == [None, "length"]

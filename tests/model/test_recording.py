@@ -50,8 +50,8 @@ def unchanged(request, ids, logits):
 
 def finish(generation, process):
     events = []
-    while found := generation.run(16, process, None):
-        events += found
+    while not generation.done():
+        events += generation.run(16, process, None)
     return events
 
 
@@ -59,12 +59,10 @@ def take_turns(engine, process):
     """Two generations on one engine: two, then three, then all sequences at each step."""
     first, second = engine.generate(requests(2)), engine.generate(requests(3))
     events = [], []
-    while True:
-        found = first.run(1, process, None), second.run(1, process, None)
-        if not any(found):
-            return events
-        for kept, new in zip(events, found, strict=True):
-            kept += new
+    while not (first.done() and second.done()):
+        for kept, generation in zip(events, (first, second), strict=True):
+            kept += generation.run(1, process, None)
+    return events
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
