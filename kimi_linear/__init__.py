@@ -20,6 +20,7 @@ _HOMES = {  # public name -> module that defines it
     "Stats": "results",
     "Logprobs": "results",
     "TokenLogprob": "results",
+    "Checkpoint": "checkpoint",
     "KimiLinearConfig": "config",
     "LinearAttnConfig": "config",
     "Tokenizer": "tokenizer",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from . import reference as reference
     from . import testing as testing
     from .about import show_config as show_config
+    from .checkpoint import Checkpoint as Checkpoint
     from .config import KimiLinearConfig as KimiLinearConfig
     from .config import LinearAttnConfig as LinearAttnConfig
     from .errors import ConfigError as ConfigError

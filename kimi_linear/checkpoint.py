@@ -1,6 +1,7 @@
 """A model directory: its config.json and its safetensors files, opened once and checked whole.
 
-Reads headers only; csrc/model reads the tensors themselves from the descriptors given here.
+Reads headers only; csrc/model reads the tensors themselves from the descriptors given here
+(`Checkpoint.read` is for looking at one).
 The format is https://github.com/huggingface/safetensors: 8 bytes N (little-endian), N bytes of
 JSON, then the tensors' bytes without holes. Every rule of its reference reader is applied, and
 two of its prose: duplicate keys are refused, and nothing follows the last tensor.
@@ -12,11 +13,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._files import open_regular, quote, read_small, strict_json
 from .config import KimiLinearConfig
 from .errors import WeightsError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_HEADER = 100_000_000  # the reference reader's limit
 MAX_INDEX = 100_000_000
@@ -168,6 +172,29 @@ class Checkpoint:
                 entry.shape,
             )
         return list(found.values())
+
+    def read(self, name: str) -> "np.ndarray":
+        """A tensor by its name in the file, as float32: a copy, for looking at weights.
+
+        Raises WeightsError for a name that is not there or a dtype other than F32 and BF16,
+        ValueError after close().
+        """
+        import numpy as np
+
+        if not self.fds:
+            raise ValueError("checkpoint: is closed")
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise WeightsError(f"{self.path}: has no tensor {quote(name)}")
+        where = f"{self.files[entry.file]}: tensor {quote(name)}"
+        if entry.dtype not in _LOADABLE:
+            raise WeightsError(f"{where}: dtype must be {' or '.join(_LOADABLE)}, "
+                               f"found {entry.dtype}")  # fmt: skip
+        raw = _pread(self.fds[entry.file], entry.nbytes, entry.offset, where)
+        if entry.dtype == "F32":
+            return np.frombuffer(raw, "<f4").astype(np.float32).reshape(entry.shape)
+        upper = np.frombuffer(raw, "<u2").astype(np.uint32) << 16
+        return upper.view(np.float32).reshape(entry.shape)
 
     def check_unchanged(self) -> None:
         """Raise WeightsError if a file was edited or replaced since it was opened."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {  # public name -> module that defines it
     "run": "runner",
     "merge": "shards",
+    "local_device": "shards",
     "report": "reports",
     "Example": "suite",
     "Document": "suite",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .reports import report as report
     from .results import Results as Results
     from .runner import run as run
+    from .shards import local_device as local_device
     from .shards import merge as merge
     from .suite import Document as Document
     from .suite import Example as Example

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], "Model"])
     """Run a suite, merge one's shares, or compare runs; print the tables."""
     from . import merge
     from .runner import run as run_suite
-    from .shards import shard_of
+    from .shards import local_device, shard_of
 
     if args.suite == "merge":
         print(merge(args.out, partial=args.partial))
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], "Model"])
         return
     rank, world = _shard(args.shard) if args.shard else shard_of()
     suite: Suite = _make(args)
+    if args.device == "auto" and not args.shard:
+        args.device = local_device()
     if args.max_context is None:
         args.max_context = suite.max_context
     out = args.out or f"eval-{args.suite}"
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], "Model"])
         )
     print(results)
     print(f"answers and results.json are in {out}", file=sys.stderr)
-    if world > 1:
+    if not results.complete:
         print(f"process {rank} of {world} is done; when all are: kimi-linear eval merge {out}",
               file=sys.stderr)  # fmt: skip
 

@@ -142,7 +142,9 @@ def needles(run: "Results", task: str | None = None, *, bins: int = 10) -> Pictu
     axes.set_xlabel("tokens of the context")
     axes.set_ylabel("depth of the answer, from")
     suite = run.header["settings"]["suite"]
-    axes.set_title(f"{suite}: {task or 'answers at one depth'}, n {len(records)}", loc="left")
+    axes.set_title(
+        f"{suite}: {task or 'answers at one depth'}, n {len(records)}", loc="left", fontsize=10
+    )
     return figure
 
 

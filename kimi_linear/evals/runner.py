@@ -42,14 +42,14 @@ def run(
     there. None keeps them in memory. rank, world: this process takes the documents i with
     i % world == rank; by default from the launcher's variables (torchrun, Slurm, MPI). batch:
     examples in one call of the model, by default its max_batch; a document's questions always
-    go together. repeats: draws of each answer, whose scores are averaged (avg@k); more than one
-    needs a temperature. progress: None (lines on a terminal), True, False or callable(done, total).
-    sampling: temperature, top_k, top_p, min_p, repetition_penalty; greedy by default. With a
+    go together. repeats: draws of each answer, whose scores are averaged (avg@k); more than
+    one needs a temperature. progress: None (lines on a terminal), True, False or
+    callable(done, total). sampling: temperature, top_k, top_p, min_p, repetition_penalty; greedy by default. With a
     temperature each example is drawn alone, from a seed of the suite's and its id.
 
-    Returns the results: of the whole suite for a world of one, else of this process's share;
-    `merge(out)` joins the shares. Raises ValueError where the model's context is too short,
-    or the folder holds another run.
+    Returns the results of what `out` holds by then: of the whole suite in a world of one, and
+    in the last of several processes, which writes merged.jsonl and results.json, too. Raises
+    ValueError where the model's context is too short, or the folder holds another run.
     """
     if unknown := set(sampling) - set(SAMPLING):
         raise TypeError(f"run: unknown argument {quote(min(unknown))}")
@@ -82,7 +82,10 @@ def run(
             else:
                 records += found
             report.add(found)
-    return Results(header, records) if out is None else merge(out, partial=world > 1)
+    if out is None:
+        return Results(header, records)
+    results = merge(out, partial=True)
+    return merge(out) if results.complete else results
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ VARIABLES = (  # of torchrun, Slurm and Open MPI: (this process, how many)
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 
+LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # among a machine's
+
 
 def shard_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """(rank, world) of this process, from the variables of its launcher; (0, 1) without one."""
@@ -38,6 +41,39 @@ def shard_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
                 )
             return check_shard(int(texts[0]), int(texts[1]))
     return 0, 1
+
+
+def local_device(environment: Mapping[str, str] = os.environ) -> str:
+    """The device of this process: "cuda:N" for the N-th that its launcher started on a machine.
+
+    "auto" without a launcher, without CUDA, and where the launcher shows each process one GPU.
+    Raises DeviceError where there are fewer GPUs than processes: two models would share one.
+    """
+    from .._backends import shared
+    from ..errors import DeviceError
+
+    local = next((environment[name] for name in LOCAL if name in environment), "")
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if not local.isdecimal() or (visible and "," not in visible):
+        return "auto"
+    try:
+        shared("cuda", int(local))
+    except DeviceError:
+        if int(local) == 0 or not _has_cuda():
+            return "auto"
+        raise
+    return f"cuda:{int(local)}"
+
+
+def _has_cuda() -> bool:
+    from .._backends import shared
+    from ..errors import DeviceError
+
+    try:
+        shared("cuda")
+    except DeviceError:
+        return False
+    return True
 
 
 def check_shard(rank: int, world: int) -> tuple[int, int]:
@@ -174,7 +210,7 @@ def _difference(there: Any, here: Any, name: str = "header") -> str:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file at once: who reads it sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # machines may share it
     try:
         temporary.write_text(text, encoding="utf-8", errors="replace")
         os.replace(temporary, path)

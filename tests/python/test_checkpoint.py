@@ -86,6 +86,35 @@ def test_our_reader_reads_their_files(tmp_path):
         assert e.shape == tensors[e.name].shape
 
 
+@pytest.mark.parametrize("n_files", [1, 3])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_tensors_to_look_at(tmp_path, dtype, n_files):
+    """The values that another reader finds, as float32 of one's own."""
+    torch_io = pytest.importorskip("safetensors.torch")
+    path = write_checkpoint(tmp_path, CONFIG, dtype=dtype, n_files=n_files)
+    theirs = {}
+    for file in path.glob("*.safetensors"):
+        theirs |= torch_io.load_file(file)
+    with kl.Checkpoint(path) as checkpoint:
+        assert set(checkpoint.tensors) == set(theirs)
+        for name, want in theirs.items():
+            found = checkpoint.read(name)
+            assert found.dtype == np.float32 and found.flags.writeable
+            np.testing.assert_array_equal(found, want.float().numpy())
+        with pytest.raises(kl.WeightsError, match="has no tensor 'nothing'"):
+            checkpoint.read("nothing")
+    with pytest.raises(ValueError, match="checkpoint: is closed"):
+        checkpoint.read("model.norm.weight")
+
+
+def test_a_tensor_of_another_dtype_is_not_read(tmp_path):
+    write_checkpoint(tmp_path, CONFIG)
+    raw_file(tmp_path / "model.safetensors", {"a": F32 | {"dtype": "F16", "shape": [4]}}, b"12345678")
+    with kl.Checkpoint(tmp_path) as checkpoint:
+        with pytest.raises(kl.WeightsError, match="'a': dtype must be F32 or BF16, found F16"):
+            checkpoint.read("a")
+
+
 def test_names_that_transformers_writes_for_a_dense_layer(tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.KimiLinearConfig(
