@@ -223,12 +223,12 @@ static kl_status take_sequence(scorer *r, kl_seq base, int64_t end, kl_seq *out,
 /* Where there is no room, what waits is run, which gives it back. */
 static kl_status add_job(scorer *r, kl_seq base, job j, kl_error *err)
 {
-    kl_status status = take_sequence(r, base, j.end, &j.seq, err);
-    if (status == KL_ERR_MEMORY && r->n_jobs > 0) {
-        KL_TRY(flush(r, err));
-        status = take_sequence(r, base, j.end, &j.seq, err);
+    kl_error full;
+    const kl_status status = take_sequence(r, base, j.end, &j.seq, &full);
+    if (status != KL_OK) {
+        if (status == KL_ERR_MEMORY) KL_TRY(flush(r, err));
+        KL_TRY(take_sequence(r, base, j.end, &j.seq, err));
     }
-    KL_TRY(status);
     r->jobs[r->n_jobs++] = j;
     if (is_node(&j)) r->nodes[r->n_nodes++] = j;
     return KL_OK;
