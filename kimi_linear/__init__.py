@@ -14,6 +14,9 @@ _HOMES = {  # public name -> module that defines it
     "plan": "model",
     "Model": "model",
     "State": "state",
+    "Engine": "engine",
+    "EngineStats": "engine",
+    "Request": "engine",
     "MemoryPlan": "memory",
     "Completion": "results",
     "Chunk": "results",
@@ -30,6 +33,7 @@ _HOMES = {  # public name -> module that defines it
     "WeightsError": "errors",
     "TokenizerError": "errors",
     "DeviceError": "errors",
+    "EngineFull": "errors",
     "OutOfMemory": "errors",
     "StateError": "errors",
     "NumericalError": "errors",
@@ -48,8 +52,12 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint as Checkpoint
     from .config import KimiLinearConfig as KimiLinearConfig
     from .config import LinearAttnConfig as LinearAttnConfig
+    from .engine import Engine as Engine
+    from .engine import EngineStats as EngineStats
+    from .engine import Request as Request
     from .errors import ConfigError as ConfigError
     from .errors import DeviceError as DeviceError
+    from .errors import EngineFull as EngineFull
     from .errors import KimiLinearError as KimiLinearError
     from .errors import NumericalError as NumericalError
     from .errors import OutOfMemory as OutOfMemory

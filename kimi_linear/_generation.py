@@ -84,7 +84,7 @@ class Row:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.id = -1  # the core's, once it is submitted
         self._times = self._times_before = {"prefill_s": 0.0, "decode_s": 0.0}
         call.grow(0, len(ids))
@@ -104,7 +104,7 @@ class Row:
         """Add an event of the core; None where it was no token but an error."""
         self._times = times
         if isinstance(finish, BaseException):
-            self.error = self.error or _as_exception(finish)
+            self.error = self.error or as_exception(finish)
             return None
         self.finish_reason = finish
         text = ""
@@ -132,7 +132,9 @@ class Row:
         kept, and logits that are not finite tell the core."""
         try:
             _process(self.sampling.processors, ids, logits)
-        except Exception as e:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:
             self.error = e
             logits[...] = float("nan")
 
@@ -209,6 +211,7 @@ class Run:
         self._n_processed -= bool(row.sampling.processors)
         if not ended:
             self._generation.finish(row.id)
+            self.stats = self._generation.stats()
 
     def _process(self, request_id: int, ids: Any, logits: Any) -> None:
         import numpy as np
@@ -220,7 +223,7 @@ class Run:
         self._generation.close()
 
 
-def _as_exception(error: BaseException) -> Exception:
+def as_exception(error: BaseException) -> Exception:
     """A step that was interrupted for another's sake ends its requests, not their callers."""
     return error if isinstance(error, Exception) else KimiLinearError(str(error))
 

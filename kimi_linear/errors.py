@@ -3,7 +3,7 @@
 ``KimiLinearError`` is the root. ``ConfigError``, ``WeightsError`` and ``TokenizerError`` are
 also ``ValueError``; ``DeviceError`` is also ``RuntimeError``; ``OutOfMemory`` is also
 ``MemoryError``; ``NumericalError`` is also ``ArithmeticError``; ``StateError``, for the file of
-a state, is also ``ValueError``. A wrong argument raises
+a state, is also ``ValueError``; ``EngineFull`` is also ``RuntimeError``. A wrong argument raises
 ``ValueError`` or ``TypeError``, a file that cannot be opened ``OSError``, as Python would.
 """
 
@@ -22,9 +22,14 @@ class StateError(KimiLinearError, ValueError):
     """A file is no state, not whole, or another model's."""
 
 
+class EngineFull(KimiLinearError, RuntimeError):
+    """As many requests wait as an engine lets; try again later."""
+
+
 __all__ = [
     "ConfigError",
     "DeviceError",
+    "EngineFull",
     "KimiLinearError",
     "NumericalError",
     "OutOfMemory",
