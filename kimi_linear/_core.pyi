@@ -59,7 +59,8 @@ class Backend:
 # Outputs: the framework of the first array argument.
 def kda_prefill(backend: Backend, q: Any, k: Any, v: Any, g: Any, beta: Any, scale: float | None,
     initial_state: Any, cu_seqlens: Any, gate: str, A_log: Any, dt_bias: Any, lower_bound: float,
-    normalize: bool, beta_logits: bool, out: Any, final_state: Any, stream: int | None, /) -> tuple[Any, Any]: ...
+    normalize: bool, beta_logits: bool, out: Any, final_state: Any, checkpoint_every: int | None, checkpoints: Any,
+    stream: int | None, /) -> tuple[Any, ...]: ...
 def kda_decode(backend: Backend, q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, slots: Any,
     scale: float | None, gate: str, A_log: Any, dt_bias: Any, lower_bound: float, normalize: bool,
     beta_logits: bool, out: Any, stream: int | None, /) -> Any: ...

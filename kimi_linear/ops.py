@@ -51,8 +51,9 @@ def kda_prefill(q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: float | Non
                 initial_state: Any = None, cu_seqlens: Any = None, gate: str = "direct",
                 A_log: Any = None, dt_bias: Any = None, lower_bound: float = -5.0,
                 normalize: bool = False, beta_logits: bool = False, out: Any = None,
-                final_state: Any = None,
-                stream: int | None = None) -> tuple[Any, Any]:  # fmt: skip
+                final_state: Any = None, checkpoint_every: int | None = None,
+                checkpoints: Any = None,
+                stream: int | None = None) -> tuple[Any, ...]:  # fmt: skip
     """Kimi Delta Attention over sequences of any length.
 
     Per head and token, with the state S [V, K]:
@@ -78,16 +79,23 @@ def kda_prefill(q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: float | Non
         beta_logits: take sigmoid(beta) first.
         out: [T, H, V], dtype of q; None for a new array.
         final_state: [N, H, V, K] float32, may be initial_state itself; None for a new array.
+        checkpoint_every: E, a multiple of 64: keep the states after every E tokens of a sequence,
+            too. Not on a GPU.
+        checkpoints: [T // E, H, V, K] float32; None for a new array. Row cu_seqlens[n] // E + c
+            is what sequence n holds after (c + 1) E tokens; other rows are left alone (in a new
+            array, zeros).
 
     Returns:
-        (o [T, H, V], final_state). Cutting a sequence at a multiple of 16 tokens (64 on a GPU)
-        and passing the state on changes no bit of the result.
+        (o [T, H, V], final_state), with checkpoint_every (o, final_state, checkpoints). Cutting a
+        sequence at a multiple of 16 tokens (64 on a GPU) and passing the state on changes no bit
+        of the result.
 
     Source: Kimi Linear, arXiv 2510.26692, section 3; csrc/backend/ops.h.
     """
     return _core.kda_prefill(
         _backends.of(q), q, k, v, g, beta, scale, initial_state, cu_seqlens, gate, A_log,
-        dt_bias, lower_bound, normalize, beta_logits, out, final_state, stream,
+        dt_bias, lower_bound, normalize, beta_logits, out, final_state, checkpoint_every,
+        checkpoints, stream,
     )  # fmt: skip
 
 

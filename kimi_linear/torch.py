@@ -192,7 +192,7 @@ _op = torch.ops.kimi_linear
 
 def kda_prefill(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
                 **options: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`kimi_linear.ops.kda_prefill` as an operator; the same keywords."""
+    """`kimi_linear.ops.kda_prefill` as an operator, without checkpoints; the same keywords."""
     return _op.kda_prefill(q, k, v, g, beta, **options)
 
 

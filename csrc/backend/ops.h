@@ -161,19 +161,25 @@ typedef enum {
  * kda_decode: T = N, one token for each sequence, cu_seqlens absent. kda_prefill computes the
  * same function of any lengths; it may reorder the arithmetic within chunks that start at a
  * sequence's first token of the call, KL_KDA_CHUNK tokens each (64 on CUDA), and takes the order
- * of kda_decode for a chunk of a single token. No exponential of a positive number is formed. */
+ * of kda_decode for a chunk of a single token. No exponential of a positive number is formed.
+ *
+ * Checkpoints, of kda_prefill: with E = checkpoint_every the state of sequence n after its first
+ * (c + 1) E tokens of the call is stored in row cu_seqlens[n] / E + c, too. Rows are distinct and
+ * below T / E; those that no sequence has are left alone. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor q, k;       /* [T, Hk, K] act, rows strided                */
-    kl_tensor v;          /* [T, H, V] act, rows strided                 */
-    kl_tensor g;          /* [T, H, K] f32 or act, rows strided          */
-    kl_tensor beta;       /* [T, H] f32 or act, rows strided             */
-    kl_tensor state;      /* [S, H, V, K] f32, in and out                */
-    kl_tensor slots;      /* [N] i32 in [0, S), distinct; absent: n -> n */
-    kl_tensor cu_seqlens; /* [N+1] i32; absent in kda_decode             */
-    kl_tensor A_log;      /* [H] f32; softplus; optional for bounded     */
-    kl_tensor dt_bias;    /* [H, K] f32; optional                        */
-    kl_tensor out;        /* [T, H, V] act                               */
+    kl_tensor q, k;           /* [T, Hk, K] act, rows strided                */
+    kl_tensor v;              /* [T, H, V] act, rows strided                 */
+    kl_tensor g;              /* [T, H, K] f32 or act, rows strided          */
+    kl_tensor beta;           /* [T, H] f32 or act, rows strided             */
+    kl_tensor state;          /* [S, H, V, K] f32, in and out                */
+    kl_tensor slots;          /* [N] i32 in [0, S), distinct; absent: n -> n */
+    kl_tensor cu_seqlens;     /* [N+1] i32; absent in kda_decode             */
+    kl_tensor A_log;          /* [H] f32; softplus; optional for bounded     */
+    kl_tensor dt_bias;        /* [H, K] f32; optional                        */
+    kl_tensor out;            /* [T, H, V] act                               */
+    kl_tensor checkpoints;    /* [T / E, H, V, K] f32, out, or absent       */
+    int64_t checkpoint_every; /* E, a multiple of KL_KDA_CHECKPOINT      */
     kl_gate gate;
     float lower_bound; /* < 0, KL_GATE_BOUNDED only                      */
     float scale;
@@ -182,8 +188,9 @@ typedef struct {
 typedef kl_kda kl_kda_prefill;
 typedef kl_kda kl_kda_decode;
 
-#define KL_KDA_CHUNK 16 /* cutting a prefill at its multiples changes no bit (64 on CUDA) */
-#define KL_KDA_MAX_K 256
+#define KL_KDA_CHUNK      16 /* cutting a prefill at its multiples changes no bit (64 on CUDA) */
+#define KL_KDA_CHECKPOINT 64
+#define KL_KDA_MAX_K      256
 
 /* Tokens of an MLA page; also the block of the context that attention reads at a time. */
 #define KL_PAGE_TOKENS 64

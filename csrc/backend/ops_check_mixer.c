@@ -71,11 +71,23 @@ static kl_status check_gate(const char *op, const kl_kda *a, kl_error *err)
                    (double)a->lower_bound);
 }
 
+static kl_status check_interval(const char *op, int64_t tokens, kl_error *err)
+{
+    if (tokens > 0 && tokens % KL_KDA_CHECKPOINT == 0) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE, "%s: checkpoint_every must be a multiple of %d, got %lld",
+                   op, KL_KDA_CHECKPOINT, (long long)tokens);
+}
+
 static kl_status check_kda(const char *op, const kl_kda *a, int64_t N, kl_error *err)
 {
     const int64_t T = a->q.shape[0], Hk = a->q.shape[1], S = a->state.shape[0];
     const int64_t H = a->state.shape[1], V = a->state.shape[2], K = a->state.shape[3];
     const unsigned act = kl_act_bit(&a->q);
+    int64_t rows = 0; /* of checkpoints */
+    if (!kl_tensor_absent(&a->checkpoints)) {
+        KL_TRY(check_interval(op, a->checkpoint_every, err));
+        rows = T / a->checkpoint_every;
+    }
     const kl_rule rules[] = {
         {&a->state, "state", F32, KL_OUT, 4, {S, H, V, K}, NULL},
         {&a->q, "q", KL_ANY_FLOAT, KL_ROWS, 3, {T, Hk, K}, NULL},
@@ -88,6 +100,7 @@ static kl_status check_kda(const char *op, const kl_kda *a, int64_t N, kl_error 
         {&a->A_log, "A_log", F32, KL_OPT, 1, {H}, NULL},
         {&a->dt_bias, "dt_bias", F32, KL_OPT, 2, {H, K}, NULL},
         {&a->out, "out", act, KL_OUT, 3, {T, H, V}, NULL},
+        {&a->checkpoints, "checkpoints", F32, KL_OUT | KL_OPT, 4, {rows, H, V, K}, NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
     KL_TRY(kl_require_range(op, "state.shape[3]", K, 1, KL_KDA_MAX_K, err));
@@ -112,6 +125,8 @@ kl_status kl_check_kda_decode(const kl_kda_decode *a, kl_error *err)
     static const char op[] = "kda_decode";
     if (!kl_tensor_absent(&a->cu_seqlens))
         return kl_fail(err, KL_ERR_VALUE, "%s: cu_seqlens must be absent", op);
+    if (!kl_tensor_absent(&a->checkpoints))
+        return kl_fail(err, KL_ERR_VALUE, "%s: checkpoints must be absent", op);
     return check_kda(op, a, a->q.shape[0], err);
 }
 

@@ -135,7 +135,8 @@ static kl_cost kda_cost(const kl_kda *a)
                  tensor_bytes(&a->k) + tensor_bytes(&a->v) + tensor_bytes(&a->g) +
                  tensor_bytes(&a->beta) + tensor_bytes(&a->slots) +
                  tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->A_log) +
-                 tensor_bytes(&a->dt_bias) + tensor_bytes(&a->out),
+                 tensor_bytes(&a->dt_bias) + tensor_bytes(&a->out) +
+                 tensor_bytes(&a->checkpoints),
     };
 }
 

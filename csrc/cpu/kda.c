@@ -211,19 +211,32 @@ static void run_chunk(kda_task *t, int64_t token, int64_t rows)
     }
 }
 
-/* Move the task's part of the state into scratch memory, or back. */
-static void move_state(const kda_task *t, bool in)
+/* Move the task's part of a state into scratch memory, or back. */
+static void move_state(const kda_task *t, float *state, bool in)
 {
     const kl_kda_kernels *kernels = t->call->kernels;
     const int64_t width = t->call->width, K = t->head.K, pitch = t->head.pitch;
     for (int64_t j = 0; j < t->columns; j += width) {
         const int n = (int)(t->columns - j < width ? t->columns - j : width);
-        float *lies = t->state + j * K, *block = t->s.state + j * pitch;
+        float *lies = state + j * K, *block = t->s.state + j * pitch;
         if (in)
             kernels->load(lies, K, pitch, n, block);
         else
             kernels->store(block, K, n, lies);
     }
+}
+
+_Static_assert(KL_KDA_CHECKPOINT % KL_KDA_CHUNK == 0, "a checkpoint ends a chunk");
+
+/* After the first `done` tokens of a sequence that begins at token `begin`. */
+static void keep_checkpoint(const kda_task *t, int64_t begin, int64_t done)
+{
+    const kl_kda *a = t->call->a;
+    if (kl_tensor_absent(&a->checkpoints) || done % a->checkpoint_every != 0) return;
+    const int64_t H = a->state.shape[1], V = a->state.shape[2], E = a->checkpoint_every;
+    const int64_t row = begin / E + done / E - 1;
+    float *rows = a->checkpoints.data;
+    move_state(t, rows + ((row * H + t->h) * V + t->first) * t->head.K, false);
 }
 
 static void prefill_task(void *ctx, int64_t index, int worker)
@@ -235,13 +248,14 @@ static void prefill_task(void *ctx, int64_t index, int worker)
     int64_t token = cu[n];
     const int64_t end = cu[n + 1];
     if (end - token > 1) {
-        move_state(&t, true);
+        move_state(&t, t.state, true);
         while (end - token > 1) {
             const int64_t rows = end - token < KL_KDA_CHUNK ? end - token : KL_KDA_CHUNK;
             run_chunk(&t, token, rows);
             token += rows;
+            keep_checkpoint(&t, cu[n], token - cu[n]);
         }
-        move_state(&t, false);
+        move_state(&t, t.state, false);
     }
     if (token < end) run_step(&t, token);
 }

@@ -119,8 +119,9 @@ int kl_array_type_init(kl_module *m);
 #define KL_PY_OPS(X)                                                                           \
     X(kda_prefill,                                                                             \
       "q, k, v, g, beta, scale, initial_state, cu_seqlens, gate, A_log, dt_bias, "             \
-      "lower_bound, normalize, beta_logits, out, final_state, stream",                         \
-      "-> (o, final_state)")                                                                   \
+      "lower_bound, normalize, beta_logits, out, final_state, checkpoint_every, checkpoints, " \
+      "stream",                                                                                \
+      "-> (o, final_state), or (o, final_state, checkpoints)")                                 \
     X(kda_decode,                                                                              \
       "q, k, v, g, beta, state, slots, scale, gate, A_log, dt_bias, lower_bound, "             \
       "normalize, beta_logits, out, stream",                                                   \

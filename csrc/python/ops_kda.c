@@ -61,6 +61,21 @@ static int take_states(kl_call *c, PyObject *initial, PyObject *final, kl_kda *a
     return kl_call_fill(c, &a->state, &start);
 }
 
+/* Nothing where `every` is None. Rows of a new array that no sequence has are zeros. */
+static int take_checkpoints(kl_call *c, PyObject *every, PyObject *given, kl_kda *a)
+{
+    int index; /* the tuple of all outputs is what is returned */
+    if (every == Py_None && given == Py_None) return 0;
+    if (kl_parse_int(c->op, "checkpoint_every", every, 1, INT32_MAX, &a->checkpoint_every) < 0)
+        return -1;
+    const int64_t shape[4] = {a->q.shape[0] / a->checkpoint_every, a->v.shape[1], a->v.shape[2],
+                              a->q.shape[2]};
+    if (kl_out(c, "checkpoints", given, KL_F32, 4, shape, NULL, &a->checkpoints, &index) < 0)
+        return -1;
+    const kl_tensor zeros = {0};
+    return given == Py_None ? kl_call_fill(c, &a->checkpoints, &zeros) : 0;
+}
+
 static PyObject *run_kda_prefill(kl_call *c, PyObject *const *args)
 {
     const kda_arguments p = {args[1], args[2],  args[3],  args[4],  args[5],  args[6],
@@ -72,7 +87,8 @@ static PyObject *run_kda_prefill(kl_call *c, PyObject *const *args)
         return NULL;
     const int64_t shape[3] = {a.q.shape[0], a.v.shape[1], a.v.shape[2]};
     if (kl_out(c, "out", args[15], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0 ||
-        take_states(c, args[7], args[16], &a, &s) < 0)
+        take_states(c, args[7], args[16], &a, &s) < 0 ||
+        take_checkpoints(c, args[17], args[18], &a) < 0)
         return NULL;
     return kl_call_kda_prefill(c, &a) < 0 ? NULL : kl_out_take_all(c);
 }
@@ -80,8 +96,8 @@ static PyObject *run_kda_prefill(kl_call *c, PyObject *const *args)
 PyObject *kl_py_kda_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     kl_call c;
-    if (kl_parse_count("kda_prefill", nargs, 18) < 0 ||
-        kl_call_begin(&c, module, "kda_prefill", args[0], args[17]) < 0)
+    if (kl_parse_count("kda_prefill", nargs, 20) < 0 ||
+        kl_call_begin(&c, module, "kda_prefill", args[0], args[19]) < 0)
         return NULL;
     PyObject *result = run_kda_prefill(&c, args);
     kl_call_end(&c);

@@ -143,6 +143,11 @@ kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error 
 {
     kda_arguments args = kda_arguments_of(a);
     const long long N = a->cu_seqlens.shape[0] - 1;
+    if (!kl_tensor_absent(&a->checkpoints))
+        return kl_fail(
+            err, KL_ERR_UNAVAILABLE,
+            "kda_prefill with checkpoints: the cuda backend does not have it; cut the "
+            "sequences there instead");
     if (N == 0 || a->q.shape[0] == 0) return KL_OK;
     const cudaStream_t stream = kl_cuda_stream(be);
     if (chunked_applies(a)) return run_chunked(a, stream, err);

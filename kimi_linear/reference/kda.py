@@ -89,7 +89,7 @@ def _states(initial_state, cu_seqlens, H, V, K):
 
 def kda_prefill(q, k, v, g, beta, *, scale=None, initial_state=None, cu_seqlens=None,
                 gate="direct", A_log=None, dt_bias=None, lower_bound=-5.0, normalize=False,
-                beta_logits=False) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+                beta_logits=False, checkpoint_every=None) -> tuple[np.ndarray, ...]:  # fmt: skip
     """Kimi Delta Attention over packed sequences, by its definition.
 
         a    = exp(log_decay(g))
@@ -99,17 +99,24 @@ def kda_prefill(q, k, v, g, beta, *, scale=None, initial_state=None, cu_seqlens=
 
     q, k [T, Hk, K]; v [T, H, V]; g [T, H, K]; beta [T, H]; initial_state [N, H, V, K] or None
     for zeros; cu_seqlens [N+1]; A_log [H]; dt_bias [H, K]; scale: None for K**-0.5.
-    Returns o [T, H, V] and the final states [N, H, V, K]. Raises ValueError for shapes that do
-    not fit together.
+    Returns o [T, H, V] and the final states [N, H, V, K]; with checkpoint_every = E also the
+    states after every E tokens [T // E, H, V, K]: row cu_seqlens[n] // E + c is sequence n after
+    (c + 1) E tokens, rows that no sequence has are zeros. Raises ValueError for shapes that do not
+    fit together.
     """
     q, k, v, g, beta = _inputs(q, k, v, g, beta, scale, gate, A_log, dt_bias, lower_bound,
                                normalize, beta_logits)  # fmt: skip
     states = _states(initial_state, cu_seqlens, *v.shape[1:], k.shape[-1])
     o = np.empty_like(v)
+    checkpoints = np.zeros((len(q) // (checkpoint_every or len(q) + 1), *states.shape[1:]))
     for n, span in spans(len(q), cu_seqlens):
         for t in range(span.start, span.stop):
             o[t], states[n] = _token(states[n], q[t], k[t], v[t], g[t], beta[t])
-    return o, states
+            done = t + 1 - span.start
+            if checkpoint_every is not None and done % checkpoint_every == 0:
+                row = span.start // checkpoint_every + done // checkpoint_every - 1
+                checkpoints[row] = states[n]
+    return (o, states) if checkpoint_every is None else (o, states, checkpoints)
 
 
 def kda_decode(q, k, v, g, beta, state, *, slots=None, scale=None, gate="direct", A_log=None,

@@ -312,6 +312,22 @@ static void kda_shapes(void)
     BAD_VALUE(kda_prefill, a, a.scale = INFINITY, "kda_prefill: scale must be finite, got inf");
 }
 
+static void kda_checkpoints(void)
+{
+    kl_kda a = right_kda(T);
+    a.cu_seqlens = i32(1, N + 1, 1);
+    ACCEPTED(kda_prefill, a, (a.checkpoints = f32(4, 0, H, V, K), a.checkpoint_every = 64));
+    BAD_VALUE(kda_prefill, a, (a.checkpoints = f32(4, 0, H, V, K), a.checkpoint_every = 72),
+              "kda_prefill: checkpoint_every must be a multiple of 64, got 72");
+    BAD_VALUE(kda_prefill, a, (a.checkpoints = f32(4, 0, H, V, K), a.checkpoint_every = 0),
+              "kda_prefill: checkpoint_every must be a multiple of 64, got 0");
+    BAD_VALUE(kda_prefill, a, (a.checkpoints = f32(4, 1, H, V, K), a.checkpoint_every = 64),
+              "kda_prefill: checkpoints.shape[0] must be 0, got 1");
+    a = right_kda(N);
+    BAD_VALUE(kda_decode, a, (a.checkpoints = f32(4, 0, H, V, K), a.checkpoint_every = 64),
+              "kda_decode: checkpoints must be absent");
+}
+
 static void kda_gates(void)
 {
     kl_kda a = right_kda(N);
@@ -531,6 +547,7 @@ int main(void)
     RUN(short_conv);
     RUN(kda_shapes);
     RUN(kda_gates);
+    RUN(kda_checkpoints);
     RUN(mla_lay_out);
     RUN(mla_append);
     RUN(mla);

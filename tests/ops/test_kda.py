@@ -346,3 +346,38 @@ def test_no_tokens():
     o, final = prefill(case, cu_seqlens=np.zeros(3, np.int32))
     assert o.shape == (0, 2, 40)
     assert same_bits(final, case["initial_state"])
+
+
+@every_device
+@pytest.mark.parametrize("E", [64, 128])
+def test_checkpoints_are_what_shorter_calls_end_with(E):
+    cu = np.array([0, 63, 300, 300, 428, 429, 621], np.int32)  # two sequences end at a multiple
+    case = make_case("init", cu[-1], H=4, Hk=2, K=20, V=70, N=6)
+    given = np.full((cu[-1] // E, 4, 70, 20), np.nan, np.float32)
+    o, final, kept = ops.kda_prefill(**case, cu_seqlens=cu, checkpoint_every=E, checkpoints=given)
+    assert kept is given
+    assert both_match((o, final), prefill(case, cu_seqlens=cu))
+    wanted = reference.kda_prefill(**case, cu_seqlens=cu, checkpoint_every=E)[2]
+    left_alone = np.ones(len(given), bool)
+    for n, (start, stop) in enumerate(zip(cu, cu[1:], strict=False)):
+        for c in range((stop - start) // E):
+            row, end = start // E + c, start + (c + 1) * E
+            cut = tokens(case, start, end, case["initial_state"][n : n + 1])
+            assert same_sums(given[row], prefill(cut)[1][0], 2e-6), (n, c)
+            assert error(given[row], wanted[row]) < 2e-6
+            left_alone[row] = False
+    assert np.isnan(given[left_alone]).all() and not wanted[left_alone].any()
+    assert left_alone.any() and not left_alone.all()
+    new = ops.kda_prefill(**case, cu_seqlens=cu, checkpoint_every=E)[2]
+    assert same_bits(new, np.where(left_alone[:, None, None, None], np.float32(0), given))
+
+
+@every_device
+def test_checkpoints_are_refused_where_they_cannot_be():
+    case = make_case("init", 130)
+    with pytest.raises(ValueError, match="checkpoint_every must be a multiple of 64, got 96"):
+        ops.kda_prefill(**case, checkpoint_every=96)
+    with pytest.raises(TypeError, match="checkpoint_every"):
+        ops.kda_prefill(**case, checkpoints=np.empty((2, 2, 40, 48), np.float32))
+    with pytest.raises(ValueError, match="checkpoints must have shape"):
+        ops.kda_prefill(**case, checkpoint_every=64, checkpoints=np.empty((3, 2, 40, 48), np.float32))
