@@ -40,7 +40,7 @@ class TextBuilder:
         if ends:
             self.stopped = True
             return self._give(self._held[: min(ends)])
-        keep = max((_overlap(self._held, s) for s in self._stop), default=0)
+        keep = max((overlap(self._held, s) for s in self._stop), default=0)
         sure = self._held[: len(self._held) - keep]
         self._held = self._held[len(sure) :]
         return self._give(sure)
@@ -50,7 +50,7 @@ class TextBuilder:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of text that begins stop."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):

@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   kimi-linear plan --model DIR --max-context 131072
   kimi-linear bench --model DIR --prompt-tokens 2048
   kimi-linear eval ruler --model DIR --lengths 4096 8192 --samples 20
+  kimi-linear serve --model DIR --port 8000
   kimi-linear info
 """
 
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(plan)
     _add_bench(commands)
     _add_eval(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -139,6 +141,15 @@ def _add_eval(commands: Any) -> None:
 
     parser = _add(commands, "eval", eval_command, "RULER, MRCR, RepoQA and others")
     command.add_suites(parser, _add_model)
+
+
+def _add_serve(commands: Any) -> None:
+    from .serve import command
+
+    parser = _add(commands, "serve", serve_command, "a server that OpenAI's clients talk to")
+    parser.epilog = command.EXAMPLES
+    command.add_options(parser)
+    _add_model(parser)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -223,7 +234,6 @@ def chat_command(args: argparse.Namespace) -> None:
     """A conversation on the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     messages = [{"role": "system", "content": args.system}] if args.system else []
     with _load(args) as model:
-        model.prefix_cache = True  # each turn rereads the conversation
         while (text := _ask()) is not None:
             messages.append({"role": "user", "content": text})
             try:
@@ -277,6 +287,13 @@ def plan_command(args: argparse.Namespace) -> None:
 def eval_command(args: argparse.Namespace) -> None:
     """Run a suite of evaluations and print its table."""
     from .evals import command
+
+    command.run(args, _load)
+
+
+def serve_command(args: argparse.Namespace) -> None:
+    """Answer OpenAI's clients until SIGTERM or Ctrl-C."""
+    from .serve import command
 
     command.run(args, _load)
 

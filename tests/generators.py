@@ -1,18 +1,14 @@
-"""The small model's generators of conversations, from examples/small_model, and the benchmark that
-asks it what it finds again."""
+"""The small model's generators of conversations, from examples/small_model."""
 
 import sys
 
 from conftest import ROOT
 
-FOLDERS = [str(ROOT / "examples" / "small_model"), str(ROOT / "benchmarks")]
-
-sys.path[:0] = FOLDERS
+sys.path.insert(0, str(ROOT / "examples" / "small_model"))
 try:
     import data
-    import recall
     import tasks
 finally:
-    del sys.path[: len(FOLDERS)]
+    sys.path.pop(0)
 
-__all__ = ["data", "recall", "tasks"]
+__all__ = ["data", "tasks"]

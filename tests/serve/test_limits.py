@@ -1,0 +1,244 @@
+"""Clients that leave, limits, keys, and how the command ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+import servers
+from servers import CHAT, HTTP, LONG, STORY, client_of, events, post
+
+import kimi_linear as kl
+
+# ---- clients that leave ------------------------------------------------------------------
+
+
+def test_a_stream_that_nobody_reads_is_cancelled(client, served):
+    stream = client.completions.create(model="small_model", prompt=STORY, stream=True, **LONG)
+    next(iter(stream))
+    assert servers.busy(served.engine) == 1
+    stream.close()
+    assert served.idle()
+
+
+@pytest.mark.parametrize("extra", [{}, {"n": 20}, {"stream": True}], ids=str)
+def test_a_client_that_hangs_up_is_not_answered(served, extra):
+    """Running and waiting alike: the 20 answers are more than the sequences."""
+    done = served.engine.stats()
+    body = dict(prompt=STORY, max_tokens=400, ignore_eos=True) | extra
+    data = json.dumps(body).encode()
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(data), data)
+        )
+        assert servers.eventually(lambda: servers.busy(served.engine) == body.get("n", 1))
+    assert served.idle(2.0), (done, served.engine.stats())
+
+
+def test_a_failure_cancels_the_answers_beside_it(model):
+    class Fails(servers.Scripted):
+        def submit(self, prompt, **sampling):
+            self.prompts.append(prompt)
+            options = {}
+            if len(self.prompts) % 3 == 0:
+                options = {"logits_processor": fail}
+            return self._engine.submit(prompt, **sampling | options)
+
+    def fail(ids, logits):
+        raise kl.NumericalError("logits: are not finite")
+
+    engine = Fails(model, [])
+    with servers.serving(model, engine=engine) as s:
+        body = dict(prompt=STORY, n=3, max_tokens=400, ignore_eos=True)
+        got = post(s, **body)
+        assert got.status_code == 500
+        assert "not finite" in got.json()["error"]["message"]
+        assert s.idle(2.0)
+        with client_of(s) as c, pytest.raises(openai.APIError, match="not finite"):
+            list(
+                c.completions.create(
+                    model="small_model", prompt=STORY, n=3, stream=True, **LONG
+                )
+            )
+        assert s.idle(2.0)
+    engine.close()
+
+
+# ---- limits ------------------------------------------------------------------------------
+
+
+def test_more_requests_than_allowed_are_told_to_come_back(model):
+    with servers.serving(model, max_requests=1) as s, client_of(s) as c:
+        stream = c.completions.create(model="small_model", prompt=STORY, stream=True, **LONG)
+        next(iter(stream))
+        got = post(s, prompt="x")
+        assert got.status_code == 429 and got.headers["retry-after"]
+        assert got.json()["error"]["type"] == "rate_limit_error"
+        assert HTTP.get(f"{s.url}/health").status_code == 200
+        assert "kimi_linear_requests 2\n" in HTTP.get(f"{s.url}/metrics").text
+        stream.close()
+        assert servers.eventually(lambda: post(s, prompt="x", max_tokens=1).status_code == 200)
+
+
+def test_more_prompts_than_may_wait_are_told_to_come_back(model):
+    with servers.serving(model, max_waiting=4) as s, client_of(s) as c:
+        busy = c.completions.create(model="small_model", prompt=STORY, stream=True, n=8, **LONG)
+        next(iter(busy))
+        got = post(s, prompt=[STORY] * 6, max_tokens=400)
+        assert got.status_code == 429 and got.headers["retry-after"]
+        assert got.json()["error"]["type"] == "rate_limit_error"
+        assert servers.eventually(lambda: servers.busy(s.engine) == 8)  # none was left behind
+        busy.close()
+        assert s.idle(2.0)
+        assert post(s, prompt=STORY, max_tokens=1).status_code == 200
+        got = post(s, prompt=[STORY] * 13)
+        assert got.status_code == 400 and "at most 12 answers" in got.json()["error"]["message"]
+
+
+def test_a_prompt_is_scored_though_answers_hold_all_sequences(model):
+    with servers.serving(model) as s, client_of(s) as c:
+        options = LONG | {"max_tokens": 150}
+        busy = c.completions.create(model="small_model", prompt=STORY, stream=True, n=8, **options)
+        next(iter(busy))
+        got = post(s, prompt=STORY, max_tokens=1, temperature=0, echo=True, logprobs=0).json()
+        table = got["choices"][0]["logprobs"]["token_logprobs"]
+        want = model.logprobs(STORY).logprobs.tolist()
+        assert table[1:-1] == want
+        assert sum(1 for _ in busy) > 20  # they were not waited for in vain
+
+
+def test_body_limit(model):
+    with servers.serving(model, max_body_bytes=1000) as s:
+        assert post(s, prompt="x" * 200, user="x" * 700, max_tokens=1).status_code == 200
+        got = post(s, prompt="x" * 1000)
+        assert (got.status_code, got.json()["error"]["code"]) == (413, "body_too_large")
+        chunks = (b"x" * 600 for _ in range(2))
+        headers = {"content-type": "application/json"}
+        got = HTTP.post(f"{s.url}/v1/completions", content=chunks, headers=headers)
+        assert (got.status_code, got.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_max_tokens_limits(model):
+    with servers.serving(model, max_tokens=8, default_max_tokens=6) as s:
+        got = post(s, prompt="x", max_tokens=9)
+        assert got.status_code == 400 and got.json()["error"]["param"] == "max_tokens"
+        assert "at most 8" in got.json()["error"]["message"]
+        for path, body, n in [
+            ("/v1/completions", {"prompt": "x"}, 8),
+            ("/v1/chat/completions", {"messages": CHAT}, 6),
+            ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 8}, 8),
+        ]:
+            got = post(s, path, ignore_eos=True, **body).json()
+            assert got["usage"]["completion_tokens"] == n
+            assert got["choices"][0]["finish_reason"] == "length"
+
+
+def test_key_and_host(model):
+    with servers.serving(model, api_key="secret", hosts=("127.0.0.1",)) as s:
+        assert HTTP.get(f"{s.url}/health").status_code == 200
+        for headers in ({}, {"authorization": "Bearer secre"}, {"authorization": "secret"},
+                        {"authorization": "Bearer sécret".encode()}):  # fmt: skip
+            got = HTTP.get(f"{s.url}/v1/models", headers=headers)
+            assert (got.status_code, got.json()["error"]["code"]) == (401, "invalid_api_key")
+        right = {"authorization": "Bearer secret"}
+        assert HTTP.get(f"{s.url}/v1/models", headers=right).status_code == 200
+        rebound = right | {"host": "evil.example"}
+        assert HTTP.get(f"{s.url}/v1/models", headers=rebound).status_code == 403
+        with client_of(s).with_options(api_key="secret") as c:
+            assert c.models.list().data[0].id == "small_model"
+
+
+def test_a_silent_stream_says_that_it_lives(model, monkeypatch):
+    monkeypatch.setattr("kimi_linear.serve.running.KEEP_ALIVE", 0.02)
+    go = threading.Event()
+
+    class Waits(servers.Scripted):
+        def submit(self, prompt, **sampling):
+            return self._engine.submit(prompt, logits_processor=wait, **sampling)
+
+    def wait(ids, logits):
+        go.wait(10)
+
+    engine = Waits(model, [])
+    with servers.serving(model, engine=engine) as s:
+        body = dict(prompt=STORY, max_tokens=1, stream=True)
+        with HTTP.stream("POST", f"{s.url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": waiting"
+            go.set()
+            assert len(events(lines)) == 1
+    engine.close()
+
+
+# ---- the command -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command():
+    """Starts `kimi-linear serve` on a free port; (process, its address)."""
+    started = []
+
+    def start(*options):
+        args = [sys.executable, "-m", "kimi_linear", "serve", "--port", "0", "--device", "cpu",
+                "--dtype", "f32", "--max-context", "512", *options]  # fmt: skip
+        env = {**os.environ, "KIMI_LINEAR_THREADS": "1"}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(args, stderr=pipe, stdout=pipe, text=True, env=env)
+        started.append(process)
+        lines = []
+        while "/v1 is ready" not in (lines or [""])[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        return process, servers.Served(lines[-1].partition("/v1 ")[0], None)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_lets_answers_end(command, model):
+    process, s = command()
+    with client_of(s) as client:
+        stream = client.completions.create(
+            model="small_model", prompt=STORY, stream=True, **LONG
+        )
+        first = next(iter(stream)).choices[0].text
+        process.send_signal(signal.SIGTERM)
+        text = first + "".join(c.choices[0].text for c in stream)
+    assert text == model.generate(STORY, max_new_tokens=400, ignore_eos=True).text
+    assert process.wait(20) == 0
+    assert process.stdout.read() == ""
+
+
+def test_after_the_grace_answers_are_cut_off(command):
+    process, s = command("--grace", "0", "--name", "tale")
+    with client_of(s) as client:
+        stream = client.completions.create(model="tale", prompt=STORY, stream=True, **LONG)
+        next(iter(stream))
+        process.send_signal(signal.SIGINT)
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            assert sum(1 for _ in stream) < 0
+    assert process.wait(20) == 130
+
+
+def test_a_wrong_command_line(tmp_path):
+    def fails(*options, code=2):
+        done = subprocess.run([sys.executable, "-m", "kimi_linear", "serve", *options],
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == code and "Traceback" not in done.stderr
+        return done.stderr
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port}" in fails("--port", str(port), code=1)
+    assert "--port" in fails("--port", "70000")
+    assert "max_waiting" in fails("--max-waiting", "0")
