@@ -86,6 +86,7 @@ class Row:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.id = -1  # the core's, once it is submitted
+        self.n_cached = 0  # tokens of the prompt that others had read
         self._times = self._times_before = {"prefill_s": 0.0, "decode_s": 0.0}
         call.grow(0, len(ids))
 
@@ -142,7 +143,7 @@ class Row:
         """Counts and times so far."""
         return Stats(
             prompt_tokens=len(self.prompt_ids),
-            cached_tokens=0,
+            cached_tokens=self.n_cached,
             new_tokens=len(self.token_ids),
             prefill_s=self._times["prefill_s"] - self._times_before["prefill_s"],
             decode_s=self._times["decode_s"] - self._times_before["decode_s"],
@@ -192,10 +193,11 @@ class Run:
         events = self._generation.run(max_steps, process, progress)
         self.stats = self._generation.stats()
         found = []
-        for request_id, token_id, logprob, finish, top in events:
+        for request_id, token_id, logprob, finish, top, n_cached in events:
             row = self._rows.get(request_id)
             if row is None:  # a token of the same call, past a stop string
                 continue
+            row.n_cached = n_cached
             found.append((row, row.take(token_id, logprob, finish, top, self.stats)))
             if row.done:
                 self._forget(row, ended=finish is not None)

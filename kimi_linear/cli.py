@@ -234,6 +234,7 @@ def chat_command(args: argparse.Namespace) -> None:
     """A conversation on the terminal. Ctrl-C ends an answer, Ctrl-D the conversation."""
     messages = [{"role": "system", "content": args.system}] if args.system else []
     with _load(args) as model:
+        model.prefix_cache = True  # each turn rereads the conversation
         while (text := _ask()) is not None:
             messages.append({"role": "user", "content": text})
             try:

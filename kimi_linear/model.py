@@ -312,6 +312,31 @@ class Model(Inspection):
         """
         return State._empty(self)
 
+    # ---- the prefix cache ----------------------------------------------------------------
+
+    @property
+    def prefix_cache(self) -> bool:
+        """Whether a prompt begins with what earlier ones, or others of its batch, have read.
+
+        False at first. `generate`, `stream` and `chat` then read only what is new: multiples of
+        64 tokens are reused, and `Stats.cached_tokens` says how many. The answer is to the bit
+        that of reading it all: on the CPU always, on CUDA with batch_invariant=True. What is
+        kept lives in memory of the plan that no sequence needs, is given up for one that does,
+        the least recently used first, and all of it when this is set to False. States do not
+        take part. csrc/model/prefix.h has the rules.
+        """
+        return bool(self._open_engine().prefix_stats()["on"])
+
+    @prefix_cache.setter
+    def prefix_cache(self, on: bool) -> None:
+        if not isinstance(on, bool):
+            raise TypeError(f"prefix_cache: must be True or False, got {quote(on)}")
+        self._open_engine().keep_prefixes(on)
+
+    def clear_prefix_cache(self) -> None:
+        """Give up what is kept, and go on as `prefix_cache` says."""
+        self._open_engine().clear_prefixes()
+
     def _check_sampling(self, **sampling: Unpack[SamplingOptions]) -> Sampling:
         return check_sampling(self.config.vocab_size, self._stop_ids, **sampling)
 
@@ -395,7 +420,15 @@ class Model(Inspection):
             return []
         sequences, pages = self._engine.usage()
         n_bytes = sequences * self.plan.kda_state_per_sequence + self.plan.of_pages(pages)
-        return [("in use", f"{gib(n_bytes)} by {sequences} sequences")]
+        used = [("in use", f"{gib(n_bytes)} by {sequences} sequences")]
+        kept = self._engine.prefix_stats()
+        if not kept["on"]:
+            return [*used, ("prefix cache", "off")]
+        text = (
+            f"{gib(kept['bytes'])} in {kept['snapshots']} prefixes, "
+            f"{kept['hits']:,} prompts spared {kept['cached_tokens']:,} tokens"
+        )
+        return [*used, ("prefix cache", text)]
 
     # ---- life ----------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ class Stats:
     """Counts and times of a call; a batch shares its times."""
 
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, not computed because a cache had them
+    cached_tokens: int  # of the prompt, not computed: the prefix cache had them; 0 for states
     new_tokens: int
     prefill_s: float  # seconds in steps that fed prompts
     decode_s: float  # seconds in steps that only continued
@@ -33,8 +33,9 @@ class Stats:
         return max(self.new_tokens - 1, 0) / max(self.decode_s, 1e-9)
 
     def __str__(self) -> str:
+        cached = f", {self.cached_tokens} of them cached," if self.cached_tokens else ""
         return (
-            f"prompt {self.prompt_tokens} tokens in {self.prefill_s:.2f} s "
+            f"prompt {self.prompt_tokens} tokens{cached} in {self.prefill_s:.2f} s "
             f"({self.prefill_rate:.0f}/s), new {self.new_tokens} in {self.decode_s:.2f} s "
             f"({self.decode_rate:.1f}/s), peak {gib(self.peak_bytes)}"
         )

@@ -60,7 +60,7 @@ def run(generation, *, max_steps=4, process=None, progress=None) -> dict[int, li
     """The tokens of every request, from here to the end of the generation; raises what ended one."""
     tokens: dict[int, list[int]] = {}
     while not generation.done():
-        for request, token, _, finish, _ in generation.run(max_steps, process, progress):
+        for request, token, _, finish, *_ in generation.run(max_steps, process, progress):
             if isinstance(finish, Exception):
                 raise finish
             tokens.setdefault(request, []).append(token)

@@ -93,9 +93,9 @@ static void leave_slot(kl_cache *c, int64_t slot)
     *s = (kl_cache_seq){.generation = s->generation + 1};
 }
 
-/* Give up the snapshot used longest ago, but not `except`; where pages are wanted, of those that
- * have one to give. Returns whether there was any. */
-static bool evict(kl_cache *c, bool pages, int64_t except)
+/* The snapshot used longest ago, but not `except`; where pages are wanted, of those that have one
+ * to give. -1: none. */
+static int64_t oldest_snapshot(const kl_cache *c, bool pages, int64_t except)
 {
     int64_t oldest = -1;
     for (int64_t i = 0; i < c->n_slots; i++) {
@@ -104,6 +104,13 @@ static bool evict(kl_cache *c, bool pages, int64_t except)
         if (oldest >= 0 && s->last_use > c->seqs[oldest].last_use) continue;
         if (!pages || spare_pages(c, i) > 0) oldest = i;
     }
+    return oldest;
+}
+
+/* Returns whether there was one to be given up. */
+static bool evict(kl_cache *c, bool pages, int64_t except)
+{
+    const int64_t oldest = oldest_snapshot(c, pages, except);
     if (oldest < 0) return false;
     leave_slot(c, oldest);
     c->n_evicted++;
@@ -201,6 +208,7 @@ static void revive(kl_cache *c, int64_t slot, kl_seq *out)
     s->snapshot = false;
     s->generation += 2;
     c->n_snapshots--;
+    c->n_evicted++;
     c->n_alive++;
     *out = handle_of(c, slot);
 }
@@ -210,11 +218,25 @@ kl_status kl_cache_fork(kl_cache *c, kl_seq seq, kl_seq *out, kl_error *err)
     int64_t from;
     KL_TRY(kl_cache_find(c, seq, false, &from, err));
     KL_TRY(check_alive(c, err));
-    c->seqs[from].last_use = ++c->uses;
+    kl_cache_use(c, seq);
     const int64_t to = free_slot(c, from);
     if (to >= 0) return copy_into(c, from, to, false, out, err);
     revive(c, from, out);
     return KL_OK;
+}
+
+void kl_cache_use(kl_cache *c, kl_seq seq)
+{
+    if (kl_cache_is_alive(c, seq)) c->seqs[(seq & 0xffffffffu) - 1].last_use = ++c->uses;
+}
+
+bool kl_cache_snapshot_fits(const kl_cache *c, kl_seq *victim)
+{
+    *victim = 0;
+    if (c->n_alive + c->n_snapshots < c->n_slots) return true;
+    const int64_t oldest = oldest_snapshot(c, false, -1);
+    if (oldest >= 0) *victim = handle_of(c, oldest);
+    return oldest >= 0;
 }
 
 kl_status kl_cache_snapshot(kl_cache *c, kl_seq seq, kl_seq *out, kl_error *err)

@@ -82,6 +82,10 @@ kl_status kl_cache_release(kl_cache *c, kl_seq seq, kl_error *err);
 /* A snapshot of a sequence at the end of a page; *out 0 where living sequences need every slot.
  * It can be forked like any other, which counts as a use, and released. */
 kl_status kl_cache_snapshot(kl_cache *c, kl_seq seq, kl_seq *out, kl_error *err);
+/* Whether one more snapshot would find a slot, and which other would go for it; 0: none. */
+bool kl_cache_snapshot_fits(const kl_cache *c, kl_seq *victim);
+/* Of a snapshot: it was of use, and goes after those that were not since. */
+void kl_cache_use(kl_cache *c, kl_seq seq);
 /* Whether a handle is that of a sequence or snapshot that is there still. */
 bool kl_cache_is_alive(const kl_cache *c, kl_seq seq);
 

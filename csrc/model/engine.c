@@ -40,6 +40,7 @@ static kl_status make_cache(kl_engine *e, kl_error *err)
     kl_arena arena;
     KL_TRY(alloc_block(e, bytes, &e->cache_block, err));
     kl_arena_init(&arena, e->cache_block, bytes);
+    kl_prefix_init(&e->prefix, &e->cache);
     return kl_cache_init(&e->cache, e->be, &e->config, kl_act_of(e->format), &shape, &arena,
                          err);
 }
@@ -91,6 +92,7 @@ void kl_engine_free(kl_engine *e)
     free_block(e, e->cache_block, cache_bytes(&e->plan));
     free_block(e, e->scratch, e->plan.scratch_bytes);
     kl_weights_free(&e->weights);
+    kl_prefix_free(&e->prefix);
     kl_cache_free(&e->cache);
     if (e->host != NULL) e->be->vt->free_host(e->be, e->host, e->host_bytes);
     for (int i = 0; i < 2; i++)
@@ -188,4 +190,36 @@ void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used
 {
     *sequences = e->cache.n_alive;
     *pages_used = e->cache.n_pages - e->cache.n_free - e->cache.n_spare;
+}
+
+/* ---- prefixes -------------------------------------------------------------------------- */
+
+kl_status kl_engine_keep_prefixes(kl_engine *e, bool on, kl_error *err)
+{
+    if (on && e->plan.step_tokens < KL_PAGE_TOKENS)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "prefix cache: step_tokens must be at least %d, got %lld: prompts are "
+                       "cut at its borders only",
+                       KL_PAGE_TOKENS, (long long)e->plan.step_tokens);
+    e->prefix.on = on;
+    if (!on) kl_prefix_clear(&e->prefix);
+    return KL_OK;
+}
+
+void kl_engine_clear_prefixes(kl_engine *e)
+{
+    kl_prefix_clear(&e->prefix);
+}
+
+void kl_engine_prefix_stats(const kl_engine *e, kl_prefix_stats *out)
+{
+    const kl_cache *c = &e->cache;
+    const size_t page = KL_PAGE_TOKENS * e->plan.page_bytes_per_token;
+    *out = (kl_prefix_stats){.on = e->prefix.on,
+                             .hits = e->prefix.hits,
+                             .cached_tokens = e->prefix.cached_tokens,
+                             .evicted = (int64_t)c->n_evicted,
+                             .snapshots = c->n_snapshots};
+    out->bytes =
+        (size_t)c->n_snapshots * e->plan.state_bytes_per_sequence + (size_t)c->n_spare * page;
 }

@@ -115,6 +115,21 @@ kl_status kl_seq_write_image(kl_engine *e, kl_seq seq, uint64_t offset, const vo
 kl_status kl_seq_restore(kl_engine *e, int64_t length, kl_seq *out, kl_error *err);
 void kl_engine_usage(const kl_engine *e, int64_t *sequences, int64_t *pages_used);
 
+/* ---- prefixes -------------------------------------------------------------------------- */
+
+typedef struct {
+    bool on;
+    int64_t hits, cached_tokens, evicted; /* since the engine was made */
+    int64_t snapshots;                    /* now */
+    size_t bytes;                         /* that snapshots alone hold now */
+} kl_prefix_stats;
+
+/* Whether prompts begin with what others have read before them (prefix.h), to the bit what they
+ * would compute. Off at first; switching off gives up all snapshots. */
+kl_status kl_engine_keep_prefixes(kl_engine *e, bool on, kl_error *err);
+void kl_engine_clear_prefixes(kl_engine *e);
+void kl_engine_prefix_stats(const kl_engine *e, kl_prefix_stats *out);
+
 /* ---- one step -------------------------------------------------------------------------- */
 
 typedef struct {
@@ -193,6 +208,7 @@ typedef enum { KL_RUNNING, KL_FINISH_STOP, KL_FINISH_LENGTH, KL_FINISH_ERROR } k
  * id -1 and KL_FINISH_ERROR. */
 typedef struct {
     int64_t request;
+    int64_t n_cached; /* tokens of the prompt that were not computed: others had read them */
     int32_t id;
     float logprob;
     kl_finish finish;

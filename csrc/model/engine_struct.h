@@ -4,6 +4,7 @@
 #ifndef KL_MODEL_ENGINE_STRUCT_H
 #define KL_MODEL_ENGINE_STRUCT_H
 
+#include "model/prefix.h"
 #include "model/recording.h"
 
 struct kl_engine {
@@ -15,6 +16,7 @@ struct kl_engine {
 
     kl_weights weights;
     kl_cache cache;
+    kl_prefix prefix;
     void *weight_block, *cache_block, *scratch; /* the device's, sizes in the plan */
 
     kl_recordings recordings;

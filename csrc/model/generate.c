@@ -26,6 +26,7 @@ static kl_event *push_event(kl_generation *g, const kl_request_state *q, int32_t
 {
     kl_event *event = &g->queue[g->queue_first + g->queue_count++];
     event->request = q->id;
+    event->n_cached = q->n_cached;
     event->id = id;
     event->logprob = 0.0f;
     event->finish = finish;
@@ -53,6 +54,7 @@ static void fail_numerical(kl_generation *g, kl_request_state *q)
     kl_error_set(&err, KL_ERR_NUMERICAL,
                  "generate: request %lld: logits after %lld tokens must be finite",
                  (long long)q->id, (long long)(q->r.n_prompt + q->n_new));
+    kl_prefix_distrust(&g->e->prefix, &q->place);
     fail(g, q, &err);
 }
 
@@ -104,15 +106,24 @@ static kl_status fork_unchanged(kl_generation *g, const kl_request_state *q, kl_
                    (long long)q->id);
 }
 
+/* An empty sequence, or one that has read what others have of the prompt. */
+static kl_status start_prompt(kl_generation *g, kl_request_state *q, kl_seq *out, kl_error *err)
+{
+    KL_TRY(kl_prefix_start(&g->e->prefix, &q->place, out, &q->n_cached, err));
+    q->sched.fed = q->n_cached;
+    g->stats.prompt_done += q->n_cached;
+    return KL_OK;
+}
+
 /* A sequence for a request, with the pages it may come to need. */
-static kl_status open_sequence(kl_generation *g, const kl_request_state *q, kl_seq *seq,
+static kl_status open_sequence(kl_generation *g, kl_request_state *q, kl_seq *seq,
                                kl_error *err)
 {
     kl_error ignored;
     if (q->r.seq != 0)
         KL_TRY(fork_unchanged(g, q, seq, err));
     else
-        KL_TRY(kl_seq_new(g->e, seq, err));
+        KL_TRY(start_prompt(g, q, seq, err));
     const kl_status status = kl_cache_reserve(&g->e->cache, *seq, kl_request_longest(q), err);
     if (status != KL_OK) (void)kl_seq_release(g->e, *seq, &ignored);
     return status;
@@ -126,10 +137,27 @@ static void turn_away(kl_generation *g, const kl_error *err)
     kl_request_free(q);
 }
 
+/* Whether a prompt that is being read will spare the first that waits a part of its own. */
+static bool first_is_spared(const kl_generation *g)
+{
+    const kl_prefix_place *place = &g->first->place;
+    for (int64_t i = 0; i < g->n_running; i++) {
+        const kl_request_state *q = g->running[i];
+        if (q->sched.phase == KL_SCHED_PROMPT &&
+            kl_prefix_comes(&g->e->prefix, place, &q->place, q->sched.fed))
+            return true;
+    }
+    return false;
+}
+
 static bool first_fits(const kl_generation *g)
 {
     const kl_cache *c = &g->e->cache;
     const int64_t places = g->e->plan.max_batch - g->n_running;
+    kl_request_state *q = g->first;
+    if (first_is_spared(g)) return false;
+    if (q->r.seq == 0)
+        q->sched.pages = kl_prefix_pages(&g->e->prefix, &q->place, kl_request_longest(q));
     return kl_sched_admits(&g->first->sched, kl_min_i64(kl_cache_free_seqs(c), places),
                            kl_cache_available(c));
 }
@@ -249,14 +277,16 @@ static int64_t make_rows(kl_generation *g, int64_t n_items)
 }
 
 /* The step has run: prompts have moved on. */
-static void advance_prompts(kl_generation *g, int64_t n_items)
+static kl_status advance_prompts(kl_generation *g, int64_t n_items, kl_error *err)
 {
     for (int64_t k = 0; k < n_items; k++) {
-        kl_sched_request *r = &g->running[g->items[k].request]->sched;
-        if (r->phase != KL_SCHED_PROMPT) continue;
-        r->fed += g->items[k].count;
+        kl_request_state *q = g->running[g->items[k].request];
+        if (q->sched.phase != KL_SCHED_PROMPT) continue;
+        q->sched.fed += g->items[k].count;
         g->stats.prompt_done += g->items[k].count;
+        KL_TRY(kl_prefix_keep(&g->e->prefix, &q->place, q->seq, q->sched.fed, err));
     }
+    return KL_OK;
 }
 
 static kl_step sampling_step(const kl_generation *g)
@@ -335,7 +365,7 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
         KL_TRY(kl_engine_step(g->e, &logits_only, err));
         KL_TRY(process_and_sample(g, g->logits, n_rows, process, process_ctx, err));
     }
-    advance_prompts(g, n_items);
+    KL_TRY(advance_prompts(g, n_items, err));
     for (int64_t row = 0; row < n_rows; row++) take_token(g, row);
     return KL_OK;
 }
@@ -343,7 +373,11 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
 /* Returns the number of items of the next step. */
 static int64_t choose_items(kl_generation *g)
 {
-    for (int64_t i = 0; i < g->n_running; i++) g->phases[i] = g->running[i]->sched;
+    for (int64_t i = 0; i < g->n_running; i++) {
+        const kl_request_state *q = g->running[i];
+        g->phases[i] = q->sched;
+        g->phases[i].cut = kl_prefix_cut(&g->e->prefix, &q->place, q->sched.fed);
+    }
     const int64_t n_items = kl_sched_step(g->phases, g->n_running, g->e->plan.step_tokens,
                                           g->decode_first, g->items);
     g->decode_first = kl_sched_held_up(g->phases, g->n_running, g->items, n_items);

@@ -115,7 +115,8 @@ void kl_request_free(kl_request_state *q)
     kl_free(q);
 }
 
-static kl_status fill_request(const kl_generation *g, kl_request_state *q, const kl_request *r,
+/* What it may fail with comes before it has a place among the prefixes. */
+static kl_status fill_request(kl_generation *g, kl_request_state *q, const kl_request *r,
                               kl_error *err)
 {
     q->id = g->next_id;
@@ -126,11 +127,12 @@ static kl_status fill_request(const kl_generation *g, kl_request_state *q, const
                                   .n_prompt = r->n_prompt,
                                   .fed = r->n_history,
                                   .pages = pages_of(g->e, r, kl_request_longest(q))};
-    return KL_OK;
+    if (r->seq != 0 || r->max_new_tokens == 0) return KL_OK;
+    return kl_prefix_enter(&g->e->prefix, q->ids, r->n_prompt, &q->place, err);
 }
 
-static kl_status new_request(const kl_generation *g, const kl_request *r,
-                             kl_request_state **out, kl_error *err)
+static kl_status new_request(kl_generation *g, const kl_request *r, kl_request_state **out,
+                             kl_error *err)
 {
     kl_request_state *q = kl_calloc(1, sizeof *q);
     if (q == NULL)
@@ -244,6 +246,7 @@ void kl_request_end(kl_generation *g, kl_request_state *q)
     else if (q->seq != 0 && kl_cache_find(&g->e->cache, q->seq, true, &slot, &ignored) == KL_OK)
         kl_cache_unreserve(&g->e->cache, slot);
     q->seq = 0;
+    kl_prefix_leave(&g->e->prefix, &q->place);
     q->sched.phase = KL_SCHED_DONE;
 }
 
@@ -273,6 +276,7 @@ static void drop_waiting(kl_generation *g, int64_t id)
         before->next = q->next;
     if (g->last == q) g->last = before;
     g->n_waiting--;
+    kl_request_end(g, q);
     kl_request_free(q);
 }
 
@@ -341,7 +345,7 @@ void kl_generation_free(kl_generation *g)
     if (g == NULL) return;
     for (int64_t i = 0; i < g->n_running; i++) kl_request_end(g, g->running[i]);
     kl_generation_sweep(g);
-    while (g->first != NULL) kl_request_free(kl_generation_pop(g));
+    while (g->first != NULL) drop_waiting(g, g->first->id);
     if (g->logits != NULL)
         g->e->be->vt->free_host(g->e->be, g->logits, kl_generation_logits_bytes(g));
     void *const owned[] = {g->running,  g->phases, g->items,        g->queue,   g->feeds,

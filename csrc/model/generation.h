@@ -19,6 +19,8 @@ typedef struct kl_request_state {
     float *logits;  /* what the first draw is from, where nothing is fed before it; or NULL */
     int64_t before; /* tokens of the sequence that is continued */
     kl_seq seq;     /* 0: none */
+    kl_prefix_place place;
+    int64_t n_cached; /* tokens of the prompt that others had read */
 } kl_request_state;
 
 struct kl_generation {

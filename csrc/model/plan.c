@@ -8,8 +8,9 @@
  * more than the weights do: a small model must not take a GPU for itself.
  *
  * The prefix cache lives in what sequences leave of all that (cache.h). A batch that fills every
- * slot would leave it nothing, so it has a few more: one for four sequences, as far as a
- * thirty-second of what the pages may take pays for them and a context still fits.
+ * slot would leave it nothing, so it has a few more: one for four sequences and two at least (a
+ * document and a question on it), as far as a thirty-second of what the pages may take pays for
+ * them and a context still fits.
  */
 #include "model/plan.h"
 
@@ -224,7 +225,7 @@ static void choose_snapshots(const planner *s, kl_plan *out)
 {
     const size_t room = room_within(out, s->ample), slot = out->state_bytes_per_sequence;
     const size_t context = (size_t)kl_cache_pages_for(s->config, out->max_context) * s->page;
-    int64_t n = (out->max_batch + 3) / 4;
+    int64_t n = out->max_batch > 4 ? (out->max_batch + 3) / 4 : 2;
     if (slot > 0) n = kl_min_i64(n, (int64_t)(room / 32 / slot));
     if (context + (size_t)n * slot > room) n = 0;
     out->snapshot_slots = n;

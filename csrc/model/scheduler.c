@@ -31,13 +31,14 @@ static int64_t rest_of(const filling *f, int64_t i)
     return r->phase == KL_SCHED_PROMPT ? r->n_prompt - r->fed : 0;
 }
 
-/* As much of a prompt as `room` holds: the whole rest, or whole units. */
+/* As much of a prompt as `room` holds: all to its end or its cut, or whole units. */
 static void take_prompt(filling *f, int64_t i, int64_t room)
 {
-    const int64_t rest = rest_of(f, i);
+    const kl_sched_request *r = &f->requests[i];
+    const int64_t rest = r->cut > r->fed ? r->cut - r->fed : rest_of(f, i);
     const int64_t count = rest <= room ? rest : room / f->unit * f->unit;
     if (count == 0) return;
-    f->items[f->n_items++] = (kl_sched_item){i, count, count == rest};
+    f->items[f->n_items++] = (kl_sched_item){i, count, r->fed + count == r->n_prompt};
     f->room -= count;
 }
 

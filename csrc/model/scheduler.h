@@ -33,6 +33,7 @@ typedef struct {
     kl_sched_phase phase;
     int64_t n_prompt, fed; /* fed: tokens of the prompt that were fed */
     int64_t pages;         /* of its longest outcome                  */
+    int64_t cut; /* where its prompt is cut next, a multiple of the unit; 0: anywhere */
 } kl_sched_request;
 
 /* `count` tokens of a request; `samples`: the last of them decides the next token. */

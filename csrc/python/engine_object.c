@@ -208,6 +208,13 @@ static PyMethodDef engine_methods[] = {
     {"seq_drop", kl_engine_py_drop, METH_O,
      "seq_drop($self, seq, /)\n--\n\n"
      "Release a sequence now or soon, from any thread and callback; a stale handle is fine."},
+    {"keep_prefixes", kl_engine_py_keep_prefixes, METH_O,
+     "keep_prefixes($self, on, /)\n--\n\n"
+     "Whether prompts begin with what others have read; off gives all of it up."},
+    {"clear_prefixes", kl_engine_py_clear_prefixes, METH_NOARGS,
+     "clear_prefixes($self, /)\n--\n\nGive up what was kept."},
+    {"prefix_stats", kl_engine_py_prefix_stats, METH_NOARGS,
+     "prefix_stats($self, /)\n--\n\nCounts of use, and what is kept now."},
     {"image_bytes", kl_engine_py_image_bytes, METH_O,
      "image_bytes($self, length, /)\n--\n\nBytes of the image of a sequence of so many "
      "tokens."},

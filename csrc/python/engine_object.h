@@ -107,6 +107,11 @@ PyObject *kl_engine_py_image_bytes(PyObject *op, PyObject *arg);
 PyObject *kl_engine_py_read_image(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_write_image(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 
+/* In engine_prefix.c. */
+PyObject *kl_engine_py_keep_prefixes(PyObject *op, PyObject *arg);
+PyObject *kl_engine_py_clear_prefixes(PyObject *op, PyObject *none);
+PyObject *kl_engine_py_prefix_stats(PyObject *op, PyObject *none);
+
 PyObject *kl_generation_object_new(EngineObject *engine, PyObject *requests);
 
 extern PyType_Spec kl_engine_spec, kl_generation_spec;

@@ -341,7 +341,7 @@ static PyObject *finish_object(const kl_module *m, const kl_event *event)
     return PyUnicode_FromString(event->finish == KL_FINISH_STOP ? "stop" : "length");
 }
 
-/* (request, id, logprob, finish or None, ((id, logprob), ...)) */
+/* (request, id, logprob, finish or None, ((id, logprob), ...), cached tokens) */
 static PyObject *event_tuple(const kl_module *m, const kl_event *event)
 {
     PyObject *finish = finish_object(m, event);
@@ -350,8 +350,8 @@ static PyObject *event_tuple(const kl_module *m, const kl_event *event)
         Py_XDECREF(finish);
         return NULL;
     }
-    return Py_BuildValue("(LidNN)", (long long)event->request, (int)event->id,
-                         (double)event->logprob, finish, top);
+    return Py_BuildValue("(LidNNL)", (long long)event->request, (int)event->id,
+                         (double)event->logprob, finish, top, (long long)event->n_cached);
 }
 
 static PyObject *event_list(const kl_module *m, const kl_event *events, int64_t n)
@@ -436,7 +436,8 @@ static PyObject *generation_stats(PyObject *op, PyObject *Py_UNUSED(none))
 static PyMethodDef generation_methods[] = {
     {"run", KL_FASTCALL(generation_run), METH_FASTCALL,
      "run($self, max_steps, process, progress, /)\n--\n\n"
-     "[(request, id, logprob, finish or None, ((id, logprob), ...)), ...] of so many steps; "
+     "[(request, id, logprob, finish or None, ((id, logprob), ...), cached), ...] of so many "
+     "steps; "
      "finish is an exception where the request failed."},
     {"submit", generation_submit, METH_O,
      "submit($self, request, /)\n--\n\nOne more request, behind those that wait; its number."},

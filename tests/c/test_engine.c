@@ -254,7 +254,7 @@ static void plans_add_up_and_refuse(void)
     EXPECT(kl_plan_make(be, &tiny_config, &o, &p, &err) == KL_OK);
     EXPECT(p.total_bytes ==
            p.weight_bytes + p.state_bytes + p.snapshot_bytes + p.page_bytes + p.scratch_bytes);
-    EXPECT(p.snapshot_slots == 1 && p.state_bytes == 4 * p.snapshot_bytes);
+    EXPECT(p.snapshot_slots == 2 && p.state_bytes == 2 * p.snapshot_bytes);
     EXPECT(p.max_context == 256 && p.max_batch == 4 && p.step_tokens == 64 && p.n_pages == 16);
     EXPECT(p.page_bytes == p.page_bytes_per_token * 64 * 16);
 

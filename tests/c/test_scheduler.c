@@ -43,6 +43,9 @@ static void join(game *g)
     if (g->n_queue == MAX_QUEUED || draw(g, 0, 3) != 0) return;
     g->queue[g->n_queue] = (kl_sched_request){.n_prompt = draw(g, 1, draw(g, 0, 1) ? 20 : 300),
                                               .pages = draw(g, 0, 8)};
+    if (draw(g, 0, 2) == 0)
+        g->queue[g->n_queue].cut = draw(g, 1, 5) * kl_sched_unit(g->step_tokens);
+    if (g->queue[g->n_queue].cut >= g->queue[g->n_queue].n_prompt) g->queue[g->n_queue].cut = 0;
     g->to_draw[g->n_queue++] = draw(g, 1, 20);
 }
 
@@ -68,6 +71,7 @@ static void play_item(game *g, const kl_sched_item *item)
     kl_sched_request *r = &g->running[item->request];
     if (r->phase == KL_SCHED_PROMPT) {
         EXPECT(item->count >= 1 && r->fed + item->count <= r->n_prompt);
+        EXPECT(r->cut <= r->fed || r->fed + item->count <= r->cut);
         r->fed += item->count;
         /* Where a prompt is cut must not depend on who else is in the step. */
         EXPECT(r->fed == r->n_prompt || r->fed % unit == 0);
@@ -160,8 +164,9 @@ static void random_loads_end(void)
 static void steps_are_full(void)
 {
     const kl_sched_request requests[] = {
-        {KL_SCHED_DECODE, 5, 5, 1}, {KL_SCHED_PROMPT, 400, 64, 5}, {KL_SCHED_WAITING, 9, 0, 1},
-        {KL_SCHED_DONE, 7, 7, 1},   {KL_SCHED_PROMPT, 30, 0, 1},
+        {KL_SCHED_DECODE, 5, 5, 1, 0},  {KL_SCHED_PROMPT, 400, 64, 5, 0},
+        {KL_SCHED_WAITING, 9, 0, 1, 0}, {KL_SCHED_DONE, 7, 7, 1, 0},
+        {KL_SCHED_PROMPT, 30, 0, 1, 0},
     };
     kl_sched_item items[5];
     EXPECT(kl_sched_step(requests, 5, 256, false, items) == 3);
@@ -174,10 +179,10 @@ static void steps_are_full(void)
 static void prompts_share_a_step(void)
 {
     const kl_sched_request requests[] = {
-        {KL_SCHED_PROMPT, 9000, 0, 5},
-        {KL_SCHED_PROMPT, 8000, 0, 5},
-        {KL_SCHED_PROMPT, 100, 0, 5},
-        {KL_SCHED_PROMPT, 20, 0, 5},
+        {KL_SCHED_PROMPT, 9000, 0, 5, 0},
+        {KL_SCHED_PROMPT, 8000, 0, 5, 0},
+        {KL_SCHED_PROMPT, 100, 0, 5, 0},
+        {KL_SCHED_PROMPT, 20, 0, 5, 0},
     };
     kl_sched_item items[4];
     EXPECT(kl_sched_step(requests, 4, 1024, false, items) == 4);
@@ -193,9 +198,9 @@ static void prompts_share_a_step(void)
 static void steps_without_room_for_both_alternate(void)
 {
     const kl_sched_request requests[] = {
-        {KL_SCHED_DECODE, 5, 5, 1},
-        {KL_SCHED_DECODE, 5, 5, 1},
-        {KL_SCHED_PROMPT, 9, 0, 1},
+        {KL_SCHED_DECODE, 5, 5, 1, 0},
+        {KL_SCHED_DECODE, 5, 5, 1, 0},
+        {KL_SCHED_PROMPT, 9, 0, 1, 0},
     };
     kl_sched_item items[3];
     EXPECT(kl_sched_step(requests, 3, 2, false, items) == 1);

@@ -240,7 +240,7 @@ def test_a_plan_is_what_an_engine_takes():
     assert planned["step_tokens"] % 64 == 0
     assert planned["page_bytes"] >= planned["page_bytes_per_token"] * 4096
     assert planned["total_bytes"] == sum(
-        planned[f"{part}_bytes"] for part in ("weight", "state", "page", "scratch")
+        planned[f"{part}_bytes"] for part in ("weight", "state", "snapshot", "page", "scratch")
     )
 
 
@@ -270,10 +270,11 @@ def test_events(engine):
     events = []
     while not g.done():
         events += g.run(1, None, None)
-    assert [e for e in events if e[0] == 1] == [(1, -1, 0.0, "length", ())]
+    assert [e for e in events if e[0] == 1] == [(1, -1, 0.0, "length", (), 0)]
     assert [e[3] for e in events if e[0] == 0] == [None] * 11 + ["length"]
     assert [e[3] for e in events if e[0] == 2] == [None, "length"]
-    for request_index, token, logprob, _, top in events:
+    for request_index, token, logprob, _, top, cached in events:
+        assert cached == 0
         assert len(top) == (3 if request_index == 0 else 0)
         if top:
             assert top[0] == (token, logprob)

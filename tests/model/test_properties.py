@@ -1,8 +1,5 @@
-"""What must hold whatever the weights: the runner's promises, most of them to the bit.
-
-On CUDA those to the bit hold for a backend opened as batch-invariant; one that is not picks its
-products by the shapes of a call, and keeps them within the rounding of its activations.
-"""
+"""What must hold whatever the weights: nothing that was there before shows, formats compute with what
+they store, devices and instruction sets agree. Which bits are promised is told in test_promises.py."""
 
 import os
 import signal
@@ -12,27 +9,13 @@ import kimi_linear as kl
 import numpy as np
 import pytest
 import torch
-from checkpoints import core_config, hf_logits, hf_model, relative_rms, save, tensors
-from engines import cut, in_pieces, next_tokens, open_engine, whole
+from checkpoints import core_config, hf_model, relative_rms, save, tensors
+from engines import cut, in_pieces, open_engine, whole
 from kimi_linear import _core
 from kimi_linear.reference import Model, quantize
-from transformers import KimiLinearForCausalLM
+from random_weights import T, calm, calm_rounding, ids, path, same  # noqa: F401  fixtures
 
-T = 200
 NAN_TOKEN = 3  # of the poisoned checkpoint
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """Weights under which any difference grows fiftyfold on its way to the logits."""
-    return save(hf_model("published-pattern", seed=3), tmp_path_factory.mktemp("properties"))
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory):
-    """(transformers' model, path): weights that do not amplify, to compare to a tolerance."""
-    judge = hf_model("published-pattern", seed=3, gain=0.3)
-    return judge, save(judge, tmp_path_factory.mktemp("calm"))
 
 
 @pytest.fixture(scope="module")
@@ -42,145 +25,6 @@ def poisoned_path(tmp_path_factory):
     with torch.no_grad():
         model.model.embed_tokens.weight[NAN_TOKEN] = torch.nan
     return save(model, tmp_path_factory.mktemp("poisoned"))
-
-
-@pytest.fixture(params=["f32", "bf16"])
-def engine(path, request, device):
-    e = open_engine(path, device=device, format=request.param, invariant=True)
-    yield e
-    e.close()
-
-
-@pytest.fixture(params=["f32", "bf16"])
-def default_engine(calm, request, device):
-    """As people open it, with the rounding that another order of sums may show."""
-    e = open_engine(calm[1], device=device, format=request.param)
-    yield e, {"f32": 1e-5, "bf16": calm_rounding(calm)}[request.param]
-    e.close()
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return np.random.default_rng(5).integers(4, 199, T).tolist()
-
-
-def others(n, seed):
-    return np.random.default_rng(seed).integers(4, 199, n).tolist()
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
-
-
-def calm_rounding(calm):
-    """What bfloat16 activations cost: twice the error of transformers' own bfloat16."""
-    judge, path = calm
-    ids = others(T, 5)
-    theirs = KimiLinearForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    allowed = 2 * relative_rms(hf_logits(theirs, ids), hf_logits(judge, ids))
-    assert 1e-3 < allowed < 0.03
-    return allowed
-
-
-def test_same_call_twice(engine, ids):
-    first = whole(engine, ids)
-    assert np.isfinite(first).all()
-    assert same(whole(engine, ids), first)
-
-
-def test_same_call_twice_by_default(default_engine, ids):
-    engine, _ = default_engine
-    assert same(whole(engine, ids), whole(engine, ids))
-    rows = [ids[:9], ids[:70], ids[:1]]
-    assert same(turns_of(engine, rows), turns_of(engine, rows))
-
-
-@pytest.mark.parametrize("lengths", [[64, 136], [128, 72], [64, 64, 64, 8], [192, 8]])
-def test_cut_at_chunks_is_the_whole_to_the_bit(engine, ids, lengths):
-    assert same(in_pieces(engine, ids, lengths), whole(engine, ids))
-
-
-@pytest.mark.parametrize(
-    "lengths", [cut(T, 1), cut(T, 7), cut(T, 64), cut(T, 65), [63, 1, 1, 135], [199, 1]]
-)
-def test_cut_anywhere_is_the_whole(default_engine, ids, lengths):
-    engine, rounding = default_engine
-    assert relative_rms(in_pieces(engine, ids, lengths), whole(engine, ids)) < rounding
-
-
-@pytest.mark.parametrize("format", ["f32", "bf16"])
-def test_a_small_step_does_not_show(path, ids, device, format):
-    """A prompt is cut into steps of the planner's size inside one call."""
-    small, large = (open_engine(path, device=device, format=format, invariant=True,
-                                step_tokens=n) for n in (64, 256))  # fmt: skip
-    assert small.plan()["step_tokens"] < large.plan()["step_tokens"]
-    assert same(whole(small, ids), whole(large, ids))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_row_in_a_batch_is_the_row_alone(engine, seed):
-    """Ragged steps over sequences with other pasts, some rows of a single token."""
-    r = np.random.default_rng(seed)
-    lengths = r.choice([1, 1, 2, 17, 64, 65], (4, 5))
-    rows = [[others(n, 100 * seed + i) for n in row] for i, row in enumerate(lengths)]
-    together = [engine.seq_new() for _ in rows]
-    batched = [np.array(engine.step(list(zip(together, turn, strict=True))))
-               for turn in zip(*rows, strict=True)]  # fmt: skip
-    for seq in together:
-        engine.seq_release(seq)
-    for i, row in enumerate(rows):
-        seq = engine.seq_new()
-        for turn, feed in enumerate(row):
-            assert same(engine.step([(seq, feed)])[0], batched[turn][i]), (i, turn)
-        engine.seq_release(seq)
-
-
-def turns_of(engine, rows):
-    """Logits of the last tokens after reading the rows in one step, then a token each."""
-    seqs = [engine.seq_new() for _ in rows]
-    turns = [np.array(engine.step(list(zip(seqs, feeds, strict=True))))
-             for feeds in (rows, [row[:1] for row in rows])]  # fmt: skip
-    for seq in seqs:
-        engine.seq_release(seq)
-    return np.concatenate(turns, axis=-1)
-
-
-def test_a_row_in_a_batch_is_near_the_row_alone(default_engine):
-    engine, rounding = default_engine
-    rows = [others(n, n) for n in (1, 64, 100, 9)]
-    together = turns_of(engine, rows)
-    alone = np.concatenate([turns_of(engine, [row]) for row in rows])
-    assert relative_rms(together, alone) < rounding
-
-
-@pytest.mark.parametrize("threads", [1, 7])
-@pytest.mark.parametrize("format", ["f32", "bf16", "int8", "int4"])
-def test_threads_do_not_change_bits(path, ids, format, threads):
-    two, other = (open_engine(path, format=format, threads=n) for n in (2, threads))
-    assert same(whole(other, ids), whole(two, ids))
-    seqs = [(e, e.seq_new()) for e in (two, other)]
-    decoded = [next_tokens(e, seq, e.step([(seq, ids[:70])])[0], 8) for e, seq in seqs]
-    assert decoded[0] == decoded[1]
-    for e in (two, other):
-        e.close()
-
-
-def test_fork_is_recomputing(engine, ids):
-    """Forked within a page, both go on by turns; what one writes the other never reads."""
-    seq = engine.seq_new()
-    engine.feed(seq, ids[:70], None)
-    both = [seq, engine.seq_fork(seq)]
-    turns = [[others(n, 10 * i + n) for n in (30, 75, 1, 5)] for i in range(2)]
-    got = [[], []]
-    for turn in range(4):
-        for i in (1, 0):
-            got[i].append(np.array(engine.step([(both[i], turns[i][turn])])))
-    for i in range(2):
-        again = engine.seq_new()
-        engine.feed(again, ids[:70], None)
-        for feed, logits in zip(turns[i], got[i], strict=True):
-            assert same(engine.step([(again, feed)]), logits)
-        engine.seq_release(again)
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16"])

@@ -1,12 +1,9 @@
 """States to the bit: what a state gives is what a sequence fed the same way gives, whatever was
 forked, saved, loaded, shared or interrupted in between."""
 
-import random
-
 import kimi_linear as kl
 import numpy as np
 import pytest
-from generators import tasks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kimi_linear.testing import random_model, tiny_config
@@ -360,28 +357,3 @@ def test_any_sequence_of_operations(pytestconfig, tmp_path):
 
             run()
             assert len(known) > 20
-
-
-# ---- what the small model remembers -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("name,kind", [("single", "numbers"), ("mqar", "")])
-def test_recall_through_files_and_forks(name, kind, tmp_path):
-    """A damaged state shows as lost recall; see test_small_model.py."""
-    with kl.load(dtype="bf16", max_context=2048, max_batch=3) as m:
-        for i in range(3):
-            r = random.Random(tasks.HELD_OUT_SEED + i)
-            options = (
-                {"turns": 1, "value": kind, "key": "words"} if kind else {"n": 16, "queries": 1}
-            )
-            turns = tasks.TASKS[name](r, 1500, **options)
-            messages = [{"role": role, "content": text} for role, text in turns[:-1]]
-            want = m.chat(messages, max_new_tokens=48).text
-            with m.state() as s:
-                s.feed(messages)
-                s.save(tmp_path / "s")
-                with kl.State.load(tmp_path / "s", m) as loaded, loaded.fork() as fork:
-                    loaded.release()
-                    assert fork.generate(max_new_tokens=48).text == want
-                assert s.generate(max_new_tokens=48).text == want
-            assert turns[-1][1].rstrip(".").split()[-1] in want
