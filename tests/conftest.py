@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -62,6 +63,16 @@ def device(request):
     """The same: "cpu" or "cuda"."""
     with variants.on(request.param):
         yield request.param
+
+
+@pytest.fixture
+def no_gc_callbacks():
+    """Python code that runs inside the collector (hypothesis leaves some there) swallows the
+    KeyboardInterrupt of a signal that arrives in it."""
+    saved = gc.callbacks[:]
+    gc.callbacks.clear()
+    yield
+    gc.callbacks[:] = saved
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,7 +1,6 @@
 """The model as users drive it. Whether its numbers are right is told in tests/model; here: that
 every call means what it says, that batches, streams and threads change nothing."""
 
-import gc
 import json
 import os
 import re
@@ -720,16 +719,6 @@ def interrupt_after(seconds):
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     return timer
-
-
-@pytest.fixture
-def no_gc_callbacks():
-    """Python code that runs inside the collector (hypothesis leaves some there) swallows the
-    KeyboardInterrupt of a signal that arrives in it."""
-    saved = gc.callbacks[:]
-    gc.callbacks.clear()
-    yield
-    gc.callbacks[:] = saved
 
 
 def test_ctrl_c_leaves_the_model_usable(model, no_gc_callbacks):
