@@ -7,6 +7,7 @@ from checkpoints import hf_logits, hf_model, relative_rms, save
 from transformers import KimiLinearForCausalLM
 
 T = 200  # tokens of `ids`
+NAN_TOKEN = 3  # of the poisoned checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,15 @@ def calm(tmp_path_factory):
     """(transformers' model, path): weights that do not amplify, to compare to a tolerance."""
     judge = hf_model("published-pattern", seed=3, gain=0.3)
     return judge, save(judge, tmp_path_factory.mktemp("calm"))
+
+
+@pytest.fixture(scope="module")
+def poisoned_path(tmp_path_factory):
+    """The same weights, but one token embeds to NaN: whatever it touches becomes NaN too."""
+    model = hf_model("published-pattern", seed=3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[NAN_TOKEN] = torch.nan
+    return save(model, tmp_path_factory.mktemp("poisoned"))
 
 
 @pytest.fixture(scope="module")

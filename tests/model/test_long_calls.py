@@ -17,7 +17,7 @@ WIDE = dict(vocab_size=4096, hidden_size=256, intermediate_size=1024, moe_interm
 CALLS = {
     "logprobs": lambda m, s, ids, p: m.logprobs(ids, progress=p),
     "score": lambda m, s, ids, p: m.score(ids, [1], progress=p),
-    "score_pairs": lambda m, s, ids, p: m.score_pairs([(ids[:-1], [1]), (ids[:99], [2])], progress=p),
+    "score_pairs": lambda m, s, ids, p: m.score_pairs([(ids, [1]), (ids[:99], [2])], progress=p),
     "rolling": lambda m, s, ids, p: m.rolling_logprobs(ids, progress=p),
     "windows": lambda m, s, ids, p: m.rolling_logprobs(ids, window=600, progress=p),
     "logits": lambda m, s, ids, p: m.logits(ids, progress=p),

@@ -8,23 +8,20 @@ import time
 import kimi_linear as kl
 import numpy as np
 import pytest
-import torch
 from checkpoints import core_config, hf_model, relative_rms, save, tensors
 from engines import cut, in_pieces, open_engine, whole
 from kimi_linear import _core
 from kimi_linear.reference import Model, quantize
-from random_weights import T, calm, calm_rounding, ids, path, same  # noqa: F401  fixtures
-
-NAN_TOKEN = 3  # of the poisoned checkpoint
-
-
-@pytest.fixture(scope="module")
-def poisoned_path(tmp_path_factory):
-    """The same weights, but one token embeds to NaN: whatever it touches becomes NaN too."""
-    model = hf_model("published-pattern", seed=3)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[NAN_TOKEN] = torch.nan
-    return save(model, tmp_path_factory.mktemp("poisoned"))
+from random_weights import (  # noqa: F401  fixtures
+    NAN_TOKEN,
+    T,
+    calm,
+    calm_rounding,
+    ids,
+    path,
+    poisoned_path,
+    same,
+)
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16"])
