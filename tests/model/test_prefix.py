@@ -203,21 +203,22 @@ class Interrupted(Exception):
 
 
 class Pair:
-    """A model and its twin without the cache, which must do alike whatever is asked of them."""
+    """A model and its twin without the cache, which must do alike whatever is asked of them; but
+    two prompts that share pages may fit where they would not alone."""
 
     def __init__(self, model, twin):
         self.models = (model, twin)
         self.states = []
 
     def both(self, call):
-        """Run it on each; results and refusals must be the same."""
+        """Run it on each; results and refusals must be the same, or there is no refusal."""
         found = []
         for k, m in enumerate(self.models):
             try:
                 found.append(call(m, k))
             except (kl.OutOfMemory, kl.NumericalError, Interrupted) as e:
                 found.append(type(e))
-        assert found[0] == found[1]
+        assert found[0] == found[1] or found[1] is kl.OutOfMemory
 
     def generate(self, prompts, i):
         self.both(lambda m, _: [outcome(c) for c in m.generate(prompts, **ASK)])
