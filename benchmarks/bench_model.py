@@ -4,6 +4,7 @@
     python benchmarks/bench_model.py --device cuda --shape 48b --dtype int8 --only decode8k,prefill8k
     python benchmarks/bench_model.py --device cuda --shape wide5 --only long     # a million tokens
     python benchmarks/bench_model.py --device cuda --shape 48b --only memory --max-context 1048576
+    python benchmarks/bench_model.py --device cuda --shape 48b --only logprobs128k
     python benchmarks/bench_model.py --shape small --no-write                    # seconds, anywhere
 
 A prompt's time is that of `generate(prompt, max_new_tokens=1)`: what a caller waits for a first
@@ -13,11 +14,13 @@ model_floor.py and the rates that were measured on the device (common.py).
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import model_floor
 import numpy as np
@@ -29,6 +32,8 @@ from random_checkpoint import SHAPES, shape
 
 import kimi_linear as kl
 
+TAIL = 128  # tokens whose log-probabilities are compared with those of single steps
+STEPWISE = 0.03  # of their spread: twice what bf16 costs transformers' logits (parity.py)
 BLOCK = 16  # decode steps of a measured block: what generate() runs in a call of the core
 KI = 1024
 
@@ -38,7 +43,7 @@ class Case:
     """A measurement: `tokens` of prompt for each of `batch` sequences."""
 
     name: str
-    kind: str  # "calls", "prefill", "decode", "long", "memory"
+    kind: str  # "calls", "prefill", "decode", "long", "logprobs", "memory"
     tokens: int = 0
     batch: int = 1
 
@@ -56,7 +61,9 @@ CASES = [  # the order of a run: what matters most comes first
     Case("prefill128k", "prefill", 128 * KI),
     Case("decode8k-b64", "decode", 8 * KI, 64),
     Case("long", "long", 1_000_000),
+    Case("logprobs128k", "logprobs", 128 * KI),
 ]
+NAMED_ONLY = ("long", "logprobs128k")  # run where --only asks for them
 SMALLER = 64  # the shape "small" divides prompts by this
 
 
@@ -223,6 +230,46 @@ class Bench:
         """A context of a million tokens, read for real and continued."""
         self.add_prefill(case.tokens, self.decode(case), 1)
 
+    def logprobs(self, case: Case) -> None:
+        """Log-probabilities of a long text: what they take beyond the plan, and how far those of
+        its end are from what single steps say."""
+        ids = self.ids(case.tokens)
+        self.model.logprobs(ids[: 2 * self.step_tokens], top=5)
+        before, looks = self.taken(), []
+
+        def look(*_progress: int) -> None:
+            looks.append([now - then for now, then in zip(self.taken(), before, strict=True)])
+
+        start = time.perf_counter()
+        found = self.model.logprobs(ids, top=5, progress=look)
+        seconds = time.perf_counter() - start
+        device_bytes, host_bytes = map(max, zip(*looks, strict=True))
+        difference = found.logprobs[-TAIL:] - self.stepwise(ids)
+        rms = float(np.sqrt(np.mean(difference**2)) / found.logprobs[-TAIL:].std())
+        self.results.add(
+            "logprobs", self.case | {"tokens": case.tokens, "top": 5}, seconds=seconds,
+            tok_s=case.tokens / seconds, extra_device_bytes=device_bytes,
+            extra_host_bytes=host_bytes, workspace_bytes=self.model.plan.workspace,
+            stepwise_rms=rms,
+        )  # fmt: skip
+        self.failed |= device_bytes >= 1e9 or host_bytes >= 1e9 or not rms < STEPWISE
+
+    def taken(self) -> tuple[int, int]:
+        """Bytes that are not to be had on the device, and those of this process on the host."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        device = 0 if self.options.device == "cpu" else -self.free_bytes()
+        return device, pages * os.sysconf("SC_PAGE_SIZE")
+
+    def stepwise(self, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities of the last TAIL tokens, each fed by a step of its own."""
+        found = []
+        with self.model.state().feed(ids[:-TAIL]) as state:
+            for token in ids[-TAIL:]:
+                z = state.logits().astype(np.float64)
+                found.append(z[token] - z.max() - np.log(np.exp(z - z.max()).sum()))
+                state.feed([int(token)])
+        return np.array(found)
+
     def memory(self, _case: Case) -> None:
         """Construction, and what it took against its plan."""
         plan = self.model.plan
@@ -246,7 +293,7 @@ def with_step_tokens(n: int) -> None:
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     names = [c.name for c in CASES]
-    wanted = options.only.split(",") if options.only else [n for n in names if n != "long"]
+    wanted = options.only.split(",") if options.only else [n for n in names if n not in NAMED_ONLY]
     if unknown := [n for n in wanted if n not in names]:
         sys.exit(f"--only: {unknown[0]} is none of {', '.join(names)}")
     cases = [c for c in CASES if c.name in wanted]
