@@ -48,9 +48,11 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     X(pack_weight)                                                                             \
     X(fill_normal)                                                                             \
     X(linear)                                                                                  \
+    X(linear_pair)                                                                             \
     X(mlp)                                                                                     \
     X(kda_decode)                                                                              \
     X(kda_prefill)                                                                             \
+    X(kda_mixer)                                                                               \
     X(moe_route)                                                                               \
     X(moe_experts)                                                                             \
     X(mla_lay_out)                                                                             \
@@ -63,7 +65,9 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
 /* Those of them that need scratch memory:  X(op)   kl_cuda_<op>_workspace */
 #define KL_CUDA_WORKSPACES(X)                                                                  \
     X(kda_prefill)                                                                             \
+    X(kda_mixer)                                                                               \
     X(linear)                                                                                  \
+    X(linear_pair)                                                                             \
     X(mlp)                                                                                     \
     X(moe_experts)                                                                             \
     X(mla_decode)                                                                              \

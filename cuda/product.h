@@ -29,4 +29,9 @@ kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error
 kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 
+/* Two products of one T at once, the streaming way: neither has an `up`, and their weights are of
+ * one format or the first's is bf16. */
+kl_status kl_cuda_product_few_pair(kl_backend *be, const kl_cuda_product *first,
+                                   const kl_cuda_product *second, kl_error *err);
+
 #endif

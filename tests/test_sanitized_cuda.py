@@ -51,11 +51,12 @@ def test_operations_of_python(tool):
 
 
 @needs_compiler
+@pytest.mark.parametrize("name, tests", [("test_cuda", 7), ("test_fused", 2)])
 @pytest.mark.parametrize("tool", CASES)
-def test_operations_of_the_runner(tool, c_build):
-    program = c_build / "test" / "tests" / "test_cuda"
+def test_operations_of_the_runner(tool, name, tests, c_build):
+    program = c_build / "test" / "tests" / name
     jobs = f"-j{len(os.sched_getaffinity(0))}"
-    make = ["make", jobs, "MODE=test", "TESTS=test_cuda", f"OUT={c_build}", str(program)]
+    make = ["make", jobs, "MODE=test", f"TESTS={name}", f"OUT={c_build}", str(program)]
     subprocess.run(make, cwd=ROOT / "csrc", check=True, capture_output=True)
     shown = check(tool, [str(program)], {"KL_CUDA_LIBRARY": CUDA_LIBRARY})
-    assert "skipped" not in shown and shown.count("\nok ") >= 7
+    assert "skipped" not in shown and shown.count("\nok ") >= tests

@@ -43,10 +43,12 @@
     X(rms_norm)                                                                                \
     X(gated_rms_norm)                                                                          \
     X(linear)                                                                                  \
+    X(linear_pair)                                                                             \
     X(mlp)                                                                                     \
     X(short_conv)                                                                              \
     X(kda_prefill)                                                                             \
     X(kda_decode)                                                                              \
+    X(kda_mixer)                                                                               \
     X(mla_lay_out)                                                                             \
     X(mla_append)                                                                              \
     X(mla_prefill)                                                                             \
@@ -111,6 +113,13 @@ typedef struct {
     kl_weight w;   /* [out, in], count 1                                 */
     kl_tensor out; /* [T, out] f32 or act, rows strided                  */
 } kl_linear;
+
+/* Two linear maps, neither of which reads the other's result: the results of two calls of
+ * linear, whose workspaces go unused. */
+typedef struct {
+    kl_workspace ws;
+    kl_linear first, second;
+} kl_linear_pair;
 
 /* The dense feed-forward layer: out = (silu(x w1^T) * (x w3^T)) w2^T. The inner product is
  * rounded to act before w2. */
@@ -187,6 +196,32 @@ typedef struct {
 } kl_kda;
 typedef kl_kda kl_kda_prefill;
 typedef kl_kda kl_kda_decode;
+
+/* A KDA layer between its projections, with the bits of three operations one after the other:
+ *     q | k | v = short_conv(qkv), with SiLU
+ *     o = kda_decode if `single`, else kda_prefill, of q, k, v, g, beta, normalised, with logits
+ *     out = gated_rms_norm(o, z)
+ * Heads are not grouped. `single`: every sequence has one token, so that cu_seqlens counts up by
+ * one and N = T. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor qkv;         /* [T, C] act, rows strided; C = H (2 K + V)   */
+    kl_tensor conv_weight; /* [C, W] f32, W in 1 .. 8                     */
+    kl_tensor conv_state;  /* [S, C, W-1] act, in and out                 */
+    kl_tensor g;           /* [T, H, K] f32 or act, rows strided          */
+    kl_tensor beta;        /* [T, H] f32 or act, rows strided             */
+    kl_tensor z;           /* [T, H, V] act, rows strided                 */
+    kl_tensor state;       /* [S, H, V, K] f32, in and out                */
+    kl_tensor slots;       /* [N] i32 in [0, S), distinct; absent: n -> n */
+    kl_tensor cu_seqlens;  /* [N+1] i32                                   */
+    kl_tensor A_log;       /* [H] f32; softplus; optional for bounded     */
+    kl_tensor dt_bias;     /* [H, K] f32; optional                        */
+    kl_tensor norm_weight; /* [V] f32                                     */
+    kl_tensor out;         /* [T, H, V] act                               */
+    kl_gate gate;
+    float lower_bound, scale, eps;
+    bool single;
+} kl_kda_mixer;
 
 #define KL_KDA_CHUNK      16 /* cutting a prefill at its multiples changes no bit (64 on CUDA) */
 #define KL_KDA_CHECKPOINT 64

@@ -83,6 +83,22 @@ kl_status kl_check_linear(const kl_linear *a, kl_error *err)
     return kl_require_weight(op, "w", &a->w, 1, O, in, KL_ANY_FORMAT, err);
 }
 
+kl_status kl_check_linear_pair(const kl_linear_pair *a, kl_error *err)
+{
+    static const char op[] = "linear_pair";
+    const kl_linear *f = &a->first, *s = &a->second;
+    const int64_t T = f->x.shape[0], O[] = {f->out.shape[1], s->out.shape[1]};
+    const kl_rule rules[] = {
+        {&f->x, "first.x", KL_ANY_FLOAT, KL_ROWS, 2, {T, f->x.shape[1]}, NULL},
+        {&s->x, "second.x", kl_act_bit(&f->x), KL_ROWS, 2, {T, s->x.shape[1]}, NULL},
+        {&f->out, "first.out", F32 | kl_act_bit(&f->x), KL_ROWS | KL_OUT, 2, {T, O[0]}, NULL},
+        {&s->out, "second.out", F32 | kl_act_bit(&f->x), KL_ROWS | KL_OUT, 2, {T, O[1]}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(kl_require_weight(op, "first.w", &f->w, 1, O[0], f->x.shape[1], KL_ANY_FORMAT, err));
+    return kl_require_weight(op, "second.w", &s->w, 1, O[1], s->x.shape[1], KL_ANY_FORMAT, err);
+}
+
 kl_status kl_check_mlp(const kl_mlp *a, kl_error *err)
 {
     static const char op[] = "mlp";

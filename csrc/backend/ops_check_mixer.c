@@ -130,6 +130,54 @@ kl_status kl_check_kda_decode(const kl_kda_decode *a, kl_error *err)
     return check_kda(op, a, a->q.shape[0], err);
 }
 
+/* The tensors of the whole; what its gate needs is said of the kl_kda within. */
+kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
+{
+    static const char op[] = "kda_mixer";
+    const int64_t T = a->out.shape[0], S = a->state.shape[0], N = ragged_count(&a->cu_seqlens);
+    const int64_t H = a->state.shape[1], V = a->state.shape[2], K = a->state.shape[3];
+    const int64_t W = a->conv_weight.shape[1], C = a->qkv.shape[1];
+    const unsigned act = kl_act_bit(&a->qkv);
+    KL_TRY(check_ragged(op, &a->cu_seqlens, T, err));
+    if (a->conv_weight.ndim == 2)
+        KL_TRY(kl_require_range(op, "conv_weight.shape[1]", W, 1, MAX_CONV_WIDTH, err));
+    const kl_rule rules[] = {
+        {&a->state, "state", F32, KL_OUT, 4, {S, H, V, K}, NULL},
+        {&a->qkv, "qkv", KL_ANY_FLOAT, KL_ROWS, 2, {T, C}, NULL},
+        {&a->conv_weight, "conv_weight", F32, 0, 2, {C, W}, NULL},
+        {&a->conv_state, "conv_state", act, KL_OUT | KL_EMPTY, 3, {S, C, W - 1}, NULL},
+        {&a->g, "g", F32 | act, KL_ROWS, 3, {T, H, K}, NULL},
+        {&a->beta, "beta", F32 | act, KL_ROWS, 2, {T, H}, NULL},
+        {&a->z, "z", act, KL_ROWS, 3, {T, H, V}, NULL},
+        {&a->slots, "slots", I32, KL_OPT, 1, {N}, NULL},
+        {&a->cu_seqlens, "cu_seqlens", I32, 0, 1, {N + 1}, NULL},
+        {&a->A_log, "A_log", F32, KL_OPT, 1, {H}, NULL},
+        {&a->dt_bias, "dt_bias", F32, KL_OPT, 2, {H, K}, NULL},
+        {&a->norm_weight, "norm_weight", F32, 0, 1, {V}, NULL},
+        {&a->out, "out", act, KL_OUT, 3, {T, H, V}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(kl_require_range(op, "state.shape[3]", K, 1, KL_KDA_MAX_K, err));
+    if (C % H != 0 || C / H != 2 * K + V)
+        return kl_fail(
+            err, KL_ERR_VALUE,
+            "%s: qkv.shape[1] must be H (2 K + V) of state [S, H, V, K], got %lld with "
+            "H %lld, V %lld, K %lld",
+            op, (long long)C, (long long)H, (long long)V, (long long)K);
+    if (a->single && N != T)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "%s: single tokens need a sequence each, got %lld tokens of %lld", op,
+                       (long long)T, (long long)N);
+    KL_TRY(check_slots(op, &a->state, N, err));
+    const kl_kda kda = {.A_log = a->A_log,
+                        .dt_bias = a->dt_bias,
+                        .gate = a->gate,
+                        .lower_bound = a->lower_bound};
+    KL_TRY(check_gate(op, &kda, err));
+    KL_TRY(kl_require_finite(op, "scale", a->scale, err));
+    return kl_require_positive(op, "eps", a->eps, err);
+}
+
 /* ---- MLA ------------------------------------------------------------------------------- */
 
 /* A sequence with a token has a page for it. */

@@ -77,6 +77,12 @@ kl_cost kl_cost_linear(const kl_linear *a)
     };
 }
 
+kl_cost kl_cost_linear_pair(const kl_linear_pair *a)
+{
+    const kl_cost first = kl_cost_linear(&a->first), second = kl_cost_linear(&a->second);
+    return (kl_cost){first.flops + second.flops, first.bytes + second.bytes};
+}
+
 /* Gate, up and down, and the product between them. */
 static double ffn_flops(double T, const kl_weight *w1)
 {
@@ -148,6 +154,24 @@ kl_cost kl_cost_kda_prefill(const kl_kda_prefill *a)
 kl_cost kl_cost_kda_decode(const kl_kda_decode *a)
 {
     return kda_cost(a);
+}
+
+/* The sum of its three parts' flops, but no bytes for what passes between them. */
+kl_cost kl_cost_kda_mixer(const kl_kda_mixer *a)
+{
+    const double T = dim(&a->qkv, 0), H = dim(&a->state, 1);
+    const double V = dim(&a->state, 2), K = dim(&a->state, 3);
+    const double N = count_of(&a->cu_seqlens, T);
+    return (kl_cost){
+        .flops = (double)kl_tensor_size(&a->qkv) * (2 * dim(&a->conv_weight, 1) + 4) +
+                 7 * T * H * V * K + 8 * T * H * V,
+        .bytes = slot_bytes(&a->state, N) + slot_bytes(&a->conv_state, N) +
+                 tensor_bytes(&a->qkv) + tensor_bytes(&a->conv_weight) + tensor_bytes(&a->g) +
+                 tensor_bytes(&a->beta) + tensor_bytes(&a->z) + tensor_bytes(&a->slots) +
+                 tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->A_log) +
+                 tensor_bytes(&a->dt_bias) + tensor_bytes(&a->norm_weight) +
+                 tensor_bytes(&a->out),
+    };
 }
 
 kl_cost kl_cost_mla_lay_out(const kl_mla_lay_out *a)

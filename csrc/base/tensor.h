@@ -95,4 +95,25 @@ static inline int64_t kl_tensor_size(const kl_tensor *t)
     return n;
 }
 
+/* Columns [first, first + cols) of a [T, n] buffer. */
+static inline kl_tensor kl_columns(const kl_tensor *t, int64_t first, int64_t cols)
+{
+    kl_tensor v = *t;
+    v.data =
+        t->data == NULL ? NULL : (char *)t->data + (size_t)first * kl_dtype_bytes(t->dtype);
+    v.shape[1] = cols;
+    return v;
+}
+
+/* A [T, H * K] view, rows strided, as [T, H, K]. */
+static inline kl_tensor kl_heads(kl_tensor t, int64_t H, int64_t K)
+{
+    t.ndim = 3;
+    t.shape[1] = H;
+    t.shape[2] = K;
+    t.stride[1] = K;
+    t.stride[2] = 1;
+    return t;
+}
+
 #endif

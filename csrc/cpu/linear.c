@@ -51,3 +51,18 @@ kl_status kl_cpu_linear(kl_backend *be, const kl_linear *a, kl_error *err)
     }
     return KL_OK;
 }
+
+size_t kl_cpu_linear_pair_workspace(kl_backend *be, const kl_linear_pair *a)
+{
+    const size_t first = kl_cpu_linear_workspace(be, &a->first);
+    const size_t second = kl_cpu_linear_workspace(be, &a->second);
+    return first > second ? first : second;
+}
+
+kl_status kl_cpu_linear_pair(kl_backend *be, const kl_linear_pair *a, kl_error *err)
+{
+    kl_linear first = a->first, second = a->second;
+    first.ws = second.ws = a->ws;
+    KL_TRY(kl_cpu_linear(be, &first, err));
+    return kl_cpu_linear(be, &second, err);
+}

@@ -10,21 +10,26 @@
 
 #include <math.h>
 
-static kl_status make_q(kl_pass *p, const kl_mla_weights *w, kl_tensor *q, kl_error *err)
+/* q, and the latents before their norm. */
+static kl_status project(kl_pass *p, const kl_mla_weights *w, kl_tensor q, kl_tensor raw,
+                         kl_error *err)
 {
-    if (p->config->q_rank == 0) return kl_pass_project(p, p->h, &w->q, p->act, q, err);
-    kl_tensor low;
-    KL_TRY(kl_pass_project(p, p->h, &w->q_a, p->act, &low, err));
+    const bool direct = p->config->q_rank == 0;
+    const kl_tensor low = direct ? q : kl_pass_take(p, p->act, p->shape.T, p->config->q_rank);
+    kl_linear_pair in = {.first = {.x = p->h, .w = w->kv_a, .out = raw},
+                         .second = {.x = p->h, .w = direct ? w->q : w->q_a, .out = low}};
+    KL_TRY(kl_pass_linear_pair(p, &in, err));
+    if (direct) return KL_OK;
     kl_rms_norm norm = {
         .x = low, .weight = kl_vector_of(&w->q_norm), .out = low, .eps = p->config->q_norm_eps};
     KL_TRY(kl_pass_rms_norm(p, &norm, err));
-    return kl_pass_project(p, low, &w->q, p->act, q, err);
+    kl_linear up = {.x = low, .w = w->q, .out = q};
+    return kl_pass_linear(p, &up, err);
 }
 
-static kl_status append(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err)
+static kl_status append(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_tensor raw,
+                        kl_error *err)
 {
-    kl_tensor raw;
-    KL_TRY(kl_pass_project(p, p->h, &w->kv_a, p->act, &raw, err));
     kl_mla_append a = {.raw = raw,
                        .norm_weight = kl_vector_of(&w->kv_norm),
                        .pages = p->cache->pages[index],
@@ -55,11 +60,12 @@ static kl_status attend(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_t
 
 kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err)
 {
-    kl_tensor q;
-    KL_TRY(make_q(p, w, &q, err));
-    KL_TRY(append(p, w, index, err));
-    const kl_tensor o =
-        kl_pass_take(p, p->act, p->shape.T, p->config->mla_heads * p->config->v_dim);
+    const int64_t T = p->shape.T;
+    const kl_tensor q = kl_pass_take(p, p->act, T, w->q.rows);
+    const kl_tensor raw = kl_pass_take(p, p->act, T, w->kv_a.rows);
+    KL_TRY(project(p, w, q, raw, err));
+    KL_TRY(append(p, w, index, raw, err));
+    const kl_tensor o = kl_pass_take(p, p->act, T, p->config->mla_heads * p->config->v_dim);
     KL_TRY(attend(p, w, index, q, o, err));
     kl_linear out = {.x = o, .w = w->o, .out = p->y};
     return kl_pass_linear(p, &out, err);

@@ -100,27 +100,6 @@ static inline bool kl_pass_dry(const kl_pass *p)
 /* A dense buffer that lives until the arena is rewound. */
 kl_tensor kl_pass_take(kl_pass *p, kl_dtype dtype, int64_t rows, int64_t cols);
 
-/* Columns [first, first + cols) of a [T, n] buffer. */
-static inline kl_tensor kl_columns(const kl_tensor *t, int64_t first, int64_t cols)
-{
-    kl_tensor v = *t;
-    v.data =
-        t->data == NULL ? NULL : (char *)t->data + (size_t)first * kl_dtype_bytes(t->dtype);
-    v.shape[1] = cols;
-    return v;
-}
-
-/* A [T, H * K] view, rows strided, as [T, H, K]. */
-static inline kl_tensor kl_heads(kl_tensor t, int64_t H, int64_t K)
-{
-    t.ndim = 3;
-    t.shape[1] = H;
-    t.shape[2] = K;
-    t.stride[1] = K;
-    t.stride[2] = 1;
-    return t;
-}
-
 /* kl_pass_<op>: take the workspace, run the operation unless dry, give the workspace back. */
 #define KL_DECLARE(op) kl_status kl_pass_##op(kl_pass *p, kl_##op *a, kl_error *err);
 KL_OPS(KL_DECLARE)

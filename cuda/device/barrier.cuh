@@ -68,6 +68,15 @@ __device__ inline void copy_box(void *shared, const CUtensorMap *map, int column
                  : "memory");
 }
 
+/* Memory as it lies to shared memory; addresses and bytes are multiples of 16. */
+__device__ inline void copy_bytes(void *shared, const void *global, uint32_t bytes, barrier *b)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(b))
+                 : "memory");
+}
+
 __device__ inline void prefetch_map(const CUtensorMap *map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

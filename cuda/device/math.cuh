@@ -20,4 +20,10 @@ __device__ inline float softplus(float x)
     return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
 }
 
+/* Of D numbers whose squares add up to `sum`. */
+__device__ inline float inverse_rms(float sum, long long D, float eps)
+{
+    return 1 / sqrtf(sum / static_cast<float>(D) + eps);
+}
+
 #endif

@@ -15,6 +15,7 @@ struct product_arguments {
     int64_t T, x_stride, out_stride;
     int64_t t_tiles; /* of tokens, which the launcher sets */
     int64_t ahead;   /* bytes of a row of the weight, asked for before x is there; likewise */
+    bool out_is_bf16;
 };
 
 /* Host. */
@@ -36,6 +37,7 @@ inline product_arguments product_arguments_of(const kl_cuda_product *p)
         .out_stride = p->out_stride,
         .t_tiles = 0,
         .ahead = 0,
+        .out_is_bf16 = p->out_dtype == KL_BF16,
     };
 }
 

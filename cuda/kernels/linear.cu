@@ -1,6 +1,6 @@
 /*
- * linear.cu -- the operations linear and mlp: which kernel computes their products.
- * Computes     linear: out = x w^T;  mlp: out = (silu(x w1^T) * (x w3^T)) w2^T
+ * linear.cu -- linear, linear_pair and mlp: which kernel computes their products.
+ * Computes     linear: out = x w^T, linear_pair two of them;  mlp: out = (silu(x w1^T) * (x w3^T)) w2^T
  * Shapes       linear: x [T, in], w [O, in], out [T, O];  mlp: x, out [T, D], w1, w3 [I, D]
  * Layout       rows strided; the inner product of mlp lies dense in the workspace
  * Precision    that of linear_few.cu, linear_many.cu and linear_any.cu; inner rounded to act
@@ -97,19 +97,34 @@ kl_cuda_product product_of(const kl_linear *a)
     };
 }
 
+/* The ways to compute a product: linear_{few,many,any}.cu and cuBLASLt. */
+enum class way { FEW, MANY, ANY, BLAS };
+
+way way_of(kl_backend *be, const kl_cuda_product *p)
+{
+    const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+    if (p->T > FEW_TOKENS && !invariant && kl_cuda_blas_takes(p)) return way::BLAS;
+    if (!suits_tensor_cores(p)) return way::ANY;
+    if (p->w.format == KL_W_F32) return way::FEW;
+    return suits_streaming(p) && !invariant ? way::FEW : way::MANY;
+}
+
 } // namespace
 
 kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace ws,
                               kl_error *err)
 {
     if (p->T == 0 || p->w.rows == 0) return KL_OK;
-    const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
-    if (p->T > FEW_TOKENS && !invariant && kl_cuda_blas_takes(p))
+    switch (way_of(be, p)) {
+    case way::FEW:
+        return kl_cuda_product_few(be, p, err);
+    case way::MANY:
+        return kl_cuda_product_many(be, p, err);
+    case way::BLAS:
         return kl_cuda_blas_run(be, p, ws, err);
-    if (!suits_tensor_cores(p)) return kl_cuda_product_any(be, p, err);
-    if (p->w.format == KL_W_F32) return kl_cuda_product_few(be, p, err);
-    if (suits_streaming(p) && !invariant) return kl_cuda_product_few(be, p, err);
-    return kl_cuda_product_many(be, p, err);
+    default:
+        return kl_cuda_product_any(be, p, err);
+    }
 }
 
 size_t kl_cuda_product_workspace(const kl_cuda_product *p)
@@ -127,6 +142,24 @@ size_t kl_cuda_linear_workspace(kl_backend *, const kl_linear *a)
 {
     const kl_cuda_product p = product_of(a);
     return kl_cuda_product_workspace(&p);
+}
+
+kl_status kl_cuda_linear_pair(kl_backend *be, const kl_linear_pair *a, kl_error *err)
+{
+    const kl_cuda_product first = product_of(&a->first), second = product_of(&a->second);
+    const bool formats = first.w.format == second.w.format || first.w.format == KL_W_BF16;
+    const bool empty = first.T == 0 || first.w.rows == 0 || second.w.rows == 0;
+    if (!empty && formats && way_of(be, &first) == way::FEW && way_of(be, &second) == way::FEW)
+        return kl_cuda_product_few_pair(be, &first, &second, err);
+    KL_TRY(kl_cuda_product_run(be, &first, a->ws, err));
+    return kl_cuda_product_run(be, &second, a->ws, err);
+}
+
+size_t kl_cuda_linear_pair_workspace(kl_backend *be, const kl_linear_pair *a)
+{
+    const size_t first = kl_cuda_linear_workspace(be, &a->first);
+    const size_t second = kl_cuda_linear_workspace(be, &a->second);
+    return first > second ? first : second;
 }
 
 kl_status kl_cuda_mlp(kl_backend *be, const kl_mlp *a, kl_error *err)

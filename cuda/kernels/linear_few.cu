@@ -1,11 +1,12 @@
 /*
  * linear_few.cu -- a matrix product of a few tokens: the weight streams by once.
- * Computes     out = x w^T, or with a second weight silu(x w^T) * (x up^T)
+ * Computes     out = x w^T, or with a second weight silu(x w^T) * (x up^T); or two products
  * Shapes       x [T, in]; w, up [O, in]; out [T, O]
  * Layout       rows of x and of out strided; weights in pieces of 16 bytes
  * Precision    bf16 x; int4 weights rounded to bf16, the others exact; f32 sums; f32 or bf16 out
  * Grid         a block for each 16 rows of weights and each 16 tokens, tokens fastest; warps
- *              share out the columns. A tile with a second weight holds 8 rows of each
+ *              share out the columns. A tile with a second weight holds 8 rows of each. Of two
+ *              products the first's blocks come first
  * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
  * Measured     H100, in a CUDA graph, weight not in the L2, T = 1: [12288, 2304] bf16 20.9 us, 2.7
  *              TB/s, int8 15.1, fp8 15.0; [2304, 4096] bf16 8.7, int8 7.2; [163840, 2304] bf16 295,
@@ -26,28 +27,30 @@ __device__ weight_row tile_row(const product_arguments &a, int64_t tile, int i)
     return row_of(gated && i >= EACH ? a.up : a.w, row < a.w.rows ? row : a.w.rows - 1);
 }
 
-template <int N, bool gated, class Out>
+template <int N, bool gated>
 __device__ void store_tile(const product_arguments &a, const float *shared, int64_t t,
                            int64_t tile)
 {
     constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
-    for (int at = threadIdx.x; at < N * STREAM_TOKENS * EACH; at += STREAM_THREADS) {
-        const int token = at / EACH, row = at % EACH;
-        const int64_t o = tile * EACH + row;
+    for (int i = threadIdx.x; i < N * STREAM_TOKENS * EACH; i += STREAM_THREADS) {
+        const int token = i / EACH, row = i % EACH;
+        const int64_t o = tile * EACH + row, at = (t + token) * a.out_stride + o;
         if (t + token >= a.T || o >= a.w.rows) continue;
         float y = stream_sum<N>(shared, token, row);
         if constexpr (gated) y = silu(y) * stream_sum<N>(shared, token, row + EACH);
-        static_cast<Out *>(a.out)[(t + token) * a.out_stride + o] = from_float<Out>(y);
+        if (a.out_is_bf16)
+            static_cast<bf16 *>(a.out)[at] = from_float<bf16>(y);
+        else
+            static_cast<float *>(a.out)[at] = y;
     }
 }
 
-template <kl_weight_format format, int N, bool gated, class Out>
-__global__
-__launch_bounds__(STREAM_THREADS,
-                  2) void product_few_kernel(const __grid_constant__ product_arguments a)
+template <kl_weight_format format, int N, bool gated>
+__device__ void product_tile(const product_arguments &a, unsigned block)
 {
     __shared__ float shared[STREAM_FLOATS<N>];
-    const int64_t t = blockIdx.x % a.t_tiles * N * STREAM_TOKENS, tile = blockIdx.x / a.t_tiles;
+    const unsigned t_tiles = static_cast<unsigned>(a.t_tiles); /* the grid bounds it */
+    const int64_t t = int64_t{block % t_tiles} * N * STREAM_TOKENS, tile = block / t_tiles;
     const int r = lane_id() / 4;
     let_next_start();
     if (threadIdx.x < STREAM_ROWS)
@@ -66,27 +69,79 @@ __launch_bounds__(STREAM_THREADS,
     stream_multiply(acc, at);
     stream_share<N>(shared, acc);
     __syncthreads();
-    store_tile<N, gated, Out>(a, shared, t, tile);
+    store_tile<N, gated>(a, shared, t, tile);
 }
 
-template <kl_weight_format format, int N, bool gated, class Out>
-kl_status launch(kl_backend *be, product_arguments a, kl_error *err)
+template <kl_weight_format format, int N, bool gated>
+__global__
+__launch_bounds__(STREAM_THREADS,
+                  2) void product_few_kernel(const __grid_constant__ product_arguments a)
+{
+    product_tile<format, N, gated>(a, blockIdx.x);
+}
+
+struct pair_arguments {
+    product_arguments first, second;
+    unsigned first_blocks;
+};
+
+template <kl_weight_format first, kl_weight_format second, int N>
+__global__
+__launch_bounds__(STREAM_THREADS,
+                  2) void product_pair_kernel(const __grid_constant__ pair_arguments a)
+{
+    const unsigned block = blockIdx.x;
+    const bool is_first = block < a.first_blocks;
+    if constexpr (first == second) /* one piece of code: it comes from memory for every call */
+        product_tile<first, N, false>(is_first ? a.first : a.second,
+                                      is_first ? block : block - a.first_blocks);
+    else if (is_first)
+        product_tile<first, N, false>(a.first, block);
+    else
+        product_tile<second, N, false>(a.second, block - a.first_blocks);
+}
+
+/* ---- host ------------------------------------------------------------------------------ */
+
+/* Blocks of a product, N fragments of tokens each. */
+template <int N, bool gated>
+kl_status few_grid(product_arguments *a, unsigned *blocks, kl_error *err)
 {
     constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
-    const int64_t tiles = (a.w.rows + EACH - 1) / EACH;
-    a.t_tiles = (a.T + N * STREAM_TOKENS - 1) / (N * STREAM_TOKENS);
+    a->t_tiles = (a->T + N * STREAM_TOKENS - 1) / (N * STREAM_TOKENS);
+    return product_grid(*a, (a->w.rows + EACH - 1) / EACH, blocks, err);
+}
+
+template <kl_weight_format format, int N, bool gated>
+kl_status launch(kl_backend *be, product_arguments a, kl_error *err)
+{
     unsigned blocks;
-    KL_TRY(product_grid(a, tiles, &blocks, err));
+    KL_TRY((few_grid<N, gated>(&a, &blocks, err)));
     a.ahead = stream_ahead(blocks);
-    return kl_cuda_launch(product_few_kernel<format, N, gated, Out>, blocks, STREAM_THREADS, 0,
+    return kl_cuda_launch(product_few_kernel<format, N, gated>, blocks, STREAM_THREADS, 0,
                           kl_cuda_stream(be), err, a);
 }
 
-template <kl_weight_format format, bool gated, class Out>
-kl_status launch_for(kl_backend *be, const product_arguments &a, kl_error *err)
+template <kl_weight_format first, kl_weight_format second, int N>
+kl_status launch_pair(kl_backend *be, pair_arguments a, kl_error *err)
 {
-    if (a.T <= STREAM_TOKENS) return launch<format, 1, gated, Out>(be, a, err);
-    return launch<format, 2, gated, Out>(be, a, err);
+    unsigned blocks, rest;
+    KL_TRY((few_grid<N, false>(&a.first, &blocks, err)));
+    KL_TRY((few_grid<N, false>(&a.second, &rest, err)));
+    if (rest > MAX_BLOCKS - blocks)
+        return kl_fail(err, KL_ERR_VALUE, "linear_pair: needs %u + %u blocks, at most %lld",
+                       blocks, rest, MAX_BLOCKS);
+    a.first_blocks = blocks;
+    a.first.ahead = a.second.ahead = stream_ahead(int64_t{blocks} + rest);
+    return kl_cuda_launch(product_pair_kernel<first, second, N>, blocks + rest, STREAM_THREADS,
+                          0, kl_cuda_stream(be), err, a);
+}
+
+template <kl_weight_format first, kl_weight_format second>
+kl_status launch_pair_for(kl_backend *be, const pair_arguments &a, kl_error *err)
+{
+    if (a.first.T <= STREAM_TOKENS) return launch_pair<first, second, 1>(be, a, err);
+    return launch_pair<first, second, 2>(be, a, err);
 }
 
 } // namespace
@@ -95,8 +150,21 @@ kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error
 {
     const product_arguments a = product_arguments_of(p);
     return with_format(p->w.format, [&](auto f) {
-        return with_output(p, [&](auto gated, auto out) {
-            return launch_for<f.value, gated.value, decltype(out)>(be, a, err);
-        });
+        const bool few = a.T <= STREAM_TOKENS;
+        if (is_gated(p))
+            return few ? launch<f.value, 1, true>(be, a, err)
+                       : launch<f.value, 2, true>(be, a, err);
+        return few ? launch<f.value, 1, false>(be, a, err)
+                   : launch<f.value, 2, false>(be, a, err);
+    });
+}
+
+kl_status kl_cuda_product_few_pair(kl_backend *be, const kl_cuda_product *first,
+                                   const kl_cuda_product *second, kl_error *err)
+{
+    const pair_arguments a = {product_arguments_of(first), product_arguments_of(second), 0};
+    return with_format(second->w.format, [&](auto f) {
+        if (first->w.format == f.value) return launch_pair_for<f.value, f.value>(be, a, err);
+        return launch_pair_for<KL_W_BF16, f.value>(be, a, err);
     });
 }

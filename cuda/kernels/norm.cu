@@ -43,11 +43,6 @@ struct gated_arguments {
     float eps;
 };
 
-__device__ float inverse_rms(float sum, int64_t D, float eps)
-{
-    return 1 / sqrtf(sum / static_cast<float>(D) + eps);
-}
-
 /* ---- rms_norm -------------------------------------------------------------------------- */
 
 /* The pieces of VEC elements that a thread has of a row, THREADS * VEC apart. */

@@ -180,6 +180,30 @@ static void linear(void)
 }
 
 /* Column slices of one buffer may be operand and result; shared columns may not. */
+static void linear_pair(void)
+{
+    kl_linear_pair a = {
+        .first = {.x = f32(2, T, D, 1, 1),
+                  .w = weight(KL_W_INT4, 1, I, D),
+                  .out = f32(2, T, I, 1, 1)},
+        .second = {.x = f32(2, T, I, 1, 1),
+                   .w = weight(KL_W_BF16, 1, D, I),
+                   .out = f32(2, T, D, 1, 1)},
+    };
+    ACCEPTED(linear_pair, a, NOTHING);
+    ACCEPTED(linear_pair, a, (a.second = a.first, a.second.out = f32(2, T, I, 1, 1)));
+    BAD_VALUE(linear_pair, a, a.second.x = a.first.out,
+              "linear_pair: first.out must not overlap second.x");
+    BAD_VALUE(linear_pair, a, a.second = a.first,
+              "linear_pair: first.out must not overlap second.out");
+    BAD_VALUE(linear_pair, a, a.second.x.shape[0] = T - 1,
+              "linear_pair: second.x.shape[0] must be 5, got 4");
+    BAD_VALUE(linear_pair, a, a.second.w.rows = D + 1,
+              "linear_pair: second.w must be 1 x [6, 12], each at least 1, got 1 x [7, 12]");
+    BAD_TYPE(linear_pair, a, a.second.x.dtype = KL_BF16,
+             "linear_pair: second.x must be float32, got bfloat16");
+}
+
 static void column_slices_interleave(void)
 {
     enum { WIDTH = 40 };
@@ -326,6 +350,45 @@ static void kda_checkpoints(void)
     a = right_kda(N);
     BAD_VALUE(kda_decode, a, (a.checkpoints = f32(4, 0, H, V, K), a.checkpoint_every = 64),
               "kda_decode: checkpoints must be absent");
+}
+
+static void kda_mixer(void)
+{
+    const int64_t all = H * (2 * K + V);
+    kl_kda_mixer a = {.qkv = f32(2, T, all, 1, 1),
+                      .conv_weight = f32(2, all, W, 1, 1),
+                      .conv_state = f32(3, S, all, W - 1, 1),
+                      .g = f32(3, T, H, K, 1),
+                      .beta = f32(2, T, H, 1, 1),
+                      .z = f32(3, T, H, V, 1),
+                      .state = f32(4, S, H, V, K),
+                      .slots = i32(1, N, 1),
+                      .cu_seqlens = i32(1, N + 1, 1),
+                      .norm_weight = f32(1, V, 1, 1, 1),
+                      .out = f32(3, T, H, V, 1),
+                      .gate = KL_GATE_DIRECT,
+                      .scale = 0.5f,
+                      .eps = 1e-5f};
+    const kl_tensor none = {0};
+    ACCEPTED(kda_mixer, a, NOTHING);
+    ACCEPTED(kda_mixer, a, a.slots = none);
+    BAD_VALUE(kda_mixer, a, a.state = f32(4, S, H, K, V), /* transposed */
+              "kda_mixer: g.shape[2] must be 10, got 8");
+    BAD_VALUE(
+        kda_mixer, a,
+        (a.qkv = f32(2, T, all - H, 1, 1), a.conv_weight.shape[0] = all - H,
+         a.conv_state = f32(3, S, all - H, W - 1, 1)),
+        "kda_mixer: qkv.shape[1] must be H (2 K + V) of state [S, H, V, K], got 100 with H 4, "
+        "V 10, K 8");
+    BAD_VALUE(kda_mixer, a, a.single = true,
+              "kda_mixer: single tokens need a sequence each, got 5 tokens of 3");
+    BAD_VALUE(kda_mixer, a, a.gate = KL_GATE_SOFTPLUS,
+              "kda_mixer: A_log must be given with a softplus gate");
+    BAD_VALUE(kda_mixer, a, a.conv_weight.shape[1] = 9,
+              "kda_mixer: conv_weight.shape[1] must be in 1 .. 8, got 9");
+    BAD_VALUE(kda_mixer, a, a.cu_seqlens = none, "kda_mixer: cu_seqlens must be given");
+    BAD_VALUE(kda_mixer, a, a.out = a.z, "kda_mixer: out must not overlap z");
+    BAD_VALUE(kda_mixer, a, a.eps = 0, "kda_mixer: eps must be finite and > 0, got 0");
 }
 
 static void kda_gates(void)
@@ -542,10 +605,12 @@ int main(void)
     RUN(embedding_and_gather);
     RUN(norms);
     RUN(linear);
+    RUN(linear_pair);
     RUN(column_slices_interleave);
     RUN(mlp_and_weights);
     RUN(short_conv);
     RUN(kda_shapes);
+    RUN(kda_mixer);
     RUN(kda_gates);
     RUN(kda_checkpoints);
     RUN(mla_lay_out);

@@ -1,0 +1,244 @@
+/*
+ * test_fused.c -- operations that stand for several others have the bits of these, one after the
+ * other: on the CPU and, where KL_CUDA_LIBRARY finds a device, on CUDA, beside the CPU's results.
+ */
+#include "both_backends.h"
+
+#include "backend/kda_mixer.h"
+
+/* ---- one call and its pieces ------------------------------------------------------------- */
+
+typedef void (*run_fn)(kl_backend *be, void *call);
+
+/* Run an operation over memory of the backend's, in workspace of its own, poisoned. */
+#define RUN_THERE(op, be, a)                                                                   \
+    do {                                                                                       \
+        kl_error failure_ = {KL_OK, ""};                                                       \
+        (a)->ws.bytes = kl_workspace_##op((be), (a));                                          \
+        void *poison_ = memset(kl_malloc((a)->ws.bytes + 1), 0xff, (a)->ws.bytes + 1);         \
+        EXPECT((be)->vt->alloc((be), (a)->ws.bytes, &(a)->ws.data, &failure_) == KL_OK);       \
+        (be)->vt->copy_in((be), (a)->ws.data, poison_, (a)->ws.bytes, &failure_);              \
+        const kl_status status_ = kl_run_##op((be), (a), &failure_);                           \
+        EXPECT_TEXT(status_ == KL_OK ? "" : failure_.message, "");                             \
+        EXPECT((be)->vt->sync((be), &failure_) == KL_OK);                                      \
+        (be)->vt->free((be), (a)->ws.data, (a)->ws.bytes);                                     \
+        kl_free(poison_);                                                                      \
+    } while (0)
+
+static void *back(kl_backend *be, const part *q, const void *there)
+{
+    kl_error err;
+    void *const on_device = *(void *const *)((const char *)there + q->at);
+    void *const host = kl_malloc(q->bytes);
+    EXPECT(be->vt->copy_out(be, host, on_device, q->bytes, &err) == KL_OK);
+    EXPECT(be->vt->sync(be, &err) == KL_OK);
+    be->vt->free(be, on_device, q->bytes);
+    return host;
+}
+
+/* The call of `bytes` bytes, whole and in pieces, each on a copy of its memory: all that comes
+ * back is equal, to the bit. */
+static void same_bits(kl_backend *be, const parts *p, const void *call, size_t bytes,
+                      run_fn whole, run_fn pieces, const char *name)
+{
+    void *const copies[] = {memcpy(kl_malloc(bytes), call, bytes),
+                            memcpy(kl_malloc(bytes), call, bytes)};
+    kl_backend *const other = cuda;
+    cuda = be; /* to_device() means this one */
+    for (int i = 0; i < 2; i++) to_device(p, call, copies[i]);
+    cuda = other;
+    whole(be, copies[0]);
+    pieces(be, copies[1]);
+    for (int i = 0; i < p->n; i++) {
+        void *const a = back(be, &p->parts[i], copies[0]);
+        void *const b = back(be, &p->parts[i], copies[1]);
+        if (memcmp(a, b, p->parts[i].bytes) != 0) {
+            printf("  %s on %s: part %d differs, by %.3g\n", name, be->vt->name, i,
+                   difference(&p->parts[i], a, b));
+            EXPECT(!"equal bits");
+        }
+        kl_free(a);
+        kl_free(b);
+    }
+    kl_free(copies[0]);
+    kl_free(copies[1]);
+}
+
+/* ---- two products ------------------------------------------------------------------------ */
+
+static void pair_whole(kl_backend *be, void *call)
+{
+    kl_linear_pair *const a = call;
+    RUN_THERE(linear_pair, be, a);
+}
+
+static void pair_pieces(kl_backend *be, void *call)
+{
+    kl_linear_pair *const a = call;
+    RUN_THERE(linear, be, &a->first);
+    RUN_THERE(linear, be, &a->second);
+}
+
+static void check_pair(kl_dtype act, kl_weight_format first, kl_weight_format second,
+                       int64_t tokens, int64_t D)
+{
+    parts p = {0};
+    kl_tensor x = tensor(act, false, 2, tokens, 2 * D, 1, 1);
+    kl_linear_pair a = {.first = {.x = kl_columns(&x, 0, D),
+                                  .w = weight(first, 40, D),
+                                  .out = tensor(KL_F32, true, 2, tokens, 40, 1, 1)},
+                        .second = {.x = kl_columns(&x, D, D),
+                                   .w = weight(second, 200, D),
+                                   .out = tensor(act, true, 2, tokens, 200, 1, 1)}};
+    kl_linear_pair wide = a;
+    wide.first.w = widened(&a.first.w), wide.second.w = widened(&a.second.w);
+    char name[64];
+    snprintf(name, sizeof name, "pair: act %d, formats %d %d, T %lld, D %lld", act, first,
+             second, (long long)tokens, (long long)D);
+    IN(a.first.x);
+    IN(a.second.x);
+    WEIGHT(a.first.w);
+    WEIGHT(a.second.w);
+    OUT(a.first.out, bound_of(act));
+    OUT(a.second.out, bound_of(act));
+    const bool on_cpu =
+        wide.first.w.data == a.first.w.data && wide.second.w.data == a.second.w.data;
+    if (on_cpu) same_bits(cpu, &p, &a, sizeof a, pair_whole, pair_pieces, name);
+    if (cuda != NULL) {
+        same_bits(cuda, &p, &a, sizeof a, pair_whole, pair_pieces, name);
+        ON_BOTH_AS(linear_pair, wide, a, name);
+    }
+    used = 0;
+}
+
+/* A step's own pairs: of one format, and bf16 beside another; others too, and no multiple of 8. */
+static void two_products(void)
+{
+    static const int64_t tokens[] = {0, 1, 7, 16, 40};
+    for (int i = 0; i < 5; i++)
+        for (kl_weight_format f = KL_W_F32; f < KL_N_WEIGHT_FORMATS; f++) {
+            check_pair(KL_BF16, f, f, tokens[i], 192);
+            check_pair(KL_BF16, KL_W_BF16, f, tokens[i], 192);
+            if (i % 2 == 1) check_pair(KL_BF16, f, KL_W_BF16, tokens[i], 37);
+            if (i % 2 == 1) check_pair(KL_F32, f, KL_W_F32, tokens[i], 64);
+        }
+}
+
+/* ---- a KDA layer between its projections ------------------------------------------------- */
+
+static void mixer_whole(kl_backend *be, void *call)
+{
+    kl_kda_mixer *const a = call;
+    RUN_THERE(kda_mixer, be, a);
+}
+
+static void mixer_pieces(kl_backend *be, void *call)
+{
+    const kl_kda_mixer *const a = call;
+    void *convolved;
+    kl_error err;
+    const size_t bytes = kl_kda_mixer_convolved_bytes(a);
+    EXPECT(be->vt->alloc(be, bytes, &convolved, &err) == KL_OK);
+    kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a, convolved);
+    RUN_THERE(short_conv, be, &p.conv);
+    if (a->single)
+        RUN_THERE(kda_decode, be, &p.kda);
+    else
+        RUN_THERE(kda_prefill, be, &p.kda);
+    RUN_THERE(gated_rms_norm, be, &p.norm);
+    be->vt->free(be, convolved, bytes);
+}
+
+enum { N = 5, T = 90, SLOTS = 9 };
+
+typedef struct {
+    int64_t H, K, V, W;
+    kl_gate gate;
+    bool single;
+} mixer_case;
+
+static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act)
+{
+    static const int32_t ones[N + 1] = {0, 1, 2, 3, 4, 5},
+                                  ragged[N + 1] = {0, 70, 70, 71, 74, T};
+    static const int32_t slots[N] = {8, 3, 0, 5, 1};
+    const int64_t tokens = c->single ? N : T, C = c->H * (2 * c->K + c->V);
+    kl_tensor qkv = tensor(act, false, 2, tokens, C + 6, 1, 1);
+    kl_kda_mixer a = {.qkv = kl_columns(&qkv, 4, C),
+                      .conv_weight = tensor(KL_F32, false, 2, C, c->W, 1, 1),
+                      .conv_state = tensor(act, false, 3, SLOTS, C, c->W - 1, 1),
+                      .g = tensor(KL_F32, false, 3, tokens, c->H, c->K, 1),
+                      .beta = tensor(act, false, 2, tokens, c->H, 1, 1),
+                      .z = tensor(act, false, 3, tokens, c->H, c->V, 1),
+                      .state = tensor(KL_F32, false, 4, SLOTS, c->H, c->V, c->K),
+                      .slots = integers(N, slots),
+                      .cu_seqlens = integers(N + 1, c->single ? ones : ragged),
+                      .norm_weight = tensor(KL_F32, false, 1, c->V, 1, 1, 1),
+                      .out = tensor(act, true, 3, tokens, c->H, c->V, 1),
+                      .gate = c->gate,
+                      .lower_bound = -5,
+                      .scale = 0.1f,
+                      .eps = 1e-5f,
+                      .single = c->single};
+    if (c->gate == KL_GATE_DIRECT)
+        for (int64_t i = 0; i < kl_tensor_size(&a.g); i++)
+            put(&a.g, i, -fabsf(((float *)a.g.data)[i]));
+    if (c->gate == KL_GATE_SOFTPLUS) a.A_log = tensor(KL_F32, false, 1, c->H, 1, 1, 1);
+    if (c->gate != KL_GATE_DIRECT) a.dt_bias = tensor(KL_F32, false, 2, c->H, c->K, 1, 1);
+    return a;
+}
+
+static void check_mixer(const mixer_case *c, kl_dtype act)
+{
+    parts p = {0};
+    kl_kda_mixer a = mixer_of(c, act);
+    char name[96];
+    snprintf(name, sizeof name, "kda_mixer: act %d, K %lld, V %lld, W %lld, gate %d, single %d",
+             act, (long long)c->K, (long long)c->V, (long long)c->W, c->gate, c->single);
+    const kl_tensor *const in[] = {&a.qkv,     &a.conv_weight, &a.g,          &a.beta,
+                                   &a.z,       &a.slots,       &a.cu_seqlens, &a.A_log,
+                                   &a.dt_bias, &a.norm_weight};
+    for (size_t j = 0; j < sizeof in / sizeof *in; j++) IN(*in[j]);
+    /* Inputs of KDA are rounded to bf16 after the convolution; the chunked form, too, rounds. */
+    const double bound = act == KL_F32 ? 5e-6 : 6e-3;
+    OUT(a.conv_state, 0);
+    OUT(a.state, bound);
+    OUT(a.out, bound);
+    same_bits(cpu, &p, &a, sizeof a, mixer_whole, mixer_pieces, name);
+    if (cuda != NULL) {
+        same_bits(cuda, &p, &a, sizeof a, mixer_whole, mixer_pieces, name);
+        ON_BOTH(kda_mixer, name);
+    }
+    used = 0;
+}
+
+/* The model's sizes, smaller ones, and those that no kernel of the whole takes. */
+static void mixers(void)
+{
+    static const mixer_case cases[] = {
+        {3, 128, 128, 4, KL_GATE_SOFTPLUS, true}, {2, 128, 128, 4, KL_GATE_DIRECT, true},
+        {2, 128, 128, 4, KL_GATE_BOUNDED, true},  {3, 128, 72, 4, KL_GATE_SOFTPLUS, true},
+        {3, 64, 128, 4, KL_GATE_SOFTPLUS, true},  {2, 20, 40, 4, KL_GATE_SOFTPLUS, true},
+        {2, 20, 36, 4, KL_GATE_SOFTPLUS, true},   {2, 19, 21, 4, KL_GATE_SOFTPLUS, true},
+        {2, 64, 160, 4, KL_GATE_SOFTPLUS, true},  {2, 136, 64, 4, KL_GATE_SOFTPLUS, true},
+        {2, 64, 64, 3, KL_GATE_SOFTPLUS, true},   {2, 128, 128, 4, KL_GATE_SOFTPLUS, false},
+        {2, 19, 21, 1, KL_GATE_BOUNDED, false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j]);
+}
+
+int main(void)
+{
+    const kl_backend_options options = {.threads = 2};
+    kl_error err;
+    EXPECT(kl_backend_open("cpu", NULL, &options, &cpu, &err) == KL_OK);
+    if (kl_backend_open("cuda", getenv("KL_CUDA_LIBRARY"), &options, &cuda, &err) != KL_OK)
+        cuda = NULL;
+    RUN(two_products);
+    RUN(mixers);
+    if (cuda == NULL) printf("     CUDA skipped: %s\n", err.message);
+    kl_backend_close(cuda);
+    kl_backend_close(cpu);
+    return test_failures != 0;
+}
