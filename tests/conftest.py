@@ -43,6 +43,11 @@ def pytest_addoption(parser):
         default=200,
         help="sequences of operations on states to try (tests/model/test_states.py)",
     )
+    parser.addoption(
+        "--upstream",
+        metavar="DIR",
+        help="clones of RULER and HELMET, to run their scripts (tests/evals)",
+    )
 
 
 needs_compiler = pytest.mark.skipif(
