@@ -466,6 +466,10 @@ def _step(run: Run, max_steps: int, progress: Callback | None) -> list[Chunk]:
     for row, chunk in run.step(max_steps, progress):
         if chunk is None:
             assert row.error is not None
-            raise row.error
+            error, row.error = row.error, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback refers to this frame: what it holds would stay
         chunks.append(chunk)
     return chunks

@@ -1,6 +1,8 @@
 """States to the bit: what a state gives is what a sequence fed the same way gives, whatever was
 forked, saved, loaded, shared or interrupted in between."""
 
+import contextlib
+
 import kimi_linear as kl
 import numpy as np
 import pytest
@@ -281,6 +283,33 @@ class World:
                     s.logits()
                 del self.states[k]
 
+    def cancel(self, i, n):
+        """A stream that is left early leaves the state as it was."""
+        k = self.pick(i)
+        if k is None or not self.states[k][1]:
+            return
+        s, calls = self.states[k]
+        chunks = self.attempt(lambda: s.stream(ids(n, i), max_new_tokens=4, ignore_eos=True))
+        if chunks is None:
+            return
+        with contextlib.closing(chunks):
+            for _ in range(i % 4):
+                self.attempt(lambda: next(chunks))
+
+    def ask(self, i, n):
+        """Prompts that begin alike and leave snapshots, where sequences and pages are over."""
+        prompt = ids(130, i % 2)[: 64 + 64 * (i % 2)] + ids(n, i)
+        answers = self.attempt(
+            lambda: self.model.generate([prompt] * 2, max_new_tokens=1, ignore_eos=True)
+        )
+        for answer in answers or ():
+            assert answer.token_ids == [self.logits((tuple(prompt),)).argmax()]
+
+    def evict(self, i, n):
+        self.model.prefix_cache = i % 3 > 0
+        self.model.clear_prefix_cache()
+        assert self.model._engine.prefix_stats()["snapshots"] == 0
+
     def is_full(self):
         plan = self.model.plan
         return self.model._engine.usage()[1] >= plan.mla_pages // plan.of_pages(1) - 4
@@ -314,12 +343,13 @@ class World:
                 s.feed([1])
 
 
-OPERATIONS = ("new", "feed", "feed", "fork", "generate", "interrupt", "save", "load", "release")
+OPERATIONS = ("new", "feed", "feed", "fork", "generate", "interrupt", "save", "load", "release",
+              "cancel", "ask", "ask", "evict")  # fmt: skip
 
 
 def test_any_sequence_of_operations(pytestconfig, tmp_path):
     """Against a model that knows neither forks nor files nor generation. Few sequences and
-    pages, so that both run out."""
+    pages, so that both run out; what the prefix cache keeps goes for a state's sake."""
     options = dict(device="cpu", dtype="f32", max_context=200)
     config = tiny_config()
     with random_model(config, max_batch=1, **options) as oracle:
@@ -348,6 +378,7 @@ def test_any_sequence_of_operations(pytestconfig, tmp_path):
             def run(operations):
                 world = World(model, oracle, tmp_path)
                 world.known = known
+                model.prefix_cache = True
                 try:
                     world.run(operations)
                 finally:
@@ -357,3 +388,5 @@ def test_any_sequence_of_operations(pytestconfig, tmp_path):
 
             run()
             assert len(known) > 20
+            reused = model._engine.prefix_stats()
+            assert reused["hits"] > 20 and reused["evicted"] > 5
