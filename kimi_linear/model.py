@@ -423,12 +423,12 @@ class Model(Inspection):
         used = [("in use", f"{gib(n_bytes)} by {sequences} sequences")]
         kept = self._engine.prefix_stats()
         if not kept["on"]:
-            return [*used, ("prefix cache", "off")]
+            return [*used, ("prefixes", "not kept (prefix_cache)")]
         text = (
-            f"{gib(kept['bytes'])} in {kept['snapshots']} prefixes, "
+            f"{gib(kept['bytes'])} in {kept['snapshots']} snapshots, "
             f"{kept['hits']:,} prompts spared {kept['cached_tokens']:,} tokens"
         )
-        return [*used, ("prefix cache", text)]
+        return [*used, ("prefixes", text)]
 
     # ---- life ----------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def with_and_without(m, prompts, **options):
 def test_off_at_first(model):
     assert model.prefix_cache is False
     assert cached(model.generate([ids(200)] * 3, **ASK)) == [0, 0, 0]
-    assert "prefix cache  off" in str(model.info())
+    assert "prefixes    not kept (prefix_cache)" in str(model.info())
     with pytest.raises(TypeError, match="prefix_cache: must be True or False, got 1"):
         model.prefix_cache = 1
 
