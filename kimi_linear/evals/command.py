@@ -127,7 +127,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="DIR", help=text)
     text = "this process's share (default: the launcher's variables)"
     group.add_argument("--shard", metavar="RANK/WORLD", help=text)
-    group.add_argument("--batch", type=int, metavar="N", help="examples in a call of the model")
+    group.add_argument("--batch", type=int, metavar="N", help="questions put to the model at once")
     group.add_argument("--temperature", type=float, metavar="T", help="default: greedy")
     group.add_argument("--top-p", type=float, metavar="P")
     text = "draws of each answer, averaged (avg@K); needs --temperature"

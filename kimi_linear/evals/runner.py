@@ -1,12 +1,13 @@
-"""Running a suite: documents in turn, batches through the model, a record an example."""
+"""Running a suite: documents in turn, some questions at once, a record an example."""
 
 import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
@@ -17,10 +18,12 @@ from .shards import Record, Shard, check_shard, merge, shard_of
 from .suite import Document, Example, Repeated, Suite, check_count, tokenizer_name
 
 if TYPE_CHECKING:
+    from ..engine import Engine, Request
     from ..model import Model
     from ..results import Completion
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+TICK = 10.0  # seconds between lines of progress, where no answer comes
 Report = Callable[[int, int], Any]  # (examples done, of how many)
 
 
@@ -41,11 +44,11 @@ def run(
     out: a folder for the answers, written as they come; a run that was interrupted goes on
     there. None keeps them in memory. rank, world: this process takes the documents i with
     i % world == rank; by default from the launcher's variables (torchrun, Slurm, MPI). batch:
-    examples in one call of the model, by default its max_batch; a document's questions always
-    go together. repeats: draws of each answer, whose scores are averaged (avg@k); more than
-    one needs a temperature. progress: None (lines on a terminal), True, False or
-    callable(done, total). sampling: temperature, top_k, top_p, min_p, repetition_penalty; greedy by default. With a
-    temperature each example is drawn alone, from a seed of the suite's and its id.
+    questions put to the model at once, by default its max_batch. repeats: draws of each answer,
+    whose scores are averaged (avg@k); more than one needs a temperature. progress: None (lines
+    on a terminal), True, False or callable(done, total). sampling: temperature, top_k, top_p,
+    min_p, repetition_penalty; greedy by default. With a temperature each example is drawn from
+    a seed of its own, the suite's and its id's. The model's prefix cache is on meanwhile.
 
     Returns the results of what `out` holds by then: of the whole suite in a world of one, and
     in the last of several processes, which writes merged.jsonl and results.json, too. Raises
@@ -70,20 +73,20 @@ def run(
     documents = list(_number(suite.documents(model.tokenizer)))
     header = _header(model, suite, documents, sampling)
     batch = check_count(model.plan.max_batch if batch is None else batch, "batch")
-    work = _Work(model, suite, sampling, batch, bars=_shows(progress))
+    asking = _Asking(model, suite, sampling, batch)
     mine = [d for d in documents if d.number % world == rank]
     with nullcontext(None) if out is None else Shard(out, rank, world, header) as shard:
         done = shard.done if shard else set()
         report = _Progress(progress, header["settings"]["suite"], mine, done)
         records: list[Record] = []
-        for found in work.records(mine, done):
-            if shard:
-                shard.append(found)
-            else:
+        with closing(asking.records(_questions(mine, done))) as answers:
+            for found in answers:
+                if shard and found:
+                    shard.append(found)
                 records += found
-            report.add(found)
+                report.add(found)
     if out is None:
-        return Results(header, records)
+        return Results(header, sorted(records, key=lambda record: record["index"]))
     results = merge(out, partial=True)
     return merge(out) if results.complete else results
 
@@ -123,82 +126,92 @@ def _header(
     }
 
 
-class _Work:
-    """Turns documents into records."""
+@dataclass(frozen=True)
+class _Question:
+    """An example, the number of its document, and its own."""
+
+    document: int
+    index: int
+    example: Example
+
+
+def _questions(documents: list[_Numbered], done: set[str]) -> Iterator[_Question]:
+    """What is not done; a document is made when the question before its first was taken."""
+    for numbered in documents:
+        if not done.issuperset(numbered.document.ids):
+            for i, example in enumerate(numbered.document.make()):
+                if example.id not in done:
+                    yield _Question(numbered.number, numbered.first + i, example)
+
+
+class _Asking:
+    """Puts questions to a model, some at once, and gives records as answers come.
+
+    An engine runs them: one that ends early makes room for the next, and the next document is
+    made while it works. With the prefix cache a text that several share is read once.
+    """
 
     def __init__(
-        self,
-        model: "Model",
-        suite: Suite,
-        sampling: dict[str, float],
-        batch: int,
-        *,
-        bars: bool,
+        self, model: "Model", suite: Suite, sampling: dict[str, float], batch: int
     ) -> None:
-        self._model, self._suite = model, suite
-        self._sampling, self._batch = sampling, batch
-        self._progress = None if bars else False  # of a long prompt, where somebody looks
+        self._model, self._suite, self._sampling, self._batch = model, suite, sampling, batch
         self._seed = suite.settings().get("seed", 0)
+        self._answered: SimpleQueue[tuple[_Question, Request]] = SimpleQueue()
 
-    def records(self, documents: list[_Numbered], done: set[str]) -> Iterator[list[Record]]:
-        """Records of what is not done, call by call."""
-        waiting: list[tuple[_Numbered, int, Example]] = []
-        for numbered in documents:
-            if done.issuperset(numbered.document.ids):
-                continue
-            new = [
-                (numbered, numbered.first + i, example)
-                for i, example in enumerate(numbered.document.make())
-                if example.id not in done
-            ]
-            if waiting and not self._fits_together([*waiting, *new]):
-                yield self._ask(waiting)
-                waiting = []
-            waiting += new
-        if waiting:
-            yield self._ask(waiting)
+    def records(self, questions: Iterator[_Question]) -> Iterator[list[Record]]:
+        """One record as it comes, or none where TICK seconds went by without any."""
+        from ..engine import Engine
 
-    def _fits_together(self, questions: list[tuple[_Numbered, int, Example]]) -> bool:
-        budgets = {example.max_new_tokens for _, _, example in questions}
-        return len(questions) <= self._batch and len(budgets) == 1
+        asked = 0
+        with _prefixes_kept(self._model), Engine(self._model) as engine:
+            for question in questions:
+                while asked == self._batch:
+                    found = self._next()
+                    asked -= len(found)
+                    yield found
+                self._ask(engine, question)
+                asked += 1
+            while asked:
+                found = self._next()
+                asked -= len(found)
+                yield found
 
-    def _ask(self, questions: list[tuple[_Numbered, int, Example]]) -> list[Record]:
-        examples = [example for _, _, example in questions]
-        answers = self._answers(examples)
-        return [
-            _record(numbered.number, index, example, answer, self._suite)
-            for (numbered, index, example), answer in zip(questions, answers, strict=True)
-        ]
+    def _ask(self, engine: "Engine", question: _Question) -> None:
+        example = question.example
+        options: dict[str, Any] = {**self._sampling, "max_new_tokens": example.max_new_tokens}
+        if self._sampling.get("temperature"):
+            options["seed"] = _seed(self._seed, example.id)
+        request = engine.submit(example.prompt_ids, **options)
+        request.add_done_callback(lambda r: self._answered.put((question, r)))
 
-    def _answers(self, examples: list[Example]) -> "list[Completion]":
-        """One call of the model, in which a document's questions stand side by side."""
-        prompts = [e.prompt_ids for e in examples]
-        options: dict[str, Any] = {**self._sampling, "progress": self._progress}
-        options["max_new_tokens"] = examples[0].max_new_tokens
-        if not self._sampling.get("temperature"):
-            answers = self._model.generate(prompts, **options)
-            assert isinstance(answers, list)
-            return answers
-        # Rows of a batch draw from (seed, row): alone, an answer is the same in every batch.
-        alone = [
-            self._model.generate(e.prompt_ids, seed=_seed(self._seed, e.id), **options)
-            for e in examples
-        ]
-        return [answer for answer in alone if not isinstance(answer, list)]
+    def _next(self) -> list[Record]:
+        try:
+            question, request = self._answered.get(timeout=TICK)
+        except Empty:
+            return []
+        return [_record(question, request.result(), self._suite)]
+
+
+@contextmanager
+def _prefixes_kept(model: "Model") -> Iterator[None]:
+    before = model.prefix_cache
+    model.prefix_cache = True
+    try:
+        yield
+    finally:
+        model.prefix_cache = before
 
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
 
 
-def _record(
-    document: int, index: int, example: Example, answer: "Completion", suite: Suite
-) -> Record:
-    n_new = len(answer.token_ids)
+def _record(question: _Question, answer: "Completion", suite: Suite) -> Record:
+    example, n_new = question.example, len(answer.token_ids)
     return {
         "id": example.id,
-        "index": index,
-        "document": document,
+        "index": question.index,
+        "document": question.document,
         "task": example.task,
         "length": example.length,
         **suite.grade(example, answer.text),
@@ -217,9 +230,7 @@ def _shows(progress: bool | Report | None) -> bool:
 
 
 class _Progress:
-    """Lines on stderr, one in SECONDS, with the end as the tokens so far foretell it."""
-
-    SECONDS = 10.0
+    """Lines on stderr, one in TICK seconds, with the end as the tokens so far foretell it."""
 
     def __init__(
         self,
@@ -246,18 +257,17 @@ class _Progress:
     def add(self, records: list[Record]) -> None:
         self._done += len(records)
         self._tokens += sum(self._lengths[r["id"]] for r in records)
-        if self._call:
+        if self._call and records:
             self._call(self._done, self._total)
         now = time.monotonic()
-        if self._shows and (now - self._shown >= self.SECONDS or self._done == self._total):
+        if self._shows and (now - self._shown >= TICK or self._done == self._total):
             self._shown = now
             elapsed = now - self._start
-            left = elapsed * (self._left / max(self._tokens, 1) - 1)
-            print(
-                f"{self._name}: {self._done} of {self._total} examples, "
-                f"{_clock(elapsed)} so far, about {_clock(left)} to go",
-                file=sys.stderr,
-            )
+            text = f"{self._done} of {self._total} examples, {_clock(elapsed)} so far"
+            if self._tokens:
+                left = elapsed * (self._left / self._tokens - 1)
+                text += f", about {_clock(left)} to go"
+            print(f"{self._name}: {text}", file=sys.stderr)
 
 
 def _clock(seconds: float) -> str:

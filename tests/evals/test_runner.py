@@ -4,10 +4,13 @@ import json
 import multiprocessing
 import random
 import statistics
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_engine
 import pytest
 
 import kimi_linear as kl
@@ -51,7 +54,14 @@ class Toy:
         return {"score": float(answer == example.references[0])}
 
 
-class Parrot:
+@pytest.fixture(autouse=True, scope="module")
+def engine():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kimi_linear.engine.Engine", fake_engine.Engine)
+        yield
+
+
+class Parrot(fake_engine.Model):
     """Says the first id of a prompt, wrong for every seventh; may fail at a call or be slow."""
 
     path, dtype, device, tokenizer = Path("/models/parrot"), "f32", "cpu:0", TOKENIZER
@@ -61,16 +71,13 @@ class Parrot:
     def __init__(self, fail_at=None, seconds=0.0):
         self.calls, self.fail_at, self.seconds = [], fail_at, seconds
 
-    def generate(self, prompts, **options):
+    def asked(self, prompt, options):
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
-        self.calls.append((prompts, options))
-        time.sleep(self.seconds)
-        if isinstance(prompts[0], int):
-            return self.answer(prompts, options)
-        return [self.answer(p, options) for p in prompts]
+        self.calls.append((prompt, options))
 
     def answer(self, prompt, options):
+        time.sleep(self.seconds)
         text = "-" if prompt[0] % 7 == 6 else str(prompt[0])
         if options.get("temperature"):
             text += f" {options['seed']}"
@@ -109,20 +116,67 @@ def test_a_run_answers_every_example_once():
     }  # fmt: skip
 
 
-def test_questions_of_a_document_go_together():
-    model = Parrot()
-    evals.run(model, Toy(), batch=4)
-    where = {}
-    for n, (prompts, options) in enumerate(model.calls):
-        assert len(prompts) <= 4
-        for p in prompts:
-            where.setdefault(p[0], set()).add(n)
-            assert options["max_new_tokens"] == (5 if p[0] < 15 else 7)
-            assert options["progress"] is False
-    assert all(len(calls) == 1 for calls in where.values())
-    model = Parrot()
-    evals.run(model, Toy(), batch=1)  # a document is never split
-    assert max(len(prompts) for prompts, _ in model.calls) == 3
+@pytest.mark.parametrize("batch", [1, 4])
+def test_questions_are_put_in_their_order_some_at_once(batch):
+    class Counting(Parrot):
+        under_way, most, lock = 0, 0, threading.Lock()
+
+        def asked(self, prompt, options):
+            super().asked(prompt, options)
+            with self.lock:
+                self.under_way += 1
+                self.most = max(self.most, self.under_way)
+
+        def answer(self, prompt, options):
+            if len(self.calls) < batch:
+                time.sleep(0.2)  # until as many are there as may be
+            with self.lock:
+                self.under_way -= 1
+            return super().answer(prompt, options)
+
+    model = Counting()
+    evals.run(model, Toy(), batch=batch)
+    assert [p for p, _ in model.calls] == [
+        e.prompt_ids for i in range(30) for e in Toy().make(i)
+    ]  # so those of a document stand side by side, and only the first reads it
+    assert model.most == batch
+    for prompt, options in model.calls:
+        assert options == {"max_new_tokens": 5 if prompt[0] < 15 else 7}
+    assert model.prefix_cache is False  # again
+
+
+def test_an_answer_is_written_when_it_comes(tmp_path):
+    """Not when those before it have come: they would be lost with a process that is killed."""
+
+    class Late(Parrot):
+        def answer(self, prompt, options):
+            if prompt[:2] == [0, 0]:
+                shard = tmp_path / "shard-00000-of-00001.jsonl"
+                deadline = time.monotonic() + 10
+                while b'"id": "1/0"' not in shard.read_bytes() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                self.seen = shard.read_bytes()
+            return super().answer(prompt, options)
+
+    model = Late()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_engine, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(2))
+        evals.run(model, Toy(), tmp_path, batch=4)
+    assert b'"id": "1/0"' in model.seen and b'"id": "0/0"' not in model.seen
+
+
+def test_an_error_of_an_answer_ends_the_run(tmp_path):
+    class Broken(Parrot):
+        def answer(self, prompt, options):
+            if prompt[0] == 5:
+                raise kl.NumericalError("logits: must be finite")
+            return super().answer(prompt, options)
+
+    model = Broken()
+    with pytest.raises(kl.NumericalError, match="logits"):
+        evals.run(model, Toy(), tmp_path)
+    assert model.prefix_cache is False
+    assert evals.merge(tmp_path, partial=True).records[-1]["document"] <= 5
 
 
 def test_with_a_temperature_an_answer_is_the_same_in_every_batch(tmp_path):
@@ -205,7 +259,7 @@ def test_interrupted_anywhere_and_taken_up_by_others(tmp_path, single):
         last = Parrot()
         results = evals.run(last, Toy(), folder)
         assert results.complete and merged(folder) == single
-        assert sum(len(prompts) for prompts, _ in last.calls) == 60 - found
+        assert len(last.calls) == 60 - found
         again = Parrot()
         evals.run(again, Toy(), folder)
         assert again.calls == []
@@ -263,7 +317,7 @@ def test_a_document_half_done_is_finished(tmp_path, single):
     shard.write_bytes(b"".join(line for line in lines if b'"id": "2/1"' not in line))
     model = Parrot()
     evals.run(model, Toy(), tmp_path)
-    assert [p for p, _ in model.calls] == [[[2, 1, 0]]]
+    assert [p for p, _ in model.calls] == [[2, 1, 0]]
     assert merged(tmp_path) == single
 
 

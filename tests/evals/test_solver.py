@@ -5,6 +5,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import fake_engine
 import pytest
 from ruler_facts import solve, write_files
 
@@ -25,7 +26,12 @@ def tokenizer():
     return Tokenizer.from_dir(SMALL_MODEL)
 
 
-class Searcher:
+@pytest.fixture(autouse=True)
+def engine(monkeypatch):
+    monkeypatch.setattr("kimi_linear.engine.Engine", fake_engine.Engine)
+
+
+class Searcher(fake_engine.Model):
     """Answers the last user's turn of a prompt by `search`(turns)."""
 
     path, dtype, device = SMALL_MODEL, "f32", "cpu"
@@ -35,10 +41,7 @@ class Searcher:
     def __init__(self, tokenizer, search):
         self.tokenizer, self.search = tokenizer, search
 
-    def generate(self, prompts, **options):
-        return [self.answer(ids) for ids in prompts]
-
-    def answer(self, ids):
+    def answer(self, ids, options):
         text = self.search(TURN.findall(self.tokenizer.decode(ids)))
         return Completion(text, self.tokenizer.encode(text), ids, "stop", None, STATS)
 
