@@ -39,8 +39,7 @@ class Worker:
 
         self._run = Run(core)
         self._requests: dict[int, Request] = {}  # by the row's id
-        self._n_taken = 0  # of them, under the lock
-        self._done = 0
+        self._n_taken = self._done = 0  # requests that are the thread's, and that were
         self._usage = core.usage()
         self._pages = core.plan()["n_pages"]
         self._rate: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
@@ -164,7 +163,7 @@ class Worker:
             arrived, unwanted = list(self._arrived), self._unwanted
             self._arrived.clear()
             self._unwanted = set()
-            self._n_taken = len(self._requests) + len(arrived)
+            self._n_taken += len(arrived)
             if self._stop == "cancel":
                 unwanted = {*unwanted, *arrived, *self._requests.values()}
         wakes: Wakes = {}
@@ -173,6 +172,8 @@ class Worker:
         for request in unwanted:
             self._drop(request, wakes)
         _wake(wakes)
+        if unwanted:
+            self._note(self._core.usage())
         return not (self._run.done and self._stop)
 
     def _begin(self, request: "Request", unwanted: "set[Request]", wakes: Wakes) -> None:
@@ -188,7 +189,10 @@ class Worker:
     def _drop(self, request: "Request", wakes: Wakes) -> None:
         if request.done():
             return
-        self._run.finish(request._row)
+        try:
+            self._run.finish(request._row)
+        except ValueError:  # the model is closed: nothing is held any more
+            pass
         self._requests.pop(request._row.id, None)
         request._row.finish_reason = "cancelled"
         self._settle(request, wakes)
@@ -211,13 +215,14 @@ class Worker:
         """What callers may see of a step."""
         with self._lock:
             self._usage = usage
-            self._n_taken = len(self._requests)
             self._rate.append((time.monotonic(), self._new_tokens()))
             self._forget_before(self._rate[-1][0] - WINDOW_S)
-            self._places.notify_all()
 
     def _settle(self, request: "Request", wakes: Wakes) -> None:
-        self._done += 1
+        with self._lock:
+            self._n_taken -= 1
+            self._done += 1
+            self._places.notify_all()
         request._settle(wakes)
 
     def _new_tokens(self) -> int:
@@ -230,10 +235,12 @@ class Worker:
     def _begin_anew(self, error: Exception) -> None:
         """The requests of a run that broke have failed; others may come."""
         self._fail_all(error)
-        for name in self._base:
-            self._base[name] += self._run.stats[name]
         self._run.close()
-        self._run = Run(self._core)
+        fresh = Run(self._core)
+        with self._lock:
+            for name in self._base:
+                self._base[name] += self._run.stats[name]
+            self._run = fresh
 
     def _fail_all(self, error: Exception) -> None:
         wakes: Wakes = {}
@@ -247,8 +254,9 @@ class Worker:
         with self._lock:
             self._stop = "cancel"
             error = self._error or ValueError("engine: is closed")
+            self._n_taken += len(self._arrived)
             for request in self._arrived:
-                self._requests[id(request)] = request
+                self._requests[-id(request)] = request
             self._arrived.clear()
             self._places.notify_all()
         self._fail_all(error)

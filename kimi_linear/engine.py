@@ -176,10 +176,16 @@ class Request:
 
     def _settle(self, wakes: Wakes) -> None:
         """The row is done; callbacks of others run here."""
-        if self._row.error is not None:
+        completion = None
+        if self._row.error is None:
+            try:
+                completion = self._row.completion()
+            except Exception as e:
+                self._row.error = e
+        if completion is None:
             self._future.set_exception(self._row.error)
         else:
-            self._future.set_result(self._row.completion())
+            self._future.set_result(completion)
         self._tell(None, wakes)
 
     # ---- for callers ---------------------------------------------------------------------

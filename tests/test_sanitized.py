@@ -1,4 +1,5 @@
-"""The Python module under AddressSanitizer and UBSan, and with each allocation failing."""
+"""The Python module under AddressSanitizer and UBSan, with each allocation failing, and with
+threads at one engine under ThreadSanitizer."""
 
 import os
 import re
@@ -73,3 +74,23 @@ def test_every_allocation_may_fail(sanitized, tmp_path):
     assert all(int(n) > 5 for n in counts.values()), run.stdout
     ours = [leak for leak in run.stderr.split("\n\n") if re.search(r"in kl_\w*alloc", leak)]
     assert not ours, ours[0]
+
+
+def test_threads_at_one_engine(c_build):
+    """The interpreter is not instrumented, but its locks are known; what it reports is of ours."""
+    if not has_sanitizer("thread", c_build):
+        pytest.skip("this compiler has no thread sanitizer")
+    jobs = f"-j{len(os.sched_getaffinity(0))}"
+    make = ["make", jobs, "core-tsan", f"OUT={c_build}", f"PYTHON={sys.executable}", "OPT=-O0"]
+    run = subprocess.run(make, cwd=ROOT / "csrc", capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
+    library = subprocess.check_output(["cc", "-print-file-name=libtsan.so"], text=True).strip()
+    env = os.environ | {
+        "LD_PRELOAD": library,
+        "PYTHONPATH": f"{c_build / 'tsan-python'}{os.pathsep}{ROOT / 'tests'}",
+        "TSAN_OPTIONS": "exitcode=66:allocator_may_return_null=1",
+        "KIMI_LINEAR_THREADS": "2",
+    }
+    run = python(env, "tests/engine_hammer.py", 3)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    assert "ThreadSanitizer" not in run.stderr and "'result'" in run.stdout
