@@ -1,6 +1,9 @@
 """A sequence whose numbers are no longer finite: its own call says so, and nobody else notices, not
 even who gets its memory. Whether NaN leaks within a step is told in test_properties.py."""
 
+import contextlib
+import gc
+
 import kimi_linear as kl
 import numpy as np
 import pytest
@@ -145,3 +148,18 @@ def test_a_state_without_a_spare_sequence_is_lost_rather_than_poisoned(model):
         states[1].logits()
     again = model.state().feed(GOOD)  # in its place
     assert np.array_equal(again.logits(), states[0].logits())
+
+
+def test_an_error_keeps_no_memory(model):
+    """Of a state that nobody refers to any more, whether the collector runs or not."""
+    gc.collect()
+    gc.disable()
+    try:
+        for text in (BAD, [*GOOD, NAN_TOKEN]):
+            state = model.state().feed(GOOD)
+            with contextlib.suppress(kl.NumericalError):
+                state.generate(text, max_new_tokens=2)
+            del state
+            assert model._engine.usage() == (0, 0)
+    finally:
+        gc.enable()

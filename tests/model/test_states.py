@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kimi_linear.testing import random_model, tiny_config
+from states import first_bound
 
 LENGTHS = (1, 63, 64, 65, 300)
 VOCAB = 320
@@ -145,13 +146,15 @@ def test_scores(model):
     want = model.logprobs(ids(128) + ids(70, 1), top=5)
     got = s.logprobs(ids(70, 1), top=5)
     assert got.logprobs.shape == got.greedy.shape == (70,) and got.top[0].shape == (70, 5)
+    allowed = first_bound(model, s.logits())
     assert np.array_equal(got.logprobs[1:], want.logprobs[128:])
-    assert np.allclose(got.logprobs[0], want.logprobs[127], atol=1e-5)  # another order of sums
-    assert np.array_equal(got.greedy, want.greedy[127:])
-    assert np.array_equal(got.top[0], want.top[0][127:])
-    assert np.allclose(got.top[1], want.top[1][127:], atol=1e-5)
+    assert abs(got.logprobs[0] - want.logprobs[127]) < allowed
+    assert np.array_equal(got.greedy[1:], want.greedy[128:])
+    assert np.array_equal(got.top[0][1:], want.top[0][128:])
+    assert np.array_equal(got.top[1][1:], want.top[1][128:])
+    assert np.abs(got.top[1][0] - want.top[1][127]).max() < allowed
     total, greedy = s.score(ids(70, 1))
-    assert np.isclose(total, model.score(ids(128), ids(70, 1))[0], atol=1e-5) and not greedy
+    assert abs(total - model.score(ids(128), ids(70, 1))[0]) < allowed + 1e-5 and not greedy
     best = [int(s.logits().argmax())]
     assert s.score(best)[1] and s.position == 128
     assert np.array_equal(model.state().logprobs(ids(9)).logprobs, model.logprobs(ids(9)).logprobs)
@@ -347,10 +350,15 @@ OPERATIONS = ("new", "feed", "feed", "fork", "generate", "interrupt", "save", "l
               "cancel", "ask", "ask", "evict")  # fmt: skip
 
 
-def test_any_sequence_of_operations(pytestconfig, tmp_path):
+def test_any_sequence_of_operations(pytestconfig, tmp_path, device):
     """Against a model that knows neither forks nor files nor generation. Few sequences and
-    pages, so that both run out; what the prefix cache keeps goes for a state's sake."""
-    options = dict(device="cpu", dtype="f32", max_context=200)
+    pages, so that both run out; what the prefix cache keeps goes for a state's sake. On a GPU a
+    quarter of them: each operation waits for it."""
+    n_sequences = pytestconfig.getoption("sequences")
+    options = dict(device=device, dtype="f32", max_context=200)
+    if device == "cuda":
+        options |= dict(dtype="bf16", batch_invariant=True)
+        n_sequences = -(-n_sequences // 4)
     config = tiny_config()
     with random_model(config, max_batch=1, **options) as oracle:
         per_sequence, page = oracle.plan.kda_state_per_sequence, oracle.plan.of_pages(1)
@@ -359,7 +367,7 @@ def test_any_sequence_of_operations(pytestconfig, tmp_path):
             known = {}
 
             @settings(
-                max_examples=pytestconfig.getoption("sequences"),
+                max_examples=n_sequences,
                 deadline=None,
                 derandomize=True,
                 suppress_health_check=list(HealthCheck),
