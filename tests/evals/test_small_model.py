@@ -67,8 +67,9 @@ def test_the_command_in_two_shares(model, tmp_path):
     suite = ruler.Suite(tasks=["niah_single_1"], lengths=[512], samples=3, seed=7)
     run(model, suite, tmp_path / "whole")
     first = command(
-        "ruler", *options, "--out", tmp_path / "shares", "--shard", "1/2", "--device", "cpu"
-    )
+        "ruler", *options, "--out", tmp_path / "shares", "--shard", "1/2", "--device", "cpu",
+        "--batch-invariant",
+    )  # fmt: skip
     assert first.returncode == 0, first.stderr
     assert "process 1 of 2 is done; when all are: kimi-linear eval merge" in first.stderr
     assert "preliminary" in first.stdout
