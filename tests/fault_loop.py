@@ -29,6 +29,13 @@ def use(model):
     return [c.token_ids for c in out], model.logprobs([5, 6, 7], top=2).logprobs.tolist()
 
 
+def share(model):
+    """Prompts that begin alike, at once and again."""
+    prompts = [[*range(4, 90), *range(k, 150)] for k in (20, 60, 90)]
+    out = [model.generate(prompts[k:], max_new_tokens=1) for k in (0, 2)]
+    return [c.token_ids for c in (*out[0], *out[1])]
+
+
 def operations():
     rng = np.random.default_rng(0)
     q, k, v, g = (rng.standard_normal((20, 2, 8), np.float32) for _ in range(4))
@@ -84,6 +91,13 @@ def main():
     with load(folder) as model:
         fail_each(lambda: use(model), "generate")
         assert use(model) == want, "the model no longer gives what it gave"
+        want_shared = share(model)
+        model.prefix_cache = True
+        fail_each(lambda: share(model), "prefixes")
+        assert share(model) == want_shared and model._engine.usage() == (0, 0)
+        assert model.generate(list(range(4, 90)), max_new_tokens=1).stats.cached_tokens == 64
+        model.clear_prefix_cache()
+        assert model._engine.prefix_stats()["bytes"] == 0
     with load(folder, max_batch=4) as model:
         file = f"{folder}/s.klstate"
         want_kept = keep(model, file)

@@ -70,7 +70,7 @@ def test_every_allocation_may_fail(sanitized, tmp_path):
     run = python(env, "tests/fault_loop.py", tmp_path)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     counts = dict(re.findall(r"^(\w+): (\d+) failures", run.stdout, re.M))
-    assert set(counts) == {"load", "operations", "generate", "states"}, run.stdout
+    assert set(counts) == {"load", "operations", "generate", "prefixes", "states"}, run.stdout
     assert all(int(n) > 5 for n in counts.values()), run.stdout
     ours = [leak for leak in run.stderr.split("\n\n") if re.search(r"in kl_\w*alloc", leak)]
     assert not ours, ours[0]

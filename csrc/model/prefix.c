@@ -113,31 +113,13 @@ static bool has_snapshot(const kl_prefix *p, const kl_prefix_node *node)
     return kl_cache_is_alive(p->cache, node->snapshot);
 }
 
-/* Join a node and its only child, which stays who it is. Without memory both stay. */
-static void join(kl_prefix_node *node)
-{
-    kl_prefix_node *const child = node->child;
-    const int64_t above = node->depth - node->parent->depth, below = child->depth - node->depth;
-    int32_t *ids = kl_calloc((size_t)(above + below), sizeof *ids);
-    if (ids == NULL) return;
-    memcpy(ids, node->ids, edge_bytes(above));
-    memcpy(ids + above, child->ids, edge_bytes(below));
-    kl_free(child->ids);
-    child->ids = ids;
-    *link_to(node) = child;
-    child->next = node->next;
-    child->parent = node->parent;
-    free_node(node);
-}
-
-/* Take a node out of the tree if nothing needs it. Returns whether its parent lost a child. */
+/* Take a node out of the tree if it leads nowhere. Returns whether it did. One that is no border
+ * any more but leads somewhere stays: there are never more than blocks on the way. */
 static bool tidy(const kl_prefix *p, kl_prefix_node *node)
 {
-    if (node->parent == NULL || node->n_ends > 0 || has_snapshot(p, node)) return false;
-    if (node->child != NULL) {
-        if (node->child->next == NULL) join(node);
+    if (node->parent == NULL || node->child != NULL || node->n_ends > 0 ||
+        has_snapshot(p, node))
         return false;
-    }
     *link_to(node) = node->next;
     free_node(node);
     return true;
@@ -325,14 +307,12 @@ kl_status kl_prefix_start(kl_prefix *p, kl_prefix_place *place, kl_seq *out, int
 {
     const kl_prefix_node *from = longest(p, place);
     *n_cached = depth_of(from);
-    if (from == NULL) {
-        KL_TRY(kl_cache_new(p->cache, out, err));
-    } else {
-        KL_TRY(kl_cache_fork(p->cache, from->snapshot, out, err));
-        p->hits++;
-        p->cached_tokens += *n_cached;
-    }
-    return p->on ? mark_early(p, place, *n_cached, err) : KL_OK;
+    if (p->on) KL_TRY(mark_early(p, place, *n_cached, err));
+    if (from == NULL) return kl_cache_new(p->cache, out, err);
+    KL_TRY(kl_cache_fork(p->cache, from->snapshot, out, err));
+    p->hits++;
+    p->cached_tokens += *n_cached;
+    return KL_OK;
 }
 
 int64_t kl_prefix_cut(const kl_prefix *p, const kl_prefix_place *place, int64_t fed)
