@@ -297,7 +297,9 @@ class World:
             return
         with contextlib.closing(chunks):
             for _ in range(i % 4):
-                self.attempt(lambda: next(chunks))
+                chunk = self.attempt(lambda: next(chunks))
+                if chunk is None or chunk.finish_reason:  # the last one, where the context ends
+                    break
 
     def ask(self, i, n):
         """Prompts that begin alike and leave snapshots, where sequences and pages are over."""
