@@ -318,8 +318,8 @@ class Model(Inspection):
     def prefix_cache(self) -> bool:
         """Whether a prompt begins with what earlier ones, or others of its batch, have read.
 
-        False at first. `generate`, `stream` and `chat` then read only what is new: multiples of
-        64 tokens are reused, and `Stats.cached_tokens` says how many. The answer is to the bit
+        False at first. `generate`, `stream`, `chat` and `score` then read only what is new:
+        multiples of 64 tokens are reused, and `Stats.cached_tokens` says how many. The answer is to the bit
         that of reading it all: on the CPU always, on CUDA with batch_invariant=True. What is
         kept lives in memory of the plan that no sequence needs, is given up for one that does,
         the least recently used first, and all of it when this is set to False. States do not

@@ -4,7 +4,8 @@
  * A walk of the tree of what passes share. A node is a sequence that has read what a group of
  * passes begins with; each pass runs on a fork of the deepest node above it, and so does each node
  * below. Forks wait until no sequence or page is free, or until nodes are needed, and are then
- * read together, in steps as full as they go.
+ * read together, in steps as full as they go. What begins with nothing begins with what other calls
+ * have read (prefix.h).
  */
 #include "model/score.h"
 
@@ -20,6 +21,7 @@
 typedef struct {
     kl_seq seq;
     int64_t lo, hi, fed, end;
+    kl_prefix_place place; /* of its contexts, where it begins with nothing else */
 } job;
 
 typedef struct {
@@ -84,7 +86,9 @@ static kl_status make_memory(scorer *r, kl_error *err)
 static void release(scorer *r, const job *j)
 {
     kl_error ignored; /* it is alive, broken or not */
+    kl_prefix_place place = j->place;
     (void)kl_seq_release(r->e, j->seq, &ignored);
+    kl_prefix_leave(&r->e->prefix, &place);
 }
 
 static bool is_node(const job *j)
@@ -144,12 +148,15 @@ static void add_rows(scorer *r, const job *j, int64_t count)
     }
 }
 
-/* Put as much of a job into the step as there is room for, cut at a page. Whether all was. */
+/* Put as much of a job into the step as there is room for, to its end or a border of prefixes and
+ * cut at a page. Whether the step had room for that. */
 static bool add_to_step(scorer *r, job *j)
 {
     const int64_t most = r->e->plan.step_tokens, room = most - r->n_tokens;
-    const int64_t rest = j->end - j->fed, unit = kl_sched_unit(most);
+    const int64_t cut = kl_prefix_cut(&r->e->prefix, &j->place, j->fed);
+    const int64_t rest = (cut > 0 ? cut : j->end) - j->fed, unit = kl_sched_unit(most);
     const int64_t count = rest <= room ? rest : room / unit * unit;
+    if (rest == 0) return true;
     if (count == 0 || r->n_rows + count_rows(r, j, count) > most) return false;
     int32_t *tokens = r->tokens + r->n_tokens;
     kl_score_tokens(r->tree.sorted[r->tree.passes[j->lo].first], j->fed, count, tokens);
@@ -166,16 +173,19 @@ static kl_status take_results(scorer *r, kl_error *err)
         const result *out = &r->results[i];
         *out->logprob = r->logprobs[i];
         *out->greedy = r->greedy[i];
-        if (!isfinite(r->logprobs[i]))
-            return kl_fail(err, KL_ERR_NUMERICAL,
-                           "score: log-probability of token %lld of continuation %lld must be "
-                           "finite, got %g",
-                           (long long)(out->logprob - out->score->logprobs),
-                           (long long)(out->score - r->p->scores), (double)r->logprobs[i]);
+        if (isfinite(r->logprobs[i])) continue;
+        kl_prefix_clear(&r->e->prefix); /* whatever it came from, nobody goes on from it */
+        return kl_fail(err, KL_ERR_NUMERICAL,
+                       "score: log-probability of token %lld of continuation %lld must be "
+                       "finite, got %g",
+                       (long long)(out->logprob - out->score->logprobs),
+                       (long long)(out->score - r->p->scores), (double)r->logprobs[i]);
     }
     for (int64_t i = 0; i < r->n_feeds; i++) {
-        r->fed[i]->fed += r->feeds[i].n_tokens;
-        r->done += (uint64_t)(r->feeds[i].n_tokens * texts_of(r, r->fed[i]));
+        job *j = r->fed[i];
+        j->fed += r->feeds[i].n_tokens;
+        r->done += (uint64_t)(r->feeds[i].n_tokens * texts_of(r, j));
+        KL_TRY(kl_prefix_keep(&r->e->prefix, &j->place, j->seq, j->fed, err));
     }
     if (r->p->progress != NULL) r->p->progress(r->p->ctx, r->done, r->total);
     return KL_OK;
@@ -211,12 +221,25 @@ static kl_status flush(scorer *r, kl_error *err)
 
 /* ---- the walk -------------------------------------------------------------------------- */
 
-/* A sequence that goes on from `base` and has the pages for its tokens. */
-static kl_status take_sequence(scorer *r, kl_seq base, int64_t end, kl_seq *out, kl_error *err)
+/* A sequence that has read what others have of a job's contexts, all of which begin alike as far
+ * as it goes. */
+static kl_status start(scorer *r, job *j, kl_error *err)
 {
-    KL_TRY(base == 0 ? kl_seq_new(r->e, out, err) : kl_seq_fork(r->e, base, out, err));
-    const kl_status status = kl_cache_reserve(&r->e->cache, *out, r->before + end, err);
-    if (status != KL_OK) release(r, &(job){.seq = *out});
+    kl_prefix *const prefix = &r->e->prefix;
+    const kl_continuation *s = r->tree.sorted[r->tree.passes[j->lo].first];
+    const int64_t n = is_node(j) ? j->end + 1 : s->n_context;
+    KL_TRY(kl_prefix_enter(prefix, s->context, n, &j->place, err));
+    const kl_status status = kl_prefix_start(prefix, &j->place, &j->seq, &j->fed, err);
+    if (status != KL_OK) kl_prefix_leave(prefix, &j->place);
+    return status;
+}
+
+/* A sequence that goes on from `base` and has the pages for its tokens. */
+static kl_status take_sequence(scorer *r, kl_seq base, job *j, kl_error *err)
+{
+    KL_TRY(base == 0 ? start(r, j, err) : kl_seq_fork(r->e, base, &j->seq, err));
+    const kl_status status = kl_cache_reserve(&r->e->cache, j->seq, r->before + j->end, err);
+    if (status != KL_OK) release(r, j);
     return status;
 }
 
@@ -224,11 +247,13 @@ static kl_status take_sequence(scorer *r, kl_seq base, int64_t end, kl_seq *out,
 static kl_status add_job(scorer *r, kl_seq base, job j, kl_error *err)
 {
     kl_error full;
-    const kl_status status = take_sequence(r, base, j.end, &j.seq, &full);
+    const int64_t depth = j.fed;
+    const kl_status status = take_sequence(r, base, &j, &full);
     if (status != KL_OK) {
         if (status == KL_ERR_MEMORY) KL_TRY(flush(r, err));
-        KL_TRY(take_sequence(r, base, j.end, &j.seq, err));
+        KL_TRY(take_sequence(r, base, &j, err));
     }
+    r->done += (uint64_t)((j.fed - depth) * texts_of(r, &j));
     r->jobs[r->n_jobs++] = j;
     if (is_node(&j)) r->nodes[r->n_nodes++] = j;
     return KL_OK;

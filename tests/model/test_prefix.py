@@ -120,6 +120,21 @@ def test_trees():
         assert again == [448, 512, 576, 512, 576, 512, 192, 576, 512, 576]
 
 
+def test_scores_share_contexts_across_calls(model):
+    """With earlier scores and with prompts, a token before the first that is scored."""
+    with open_model(model.device, model.dtype) as plain:
+        pairs = [(ids(n), ids(k, 9)) for n in (200, 193, 192, 65) for k in (1, 70)]
+        want = plain.score_pairs(pairs)
+        model.prefix_cache = True
+        for expected in (0, 1, 2):
+            assert model.score(ids(200), ids(70, 9)) == want[1]
+            assert model._engine.prefix_stats()["hits"] == expected
+        assert model._engine.prefix_stats()["cached_tokens"] == 2 * 192
+        assert model.score_pairs(pairs) == want
+        assert [model.score(*pair) for pair in pairs] == want
+        assert cached([model.generate(ids(193), **ASK)]) == [192]
+
+
 def test_states_take_no_part(model):
     model.prefix_cache = True
     model.generate(ids(200), **ASK)
@@ -286,6 +301,11 @@ class Pair:
     def logprobs(self, prompts, i):
         self.both(lambda m, _: m.logprobs(prompts[0]).logprobs.tolist())
 
+    def score(self, prompts, i):
+        """Continuations of a context, and of another that may begin alike."""
+        pairs = [(prompts[0], own) for own in ([1], [2, 3], ids(i + 1))] + [(prompts[-1], [5])]
+        self.both(lambda m, _: m.score_pairs(pairs))
+
     def clear(self, prompts, i):
         if i % 3 == 0:
             self.models[0].clear_prefix_cache()
@@ -300,7 +320,7 @@ class Pair:
 
 
 CALLS = ("generate", "generate", "generate", "sampled", "stream", "interrupt", "state", "release",
-         "logprobs", "clear")  # fmt: skip
+         "logprobs", "score", "score", "clear")  # fmt: skip
 
 
 def prompt(family, shared, own):
