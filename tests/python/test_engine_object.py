@@ -15,6 +15,7 @@ import weakref
 import engine_hammer
 import numpy as np
 import pytest
+from variants import DEVICES
 
 import kimi_linear as kl
 from kimi_linear.testing import random_model, tiny_config
@@ -24,10 +25,10 @@ LONG = dict(max_new_tokens=400, ignore_eos=True)
 SHORT = dict(max_new_tokens=4, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def model():
-    how = dict(device="cpu", dtype="f32", max_batch=SEQUENCES, max_context=512)
-    with random_model(tiny_config(), seed=3, **how) as m:
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request):
+    how = dict(device=request.param, dtype="bf16", batch_invariant=True)
+    with random_model(tiny_config(), seed=3, max_batch=SEQUENCES, max_context=512, **how) as m:
         yield m
 
 
@@ -77,6 +78,21 @@ def test_every_request_is_what_generate_gives(model, engine):
         for request in order:
             same(request.result(20), wants[requests.index(request)])
             assert request.done() and request.exception() is None
+
+
+def test_five_hundred_mixed_requests(model, engine):
+    """benchmarks/bench_engine.py asks the same of long ones."""
+    random = np.random.default_rng(5)
+    asked = []
+    for i in range(500):
+        options = dict(max_new_tokens=int(random.integers(1, 9)), ignore_eos=True)
+        options |= dict(temperature=1.0, seed=i) if i % 2 else {}
+        asked.append((random.integers(0, 320, int(random.integers(1, 160))), options))
+    requests = [engine.submit(prompt, **options) for prompt, options in asked]
+    answers = [request.result(120) for request in requests]
+    for (prompt, options), answer in zip(asked, answers, strict=True):
+        assert answer.token_ids == model.generate(prompt, **options).token_ids
+        assert answer.prompt_token_ids == prompt.tolist()
 
 
 def test_lists_are_those_of_generate(model, engine):
@@ -216,7 +232,7 @@ def test_sequences_of_others_are_not_waited_for(model):
 def test_cancel(model, engine):
     running = [engine.submit([1], **LONG) for _ in range(SEQUENCES)]
     waiting = engine.submit([2], **LONG)
-    for _, request in zip(range(5), running[0], strict=False):
+    for _ in zip(range(5), running[0], strict=False):
         pass
     assert waiting.cancel() and running[0].cancel()
     answer, early = running[0].result(20), waiting.result(20)
@@ -385,8 +401,8 @@ def test_two_engines_on_a_model(model, engine):
         assert all(r.result().token_ids == want for r, e in zip(rows, ends, strict=True) if not e)
 
 
-def test_closing_the_model_ends_the_engine():
-    m = random_model(tiny_config(), device="cpu", dtype="f32", max_batch=2, max_context=512)
+def test_closing_the_model_ends_the_engine(model):
+    m = random_model(tiny_config(), device=model.device, max_batch=2, max_context=512)
     engine = kl.Engine(m)
     requests = [engine.submit([1], **LONG) for _ in range(3)]
     next(iter(requests[0]))
@@ -435,6 +451,9 @@ def test_nobody_refers_to_it(model):
 
 
 def test_memory_does_not_grow(model):
+    if model.device != "cpu":
+        pytest.skip("a driver's own memory moves")
+
     def resident():
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -449,12 +468,12 @@ def test_memory_does_not_grow(model):
     assert resident() - before < 2e6  # 720 requests: what one keeps would be 2.8 KB
 
 
-def run_python(code):
-    head = """
+def run_python(code, device="cpu"):
+    head = f"""
         import os, sys, threading, time
         import kimi_linear as kl
         from kimi_linear.testing import random_model, tiny_config
-        how = dict(device="cpu", dtype="f32", max_batch=2, max_context=4096)
+        how = dict(device="{device}", dtype="bf16", max_batch=2, max_context=4096)
         model = random_model(tiny_config(), **how)
         engine = kl.Engine(model)
         endless = dict(max_new_tokens=4000, ignore_eos=True)
@@ -464,7 +483,7 @@ def run_python(code):
 
 
 @pytest.mark.parametrize("how", ["", "sys.exit(3)", "raise LookupError", "del engine, model, r"])
-def test_the_interpreter_exits_with_a_live_engine(how):
+def test_the_interpreter_exits_with_a_live_engine(model, how):
     """Running, waiting, streamed in another thread, and an idle engine: none keeps the process."""
     start = time.monotonic()
     done = run_python(f"""
@@ -474,7 +493,7 @@ def test_the_interpreter_exits_with_a_live_engine(how):
         threading.Thread(target=lambda r=r: list(r[1]), daemon=True).start()
         print("last words", flush=True)
         {how}
-    """)
+    """, model.device)  # fmt: skip
     assert done.stdout == "last words\n"
     assert done.returncode == {"sys.exit(3)": 3, "raise LookupError": 1}.get(how, 0), done.stderr
     assert ("LookupError" in done.stderr) == (how == "raise LookupError")
