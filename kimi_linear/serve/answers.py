@@ -80,14 +80,18 @@ class CompletionAnswer(Answer):
         self._logprobs = [CompletionLogprobs(self.tokenizer) for _ in range(n_choices)]
 
     def choice(self, index: int, completion: "Completion") -> dict[str, Any]:
-        text, scored = self._echo(index)
-        scored += of_tokens(completion.logprobs or ())
-        return self._choice(index, text + completion.text, scored, completion.finish_reason)
+        opening = self.opening(index)
+        scored = of_tokens(completion.logprobs or ())
+        rest = self._choice(index, completion.text, scored, completion.finish_reason)
+        return joined(opening, rest) if opening else rest
 
     def opening(self, index: int) -> dict[str, Any] | None:
         if not self.job.echo:
             return None
-        choice = self._choice(index, *self._echo(index), None)
+        row = index // self.job.n
+        text = self.tokenizer.decode(self.job.rows[row].tolist())
+        scored = of_prompt(self._prompts[row]) if self._prompts else []
+        choice = self._choice(index, text, scored, None)
         self._logprobs[index].end_prompt()
         return choice
 
@@ -96,14 +100,6 @@ class CompletionAnswer(Answer):
             return None
         return self._choice(index, chunk.text, of_tokens([chunk]), chunk.finish_reason)
 
-    def _echo(self, index: int) -> tuple[str, list[Scored]]:
-        """The prompt of a choice, where it comes before its answer."""
-        if not self.job.echo:
-            return "", []
-        row = index // self.job.n
-        text = self.tokenizer.decode(self.job.rows[row].tolist())
-        return text, of_prompt(self._prompts[row]) if self._prompts else []
-
     def _choice(
         self, index: int, text: str, scored: list[Scored], finish: str | None
     ) -> dict[str, Any]:
@@ -111,6 +107,14 @@ class CompletionAnswer(Answer):
         if self.job.logprobs is not None:
             logprobs = self._logprobs[index].take(scored)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def joined(first: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """A choice of /v1/completions from its two parts."""
+    logprobs = None
+    if first["logprobs"] is not None:
+        logprobs = {k: column + rest["logprobs"][k] for k, column in first["logprobs"].items()}
+    return rest | {"text": first["text"] + rest["text"], "logprobs": logprobs}
 
 
 class ChatAnswer(Answer):

@@ -37,6 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--name", help="the model's name (default: its directory's)")
     text = "ask every client for it; @FILE reads it, where other users cannot see it"
     group.add_argument("--api-key", metavar="KEY", help=text)
+    text = "read every prompt whole, without what earlier ones share with it"
+    group.add_argument("--no-prefix-cache", action="store_true", help=text)
     text = "seconds that running answers get after SIGTERM or Ctrl-C (default: 30)"
     group.add_argument("--grace", type=int, default=30, metavar="N", help=text)
     group = parser.add_argument_group("limits of a request")
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], "Model"])
     if args.grace < 0:
         raise ValueError(f"--grace: must be at least 0, got {args.grace}")
     with _bind(args.host, args.port) as bound, load(args) as model:
+        model.prefix_cache = not args.no_prefix_cache
         config = uvicorn.Config(
             app(model, settings),
             lifespan="on",

@@ -210,7 +210,7 @@ _FUNCTION = {
     "name": Field(fields.text),
     "description": Field(fields.text),
     "parameters": Field(fields.anything),
-    "strict": Field(fields.only(False)),
+    "strict": Field(fields.boolean),  # shown to the model, which nothing forces to obey
 }
 
 

@@ -15,6 +15,7 @@ import servers
 from servers import CHAT, HTTP, LONG, STORY, client_of, events, post
 
 import kimi_linear as kl
+from kimi_linear.serve.scoring import Scorer
 
 # ---- clients that leave ------------------------------------------------------------------
 
@@ -103,16 +104,42 @@ def test_more_prompts_than_may_wait_are_told_to_come_back(model):
         assert got.status_code == 400 and "at most 12 answers" in got.json()["error"]["message"]
 
 
-def test_a_prompt_is_scored_though_answers_hold_all_sequences(model):
+def test_a_prompt_is_scored_though_answers_hold_all_sequences(model, monkeypatch):
+    """It waits for one of them to end, and who comes later waits for it."""
+    found_no_room, begun, answers = threading.Event(), [], {}
+    read = Scorer._read
+
+    async def spied(self, ids, top):
+        try:
+            found = await read(self, ids, top)
+        except kl.errors.OutOfMemory:
+            found_no_room.set()
+            raise
+        stats = s.engine.stats()
+        begun.append(stats.done + stats.running + stats.waiting)
+        return found
+
+    monkeypatch.setattr(Scorer, "_read", spied)
+
+    def ask(name, **body):
+        answers[name] = post(s, prompt=STORY, temperature=0, **body).json()["choices"][0]
+
     with servers.serving(model) as s, client_of(s) as c:
         options = LONG | {"max_tokens": 150}
         busy = c.completions.create(model="small_model", prompt=STORY, stream=True, n=8, **options)
         next(iter(busy))
-        got = post(s, prompt=STORY, max_tokens=1, temperature=0, echo=True, logprobs=0).json()
-        table = got["choices"][0]["logprobs"]["token_logprobs"]
-        want = model.logprobs(STORY).logprobs.tolist()
-        assert table[1:-1] == want
-        assert sum(1 for _ in busy) > 20  # they were not waited for in vain
+        scores, more = dict(max_tokens=0, echo=True, logprobs=0), dict(max_tokens=1)
+        first = threading.Thread(target=ask, args=("first",), kwargs=scores)
+        first.start()
+        assert found_no_room.wait(20)
+        second = threading.Thread(target=ask, args=("later",), kwargs=more)
+        second.start()
+        assert sum(1 for _ in busy) > 20
+        first.join()
+        second.join()
+    table = answers["first"]["logprobs"]["token_logprobs"]
+    assert table[1:] == model.logprobs(STORY).logprobs.tolist()
+    assert begun == [8]
 
 
 def test_body_limit(model):
@@ -219,8 +246,16 @@ def test_sigterm_lets_answers_end(command, model):
     assert process.stdout.read() == ""
 
 
-def test_after_the_grace_answers_are_cut_off(command):
+def cached(answer):
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_the_prefix_cache_and_the_end_of_the_grace(command):
     process, s = command("--grace", "0", "--name", "tale")
+    body = dict(prompt=STORY * 40, max_tokens=4, temperature=0, n=3)  # 160 tokens
+    first, second = (post(s, **body).json() for _ in range(2))
+    assert first["choices"] == second["choices"]
+    assert (cached(first), cached(second)) == (0, 128)  # not of each of the three answers
     with client_of(s) as client:
         stream = client.completions.create(model="tale", prompt=STORY, stream=True, **LONG)
         next(iter(stream))

@@ -67,23 +67,28 @@ def test_defaults_are_openais(served, model):
 
 
 def test_a_stream_says_what_the_whole_says(model, served):
-    body = dict(prompt=[STORY, "The lazy dog"], n=2, max_tokens=20, seed=3, stop=["cake", "!"],
-                logprobs=2, echo=True)  # fmt: skip
+    half = model.tokenizer.encode("\N{SNOWMAN}")[:-1]  # a prompt that ends inside a character
+    prompts = [model.tokenizer.encode(STORY), model.tokenizer.encode("The") + half]
+    body = dict(prompt=prompts, n=2, max_tokens=20, seed=3, stop=["cake", "!"], logprobs=2)
+    body |= dict(echo=True, temperature=0.7)
     whole = post(served, **body).json()
     parts = streamed(served, stream_options={"include_usage": True}, **body)
     assert [p["usage"] for p in parts[:-1]] == [None] * (len(parts) - 1)
     assert parts[-1]["choices"] == []
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     assert [parts[-1]["usage"][k] for k in counts] == [whole["usage"][k] for k in counts]
+    assert {p["id"] for p in parts} == {parts[0]["id"]} != {whole["id"]}
     for choice in whole["choices"]:
         mine = [c for p in parts for c in p["choices"] if c["index"] == choice["index"]]
         assert "".join(c["text"] for c in mine) == choice["text"]
-        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [
-            choice["finish_reason"]
-        ]
+        ends = [c["finish_reason"] for c in mine if c["finish_reason"]]
+        assert ends == [choice["finish_reason"]]
         for name, column in choice["logprobs"].items():
             assert [x for c in mine for x in c["logprobs"][name]] == column
-    assert {p["id"] for p in parts} == {parts[0]["id"]} != {whole["id"]}
+        prompt = prompts[choice["index"] // 2]
+        first = model.tokenizer.decode(prompt)
+        assert choice["text"].startswith(first)
+        assert choice["logprobs"]["text_offset"][len(prompt)] == len(first)
 
 
 def test_stop_strings(model, client):
