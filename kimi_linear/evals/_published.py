@@ -53,8 +53,10 @@ UNSTATED = {
 def agreements(results: "Results") -> Iterator[str]:
     """What the run has in common with the published one."""
     suite, settings = results.header["settings"]["suite"], results.header["settings"]
-    if suite == "ruler" and not settings["left_out"]:
-        yield "the thirteen tasks, upstream's prompts and scores"
+    if suite == "ruler":
+        yield "upstream's prompts, filling and scores"
+        if not settings["left_out"]:
+            yield "all thirteen tasks"
     if suite == "mrcr":
         yield "the publisher's conversations and grader"
     if suite == "repoqa":
@@ -89,7 +91,7 @@ def _model(results: "Results") -> Iterator[str]:
     if model["parameters"] != published:
         yield f"the model: {model['parameters']:,} parameters, published {published:,}"
     if model["dtype"] != "bf16":
-        yield f"the weights: stored as {model['dtype']}, published ones are bf16"
+        yield f"the weights: stored as {model['dtype']}, the checkpoint's are bf16"
 
 
 def _ruler(results: "Results") -> Iterator[str]:

@@ -82,7 +82,7 @@ def test_a_run_like_the_published_one():
     assert rows["this run"] == ["90.00 ±0.00", "90.00 ±0.00"]
     assert rows["Kimi Linear 48B-A3B Instruct (table 9)"] == ["95.4", "94.8"]
     assert rows["MLA, 1.4T tokens (table 5)"] == ["81.3"]
-    for line in ("the thirteen tasks, upstream's prompts and scores", "a context of 131,072 tokens",
+    for line in ("upstream's prompts, filling and scores", "all thirteen tasks", "a context of 131,072 tokens",
                  "temperature 1", "does not state: the number of samples"):  # fmt: skip
         assert line in text
 
@@ -94,7 +94,7 @@ def test_a_run_like_the_published_one():
             {"parameters": 7_905_680},
             "the model: 7,905,680 parameters, published 49,122,681,728",
         ),
-        ({"dtype": "int4"}, "the weights: stored as int4, published ones are bf16"),
+        ({"dtype": "int4"}, "the weights: stored as int4, the checkpoint's are bf16"),
         ({"lengths": [4096]}, "lengths: nothing is published for the run's"),
         ({"tasks": ["vt", "fwe"]}, "tasks: 2 of 13, without niah_single_1"),
         ({"tasks": [*ruler.TASKS, "mine"]}, "tasks: mine are not RULER's"),

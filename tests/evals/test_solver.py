@@ -57,7 +57,7 @@ def test_ruler(task, tokenizer, tmp_path):
         assert opening.startswith(("The special magic", "Answer:"))
         return " ".join(solve(task, question))
 
-    suite = ruler.Suite(tasks=[task], lengths=[1024, 4096], samples=6, **write_files(tmp_path))
+    suite = ruler.Suite(tasks=[task], lengths=[1024, 4096], samples=4, **write_files(tmp_path))
     found = certain(run(Searcher(tokenizer, search), suite))
     assert found == {(task, n): (1.0, 0) for n in (1024, 4096)}
 
@@ -73,7 +73,7 @@ def test_mrcr_synth(tokenizer):
                 if role == "user" and re.fullmatch(rf"Write an? {re.escape(what)}\.", text)]  # fmt: skip
         return code + turns[asks[ORDINALS.index(ordinal)] + 1][1]
 
-    suite = mrcr.Synth(lengths=[3000], samples=8, questions=2)
+    suite = mrcr.Synth(lengths=[3000], samples=4, questions=2)
     found = certain(run(Searcher(tokenizer, search), suite))
     assert found == {(f"{n} needles", 3000): (1.0, 0) for n in (2, 4, 8)}
 
