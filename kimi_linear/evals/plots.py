@@ -57,7 +57,7 @@ def scores(*runs: "Results", published: bool = True) -> Picture:
     if len(suites) != 1:
         raise ValueError(f"runs: must be of one suite, got {sorted(suites) or 'none'}")
     figure, axes = _picture(8.0, 4.6)
-    axes.set_prop_cycle(color=colormaps[LINES].colors)
+    axes.set_prop_cycle(color=[colormaps[LINES](i) for i in range(colormaps[LINES].N)])
     if len(runs) == 1:
         _task_lines(axes, runs[0])
         _line(axes, _means(runs[0]), "mean", color=INK, linewidth=2.6, marker="o")

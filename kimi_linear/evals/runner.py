@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +158,7 @@ class _Asking:
         self._seed = suite.settings().get("seed", 0)
         self._answered: SimpleQueue[tuple[_Question, Request]] = SimpleQueue()
 
-    def records(self, questions: Iterator[_Question]) -> Iterator[list[Record]]:
+    def records(self, questions: Iterator[_Question]) -> Generator[list[Record], None, None]:
         """One record as it comes, or none where TICK seconds went by without any."""
         from ..engine import Engine
 

@@ -147,10 +147,10 @@ def merge(folder: str | Path, *, partial: bool = False) -> Results:
     different runs, contradict each other, or examples are missing.
     """
     folder = Path(folder)
-    files = _files(folder)
+    files = _files(folder) or list(folder.glob(MERGED))  # of a run that was put away
     header = _read(files[0])[0] if files else None
     if header is None:
-        raise FileNotFoundError(f"{folder}: has no file of a run (shard-*.jsonl)")
+        raise FileNotFoundError(f"{folder}: has no file of a run (shard-*.jsonl, {MERGED})")
     records = _join(files, header)
     missing = header["examples"] - len(records)
     results = Results(header, records)

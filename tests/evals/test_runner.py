@@ -364,6 +364,13 @@ def test_what_cannot_be_merged(tmp_path):
         evals.merge(tmp_path)
 
 
+def test_the_merged_file_is_enough(tmp_path, single):
+    (tmp_path / "merged.jsonl").write_bytes(single)
+    results = evals.merge(tmp_path, partial=True)
+    assert results.complete and len(results.records) == 60
+    assert {p.name for p in tmp_path.iterdir()} == {"merged.jsonl"}
+
+
 def test_one_file_has_one_writer(tmp_path):
     header = {"examples": 0}
     with Shard(tmp_path, 0, 1, header), pytest.raises(ValueError, match="another process"):
