@@ -49,6 +49,76 @@ void kl_backend_close(kl_backend *be)
     if (be != NULL) be->vt->close(be);
 }
 
+/* ---- formats ----------------------------------------------------------------------------- */
+
+/* The set of formats that an operation's weights have. */
+#define FORMAT(w) ((w).data == NULL ? 0u : 1u << (w).format)
+
+static unsigned of_embedding(const kl_embedding *a)
+{
+    return FORMAT(a->table);
+}
+
+static unsigned of_linear(const kl_linear *a)
+{
+    return FORMAT(a->w);
+}
+
+static unsigned of_linear_pair(const kl_linear_pair *a)
+{
+    return FORMAT(a->first.w) | FORMAT(a->second.w);
+}
+
+static unsigned of_mlp(const kl_mlp *a)
+{
+    return FORMAT(a->w1) | FORMAT(a->w3) | FORMAT(a->w2);
+}
+
+static unsigned of_moe_experts(const kl_moe_experts *a)
+{
+    return FORMAT(a->w1) | FORMAT(a->w3) | FORMAT(a->w2) | FORMAT(a->shared_w1) |
+           FORMAT(a->shared_w3) | FORMAT(a->shared_w2);
+}
+
+static unsigned of_token_logprobs(const kl_token_logprobs *a)
+{
+    return FORMAT(a->lm_head);
+}
+
+static unsigned of_pack_weight(const kl_pack_weight *a)
+{
+    return FORMAT(a->out);
+}
+
+static unsigned of_none(const void *a)
+{
+    (void)a;
+    return 0;
+}
+
+#define FORMATS_OF(a)                                                                          \
+    _Generic(*(a), kl_embedding                                                                \
+             : of_embedding, kl_linear                                                         \
+             : of_linear, kl_linear_pair                                                       \
+             : of_linear_pair, kl_mlp                                                          \
+             : of_mlp, kl_moe_experts                                                          \
+             : of_moe_experts, kl_token_logprobs                                               \
+             : of_token_logprobs, kl_pack_weight                                               \
+             : of_pack_weight, default                                                         \
+             : of_none)(a)
+
+static kl_status check_formats(const char *op, const kl_backend_vtbl *vt, unsigned formats,
+                               kl_error *err)
+{
+    for (int f = 0; f < KL_N_WEIGHT_FORMATS; f++)
+        if ((formats & ~vt->formats & 1u << f) != 0)
+            return kl_fail(err, KL_ERR_VALUE, "%s: the %s backend does not compute with %s", op,
+                           vt->name, kl_weight_format_name((kl_weight_format)f));
+    return KL_OK;
+}
+
+/* ---- operations -------------------------------------------------------------------------- */
+
 #define KL_DEFINE(op)                                                                          \
     size_t kl_workspace_##op(kl_backend *be, const kl_##op *a)                                 \
     {                                                                                          \
@@ -60,6 +130,7 @@ void kl_backend_close(kl_backend *be)
             return kl_fail(err, KL_ERR_UNAVAILABLE, #op ": the %s backend does not have it",   \
                            be->vt->name);                                                      \
         KL_TRY(kl_check_##op(a, err));                                                         \
+        KL_TRY(check_formats(#op, be->vt, FORMATS_OF(a), err));                                \
         const size_t need = kl_workspace_##op(be, a);                                          \
         if (a->ws.bytes < need || (need != 0 && a->ws.data == NULL))                           \
             return kl_fail(err, KL_ERR_VALUE, #op ": needs %zu bytes of workspace, got %zu",   \

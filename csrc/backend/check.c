@@ -162,12 +162,6 @@ kl_status kl_require_tensors(const char *op, const kl_rule *rules, size_t n, kl_
 
 /* ---- weights --------------------------------------------------------------------------- */
 
-static const char *format_name(kl_weight_format format)
-{
-    static const char *const names[] = {"float32", "bfloat16", "int8", "int4", "fp8"};
-    return (unsigned)format < KL_N_WEIGHT_FORMATS ? names[format] : "?";
-}
-
 static kl_status check_weight_size(const char *op, const char *name, const kl_weight *w,
                                    kl_error *err)
 {
@@ -185,7 +179,7 @@ kl_status kl_require_weight(const char *op, const char *name, const kl_weight *w
     if ((unsigned)w->format >= KL_N_WEIGHT_FORMATS || (formats & KL_FORMAT_BIT(w->format)) == 0)
         return kl_fail(err, KL_ERR_TYPE, "%s: %s must be float32 or bfloat16%s, got %s", op,
                        name, formats == KL_FLOAT_FORMATS ? "" : ", int8, int4 or fp8",
-                       format_name(w->format));
+                       kl_weight_format_name(w->format));
     if (w->count != count || w->rows != rows || w->cols != cols || count < 1 || rows < 1 ||
         cols < 1)
         return kl_fail(err, KL_ERR_VALUE,
@@ -198,7 +192,7 @@ kl_status kl_require_weight(const char *op, const char *name, const kl_weight *w
         return kl_fail(err, KL_ERR_VALUE, "%s: %s must have data, got NULL", op, name);
     if (kl_weight_groups(w->format, w->cols) != 0 && w->scales == NULL)
         return kl_fail(err, KL_ERR_VALUE, "%s: %s must have scales as it is %s, got NULL", op,
-                       name, format_name(w->format));
+                       name, kl_weight_format_name(w->format));
     return KL_OK;
 }
 

@@ -319,6 +319,11 @@ typedef struct {
     kl_tensor out;                             /* [T, D] act, may not alias x */
 } kl_moe_experts;
 
+static inline bool kl_moe_has_shared(const kl_moe_experts *a)
+{
+    return a->shared_w1.data != NULL;
+}
+
 /* Log-probabilities of given next tokens, without a [T, rows] matrix:
  *     z = hidden lm_head^T;  logprobs[t] = z[targets[t]] - logsumexp(z)
  *     greedy[t] = 1 if targets[t] is the argmax (lowest id on a tie)

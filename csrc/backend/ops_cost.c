@@ -243,7 +243,7 @@ kl_cost kl_cost_moe_experts(const kl_moe_experts *a)
     const double stack = weight_bytes(&a->w1) + weight_bytes(&a->w3) + weight_bytes(&a->w2);
     return (kl_cost){
         .flops = ffn_flops(pairs, &a->w1) + 2 * pairs * dim(&a->x, 1) +
-                 (a->shared_w1.data == NULL ? 0 : ffn_flops(T, &a->shared_w1)),
+                 (kl_moe_has_shared(a) ? ffn_flops(T, &a->shared_w1) : 0),
         .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->ids) + tensor_bytes(&a->weights) +
                  stack * at_most(pairs, E) / E + weight_bytes(&a->shared_w1) +
                  weight_bytes(&a->shared_w3) + weight_bytes(&a->shared_w2) +

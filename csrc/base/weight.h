@@ -43,6 +43,12 @@ typedef struct {
     uint16_t *scales; /* bf16, or NULL */
 } kl_weight;
 
+static inline const char *kl_weight_format_name(kl_weight_format format)
+{
+    static const char *const names[] = {"float32", "bfloat16", "int8", "int4", "fp8"};
+    return (unsigned)format < KL_N_WEIGHT_FORMATS ? names[format] : "?";
+}
+
 /* Columns that share a scale; 0 without scales. */
 static inline int64_t kl_weight_group(kl_weight_format format)
 {

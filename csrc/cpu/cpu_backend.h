@@ -25,12 +25,6 @@ KL_OPS(KL_DECLARE)
 /* What the products read: all but fp8, for which processors have no arithmetic. */
 #define KL_CPU_FORMATS (1u << KL_W_F32 | 1u << KL_W_BF16 | 1u << KL_W_INT8 | 1u << KL_W_INT4)
 
-static inline kl_status kl_cpu_reads(const char *op, const kl_weight *w, kl_error *err)
-{
-    if (w->data == NULL || (KL_CPU_FORMATS & 1u << w->format) != 0) return KL_OK;
-    return kl_fail(err, KL_ERR_VALUE, "%s: fp8 is a format of CUDA only, got it on the cpu", op);
-}
-
 /* For an operation that works in its operands alone; in its file, without a semicolon. */
 #define KL_CPU_NO_WORKSPACE(op)                                                                \
     size_t kl_cpu_##op##_workspace(kl_backend *be, const kl_##op *a)                           \

@@ -30,7 +30,7 @@ size_t kl_cpu_linear_workspace(kl_backend *be, const kl_linear *a)
 
 kl_status kl_cpu_linear(kl_backend *be, const kl_linear *a, kl_error *err)
 {
-    KL_TRY(kl_cpu_reads("linear", &a->w, err));
+    (void)err;
     const kl_cpu *cpu = (const kl_cpu *)be;
     kl_arena arena;
     kl_arena_init(&arena, a->ws.data, a->ws.bytes);

@@ -65,9 +65,7 @@ static void run_block(const kl_cpu *cpu, const kl_mlp *a, const buffers *b, int6
 
 kl_status kl_cpu_mlp(kl_backend *be, const kl_mlp *a, kl_error *err)
 {
-    KL_TRY(kl_cpu_reads("mlp", &a->w1, err));
-    KL_TRY(kl_cpu_reads("mlp", &a->w3, err));
-    KL_TRY(kl_cpu_reads("mlp", &a->w2, err));
+    (void)err;
     const kl_cpu *cpu = (const kl_cpu *)be;
     kl_arena arena;
     kl_arena_init(&arena, a->ws.data, a->ws.bytes);

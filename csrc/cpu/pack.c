@@ -50,7 +50,6 @@ size_t kl_cpu_pack_weight_workspace(kl_backend *be, const kl_pack_weight *a)
 
 kl_status kl_cpu_pack_weight(kl_backend *be, const kl_pack_weight *a, kl_error *err)
 {
-    KL_TRY(kl_cpu_reads("pack_weight", &a->out, err));
     const kl_cpu *cpu = (const kl_cpu *)be;
     const int64_t rows = a->out.rows, cols = a->out.cols;
     const int64_t task_rows = cols < TASK_ELEMENTS ? TASK_ELEMENTS / (cols > 0 ? cols : 1) : 1;

@@ -245,7 +245,7 @@ sizes sizes_of(const kl_moe_experts *a)
 {
     sizes s = {};
     s.D = a->w1.cols, s.I = a->w1.rows, s.E = a->w1.count, s.top_k = a->ids.shape[1];
-    s.I2 = a->shared_w1.data == nullptr ? 0 : a->shared_w1.rows;
+    s.I2 = kl_moe_has_shared(a) ? a->shared_w1.rows : 0;
     const int64_t window = WINDOW_PAIRS / s.top_k;
     s.n = least(a->x.shape[0], window < 1 ? 1 : window);
     s.pairs = s.n * s.top_k;
@@ -291,7 +291,7 @@ bool is_fast(const kl_moe_experts *a)
     if (a->w1.format != a->w3.format || !has_fast_shape(a->w1) || !has_fast_shape(a->w3) ||
         !has_fast_shape(a->w2))
         return false;
-    return a->shared_w1.data == nullptr ||
+    return !kl_moe_has_shared(a) ||
            (a->shared_w1.format == a->shared_w3.format && has_fast_shape(a->shared_w1) &&
             has_fast_shape(a->shared_w3) && has_fast_shape(a->shared_w2));
 }
@@ -299,7 +299,7 @@ bool is_fast(const kl_moe_experts *a)
 bool has_f32(const kl_moe_experts *a)
 {
     return a->w1.format == KL_W_F32 || a->w2.format == KL_W_F32 ||
-           (a->shared_w1.data != nullptr &&
+           (kl_moe_has_shared(a) &&
             (a->shared_w1.format == KL_W_F32 || a->shared_w2.format == KL_W_F32));
 }
 

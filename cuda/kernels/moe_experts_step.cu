@@ -215,11 +215,6 @@ __launch_bounds__(STREAM_THREADS,
 
 /* ---- host ------------------------------------------------------------------------------ */
 
-bool has_shared(const kl_moe_experts *a)
-{
-    return a->shared_w1.data != nullptr;
-}
-
 step_arguments arguments_of(const kl_moe_experts *a)
 {
     return {
@@ -234,7 +229,7 @@ step_arguments arguments_of(const kl_moe_experts *a)
         .shared_w2 = weight_view_of(a->shared_w2),
         .inner = static_cast<bf16 *>(a->ws.data),
         .out = static_cast<bf16 *>(a->out.data),
-        .n_shared = has_shared(a) ? 1 : 0,
+        .n_shared = kl_moe_has_shared(a) ? 1 : 0,
         .top_k = static_cast<int>(a->ids.shape[1]),
         .groups = 0,
         .ahead = 0,
@@ -271,11 +266,11 @@ kl_status run_out(step_arguments a, kl_weight_format format, cudaStream_t stream
 
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
 {
-    const int64_t experts = a->ids.shape[1] + has_shared(a);
+    const int64_t experts = a->ids.shape[1] + kl_moe_has_shared(a);
     const int64_t inner = a->w1.rows > a->shared_w1.rows ? a->w1.rows : a->shared_w1.rows;
     return a->x.shape[0] == 1 && experts <= MAX_EXPERTS && a->w1.cols <= MAX_COLS &&
            inner <= MAX_COLS / experts &&
-           (!has_shared(a) ||
+           (!kl_moe_has_shared(a) ||
             (a->shared_w1.format == a->w1.format && a->shared_w2.format == a->w2.format));
 }
 
