@@ -10,8 +10,8 @@
  * Precision    f32 or bf16 in and out, f32 between the kernels, rounded once
  * Grid         absorb: 64 channels of a head, for 8 rows; merge: 128 channels of a row and head;
  *              finish: 32 outputs of a head, for 8 rows
- * Order        sums over channels in slices by lane or warp, splits in eight interleaved runs:
- *              the same whatever N and the place in the batch
+ * Order        sums over channels in slices by lane or warp, splits in eight interleaved runs; the
+ *              cut into splits follows from the length, and from N where that may be
  * Roofline     w_kv_b once for all rows: 8.4 MB with the model's shapes, 2.8 us at 3.0 TB/s
  * Measured     H100 beside another job, N = 1: absorb 5.8 us, finish 3.8 us, merge 3.2 us at 1K
  *              tokens and 6.9 us at 128K (2026-11-22)
@@ -149,7 +149,7 @@ __global__ __launch_bounds__(THREADS) void mla_merge(__grid_constant__ const mla
     const long long n = unit / a.H, h = unit % a.H;
     let_next_start();
     wait_for_inputs();
-    const int count = static_cast<int>(mla_cut(a.lengths[n]).count);
+    const int count = static_cast<int>(mla_cut(a.lengths[n], a.fine).count);
     const long long first = n * a.splits * a.H + h, col = tile * MERGE_COLS + lane_id();
     if (warp_id() == 0) split_weights(a.max + first, a.sum + first, a.H, count, s.weights);
     __syncthreads();
@@ -323,10 +323,18 @@ struct taker {
     }
 };
 
+/* Results of splits that a call needs room for: never fewer for more rows, whatever `fine`. */
+long long partials_of(const mla_arguments &a)
+{
+    const long long coarse = a.N * mla_most_splits(a.B, 0), each_page = a.N * a.B;
+    long long all = coarse > MLA_MAX_SPLITS ? coarse : MLA_MAX_SPLITS;
+    all = all < each_page ? all : each_page;
+    return all < MAX_PARTIALS ? all : MAX_PARTIALS;
+}
+
 void layout(taker *memory, mla_arguments *a)
 {
-    const long long all = a->N * a->splits;
-    const long long partials = all < MAX_PARTIALS ? all : MAX_PARTIALS;
+    const long long partials = partials_of(*a);
     a->query = memory->floats(a->N * a->H * a->width());
     a->merged = memory->floats(a->N * a->H * a->rank);
     a->max = memory->floats(partials * a->H);
@@ -334,9 +342,11 @@ void layout(taker *memory, mla_arguments *a)
     a->context = memory->floats(partials * a->H * a->rank);
 }
 
-mla_arguments arguments_of(const kl_mla *a)
+mla_arguments arguments_of(const kl_backend *be, const kl_mla *a)
 {
-    const int64_t rank = a->w_kv_b.shape[2], V = a->out.shape[2];
+    const bool invariant = reinterpret_cast<const kl_cuda_backend *>(be)->batch_invariant;
+    const int64_t rank = a->w_kv_b.shape[2], V = a->out.shape[2], N = a->q.shape[0];
+    const long long fine = invariant || N == 0 ? 0 : MLA_MAX_SPLITS / N;
     return {
         .q = a->q.data,
         .pages = a->pages.data,
@@ -344,7 +354,7 @@ mla_arguments arguments_of(const kl_mla *a)
         .block_table = static_cast<const int *>(a->block_table.data),
         .lengths = static_cast<const int *>(a->lengths.data),
         .out = a->out.data,
-        .N = a->q.shape[0],
+        .N = N,
         .H = a->q.shape[1],
         .B = a->block_table.shape[1],
         .q_stride = a->q.stride[0],
@@ -352,16 +362,17 @@ mla_arguments arguments_of(const kl_mla *a)
         .rope = a->pages.shape[2] - rank,
         .rank = rank,
         .V = V,
-        .splits = mla_most_splits(a->block_table.shape[1]),
+        .splits = mla_most_splits(a->block_table.shape[1], fine),
+        .fine = fine,
         .scale = a->scale,
     };
 }
 
 } // namespace
 
-size_t kl_cuda_mla_decode_workspace(kl_backend *, const kl_mla_decode *a)
+size_t kl_cuda_mla_decode_workspace(kl_backend *be, const kl_mla_decode *a)
 {
-    mla_arguments args = arguments_of(a);
+    mla_arguments args = arguments_of(be, a);
     taker memory = {};
     layout(&memory, &args);
     return memory.used;
@@ -371,7 +382,7 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
 {
     const cudaStream_t stream = kl_cuda_stream(be);
     const kl_dtype act = a->q.dtype, weight = a->w_kv_b.dtype;
-    mla_arguments args = arguments_of(a);
+    mla_arguments args = arguments_of(be, a);
     taker memory = {.base = static_cast<char *>(a->ws.data), .used = 0};
     layout(&memory, &args);
     const blocks_of blocks(args);

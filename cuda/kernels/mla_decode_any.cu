@@ -73,7 +73,7 @@ __launch_bounds__(THREADS) void mla_attend_any(__grid_constant__ const mla_argum
     const long long h = unit % a.H, n = unit / a.H, width = a.width();
     let_next_start();
     wait_for_inputs();
-    const mla_cut cut(a.lengths[n]);
+    const mla_cut cut(a.lengths[n], a.fine);
     if (split >= cut.count) return;
     float *query = memory, *context = memory + width;
     for (long long i = threadIdx.x; i < width; i += THREADS)

@@ -62,7 +62,7 @@ struct item_search {
     {
         for (; n < a.N; n += WARP) {
             const long long row = n + lane_id();
-            const mla_cut cut(row < a.N ? a.lengths[row] : 0);
+            const mla_cut cut(row < a.N ? a.lengths[row] : 0, a.fine);
             int before = static_cast<int>(cut.count);
 #pragma unroll
             for (int d = 1; d < WARP; d *= 2) {
