@@ -26,7 +26,9 @@ def use(model):
     out = model.generate(
         [[1, 2, 3], list(range(4, 90))], max_new_tokens=3, logprobs=2, repetition_penalty=1.3
     )
-    return [c.token_ids for c in out], model.logprobs([5, 6, 7], top=2).logprobs.tolist()
+    pairs = [([5, 6, *range(70)], [7]), ([5, 6, *range(70)], [8]), ([5], [7, 8])]
+    found = model.logprobs([5, 6, 7], top=2).logprobs.tolist()
+    return [c.token_ids for c in out], found, model.score_pairs(pairs)
 
 
 def share(model):

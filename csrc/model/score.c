@@ -212,7 +212,7 @@ static kl_status flush(scorer *r, kl_error *err)
     for (int64_t first = 0; first < r->n_jobs;) {
         r->n_feeds = r->n_tokens = r->n_rows = 0;
         for (int64_t i = first; i < r->n_jobs && add_to_step(r, &r->jobs[i]); i++) continue;
-        KL_TRY(run_step(r, err));
+        if (r->n_feeds > 0) KL_TRY(run_step(r, err)); /* else a cache had read all of it */
         while (first < r->n_jobs && r->jobs[first].fed == r->jobs[first].end) first++;
     }
     drop_jobs(r);

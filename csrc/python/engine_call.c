@@ -127,6 +127,13 @@ static void count_prompts(kl_caller *c)
     c->total = (uint64_t)stats.prompt_tokens;
 }
 
+void kl_caller_follow(kl_caller *c, const kl_generation *g)
+{
+    c->generation = g;
+    count_prompts(c);
+    c->told = c->done;
+}
+
 /* With the GIL: call progress if there is news. */
 static void tell(kl_caller *c)
 {

@@ -54,6 +54,8 @@ typedef struct {
 
 /* progress None or callable; -1 with TypeError else. */
 int kl_caller_init(kl_caller *c, const char *op, PyObject *progress);
+/* Progress is that of a generation's prompts; what is done already was told by an earlier call. */
+void kl_caller_follow(kl_caller *c, const kl_generation *g);
 void kl_caller_release_gil(kl_caller *c);
 void kl_caller_take_gil(kl_caller *c);
 int kl_caller_poll(void *c);                                     /* a kl_poll_fn */

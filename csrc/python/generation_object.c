@@ -385,7 +385,7 @@ static PyObject *generation_run(PyObject *op, PyObject *const *args, Py_ssize_t 
     /* Not the object's node from here on: without the GIL another thread may close the object,
      * whose C part then lives until the lock is given back. */
     kl_generation *g = self->node->g;
-    caller.generation = g;
+    kl_caller_follow(&caller, g);
     kl_caller_release_gil(&caller);
     const kl_status status = kl_generation_run(g, max_steps, self->events, self->n_events, &n,
                                                p.process == NULL ? NULL : process_row, &p,

@@ -77,6 +77,16 @@ def test_many_continuations_of_one_context(model):
     assert model.score_pairs([]) == []
 
 
+def test_contexts_that_earlier_calls_have_read(model):
+    """Wholly, in part, and by some of the pairs."""
+    context = ids(300)
+    calls = [[(context, [k, k + 1, 5]) for k in range(4)], some_pairs(3, 12), some_pairs(4, 12)]
+    want = [model.score_pairs(pairs) for pairs in calls]
+    model.prefix_cache = True
+    for _ in range(3):
+        assert [model.score_pairs(pairs) for pairs in calls] == want
+
+
 def test_continuations_of_a_state(model):
     context, rests = ids(128), [ids(n, n) for n in (1, 4, 30, 65, 1)]
     with model.state() as s:
