@@ -326,7 +326,8 @@ def asked(model):
 
 
 def test_recall_is_the_same_however_it_was_read(device, tmp_path):
-    """Tokens of answers, too: alone, in a mixed batch, in pieces, through files, on forks."""
+    """Tokens of answers, too: alone, in a mixed batch, from the prefix cache, in pieces, through
+    files, on forks."""
     answer = dict(max_new_tokens=48, progress=False)
     r = random.Random(1)
     with kl.load(device=device, dtype="bf16", max_context=1024, max_batch=5,
@@ -339,6 +340,12 @@ def test_recall_is_the_same_however_it_was_read(device, tmp_path):
         want = [c.token_ids for c in want]
         together = m.generate([text for _, text, _ in questions], **answer)
         assert [c.token_ids for c in together] == want
+        m.prefix_cache = True  # of each question twice, the second begins where the first ends
+        twice = m.generate([text for _, text, _ in questions for _ in range(2)], **answer)
+        assert [c.token_ids for c in twice[::2]] == [c.token_ids for c in twice[1::2]] == want
+        for c in twice[1::2]:
+            assert c.stats.cached_tokens == (len(c.prompt_token_ids) - 1) // 64 * 64 > 0
+        m.prefix_cache = False
         for i, (_, text, _) in enumerate(questions):
             with WAYS[i % len(WAYS)](m, text, r, tmp_path) as s:
                 assert s.generate(**answer).token_ids == want[i], i
