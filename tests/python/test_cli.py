@@ -76,6 +76,15 @@ def test_chat_keeps_the_conversation(path, model):
     assert (done.returncode, done.stdout) == (0, f"{first}\n{second}\n")
 
 
+def test_chat_reads_what_is_new(path):
+    text = "a long message, " * 9
+    done = run("chat", "--model", path, "--max-new-tokens", 4, stdin=f"{text}\n{text}\n")
+    first, second = (line for line in done.stderr.splitlines() if line.startswith("prompt "))
+    n = int(re.match(r"prompt (\d+) tokens", first)[1])
+    assert "cached" not in first and n > 64
+    assert f" tokens, {(n - 1) // 64 * 64} of them cached, in " in second
+
+
 def test_score(path, model):
     ll, greedy = model.score("hello", " there")
     done = run("score", "--model", path, "hello", " there")
