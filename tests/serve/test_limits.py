@@ -15,6 +15,8 @@ import servers
 from servers import CHAT, HTTP, LONG, STORY, client_of, events, post
 
 import kimi_linear as kl
+from kimi_linear import cli
+from kimi_linear.serve.command import _settings
 from kimi_linear.serve.scoring import Scorer
 
 # ---- clients that leave ------------------------------------------------------------------
@@ -265,15 +267,51 @@ def test_the_prefix_cache_and_the_end_of_the_grace(command):
     assert process.wait(20) == 130
 
 
-def test_a_wrong_command_line(tmp_path):
-    def fails(*options, code=2):
-        done = subprocess.run([sys.executable, "-m", "kimi_linear", "serve", *options],
-                              capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == code and "Traceback" not in done.stderr
-        return done.stderr
-
+def test_an_address_in_use_is_told_before_the_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"port {port}" in fails("--port", str(port), code=1)
-    assert "--port" in fails("--port", "70000")
-    assert "max_waiting" in fails("--max-waiting", "0")
+        assert cli.main(["serve", "--port", str(port), "--model", "/nowhere"]) == 1
+    assert f"port {port}" in capsys.readouterr().err
+    assert cli.main(["serve", "--port", "70000"]) == 2
+    assert "--port: must be in 0..65535" in capsys.readouterr().err
+
+
+WRONG = [
+    (["--max-waiting", "0"], 2, "max_waiting: must be at least 1"),
+    (["--grace", "-1"], 2, "--grace: must be at least 0"),
+    (["--api-key", "@/nowhere"], 2, "/nowhere"),
+    (["--api-key", ""], 2, "api_key: must have at least one character"),
+    (["--host", "999.1.1.1"], 2, "--host: must be an address of this machine"),
+    (["--model", "/nowhere"], 2, "/nowhere"),
+]
+
+
+@pytest.mark.parametrize("options, code, words", WRONG, ids=lambda x: str(x)[:30])
+def test_a_wrong_option(options, code, words, capsys):
+    assert cli.main(["serve", "--port", "0", *options]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_help_and_what_is_not_installed(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert "curl http://127.0.0.1:8000/v1" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve"]) == 1
+    assert "pip install 'kimi_linear[serve]'" in capsys.readouterr().err
+
+
+def test_who_may_ask_is_told_by_the_address(capsys, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+
+    def settings(*options):
+        return _settings(cli._parser().parse_args(["serve", *options]))
+
+    local = settings("--api-key", f"@{key}")
+    assert local.api_key == "secret" and "localhost" in local.hosts
+    assert settings("--host", "::1").hosts and settings("--host", "localhost").hosts
+    assert settings("--host", "0.0.0.0", "--api-key", "x").hosts is None
+    assert not capsys.readouterr().err
+    assert settings("--host", "0.0.0.0").api_key is None
+    assert "others can reach this server" in capsys.readouterr().err
