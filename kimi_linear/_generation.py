@@ -223,6 +223,8 @@ class Run:
     def close(self) -> None:
         """Free the sequences; further calls do nothing."""
         self._generation.close()
+        self._rows = {}
+        self.stats = self.stats | {"running": 0, "waiting": 0}
 
 
 def as_exception(error: BaseException) -> Exception:

@@ -103,7 +103,8 @@ class Worker:
         with self._lock:
             core, now = self._run.stats, time.monotonic()
             self._forget_before(now - WINDOW_S)
-            since, tokens = self._rate[0]
+            since, tokens = self._rate[0]  # at the window's beginning or before it
+            seconds = min(max(now - since, 1e-3), WINDOW_S)
             new_tokens, running = self._new_tokens(), int(core["running"])
             return {
                 "running": running,
@@ -111,7 +112,7 @@ class Worker:
                 "done": self._done,
                 "prompt_tokens": int(self._base["prompt_done"] + core["prompt_done"]),
                 "new_tokens": new_tokens,
-                "tokens_per_s": (new_tokens - tokens) / max(now - since, 1e-3),
+                "tokens_per_s": (new_tokens - tokens) / seconds,
                 "sequences": self._usage[0],
                 "pages_used": self._usage[1],
                 "pages": self._pages,
@@ -164,15 +165,17 @@ class Worker:
             self._arrived.clear()
             self._unwanted = set()
             self._n_taken += len(arrived)
-            if self._stop == "cancel":
-                unwanted = {*unwanted, *arrived, *self._requests.values()}
+            end = self._stop == "cancel"
         wakes: Wakes = {}
+        if end:  # all at once: one by one they would be looked for in the queue
+            self._run.close()
+            unwanted = {*unwanted, *arrived, *self._requests.values()}
         for request in arrived:
             self._begin(request, unwanted, wakes)
         for request in unwanted:
             self._drop(request, wakes)
         _wake(wakes)
-        if unwanted:
+        if unwanted and not end:
             self._note(self._core.usage())
         return not (self._run.done and self._stop)
 
@@ -259,8 +262,8 @@ class Worker:
                 self._requests[-id(request)] = request
             self._arrived.clear()
             self._places.notify_all()
-        self._fail_all(error)
         self._run.close()
+        self._fail_all(error)
         atexit.unregister(self._at_exit)
 
     def _at_exit(self) -> None:

@@ -60,6 +60,14 @@ def keep(model, file):
             return first, [r.token_ids for r in rows], t.score([5, 6]), s.token_ids
 
 
+def serve(model):
+    """Requests on an engine, one with alternatives and a penalty."""
+    with kl.Engine(model) as engine:
+        one = engine.submit([1, 2, 3], max_new_tokens=4, logprobs=3, repetition_penalty=1.3)
+        rows = engine.generate([list(range(4, 90)), [7]], max_new_tokens=3)
+        return one.result().token_ids, [r.token_ids for r in rows]
+
+
 def fail_each(action, stage):
     """Run `action` with its k-th allocation failing, k = 1, 2, ..., until none fails."""
     k = 0
@@ -105,6 +113,10 @@ def main():
         want_kept = keep(model, file)
         fail_each(lambda: keep(model, file), "states")
         assert keep(model, file) == want_kept and model._engine.usage() == (0, 0)
+    with load(folder) as model:
+        want_served = serve(model)
+        fail_each(lambda: serve(model), "engine")
+        assert serve(model) == want_served and model._engine.usage() == (0, 0)
 
 
 if __name__ == "__main__":
