@@ -87,3 +87,28 @@ def test_a_row_of_32_is_the_row_alone_to_the_bit(engine, tokens):
     for i in (0, 1, 13, ROWS - 1):
         alone = in_company(engine, rows[i : i + 1])[:, 0]
         assert np.array_equal(together[:, i], alone), f"row {i} of {lengths[i]} tokens"
+
+
+def test_a_token_beside_a_prompt_is_the_token_alone(engine, tokens):
+    """A step of single tokens runs other kernels than one that reads a prompt as well."""
+    found = []
+    for beside in ([], [tokens[:300]], [tokens[:1], tokens[:65]]):
+        seqs = [engine.seq_new() for _ in range(1 + len(beside))]
+        engine.feed(seqs[0], tokens[:100], None)
+        for token in (5, 6):
+            feeds = [[token], *beside]
+            found.append(np.array(engine.step(list(zip(seqs, feeds, strict=True))))[0])
+        for seq in seqs:
+            engine.seq_release(seq)
+    assert all(np.array_equal(x, y) for x, y in zip(found[2:], found[:2] * 2, strict=True))
+
+
+def test_a_last_piece_of_one_token(engine, tokens):
+    """As continuations of a token have it whose context ends at a border."""
+    for n in (65, 129):
+        whole, pieces = (after(engine, tokens[:n], lengths) for lengths in ([n], [n - 1, 1]))
+        assert np.array_equal(whole, pieces)
+        context, ids = tokens[: n - 1], tokens[n - 1 : n + 1]
+        alone = engine.logprobs(0, tokens[:n], tokens[1 : n + 1], 0, None)[0][-2:]
+        shared = [(0, ids), (0, [ids[0], 7]), (0, [9, 7])]
+        assert np.array_equal(engine.score(0, [context], shared, None)[0][:2], alone)

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +103,19 @@ def test_ctrl_c(model, state, name, no_gc_callbacks):
     # On a busy machine the clock counts what others do; this process's own time does not.
     assert min(now() - sent[0]) < 0.5
     threads[0].join()
+
+
+def held_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("name", ["logprobs", "windows"])
+def test_memory_is_that_of_the_plan(model, name):
+    """All logits of this text would be 164 MB; 16 allow for its ids, the results and the heap."""
+    if model.device != "cpu":
+        pytest.skip("a GPU's memory is looked at by benchmarks/bench_model.py --only logprobs128k")
+    ids, most = text(10_000), []
+    CALLS[name](model, None, ids[:1300], None)
+    before = held_bytes()
+    CALLS[name](model, None, ids, lambda *_: most.append(held_bytes()))
+    assert len(most) > 5 and max(most) - before < 16 << 20
