@@ -128,7 +128,10 @@ class ChatAnswer(Answer):
 
     def choice(self, index: int, completion: "Completion") -> dict[str, Any]:
         content, calls = self._splitters[index].feed(completion.text, last=True)
-        message = {"role": "assistant", "content": content or (None if calls else "")}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content or (None if calls else ""),
+        }
         if calls:
             message["tool_calls"] = calls
         scored = of_tokens(completion.logprobs or ())
@@ -140,7 +143,7 @@ class ChatAnswer(Answer):
         return {"index": index, "delta": delta, **self._rest([], None)}
 
     def step(self, index: int, chunk: "Chunk") -> dict[str, Any] | None:
-        splitter, delta = self._splitters[index], {}
+        splitter, delta = self._splitters[index], dict[str, Any]()
         n_before = splitter.n_calls
         content, calls = splitter.feed(chunk.text, last=chunk.finish_reason is not None)
         if content:

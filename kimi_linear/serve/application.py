@@ -50,7 +50,7 @@ def build(model: "Model", settings: "Settings", engine: Engine | None) -> Starle
         ],
         middleware=[Middleware(Gate, settings=settings, metrics=server.metrics)],
         exception_handlers={
-            ApiError: _on_api_error,
+            ApiError: _on_error,
             HTTPException: _on_http_error,
             ClientDisconnect: _on_client_gone,
             ClientGone: _on_client_gone,
@@ -192,7 +192,8 @@ class Server:
             if (found["prompt"] is None) == (found["messages"] is None):
                 raise refused("prompt", "prompt: either prompt or messages must be given")
             if found["messages"] is not None:
-                return chat_ids(self.tokenizer, found).tolist()
+                ids: list[int] = chat_ids(self.tokenizer, found).tolist()
+                return ids
             with naming("prompt", "text"):
                 return self.tokenizer.encode(found["prompt"])
 
@@ -267,10 +268,6 @@ async def read_body(request: Request, limit: int) -> bytes:
 def json_response(body: Any) -> Response:
     """A whole answer."""
     return Response(dump(body), media_type="application/json")
-
-
-async def _on_api_error(_request: Request, error: Any) -> Response:
-    return error.response()
 
 
 async def _on_http_error(request: Request, error: Any) -> Response:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,7 +108,7 @@ class EventStream:
             await send(_body(_event(explain(e).body)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         answer = self._answer
         for i in range(len(self._requests)):
             if opening := answer.opening(i):
@@ -130,7 +130,9 @@ class EventStream:
         yield b"data: [DONE]\n\n"
 
 
-async def _chunks(requests: "Sequence[Request]") -> "AsyncIterator[tuple[int, Chunk] | None]":
+async def _chunks(
+    requests: "Sequence[Request]",
+) -> "AsyncGenerator[tuple[int, Chunk] | None, None]":
     """Chunks of all requests as they come, each with its request's number; None after a while
     of silence. Raises what a request raised."""
     queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()  # bounded by max_tokens
