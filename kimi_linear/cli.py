@@ -123,7 +123,7 @@ def _add_chat(commands: Any) -> None:
 def _add_score(commands: Any) -> None:
     parser = _add(commands, "score", score_command, "log p(continuation | context)")
     parser.add_argument("context")
-    parser.add_argument("continuation")
+    parser.add_argument("continuation", nargs="+", help="one, or several to compare")
     _add_model(parser)
 
 
@@ -265,10 +265,11 @@ def _ask() -> str | None:
 
 
 def score_command(args: argparse.Namespace) -> None:
-    """Print the log-likelihood and whether the continuation is the greedy one."""
+    """Print the log-likelihood of each continuation and whether it is the greedy one."""
     with _load(args) as model:
-        loglikelihood, is_greedy = model.score(args.context, args.continuation)
-    print(f"{loglikelihood:.6f}\t{'greedy' if is_greedy else 'not greedy'}")
+        found = model.score(args.context, args.continuation)
+    for loglikelihood, is_greedy in found:
+        print(f"{loglikelihood:.6f}\t{'greedy' if is_greedy else 'not greedy'}")
 
 
 def info_command(args: argparse.Namespace) -> None:

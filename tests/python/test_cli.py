@@ -88,7 +88,10 @@ def test_chat_reads_what_is_new(path):
 def test_score(path, model):
     ll, greedy = model.score("hello", " there")
     done = run("score", "--model", path, "hello", " there")
-    assert done.stdout == f"{ll:.6f}\t{'greedy' if greedy else 'not greedy'}\n"
+    line = f"{ll:.6f}\t{'greedy' if greedy else 'not greedy'}\n"
+    assert done.stdout == line
+    several = run("score", "--model", path, "hello", "x", " there")
+    assert several.stdout.count("\n") == 2 and several.stdout.endswith(line)
 
 
 def test_info_plan_bench(path):
