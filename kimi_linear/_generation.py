@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import chat
+from ._core import PAGE_TOKENS
 from ._sampling import LogitsProcessor, Sampling
 from ._text import TextBuilder
 from .errors import KimiLinearError
@@ -58,9 +59,14 @@ class Call:
         """Weights, workspace and sequences; never above the plan."""
         return min(self._bytes, self.plan.total)
 
-    def grow(self, before: int, now: int) -> None:
-        """A row of `before` tokens, prompt and new ones, has `now`; before 0: it is new."""
-        self._bytes += self._bytes_of(now) - (self._bytes_of(before) if before else 0)
+    def join(self, n_tokens: int) -> None:
+        """There is one more row, of so many tokens."""
+        self._bytes += self._bytes_of(n_tokens)
+
+    def grow(self, n_tokens: int) -> None:
+        """A row that had so many tokens, prompt and new ones, has one more."""
+        if (self.n_before + n_tokens) % PAGE_TOKENS == 0:
+            self._bytes += self._bytes_of(n_tokens + 1) - self._bytes_of(n_tokens)
 
     def _bytes_of(self, n_tokens: int) -> int:
         return self.plan.of_fork(self._n_shared, self.n_before + n_tokens)
@@ -88,7 +94,7 @@ class Row:
         self.id = -1  # the core's, once it is submitted
         self.n_cached = 0  # tokens of the prompt that others had read
         self._times = self._times_before = {"prefill_s": 0.0, "decode_s": 0.0}
-        call.grow(0, len(ids))
+        call.join(len(ids))
 
     @property
     def done(self) -> bool:
@@ -110,12 +116,12 @@ class Row:
         self.finish_reason = finish
         text = ""
         if token_id >= 0:  # else a request of no tokens
-            n = len(self.prompt_ids) + len(self.token_ids)
-            self.call.grow(n, n + 1)
+            self.call.grow(len(self.prompt_ids) + len(self.token_ids))
             self.token_ids.append(token_id)
-            self.logprobs.append(TokenLogprob(token_id, logprob, tuple(top)))
+            if self.sampling.logprobs is not None:
+                self.logprobs.append(TokenLogprob(token_id, logprob, top))
             text = self._text_of(token_id)
-        return Chunk(text, token_id, logprob, self.finish_reason, self.stats(), tuple(top))
+        return Chunk(text, token_id, logprob, self.finish_reason, self.stats(), top)
 
     def _text_of(self, token_id: int) -> str:
         """The text that became certain with a token; a stop string may end the row."""

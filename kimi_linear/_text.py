@@ -35,6 +35,8 @@ class TextBuilder:
         return text + self._give("" if self.stopped else self._held)
 
     def _take(self, piece: str) -> str:
+        if not self._stop:
+            return self._give(piece)
         self._held += piece
         ends = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
         if ends:

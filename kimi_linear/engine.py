@@ -156,6 +156,7 @@ class Request:
         self._news = Condition()
         self._chunks: list[Chunk] = []
         self._over = False
+        self._n_waiting = 0  # loops in threads
         self._sleepers: list[tuple[Any, Any]] = []  # (loop, asyncio.Future)
         self._future: Future[Completion] = Future()
         self._future.set_running_or_notify_cancel()
@@ -169,7 +170,8 @@ class Request:
                 self._over = True
             else:
                 self._chunks.append(chunk)
-            self._news.notify_all()
+            if self._n_waiting:
+                self._news.notify_all()
             sleepers, self._sleepers = self._sleepers, []
         for loop, future in sleepers:
             wakes.setdefault(loop, []).append(future)
@@ -233,7 +235,11 @@ class Request:
         while True:
             self._check_wait()
             with self._news:
-                self._news.wait_for(lambda n=n: len(self._chunks) > n or self._over)
+                self._n_waiting += 1
+                try:
+                    self._news.wait_for(lambda n=n: len(self._chunks) > n or self._over)
+                finally:
+                    self._n_waiting -= 1
                 new = self._chunks[n:]
             if not new:
                 break

@@ -91,7 +91,7 @@ static void make_wanted(void)
 
 /* ---- many of them, coming and going ---------------------------------------------------- */
 
-enum { N_LIVES = 600 };
+enum { N_LIVES = 200 };
 
 typedef struct {
     int kind;
@@ -167,7 +167,7 @@ static void requests_come_and_go(void)
         kl_generation_get_stats(g, &stats);
         EXPECT(stats.running == 0 && stats.waiting == 0);
         EXPECT(kl_generation_finish(g, n, &err) == KL_ERR_VALUE);
-        EXPECT_TEXT(err.message, "generate: request must be in [0, 600), got 600");
+        EXPECT_TEXT(err.message, "generate: request must be in [0, 200), got 200");
         kl_generation_free(g);
         close_engine(e, be);
     }
