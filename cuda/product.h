@@ -22,9 +22,11 @@ kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_works
                               kl_error *err);
 size_t kl_cuda_product_workspace(const kl_cuda_product *p);
 
-/* The ways to compute it: a weight that streams by once, for a few tokens; tiles of tokens and
- * outputs, for many (not float32 weights); both on the tensor cores, and only where
- * kl_cuda_product_run() finds alignment and bf16; and the one that takes everything. */
+/* The ways to compute it: a float32 weight by one token, without an `up`; a weight that streams by
+ * once, for a few tokens; tiles of tokens and outputs, for many (not float32 weights); those two on
+ * the tensor cores, and all three only where kl_cuda_product_run() finds alignment and bf16; and
+ * the one that takes everything. */
+kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error *err);

@@ -1,9 +1,10 @@
 /*
  * linear.cu -- linear, linear_pair and mlp: which kernel computes their products.
- * Computes     linear: out = x w^T, linear_pair two of them;  mlp: out = (silu(x w1^T) * (x w3^T)) w2^T
+ * Computes     linear: out = x w^T;  linear_pair: two of them;  mlp: out = (silu(x w1^T) * (x w3^T))
+ *              w2^T
  * Shapes       linear: x [T, in], w [O, in], out [T, O];  mlp: x, out [T, D], w1, w3 [I, D]
  * Layout       rows strided; the inner product of mlp lies dense in the workspace
- * Precision    that of linear_few.cu, linear_many.cu and linear_any.cu; inner rounded to act
+ * Precision    that of linear_{single,few,many,any}.cu; inner rounded to act
  * Grid         theirs
  * Roofline     theirs; the inner product of mlp is written and read once more, 2 * 2 T I bytes
  * Measured     those of the kernels
@@ -97,15 +98,16 @@ kl_cuda_product product_of(const kl_linear *a)
     };
 }
 
-/* The ways to compute a product: linear_{few,many,any}.cu and cuBLASLt. */
-enum class way { FEW, MANY, ANY, BLAS };
+/* The ways to compute a product: linear_{single,few,many,any}.cu and cuBLASLt. */
+enum class way { SINGLE, FEW, MANY, ANY, BLAS };
 
 way way_of(kl_backend *be, const kl_cuda_product *p)
 {
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (p->T > FEW_TOKENS && !invariant && kl_cuda_blas_takes(p)) return way::BLAS;
     if (!suits_tensor_cores(p)) return way::ANY;
-    if (p->w.format == KL_W_F32) return way::FEW;
+    const bool single = p->T == 1 && p->up.data == nullptr && !invariant;
+    if (p->w.format == KL_W_F32) return single ? way::SINGLE : way::FEW;
     return suits_streaming(p) && !invariant ? way::FEW : way::MANY;
 }
 
@@ -116,6 +118,8 @@ kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_works
 {
     if (p->T == 0 || p->w.rows == 0) return KL_OK;
     switch (way_of(be, p)) {
+    case way::SINGLE:
+        return kl_cuda_product_single(be, p, err);
     case way::FEW:
         return kl_cuda_product_few(be, p, err);
     case way::MANY:
