@@ -6,32 +6,33 @@
  * Shapes       hidden [T, D], lm_head [rows, D], targets, logprobs and greedy [T],
  *              alternatives [T, n]
  * Layout       dense
- * Precision    bf16 hidden with a bf16 or quantised head: bf16 operands, f32 sums (a quantised
- *              head is rounded to bf16 once dequantised); else f32 throughout. Exponentials in
- *              f32, their sums over PIECE ids in f32, over the pieces in f64
- * Grid         a block for a tile of tokens and PIECE ids, the tiles of tokens next to each
- *              other so that they share the head's rows in the L2; it keeps maximum, sum,
- *              argmax and the target's logit of its piece. A block a token then takes in the
- *              pieces. With n > 0 the logits of up to TOP_TOKENS tokens at a time are kept as
- *              well, for the selection of device/select.cuh. Long inputs are cut into chunks of
- *              tokens
- * Order        an output is one chain over the columns, a piece one butterfly, the pieces are
- *              added in one order: bits depend on nothing but the token and the head
+ * Precision    logits that of linear.cu, in f32. Exponentials in f32, their sums over PIECE ids in
+ *              f32, over the pieces in f64
+ * Grid         a chunk of tokens by a slice of the head at a time: linear.cu makes its logits, a
+ *              warp takes each PIECE of a token's to maximum, sum, argmax and the target's logit. A
+ *              block a token then takes in the pieces. With n > 0 a slice is the whole head, for
+ *              the selection of device/select.cuh
+ * Order        a piece one butterfly, the pieces are added in one order; that of the logits is
+ *              linear.cu's
  * Roofline     2 T D rows flops, 2 D rows bytes of a bf16 head (755 MB, 252 us on an H100 at
- *              3.0 TB/s, for up to 100 tokens or so; then the tensor cores bound it)
- * Measured     not timed alone; right on an H100 (every format, 1 to 1,500 tokens, 2026-11-22)
+ *              3.0 TB/s, for up to 100 tokens or so; then the tensor cores bound it), and 8 T rows
+ *              bytes of logits, most of them in the L2
+ * Measured     not timed yet
  */
-#include "../device/gemm.cuh"
 #include "../device/select.cuh"
+#include "../device/types.cuh"
+#include "../product.h"
 
 namespace {
 
-constexpr int PIECE = 128;        /* ids */
-constexpr int PITCH = PIECE + 4;  /* of a tile of logits in shared memory */
+constexpr int PIECE = 128;        /* ids: four a lane */
 constexpr int CHUNK = 1024;       /* tokens: 21 MB of pieces at 163,840 rows */
-constexpr int TOP_TOKENS = 64;    /* tokens: 42 MB of logits at 163,840 rows */
-constexpr int SLAB = 32;          /* columns in shared memory on the path without mma */
+constexpr int TOP_TOKENS = 64;    /* tokens of a chunk with alternatives */
+constexpr int PIECE_WARPS = 8;    /* of a block that makes pieces */
 constexpr int JOIN_THREADS = 256; /* of the block that takes in a token's pieces */
+
+/* Logits that are held at a time: 42 MB, what 64 tokens have at 163,840 rows. */
+constexpr int64_t LOGITS = 10 << 20;
 
 /* What a token keeps of PIECE ids. */
 struct piece {
@@ -43,21 +44,20 @@ constexpr int NOBODY = 0x7fffffff;
 
 /* A chunk of the call. */
 struct arguments {
-    const void *hidden;
-    weight_view head;
     const int *targets;
     float *logprobs;
     uint8_t *greedy;
     int *top_ids;        /* or null */
     float *top_logprobs; /* or null */
+    float *logits;       /* [n, stride], of a slice's ids */
     piece *pieces;       /* [n, n_pieces] */
     double *log_sums;    /* [n] */
-    float *logits;       /* [n, n_pieces * PIECE], or null */
-    int64_t n_pieces;
-    int n, D, top;
+    int64_t n_pieces, stride, rows;
+    int64_t first, count; /* pieces of the slice */
+    int n, top;
 };
 
-/* ---- a tile of logits to pieces --------------------------------------------------------- */
+/* ---- logits to pieces ------------------------------------------------------------------- */
 
 /* Called by a warp; a lane holds four neighbouring logits, of which `inside` are the head's. */
 __device__ piece reduce_piece(const float (&z)[4], int inside, int first_id)
@@ -77,133 +77,23 @@ __device__ piece reduce_piece(const float (&z)[4], int inside, int first_id)
     return p;
 }
 
-/* tile [rows, PITCH] holds the logits of tokens first .. and of the ids of piece v. */
-template <int WARPS>
-__device__ void reduce_tile(const arguments &a, const float *tile, int rows, int first,
-                            int64_t v)
+/* A warp for each token and piece of the slice. */
+__global__
+__launch_bounds__(PIECE_WARPS *WARP) void pieces_kernel(__grid_constant__ const arguments a)
 {
-    const int64_t begin = v * PIECE, left = a.head.rows - begin;
+    const int64_t unit = static_cast<int64_t>(blockIdx.x) * PIECE_WARPS + warp_id();
+    const int64_t t = unit / a.count, v = unit % a.count;
+    if (t >= a.n) return;
+    const int64_t begin = (a.first + v) * PIECE, left = a.rows - begin;
     const int column = 4 * lane_id();
     const int inside = static_cast<int>(left < column + 4 ? left - column : 4);
-    for (int r = warp_id(); r < rows && first + r < a.n; r += WARPS) {
-        const int64_t t = first + r;
-        float z[4];
-        load_floats<4>(tile + r * PITCH + column, z);
-        piece p = reduce_piece(z, inside, static_cast<int>(begin) + column);
-        const int64_t target = a.targets[t] - begin;
-        if (target >= 0 && target < PIECE) p.target = tile[r * PITCH + target];
-        if (lane_id() == 0) a.pieces[t * a.n_pieces + v] = p;
-        if (a.logits != nullptr)
-            store_floats<4>(a.logits + (t * a.n_pieces + v) * PIECE + column, z);
-    }
-}
-
-/* ---- logits on the tensor cores --------------------------------------------------------- */
-
-template <class S> constexpr int tile_bytes()
-{
-    constexpr int logits = S::M * PITCH * static_cast<int>(sizeof(float));
-    return logits > S::SHARED_BYTES ? logits : S::SHARED_BYTES;
-}
-
-template <class S, kl_weight_format format>
-__global__ __launch_bounds__(S::THREADS) void pieces_kernel(__grid_constant__ const arguments a)
-{
-    extern __shared__ __align__(128) unsigned char shared[];
-    const int tiles = (a.n + S::M - 1) / S::M;
-    const int first = static_cast<int>(blockIdx.x % tiles) * S::M;
-    const int64_t v = blockIdx.x / tiles;
-    const bf16 *hidden = static_cast<const bf16 *>(a.hidden);
-
-    float acc[S::MI][S::NI][4];
-    gemm_tile<S, format>(
-        acc, reinterpret_cast<bf16 *>(shared),
-        [&](int i) {
-            return first + i < a.n ? hidden + static_cast<int64_t>(first + i) * a.D : nullptr;
-        },
-        [&](int i) {
-            const int64_t id = v * PIECE + i;
-            return id < a.head.rows ? row_of(a.head, id) : weight_row{nullptr, nullptr};
-        },
-        a.D);
-    __syncthreads();
-    float *tile = reinterpret_cast<float *>(shared);
-    gemm_for_pairs<S>(acc, [&](int row, int column, float even, float odd) {
-        *reinterpret_cast<float2 *>(tile + row * PITCH + column) = make_float2(even, odd);
-    });
-    __syncthreads();
-    reduce_tile<S::THREADS / WARP>(a, tile, S::M, first, v);
-}
-
-/* ---- logits of any shape and type, in f32 ----------------------------------------------- */
-
-constexpr int PLAIN_THREADS = 256, PLAIN_WARPS = PLAIN_THREADS / WARP;
-constexpr int PLAIN_COLUMNS = PIECE / WARP; /* ids of a lane, WARP apart */
-
-/* SLAB columns of the tile's tokens and ids; ids lie transposed: a lane reads its own. */
-template <int M> struct slab {
-    float x[M][SLAB], w[SLAB][PIECE + 1];
-};
-
-template <int M> constexpr int plain_bytes()
-{
-    constexpr int logits = M * PITCH * static_cast<int>(sizeof(float));
-    constexpr int inputs = static_cast<int>(sizeof(slab<M>));
-    return logits > inputs ? logits : inputs;
-}
-
-template <class T, kl_weight_format format, int M>
-__device__ void fill_slab(const arguments &a, slab<M> &s, int first, int64_t v, int k)
-{
-    const int column = k + lane_id();
-    const bool has_column = column < a.D;
-    const T *hidden = static_cast<const T *>(a.hidden);
-    for (int r = warp_id(); r < M; r += PLAIN_WARPS)
-        s.x[r][lane_id()] =
-            has_column && first + r < a.n
-                ? to_float(hidden[static_cast<int64_t>(first + r) * a.D + column])
-                : 0.0f;
-    for (int r = warp_id(); r < PIECE; r += PLAIN_WARPS) {
-        const int64_t id = v * PIECE + r;
-        s.w[lane_id()][r] = has_column && id < a.head.rows
-                                ? weight_codec<format>::at(row_of(a.head, id), column)
-                                : 0.0f;
-    }
-}
-
-/* A warp has R tokens, a lane PLAIN_COLUMNS ids of each. */
-template <class T, kl_weight_format format, int R>
-__global__
-__launch_bounds__(PLAIN_THREADS) void plain_pieces_kernel(__grid_constant__ const arguments a)
-{
-    constexpr int M = PLAIN_WARPS * R;
-    extern __shared__ __align__(128) unsigned char shared[];
-    slab<M> &s = *reinterpret_cast<slab<M> *>(shared);
-    const int tiles = (a.n + M - 1) / M, lane = lane_id(), row = warp_id() * R;
-    const int first = static_cast<int>(blockIdx.x % tiles) * M;
-    const int64_t v = blockIdx.x / tiles;
-
-    float acc[R][PLAIN_COLUMNS] = {};
-    for (int k = 0; k < a.D; k += SLAB) {
-        fill_slab<T, format>(a, s, first, v, k);
-        __syncthreads();
-        for (int i = 0; i < SLAB; i++)
-#pragma unroll
-            for (int c = 0; c < PLAIN_COLUMNS; c++) {
-                const float w = s.w[i][c * WARP + lane];
-#pragma unroll
-                for (int r = 0; r < R; r++) acc[r][c] = fmaf(s.x[row + r][i], w, acc[r][c]);
-            }
-        __syncthreads();
-    }
-    float *tile = reinterpret_cast<float *>(shared);
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int c = 0; c < PLAIN_COLUMNS; c++)
-            tile[(row + r) * PITCH + c * WARP + lane] = acc[r][c];
-    __syncthreads();
-    reduce_tile<PLAIN_WARPS>(a, tile, M, first, v);
+    const float *const logits = a.logits + t * a.stride + v * PIECE;
+    float z[4];
+    load_floats<4>(logits + column, z);
+    piece p = reduce_piece(z, inside, static_cast<int>(begin) + column);
+    const int64_t target = a.targets[t] - begin;
+    if (target >= 0 && target < PIECE) p.target = logits[target];
+    if (lane_id() == 0) a.pieces[t * a.n_pieces + a.first + v] = p;
 }
 
 /* ---- pieces to results ------------------------------------------------------------------ */
@@ -267,7 +157,7 @@ __global__ __cluster_dims__(RANKS, 1, 1)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     const int64_t t = blockIdx.x / RANKS;
-    const uint64_t order = find_best(a.logits + t * a.n_pieces * PIECE, a.head.rows, a.top,
+    const uint64_t order = find_best(a.logits + t * a.stride, a.rows, a.top,
                                      *reinterpret_cast<select_shared *>(shared));
     const int i = threadIdx.x;
     if (!is_first_rank() || i >= a.top) return;
@@ -283,66 +173,99 @@ int top_of(const kl_token_logprobs *a)
     return kl_tensor_absent(&a->top_ids) ? 0 : static_cast<int>(a->top_ids.shape[1]);
 }
 
-/* Tokens of a chunk. */
-int64_t chunk_of(const kl_token_logprobs *a)
+/* How a call is cut, and where its workspace's parts lie. */
+struct cut {
+    int64_t chunk, n_pieces;
+    int64_t slice; /* pieces whose logits are held at a time */
+    size_t product, pieces, sums, end;
+};
+
+size_t align_up(size_t bytes)
+{
+    return (bytes + 255) / 256 * 256;
+}
+
+/* Tokens [first, first + n) by rows [row, row + rows) of the head. */
+kl_cuda_product product_of(const kl_token_logprobs *a, int64_t first, int64_t n, int64_t row,
+                           int64_t rows, void *out, int64_t stride)
+{
+    const int64_t D = a->hidden.shape[1];
+    const size_t skipped = static_cast<size_t>(first * D) * kl_dtype_bytes(a->hidden.dtype);
+    return {
+        .x = static_cast<const char *>(a->hidden.data) + skipped,
+        .act = a->hidden.dtype,
+        .T = n,
+        .x_stride = D,
+        .w = kl_weight_slice(&a->lm_head, 0, row, rows),
+        .up = {},
+        .out = out,
+        .out_dtype = KL_F32,
+        .out_stride = stride,
+    };
+}
+
+/* Every part grows with T. */
+cut cut_of(const kl_token_logprobs *a)
 {
     const int64_t T = a->hidden.shape[0], most = top_of(a) > 0 ? TOP_TOKENS : CHUNK;
-    return T < most ? T : most;
+    cut c = {};
+    c.chunk = T < most ? T : most;
+    c.n_pieces = (a->lm_head.rows + PIECE - 1) / PIECE;
+    const int64_t all = c.chunk * c.n_pieces * PIECE;
+    const bool whole = top_of(a) > 0 || all <= LOGITS;
+    c.slice = whole ? c.n_pieces : LOGITS / (c.chunk * PIECE);
+    const kl_cuda_product p =
+        product_of(a, 0, c.chunk, 0, a->lm_head.rows, nullptr, c.n_pieces * PIECE);
+    c.product = align_up(static_cast<size_t>(whole ? all : LOGITS) * sizeof(float));
+    c.pieces = c.product + align_up(kl_cuda_product_workspace(&p));
+    c.sums = c.pieces + align_up(static_cast<size_t>(c.chunk * c.n_pieces) * sizeof(piece));
+    c.end = c.sums + align_up(static_cast<size_t>(c.chunk) * sizeof(double));
+    return c;
 }
 
-int64_t pieces_of(const kl_token_logprobs *a)
+arguments arguments_of(const kl_token_logprobs *a, const cut &c, int64_t first, int64_t n)
 {
-    return (a->lm_head.rows + PIECE - 1) / PIECE;
+    const int top = top_of(a);
+    char *const ws = static_cast<char *>(a->ws.data);
+    arguments args = {
+        .targets = static_cast<const int *>(a->targets.data) + first,
+        .logprobs = static_cast<float *>(a->logprobs.data) + first,
+        .greedy = static_cast<uint8_t *>(a->greedy.data) + first,
+        .logits = reinterpret_cast<float *>(ws),
+        .pieces = reinterpret_cast<piece *>(ws + c.pieces),
+        .log_sums = reinterpret_cast<double *>(ws + c.sums),
+        .n_pieces = c.n_pieces,
+        .stride = c.slice * PIECE,
+        .rows = a->lm_head.rows,
+        .n = static_cast<int>(n),
+        .top = top,
+    };
+    if (top == 0) return args;
+    args.top_ids = static_cast<int *>(a->top_ids.data) + first * top;
+    args.top_logprobs = static_cast<float *>(a->top_logprobs.data) + first * top;
+    return args;
 }
 
-template <class Kernel>
-kl_status launch_pieces(Kernel kernel, const arguments &a, int M, int threads, int bytes,
-                        cudaStream_t stream, kl_error *err)
+/* Pieces of the slice that begins at piece `at`. */
+kl_status run_slice(kl_backend *be, const kl_token_logprobs *a, const cut &c, arguments args,
+                    int64_t first, int64_t at, kl_error *err)
 {
-    const int64_t blocks = (a.n + M - 1) / M * a.n_pieces;
+    const int64_t row = at * PIECE, left = args.rows - row;
+    const kl_cuda_product p =
+        product_of(a, first, args.n, row, left < args.stride ? left : args.stride, args.logits,
+                   args.stride);
+    const kl_workspace ws = {static_cast<char *>(a->ws.data) + c.product, c.pieces - c.product};
+    args.first = at;
+    args.count = c.n_pieces - at < c.slice ? c.n_pieces - at : c.slice;
+    KL_TRY(kl_cuda_product_run(be, &p, ws, err));
+    const int64_t blocks = (args.n * args.count + PIECE_WARPS - 1) / PIECE_WARPS;
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "token_logprobs: lm_head has too many rows: %lld",
-                       static_cast<long long>(a.head.rows));
-    KL_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
-    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(a);
+                       static_cast<long long>(args.rows));
+    pieces_kernel<<<static_cast<unsigned>(blocks), PIECE_WARPS * WARP, 0, kl_cuda_stream(be)>>>(
+        args);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;
-}
-
-template <class S, kl_weight_format format>
-kl_status launch_tensor(const arguments &a, cudaStream_t stream, kl_error *err)
-{
-    return launch_pieces(pieces_kernel<S, format>, a, S::M, S::THREADS, tile_bytes<S>(), stream,
-                         err);
-}
-
-template <class T, kl_weight_format format, int R>
-kl_status launch_plain(const arguments &a, cudaStream_t stream, kl_error *err)
-{
-    return launch_pieces(plain_pieces_kernel<T, format, R>, a, PLAIN_WARPS * R, PLAIN_THREADS,
-                         plain_bytes<PLAIN_WARPS * R>(), stream, err);
-}
-
-/* A call's tokens are cut into chunks, but a chunk's tile may be any: an output's bits do not
- * depend on it. */
-template <kl_weight_format format>
-kl_status launch_format(const arguments &a, kl_dtype act, bool tensor, cudaStream_t stream,
-                        kl_error *err)
-{
-    if constexpr (format != KL_W_F32)
-        if (tensor) {
-            if (a.n <= 16)
-                return launch_tensor<gemm_shape<16, PIECE, 1, 4>, format>(a, stream, err);
-            if (a.n <= 64)
-                return launch_tensor<gemm_shape<64, PIECE, 2, 4>, format>(a, stream, err);
-            return launch_tensor<gemm_shape<128, PIECE, 2, 4>, format>(a, stream, err);
-        }
-    return with_float_type(act, [&](auto t) {
-        using T = decltype(t);
-        if (a.n <= 2 * PLAIN_WARPS) return launch_plain<T, format, 2>(a, stream, err);
-        return launch_plain<T, format, 8>(a, stream, err);
-    });
 }
 
 kl_status launch_results(const arguments &a, cudaStream_t stream, kl_error *err)
@@ -359,58 +282,22 @@ kl_status launch_results(const arguments &a, cudaStream_t stream, kl_error *err)
     return KL_OK;
 }
 
-/* The chunk of n tokens that starts at `first`. */
-arguments arguments_of(const kl_token_logprobs *a, int64_t first, int64_t n)
-{
-    const int64_t D = a->hidden.shape[1], chunk = chunk_of(a), pieces = pieces_of(a);
-    const int top = top_of(a);
-    arguments args = {
-        .hidden = static_cast<const char *>(a->hidden.data) +
-                  first * D * static_cast<int64_t>(kl_dtype_bytes(a->hidden.dtype)),
-        .head = weight_view_of(a->lm_head),
-        .targets = static_cast<const int *>(a->targets.data) + first,
-        .logprobs = static_cast<float *>(a->logprobs.data) + first,
-        .greedy = static_cast<uint8_t *>(a->greedy.data) + first,
-        .pieces = static_cast<piece *>(a->ws.data),
-        .n_pieces = pieces,
-        .n = static_cast<int>(n),
-        .D = static_cast<int>(D),
-        .top = top,
-    };
-    args.log_sums = reinterpret_cast<double *>(args.pieces + chunk * pieces);
-    if (top == 0) return args;
-    args.top_ids = static_cast<int *>(a->top_ids.data) + first * top;
-    args.top_logprobs = static_cast<float *>(a->top_logprobs.data) + first * top;
-    args.logits = reinterpret_cast<float *>(args.log_sums + (chunk + 1) / 2 * 2);
-    return args;
-}
-
 } // namespace
 
-/* Pieces, sums (an even number of them: the logits are 16-byte aligned), logits. */
 size_t kl_cuda_token_logprobs_workspace(kl_backend *, const kl_token_logprobs *a)
 {
-    const size_t chunk = static_cast<size_t>(chunk_of(a));
-    const size_t pieces = static_cast<size_t>(pieces_of(a));
-    const size_t logits = top_of(a) > 0 ? chunk * pieces * PIECE * sizeof(float) : 0;
-    return chunk * pieces * sizeof(piece) + (chunk + 1) / 2 * 2 * sizeof(double) + logits;
+    return cut_of(a).end;
 }
 
 kl_status kl_cuda_token_logprobs(kl_backend *be, const kl_token_logprobs *a, kl_error *err)
 {
-    const int64_t T = a->hidden.shape[0], D = a->hidden.shape[1], chunk = chunk_of(a);
-    if (D > 0x7fffffff - PIECE)
-        return kl_fail(err, KL_ERR_VALUE, "token_logprobs: hidden has too many columns: %lld",
-                       static_cast<long long>(D));
-    const bool tensor = a->hidden.dtype == KL_BF16 && D % GEMM_CHUNK == 0 &&
-                        is_aligned(a->hidden.data, D, 2, 16) &&
-                        has_pieces(weight_view_of(a->lm_head));
-    for (int64_t first = 0; first < T; first += chunk) {
-        const arguments args = arguments_of(a, first, T - first < chunk ? T - first : chunk);
-        KL_TRY(with_format(a->lm_head.format, [&](auto format) {
-            return launch_format<format.value>(args, a->hidden.dtype, tensor,
-                                               kl_cuda_stream(be), err);
-        }));
+    const int64_t T = a->hidden.shape[0];
+    const cut c = cut_of(a);
+    for (int64_t first = 0; first < T; first += c.chunk) {
+        const arguments args =
+            arguments_of(a, c, first, T - first < c.chunk ? T - first : c.chunk);
+        for (int64_t at = 0; at < c.n_pieces; at += c.slice)
+            KL_TRY(run_slice(be, a, c, args, first, at, err));
         KL_TRY(launch_results(args, kl_cuda_stream(be), err));
     }
     return KL_OK;
