@@ -68,6 +68,21 @@ inline kl_status moe_grid(moe_product &p, int64_t width, unsigned *blocks, kl_er
     return KL_OK;
 }
 
+/* What moe_experts_plan.cu is asked for, pairs = tokens * top_k of them at least one. */
+struct moe_plan {
+    const int *ids; /* [pairs]                                  */
+    int *tokens;    /* [pairs] the token of each sorted pair    */
+    int *places;    /* [pairs] where each pair was sorted to    */
+    moe_tile *tiles;
+    int *counts; /* scratch, [kl_cuda_moe_plan_counts()]     */
+    int pairs, top_k, E, tile;
+    int routed_tiles; /* the bound; the shared expert's tiles follow */
+    int shared_rows;  /* tokens, or 0 without a shared expert        */
+};
+
+int64_t kl_cuda_moe_plan_counts(int64_t pairs, int64_t E);
+kl_status kl_cuda_moe_plan(const moe_plan &p, cudaStream_t stream, kl_error *err);
+
 /* A way to do the product: tiles of at most `tile` rows. The formats and dimensions that each
  * takes are written in its file; the general one takes all. */
 struct moe_path {

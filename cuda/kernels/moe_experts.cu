@@ -1,24 +1,23 @@
 /*
- * moe_experts.cu -- a layer of experts: the plan of its products, and their weighted sum.
+ * moe_experts.cu -- a layer of experts: its products in turn, and their weighted sum.
  *
  * Computes     out[t] = sum_j weights[t, j] * expert_{ids[t, j]}(x[t]) + shared(x[t])
  * Shapes       x, out [T, D]; ids, weights [T, top_k]; w1, w3 [E, I, D]; w2 [E, D, I]
- * Layout       dense. (token, choice) pairs are sorted by expert, stable, so that a product
- *              reads an expert's matrix for a tile of its tokens; the shared expert is one
+ * Layout       dense. (token, choice) pairs are sorted by expert in moe_experts_plan.cu, so that a
+ *              product reads an expert's matrix for a tile of its tokens; the shared expert is one
  *              more, over all tokens. The products are in moe_experts_{general,few,many}.cu
  * Precision    f32 or bf16 in, inner products rounded to act, f32 results of the experts, f32
  *              sum, rounded once; for bf16 activations weights become bf16 on their way
- * Grid         plan: one block. combine: a thread an element of out. Tokens go in windows and
- *              the down product in slices of columns, which bounds the workspace; a window's
- *              tiles are known only on the device, their bound here, and surplus blocks leave
+ * Grid         combine: a thread an element of out. Tokens go in windows and the down product in
+ *              slices of columns, which bounds the workspace; a window's tiles are known only on
+ *              the device, their bound here, and surplus blocks leave
  * Order        a row's bits depend on the path and on no other row; the number of tokens decides
  *              the path, on a batch-invariant backend the shapes of the weights alone
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
  *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
  * Measured     H100 with another job beside, bf16, 256 experts, 8 chosen and a shared one, D =
  *              2304, I = 1024: T = 1 55 us in four kernels (plan 3.8, 31.9, 17.1, combine 2.0),
- *              T = 16 0.51 ms, T = 128 1.3 ms, T = 2048 1.6 ms; 65536 pairs are sorted in 0.115
- *              ms, by one block (2026-11-22)
+ *              T = 16 0.51 ms, T = 128 1.3 ms, T = 2048 1.6 ms (2026-11-22)
  */
 #include "../device/moe.cuh"
 #include "../device/warp.cuh"
@@ -31,158 +30,11 @@ constexpr int64_t RESULT_BYTES = 704
 constexpr int64_t SLICE = 128;          /* a slice is a multiple: whole tiles of a path    */
 constexpr int64_t FEW_PAIRS = 4; /* an expert, up to which its weights stream by         */
 constexpr int MIN_TILE = 8;      /* of the paths                                    */
-constexpr int MAX_WARPS = 32, MIN_WARPS = 8;
 constexpr int COMBINE_THREADS = 256;
-constexpr int64_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
 
 int64_t least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
-}
-
-/* ---- plan ------------------------------------------------------------------------------ */
-
-struct plan_arguments {
-    const int *ids; /* [pairs]                                               */
-    int *tokens;    /* [pairs] the token of each sorted pair                 */
-    int *places;    /* [pairs] where each pair was sorted to                 */
-    moe_tile *tiles;
-    int pairs, top_k, E, tile;
-    int routed_tiles; /* the bound; the shared expert's tiles follow         */
-    int shared_rows;  /* tokens, or 0 without a shared expert                */
-    int counters;     /* warps that count and place                          */
-    int bits;         /* of an expert's number                               */
-};
-
-/* In shared memory, arrays of E. */
-struct plan_scratch {
-    int *counts; /* [counters][E] pairs of a warp's segment, then where its next pair goes */
-    int *totals, *starts, *tile_starts;
-};
-
-/* The lanes with this lane's expert, by a ballot for each bit: eight for 256 experts, where
- * match.any takes its time for each value in the warp, an order of magnitude more. */
-__device__ unsigned lanes_with(int e, int bits)
-{
-    unsigned peers = __ballot_sync(ALL_LANES, e >= 0);
-    if (e < 0) peers = ~peers;
-    for (int b = 0; b < bits; b++) {
-        const bool set = e >> b & 1;
-        const unsigned with = __ballot_sync(ALL_LANES, set);
-        peers &= set ? with : ~with;
-    }
-    return peers;
-}
-
-/* Call f(pair, expert, peers) for 32 pairs of this warp's segment at a time, in order; peers
- * are the lanes with the same expert. Expert -1 past the end. */
-template <class F> __device__ void for_segment(const plan_arguments &a, F f)
-{
-    const int rounds = ((a.pairs + WARP - 1) / WARP + a.counters - 1) / a.counters;
-    const int first = warp_id() * rounds * WARP + lane_id();
-    const auto load = [&](int pair) { return pair < a.pairs ? a.ids[pair] : -1; };
-    int next = load(first);
-    for (int i = 0; i < rounds; i++) {
-        const int pair = first + i * WARP, e = next;
-        if (i + 1 < rounds) next = load(pair + WARP); /* on its way while f works */
-        f(pair, e, lanes_with(e, a.bits));
-        __syncwarp();
-    }
-}
-
-__device__ bool leads(unsigned peers)
-{
-    return __ffs(static_cast<int>(peers)) - 1 == lane_id();
-}
-
-/* One warp: the first pair and the first tile of every expert; returns the number of tiles. */
-__device__ int scan_experts(const plan_arguments &a, const plan_scratch &s)
-{
-    int pairs = 0, tiles = 0;
-    for (int base = 0; base < a.E; base += WARP) {
-        const int e = base + lane_id();
-        const int total = e < a.E ? s.totals[e] : 0;
-        int p = total, t = (total + a.tile - 1) / a.tile;
-        const int own = t;
-        for (int d = 1; d < WARP; d *= 2) {
-            const int p_below = __shfl_up_sync(ALL_LANES, p, d);
-            const int t_below = __shfl_up_sync(ALL_LANES, t, d);
-            if (lane_id() >= d) p += p_below, t += t_below;
-        }
-        if (e < a.E) s.starts[e] = pairs + p - total, s.tile_starts[e] = tiles + t - own;
-        pairs += __shfl_sync(ALL_LANES, p, WARP - 1);
-        tiles += __shfl_sync(ALL_LANES, t, WARP - 1);
-    }
-    return tiles;
-}
-
-/* Rows of each of as few tiles as can be, all of about one size. */
-__device__ int even_tile(int rows, int tile)
-{
-    const int tiles = max((rows + tile - 1) / tile, 1);
-    return (rows + tiles - 1) / tiles;
-}
-
-__device__ void write_tiles(const plan_arguments &a, const plan_scratch &s, int used)
-{
-    for (int e = threadIdx.x; e < a.E; e += blockDim.x) {
-        const int total = s.totals[e], size = even_tile(total, a.tile);
-        for (int done = 0, i = s.tile_starts[e]; done < total; done += size, i++)
-            a.tiles[i] = {e, s.starts[e] + done, min(size, total - done)};
-    }
-    for (int i = used + threadIdx.x; i < a.routed_tiles; i += blockDim.x)
-        a.tiles[i] = {0, 0, 0};
-    const int size = even_tile(a.shared_rows, a.tile);
-    for (int i = threadIdx.x; i * size < a.shared_rows; i += blockDim.x)
-        a.tiles[a.routed_tiles + i] = {MOE_SHARED, i * size,
-                                       min(size, a.shared_rows - i * size)};
-}
-
-/* A stable counting sort: each warp counts a segment of the pairs, and later places it. */
-__global__ __launch_bounds__(MAX_WARPS *WARP) void moe_plan_kernel(
-    __grid_constant__ const plan_arguments a)
-{
-    extern __shared__ int arrays[];
-    __shared__ int used;
-    int *const after = arrays + a.counters * a.E;
-    const plan_scratch s = {arrays, after, after + a.E, after + 2 * a.E};
-    int *const mine = s.counts + warp_id() * a.E;
-    const bool counts = warp_id() < a.counters;
-    for (int i = threadIdx.x; i < a.counters * a.E; i += blockDim.x) s.counts[i] = 0;
-    __syncthreads();
-    if (counts)
-        for_segment(a, [&](int, int e, unsigned peers) {
-            if (e >= 0 && leads(peers)) mine[e] += __popc(peers);
-        });
-    __syncthreads();
-    for (int e = threadIdx.x; e < a.E; e += blockDim.x) {
-        int total = 0;
-        for (int w = 0; w < a.counters; w++) total += s.counts[w * a.E + e];
-        s.totals[e] = total;
-    }
-    __syncthreads();
-    if (warp_id() == 0) {
-        const int tiles = scan_experts(a, s);
-        if (lane_id() == 0) used = tiles;
-    }
-    __syncthreads();
-    write_tiles(a, s, used);
-    for (int e = threadIdx.x; e < a.E; e += blockDim.x)
-        for (int w = 0, next = s.starts[e]; w < a.counters; w++) {
-            const int n = s.counts[w * a.E + e];
-            s.counts[w * a.E + e] = next;
-            next += n;
-        }
-    __syncthreads();
-    if (!counts) return;
-    for_segment(a, [&](int pair, int e, unsigned peers) {
-        const int place = e < 0 ? 0 : mine[e] + __popc(peers & ((1u << lane_id()) - 1));
-        __syncwarp();
-        if (e < 0) return;
-        if (leads(peers)) mine[e] += __popc(peers);
-        a.tokens[place] = pair / a.top_k;
-        a.places[pair] = place;
-    });
 }
 
 /* ---- combine --------------------------------------------------------------------------- */
@@ -220,7 +72,7 @@ struct sizes {
     int64_t D, I, E, top_k, I2; /* I2: the shared expert's width, 0 without one */
     int64_t n, pairs;           /* tokens and pairs of a window                 */
     int64_t slice;              /* columns of out in one down product           */
-    size_t tokens, places, tiles, inner, results, end; /* offsets in the workspace */
+    size_t tokens, places, tiles, counts, inner, results, end; /* offsets in the workspace */
 };
 
 int64_t tiles_of(int64_t rows, int64_t tile)
@@ -258,6 +110,7 @@ sizes sizes_of(const kl_moe_experts *a)
     s.places = take(&s.end, s.pairs, sizeof(int));
     s.tiles = take(&s.end, bound_routed_tiles(s, s.pairs, MIN_TILE) + tiles_of(s.n, MIN_TILE),
                    sizeof(moe_tile));
+    s.counts = take(&s.end, kl_cuda_moe_plan_counts(s.pairs, s.E), sizeof(int));
     s.inner = take(&s.end, s.pairs * s.I + s.n * s.I2, kl_dtype_bytes(a->x.dtype));
     /* The bound, not what the slices of this many rows take: more tokens never ask for less. */
     const int64_t whole = rows * s.D, bound = least(whole, RESULT_BYTES / 4);
@@ -273,7 +126,7 @@ struct window {
     const moe_path *path;
     cudaStream_t stream;
     int64_t first, n, pairs, routed_tiles, shared_tiles;
-    int *tokens, *places;
+    int *tokens, *places, *counts;
     moe_tile *tiles;
     char *inner;
     float *results;
@@ -317,6 +170,7 @@ window window_of(const kl_moe_experts *a, const sizes &s, bool invariant, cudaSt
     w.tokens = reinterpret_cast<int *>(ws + s.tokens);
     w.places = reinterpret_cast<int *>(ws + s.places);
     w.tiles = reinterpret_cast<moe_tile *>(ws + s.tiles);
+    w.counts = reinterpret_cast<int *>(ws + s.counts);
     w.inner = ws + s.inner;
     w.results = reinterpret_cast<float *>(ws + s.results);
     return w;
@@ -324,36 +178,20 @@ window window_of(const kl_moe_experts *a, const sizes &s, bool invariant, cudaSt
 
 kl_status run_plan(const window &w, kl_error *err)
 {
-    const int64_t E = w.s->E,
-                  arrays = SHARED_LIMIT / 4 / E - 4; /* less three, and the static */
-    if (arrays < 1)
-        return kl_fail(err, KL_ERR_VALUE, "moe_experts: E must be <= %lld, got %lld",
-                       static_cast<long long>(SHARED_LIMIT / 20), static_cast<long long>(E));
-    const int64_t counters = least(least(MAX_WARPS, arrays), tiles_of(w.pairs, WARP));
-    int bits = 0;
-    while (E > int64_t{1} << bits) bits++;
-    const plan_arguments p = {
+    const moe_plan p = {
         .ids = static_cast<const int *>(w.a->ids.data) + w.first * w.s->top_k,
         .tokens = w.tokens,
         .places = w.places,
         .tiles = w.tiles,
+        .counts = w.counts,
         .pairs = static_cast<int>(w.pairs),
         .top_k = static_cast<int>(w.s->top_k),
-        .E = static_cast<int>(E),
+        .E = static_cast<int>(w.s->E),
         .tile = w.path->tile,
         .routed_tiles = static_cast<int>(w.routed_tiles),
         .shared_rows = w.shared_tiles > 0 ? static_cast<int>(w.n) : 0,
-        .counters = static_cast<int>(counters),
-        .bits = bits,
     };
-    const int bytes = static_cast<int>((counters + 3) * E * 4);
-    const int warps = static_cast<int>(counters < MIN_WARPS ? MIN_WARPS : counters);
-    KL_CUDA_TRY(cudaFuncSetAttribute(moe_plan_kernel,
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                err);
-    moe_plan_kernel<<<1, warps * WARP, bytes, w.stream>>>(p);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    return kl_cuda_moe_plan(p, w.stream, err);
 }
 
 /* Both experts' tiles in one launch, if their formats allow it. */
