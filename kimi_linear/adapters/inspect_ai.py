@@ -25,16 +25,16 @@ from inspect_ai.model import (
     TopLogprob,
     modelapi,
 )
-from inspect_ai.model._stream import (  # what its own providers report through
-    model_stream_requested,
-    report_model_stream_delta,
-    report_model_stream_start,
-)
 from inspect_ai.tool import ToolCall, ToolChoice, ToolFunction, ToolInfo
 
 from .. import chat
 from ..engine import Engine
 from ..model import load
+
+try:  # what inspect's own providers report through; a version that moved it gets whole answers
+    from inspect_ai.model import _stream as stream
+except ImportError:
+    stream = None
 
 if TYPE_CHECKING:
     from ..engine import Request
@@ -117,7 +117,7 @@ class KimiAPI(ModelAPI):
             for i in range(config.num_choices or 1):
                 seed = None if config.seed is None else config.seed + i
                 requests.append(self.engine.submit(ids, **sampling, seed=seed))
-            if model_stream_requested():
+            if stream is not None and stream.model_stream_requested():
                 await self._stream(requests[0], begun)
             completions = [await request for request in requests]
         finally:
@@ -155,16 +155,16 @@ class KimiAPI(ModelAPI):
 
     async def _stream(self, request: "Request", begun: str) -> None:
         """Report the text as it comes, and the calls once they are whole."""
-        report_model_stream_start()
+        stream.report_model_stream_start()
         section = self.model.tokenizer.control_tokens.get(chat.CALLS_BEGIN)
         is_text = not begun
         async for chunk in request:
             is_text = is_text and chunk.token_id != section
             if is_text and chunk.text:
-                await report_model_stream_delta(StreamTextEvent(text=chunk.text))
+                await stream.report_model_stream_delta(StreamTextEvent(text=chunk.text))
         for call in chat.parse_tool_calls(begun + (await request).text):
             function = call["function"]
-            await report_model_stream_delta(
+            await stream.report_model_stream_delta(
                 StreamToolCallEvent(
                     id=call["id"], function=function["name"], arguments=function["arguments"]
                 )

@@ -32,7 +32,8 @@ NUMBERS = ("max_context", "max_batch", "cache_bytes")
 
 class KimiModel(LightevalModel):
     """A model for lighteval; config: its CustomModelConfig, of which model_name,
-    generation_parameters and system_prompt are used. model: a loaded one, in place of the name.
+    generation_parameters and system_prompt are used. model: a loaded one in place of the name,
+    which stays open.
 
     Answers are not kept in lighteval's cache: it knows a model by its name alone, and makes its
     folder inside the checkpoint's where that name is a path from the root.
@@ -44,7 +45,10 @@ class KimiModel(LightevalModel):
         options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=bool(query)))
         self.use_chat_template = options.pop("chat", "1") != "0"
         options |= {k: int(options[k]) for k in NUMBERS if k in options}
-        self.model = model or load(None if path == "small" else path, **options)
+        self._owned = None
+        if model is None:
+            model = self._owned = load(None if path == "small" else path, **options)
+        self.model = model
         self._cache = SimpleNamespace(_init_registry=lambda _: None)  # the pipeline calls it
         self._given = config.generation_parameters.model_dump(exclude_none=True)
         self.prompt_manager = PromptManager(
@@ -64,7 +68,8 @@ class KimiModel(LightevalModel):
         return self.model.plan.max_context
 
     def cleanup(self) -> None:
-        self.model.close()
+        if self._owned is not None:
+            self._owned.close()
 
     def tok_encode(
         self, str_to_encode: str, add_special_tokens: bool | None = None

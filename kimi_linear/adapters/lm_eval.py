@@ -34,8 +34,8 @@ class KimiLM(TemplateLM):
     small model), with device, dtype, max_length (max_context), cache_bytes and batch_invariant
     as there. batch_size: sequences alive at once (max_batch). A device "cuda:0" and a batch_size
     of 1 are what lm-eval's command passes when it is told nothing, and leave the choice to
-    `load`. max_gen_toks: new tokens where a task says nothing.
-    prefix_token_id: what a text without a context is scored after, by default [BOS].
+    `load`, as "auto" does. max_gen_toks: new tokens where a task says nothing. prefix_token_id:
+    what a text without a context is scored after, by default [BOS].
 
     Texts become tokens as in lm-eval's `hf` model: names of control tokens are the tokens. A
     prompt that is too long loses tokens on its left, as there, and a warning says so.
@@ -57,13 +57,13 @@ class KimiLM(TemplateLM):
         batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        alive = max_batch_size or batch_size
+        alive = str(max_batch_size or batch_size)
         self.model = model or load(
             pretrained,
             device="auto" if device in (None, "cuda:0") else device,
             dtype=dtype,
             max_context=max_length,
-            max_batch=None if alive in (None, 1, "1", "auto") else int(alive),
+            max_batch=None if alive in ("None", "1") or "auto" in alive else int(alive),
             cache_bytes=cache_bytes,
             batch_invariant=batch_invariant,
         )

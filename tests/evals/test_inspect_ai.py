@@ -22,7 +22,7 @@ from inspect_ai.model import (  # noqa: E402
 from inspect_ai.scorer import includes  # noqa: E402
 from inspect_ai.solver import generate, use_tools  # noqa: E402
 from inspect_ai.tool import ToolFunction, tool  # noqa: E402
-from kimi_linear.adapters import inspect_ai as adapter  # noqa: E402, F401  registers the provider
+from kimi_linear.adapters import inspect_ai as adapter  # noqa: E402
 
 PAIRS = "Remember these pairs: fox 17, owl 230, bear 4. What is the value of {}?"
 STORY = "Tell me a story."
@@ -122,7 +122,7 @@ def test_logprobs(small, model):
     assert ask(model, STORY, max_tokens=2).choices[0].logprobs is None
 
 
-def test_streaming(model):
+def test_streaming(monkeypatch, model):
     events = []
 
     async def on_stream(event):
@@ -131,6 +131,9 @@ def test_streaming(model):
     output = ask(model, STORY, max_tokens=30, on_stream=on_stream)
     assert len(events) > 5
     assert "".join(event.text for event in events) == output.completion
+    monkeypatch.setattr(adapter, "stream", None)
+    events.clear()
+    assert ask(model, STORY, max_tokens=30, on_stream=on_stream) and not events
 
 
 def test_tools(monkeypatch, small, model):

@@ -75,3 +75,5 @@ def test_generation_parameters(model):
     asked = adapter.KimiModel(config(generation_parameters=given), model)
     with pytest.raises(ValueError, match="generation_parameters: .*got early_stopping"):
         asked.greedy_until([doc("x")])
+    asked.cleanup()
+    assert model.generate("x", max_new_tokens=1)  # the caller's stays open

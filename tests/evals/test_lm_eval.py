@@ -134,6 +134,15 @@ def test_chats_are_the_tokenizers(model, lm):
     assert "(user)" in lm.chat_template() and "sha256" in lm.tokenizer_name
 
 
+@pytest.mark.parametrize("given,alive", [(1, 0), ("auto:4", 0), (None, 0), ("3", 3)])
+def test_what_the_command_passes_unasked(given, alive):
+    """lm-eval's command hands on a first GPU and a batch of 1 where it was told nothing."""
+    lm = KimiLM(device="cuda:0", batch_size=given, max_length=64)
+    assert lm.batch_size == (alive or kl.plan(max_context=64).max_batch)
+    assert lm.max_length == 64
+    lm.model.close()
+
+
 def pairs_task(name, **config):
     rows = [
         {"question": PAIRS.format(animal), "answer": value}
