@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-READMES = (HERE.parent / "README.md", HERE / "README.md")
+READMES = (
+    HERE.parent / "README.md",
+    HERE / "README.md",
+    HERE.parent / "kimi_linear" / "adapters" / "README.md",
+)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 OPS = ("linear", "moe_experts", "moe_route", "kda_prefill", "kda_decode", "mla_prefill",
        "mla_decode", "short_conv", "rms_norm", "gated_rms_norm", "token_logprobs")  # fmt: skip
@@ -178,7 +182,38 @@ def storage() -> str:
     ))  # fmt: skip
 
 
-TABLES = {f.__name__: f for f in (decode, prefill, load, cpu, ops, kda, parity, storage)}
+def likelihoods() -> str:
+    head = ["requests", "tokens", "largest difference a token from lm-eval's `hf`"]
+    return table(head, (
+        [f"{line['case']['requests']} of {line['case']['part']}", f"{line['tokens']:,}",
+         f"{line['largest_difference_a_token']:.1e}"]
+        for line in lines("harness") if line["case"]["part"] != "ruler"
+    ))  # fmt: skip
+
+
+def harness() -> str:
+    """Scores as lm-eval's tasks / ours, and their difference in its standard errors."""
+    found = {
+        (line["case"]["task"], line["case"]["tokens"]): line
+        for line in lines("harness") if line["case"]["part"] == "ruler"
+    }  # fmt: skip
+    lengths = sorted({length for _, length in found})
+    head = ["RULER: lm-eval's tasks / ours", *(f"{n:,} tokens" for n in lengths)]
+
+    def cell(line: Line) -> str:
+        scores = f"{100 * line['lm_eval']:.1f} / {100 * line['ours']:.1f} %"
+        return f"{scores} ({line['in_errors']:.1f} errors)"
+
+    return table(head, (
+        [task, *(cell(found[task, n]) if (task, n) in found else "" for n in lengths)]
+        for task in dict.fromkeys(task for task, _ in found)
+    ))  # fmt: skip
+
+
+TABLES = {
+    f.__name__: f
+    for f in (decode, prefill, load, cpu, ops, kda, parity, storage, likelihoods, harness)
+}
 
 
 def filled(text: str) -> str:
