@@ -194,6 +194,17 @@ def test_a_single_token_is_a_row_of_two(format):
 
 
 @every_device
+@pytest.mark.parametrize("T, E, top_k", [(1024, 33, 4), (1025, 33, 4), (3000, 300, 3)])
+def test_many_pairs(T, E, top_k):
+    """More of them than a block of CUDA's plan takes: 4096, and the first past it."""
+    given, want = make_case(T, 8, 4, 4, E, top_k)
+    got = run(given)
+    assert relative(got, reference.moe_experts(**want)) < 2e-6
+    alone = [run({**given, **tokens(given, t, t + 1)})[0] for t in (0, T // 2, T - 1)]
+    assert same_sums(np.array(alone), got[[0, T // 2, T - 1]], 2e-6)
+
+
+@every_device
 def test_infinite_weights_of_one_expert_stay_in_its_tokens():
     given, _ = make_case(2, 128, 64, 64, 8, 2, format="bf16", dtype=BF16)
     w1 = np.array(given["w1"].dequantize(), np.float32)
