@@ -33,6 +33,7 @@ constexpr int JOIN_THREADS = 256; /* of the block that takes in a token's pieces
 
 /* Logits that are held at a time: 42 MB, what 64 tokens have at 163,840 rows. */
 constexpr int64_t LOGITS = 10 << 20;
+static_assert(LOGITS >= CHUNK * PIECE, "a slice of a whole chunk has a piece at least");
 
 /* What a token keeps of PIECE ids. */
 struct piece {
