@@ -1,6 +1,6 @@
 """Threads and event loops at one engine for a while, doing whatever callers may do.
 
-    python engine_hammer.py SECONDS [SEED]
+    python engine_hammer.py SECONDS [SEED]        # odd seeds: with the prefix cache
 
 Every answer is compared with what the model gives alone. Run under ThreadSanitizer by
 test_sanitized.py; five minutes by hand: tests/README.md. Prints what was done.
@@ -144,12 +144,14 @@ class Hammer:
             raise
 
     def run(self):
+        self.model.prefix_cache = self.seed % 2 == 1
         threads = [threading.Thread(target=self.work, args=(n,)) for n in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         self.engine.close()
+        self.model.prefix_cache = False
         assert not self.errors, self.errors
         assert self.model._engine.usage() == (0, 0)
 

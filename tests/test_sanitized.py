@@ -91,6 +91,6 @@ def test_threads_at_one_engine(c_build):
         "TSAN_OPTIONS": "exitcode=66:allocator_may_return_null=1",
         "KIMI_LINEAR_THREADS": "2",
     }
-    run = python(env, "tests/engine_hammer.py", 2)
+    run = python(env, "tests/engine_hammer.py", 2, 1)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     assert "ThreadSanitizer" not in run.stderr and "'result'" in run.stdout
