@@ -191,10 +191,10 @@ class Run:
         self._n_processed += bool(row.sampling.processors)
 
     def step(
-        self, max_steps: int, progress: Callable[[int, int], Any] | None
+        self, max_steps: int, progress: Callable[[int, int], Any] | bool | None
     ) -> list[tuple[Row, Chunk | None]]:
         """Run up to max_steps steps; the new tokens in the order they came, None for a row that
-        failed."""
+        failed. progress: False in a thread that gets no signals."""
         process = self._process if self._n_processed else None
         events = self._generation.run(max_steps, process, progress)
         self.stats = self._generation.stats()

@@ -202,7 +202,7 @@ class Worker:
 
     def _step(self) -> None:
         wakes: Wakes = {}
-        found = self._run.step(1, None)
+        found = self._run.step(1, False)
         for row, chunk in found:
             if chunk is not None:
                 self._requests[row.id]._tell(chunk, wakes)

@@ -97,11 +97,11 @@ void kl_engine_drop(EngineObject *self, kl_gen_node *node)
 
 int kl_caller_init(kl_caller *c, const char *op, PyObject *progress)
 {
-    *c = (kl_caller){.last_ns = now_ns()};
-    if (progress == Py_None) return 0;
+    *c = (kl_caller){.last_ns = now_ns(), .silent = progress == Py_False};
+    if (progress == Py_None || progress == Py_False) return 0;
     if (!PyCallable_Check(progress)) {
-        PyErr_Format(PyExc_TypeError, "%s: progress must be callable or None, got %R", op,
-                     progress);
+        PyErr_Format(PyExc_TypeError, "%s: progress must be callable, None or False, got %R",
+                     op, progress);
         return -1;
     }
     c->progress = progress;
@@ -151,7 +151,7 @@ int kl_caller_poll(void *ctx)
     kl_caller *c = ctx;
     const int64_t now = now_ns();
     if (c->failed) return 1;
-    if (now - c->last_ns < POLL_NS) return 0;
+    if (c->silent || now - c->last_ns < POLL_NS) return 0;
     kl_caller_take_gil(c);
     c->failed = PyErr_CheckSignals() < 0;
     tell(c);

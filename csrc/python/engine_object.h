@@ -49,10 +49,13 @@ typedef struct {
     uint64_t done, total, told;      /* told: what progress was last called with */
     const kl_generation *generation; /* whose prompts progress counts, or NULL */
     int64_t last_ns;
+    bool silent; /* nobody is told, and no signal comes to this thread */
     bool failed; /* an exception is pending */
 } kl_caller;
 
-/* progress None or callable; -1 with TypeError else. */
+/* progress callable, None, or False where the GIL need not be taken in between: an engine's thread
+ * gets no signals, and threads with much Python to run would hold up its steps. -1 with TypeError
+ * else. */
 int kl_caller_init(kl_caller *c, const char *op, PyObject *progress);
 /* Progress is that of a generation's prompts; what is done already was told by an earlier call. */
 void kl_caller_follow(kl_caller *c, const kl_generation *g);

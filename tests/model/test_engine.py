@@ -383,7 +383,7 @@ def test_progress_reaches_the_end(engine):
     run(engine.generate([request(100), request(20)]), progress=lambda *p: told.append(p))
     assert told[-1] == (120, 120)
     for bad in (3, "text"):
-        with pytest.raises(TypeError, match="progress must be callable or None"):
+        with pytest.raises(TypeError, match="progress must be callable, None or False"):
             engine.feed(0, IDS, bad)
 
 
