@@ -4,15 +4,15 @@
     python benchmarks/bench_engine.py --device cuda --shape 48b --dtype int8
     python benchmarks/bench_engine.py --device cuda --shape wide5 --batch-invariant --check 20
 
-All requests are submitted at once: prompts of 10 to 8,000 random tokens, answers of 10 to 500, both
-divided by --scale, every other one greedy. The ideal has no empty place and no gap: all prompts
-read in full steps, and every further token drawn in a step of max_batch rows that hold the mean
-context; both rates are measured in the same run. `share` is its time over the measured one.
-`between_s` is what passed between steps, in Python.
+All requests are submitted at once: prompts of 10 to 8,000 random tokens, answers of 10 to 500,
+both divided by --scale, every other one greedy. The ideal has no empty place and no gap: all
+prompts read in full steps, and every further token drawn in a step of max_batch rows that hold
+the mean context; both rates are measured in the same run. `share` is its time over the measured
+one. `between_s` is what passed between steps, in Python.
 
---check requests are generated once more, one at a time: their tokens must be the same, on the CPU
-always (there all are checked unless told otherwise), on a GPU with --batch-invariant; else the
-line says how many are.
+--check requests are generated once more, one at a time: their tokens must be the same, on the
+CPU always (there all are checked unless told otherwise), on a GPU with --batch-invariant; else
+the line says how many are.
 """
 
 import sys

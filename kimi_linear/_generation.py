@@ -42,7 +42,7 @@ class Past:
 
 
 class Call:
-    """What the rows of one call have in common: what they continue, and the memory they take."""
+    """What the rows of a call have in common: what they continue, the memory they take."""
 
     def __init__(
         self, plan: MemoryPlan, tokenizer: Tokenizer | None, past: Past | None = None
@@ -102,7 +102,7 @@ class Row:
         return self.finish_reason is not None or self.error is not None
 
     def begin(self, request_id: int, times: dict[str, float]) -> None:
-        """It is the core's now. times: those of the generation so far, which are not its own."""
+        """It is the core's now. times: of the generation so far, which are not its own."""
         self.id, self._times, self._times_before = request_id, times, times
 
     def take(

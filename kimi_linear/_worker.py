@@ -57,6 +57,11 @@ class Worker:
         """Whether no request is taken any more."""
         return self._stop is not None
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child of the thread's."""
+        return os.getpid() != self._pid
+
     def submit(self, request: "Request", *, wait: bool) -> None:
         """wait: for a place where max_waiting is reached, in place of EngineFull."""
         self._check_process()
@@ -85,7 +90,7 @@ class Worker:
 
     def stop(self, *, cancel: bool = True) -> None:
         """Take no more requests, and end the thread when those there are have ended."""
-        if os.getpid() != self._pid:
+        if self.forked:
             return
         with self._lock:
             if self._stop != "cancel":
@@ -95,7 +100,7 @@ class Worker:
 
     def join(self) -> None:
         """Wait for the end of the thread, unless this is it."""
-        if os.getpid() == self._pid and threading.current_thread() is not self._thread:
+        if not self.forked and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def stats(self) -> dict[str, Any]:
@@ -125,7 +130,7 @@ class Worker:
             raise RuntimeError("engine: a callback in its thread cannot wait for a request")
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self.forked:
             raise RuntimeError("engine: its thread did not survive os.fork; make one here")
 
     def _check_open(self) -> None:
@@ -135,7 +140,7 @@ class Worker:
             raise ValueError("engine: is closed")
 
     def _full(self) -> bool:
-        """Where the last step left nobody waiting, all places are counted on: they may be had."""
+        """Where the last step left nobody waiting, all places are counted on."""
         if self._max_waiting is None:
             return False
         core = self._run.stats
@@ -157,7 +162,7 @@ class Worker:
             self._end()
 
     def _take_orders(self) -> bool:
-        """Requests in, unwanted ones out; waits where there is nothing to do. False: the end."""
+        """Requests in, unwanted ones out; waits where nothing is to do. False: the end."""
         with self._lock:
             while self._run.done and not (self._arrived or self._unwanted or self._stop):
                 self._orders.wait()

@@ -50,15 +50,15 @@ class Engine:
     finite or a logits processor that raises, ends that one alone.
 
     Other calls on the model take turns with the steps; those that need a sequence of their own
-    raise OutOfMemory while requests have all of them. Nor does the engine wait for sequences and
-    pages that states and streams hold: a request that they stop while nothing else runs fails
-    with OutOfMemory.
+    raise OutOfMemory while requests have all of them. Nor does the engine wait for sequences
+    and pages that states and streams hold: a request that they stop while nothing else runs
+    fails with OutOfMemory.
 
     max_waiting: how many requests may wait before `submit` raises EngineFull; None: any number.
 
-    The thread ends with `close`, when the interpreter exits, or when nobody refers to the engine
-    or one of its requests any more; requests under way are cancelled then. It does not survive
-    os.fork: in the child, calls raise RuntimeError, and the model must not be used.
+    The thread ends with `close`, when the interpreter exits, or when nobody refers to the
+    engine or one of its requests any more; requests under way are cancelled then. It does not
+    survive os.fork: in the child, calls raise RuntimeError, and the model must not be used.
     """
 
     def __init__(self, model: "Model", *, max_waiting: int | None = None) -> None:
@@ -76,8 +76,8 @@ class Engine:
         Returns at once, from any thread. With a seed the tokens are those of `Model.generate`
         with it. Logits processors run in the engine's thread, while others wait.
 
-        Raises ValueError or TypeError naming the argument, EngineFull where max_waiting requests
-        wait already, ValueError after close().
+        Raises ValueError or TypeError naming the argument, EngineFull where max_waiting
+        requests wait already, ValueError after close().
         """
         rows, is_batch = self._rows(prompt, sampling)
         if is_batch:
@@ -124,8 +124,8 @@ class Engine:
     def close(self, cancel: bool = True) -> None:
         """End the thread; further calls do nothing. The model stays open.
 
-        cancel: end the requests under way, with finish_reason "cancelled"; False waits until they
-        are done. A callback of the engine's own thread may call this, and does not wait.
+        cancel: end the requests under way, with finish_reason "cancelled"; False waits until
+        they are done. A callback of the engine's own thread may call this, and does not wait.
         """
         self._worker.stop(cancel=cancel)
         self._worker.join()
@@ -137,6 +137,8 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
+        if self._worker.forked:
+            return "<kimi_linear.Engine of the parent process>"
         stats = self.stats()
         closed = " closed" if self._worker.stopping else ""
         return f"<kimi_linear.Engine {stats.running} running, {stats.waiting} waiting{closed}>"
@@ -146,9 +148,9 @@ class Request:
     """A prompt that an engine continues; `Engine.submit` makes one. For any number of threads.
 
     Iterating gives each Chunk as it comes, from the first one, in every loop anew; `async for`
-    does so in an event loop. `result()` and `await request` give the Completion. An error of the
-    request is raised by each of them, by a loop after its chunks. Leaving a loop cancels nothing;
-    a task that is cancelled while it awaits the request cancels it.
+    does so in an event loop. `result()` and `await request` give the Completion. An error of
+    the request is raised by each of them, by a loop after its chunks. Leaving a loop cancels
+    nothing; a task that is cancelled while it awaits the request cancels it.
     """
 
     def __init__(self, engine: Engine, row: "Row") -> None:

@@ -1,4 +1,4 @@
-"""`kl.Engine` as its callers use it: each request is what `Model.generate` gives alone, whatever
+"""`kl.Engine` as its callers use it: each request is what `Model.generate` gives, whatever
 runs beside it, and every way to wait, to stop and to end means what it says."""
 
 import asyncio
@@ -98,14 +98,19 @@ def test_five_hundred_mixed_requests(model, engine):
 def test_lists_are_those_of_generate(model, engine):
     prompts = ["hello", [1, 2], [{"role": "user", "content": "x"}], [9] * 200, "a"]
     how = dict(temperature=1.0, seed=5, max_new_tokens=12, ignore_eos=True)
-    for got, want in zip(engine.generate(prompts, **how), model.generate(prompts, **how), strict=True):
+    for got, want in zip(
+        engine.generate(prompts, **how), model.generate(prompts, **how), strict=True
+    ):
         same(got, want)
     same(engine.generate("hello", **how), model.generate("hello", **how))
 
 
 def test_chunks_are_those_of_stream(model, engine):
     how = dict(max_new_tokens=15, temperature=1.0, seed=4, logprobs=2, ignore_eos=True)
-    want = [(c.text, c.token_id, c.logprob, c.finish_reason, c.top) for c in model.stream("hi", **how)]
+    want = [
+        (c.text, c.token_id, c.logprob, c.finish_reason, c.top)
+        for c in model.stream("hi", **how)
+    ]
     request = engine.submit("hi", **how)
 
     def chunks():
@@ -117,7 +122,9 @@ def test_chunks_are_those_of_stream(model, engine):
 
 
 def test_seeds_are_fresh_without_one(engine):
-    rows = [engine.submit([1], temperature=1.0, **SHORT | dict(max_new_tokens=12)) for _ in range(4)]
+    rows = [
+        engine.submit([1], temperature=1.0, **SHORT | dict(max_new_tokens=12)) for _ in range(4)
+    ]
     assert len({tuple(r.result().token_ids) for r in rows}) == 4
 
 
@@ -162,7 +169,9 @@ def test_an_engine_can_be_full(model):
                 engine.submit([1], **LONG)
             if turn:  # a list waits for places in place of raising
                 answers = []
-                batch = threading.Thread(target=lambda: answers.extend(engine.generate([[2]] * 9, **SHORT)))
+                batch = threading.Thread(
+                    target=lambda: answers.extend(engine.generate([[2]] * 9, **SHORT))
+                )
                 batch.start()
             requests[-1].cancel()
             for r in requests[:-1]:
@@ -182,7 +191,7 @@ def test_an_engine_can_be_full(model):
 
 
 def test_failures_are_alone(model, engine):
-    """A processor that raises, one that exits, and logits that are not finite, beside others."""
+    """A processor that raises, one that exits, logits that are not finite, beside others."""
     want = model.generate("hello", max_new_tokens=60, ignore_eos=True)
 
     def after(n, what):
@@ -199,7 +208,9 @@ def test_failures_are_alone(model, engine):
     failing = [engine.submit([1, 2], logits_processor=after(6, f), **LONG) for f in fates]
     short = engine.submit([1], logits_processor=lambda ids, z: z[:3])
     assert [len(list(r._chunks)) for r in failing if r.exception(20)] == [5] * 4
-    for request, error in zip(failing, (LookupError, SystemExit, kl.NumericalError, kl.NumericalError), strict=True):
+    for request, error in zip(
+        failing, (LookupError, SystemExit, kl.NumericalError, kl.NumericalError), strict=True
+    ):
         with pytest.raises(error):
             request.result()
         with pytest.raises(error):
@@ -234,7 +245,9 @@ def test_a_run_that_breaks_is_replaced(model, engine, monkeypatch):
 def test_sequences_of_others_are_not_waited_for(model):
     states = [model.state().feed([1, 2, 3]) for _ in range(SEQUENCES)]
     with kl.Engine(model) as engine:
-        with pytest.raises(kl.OutOfMemory, match="needs a sequence and 1 pages, but other sequences leave 0"):
+        with pytest.raises(
+            kl.OutOfMemory, match="needs a sequence and 1 pages, but other sequences leave 0"
+        ):
             engine.submit([1], **SHORT).result(20)
         states.pop().release()
         rows = [engine.submit([1], **SHORT) for _ in range(3)]  # one after the other
@@ -423,7 +436,9 @@ def test_two_engines_on_a_model(model, engine):
         rows = [e.submit([1], **SHORT) for _ in range(20) for e in (engine, other)]
         ends = [r.exception(20) for r in rows]  # each may find all sequences taken
         assert all(e is None or isinstance(e, kl.OutOfMemory) for e in ends)
-        assert all(r.result().token_ids == want for r, e in zip(rows, ends, strict=True) if not e)
+        assert all(
+            r.result().token_ids == want for r, e in zip(rows, ends, strict=True) if not e
+        )
 
 
 def test_closing_the_model_ends_the_engine(model):
@@ -504,12 +519,16 @@ def run_python(code, device="cpu"):
         endless = dict(max_new_tokens=4000, ignore_eos=True)
     """
     code = textwrap.dedent(head) + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
 
 
-@pytest.mark.parametrize("how", ["", "sys.exit(3)", "raise LookupError", "del engine, model, r"])
+@pytest.mark.parametrize(
+    "how", ["", "sys.exit(3)", "raise LookupError", "del engine, model, r"]
+)
 def test_the_interpreter_exits_with_a_live_engine(model, how):
-    """Running, waiting, streamed in another thread, and an idle engine: none keeps the process."""
+    """Running, waiting, streamed in another thread, an idle engine: none keeps the process."""
     start = time.monotonic()
     done = run_python(f"""
         r = [engine.submit([1], **endless) for _ in range(4)]
@@ -520,7 +539,9 @@ def test_the_interpreter_exits_with_a_live_engine(model, how):
         {how}
     """, model.device)  # fmt: skip
     assert done.stdout == "last words\n"
-    assert done.returncode == {"sys.exit(3)": 3, "raise LookupError": 1}.get(how, 0), done.stderr
+    assert done.returncode == {"sys.exit(3)": 3, "raise LookupError": 1}.get(how, 0), (
+        done.stderr
+    )
     assert ("LookupError" in done.stderr) == (how == "raise LookupError")
     assert "Fatal" not in done.stderr and time.monotonic() - start < 15
 
@@ -530,7 +551,9 @@ def test_a_fork_says_so():
         r = engine.submit([1], **endless)
         next(iter(r))
         if os.fork() == 0:
-            for call in (lambda: engine.submit([1]), r.result, r.cancel, lambda: next(iter(r)), engine.stats):
+            assert "parent" in repr(engine)
+            calls = lambda: engine.submit([1]), lambda: next(iter(r)), r.result, r.cancel, engine.stats
+            for call in calls:
                 try:
                     call()
                 except RuntimeError as e:
