@@ -27,12 +27,28 @@ template <int ROW_BYTES> __device__ int swizzled(int row, int piece)
     return row * ROW_BYTES + ((piece ^ row * ROW_BYTES / 128) % (ROW_BYTES / 16)) * 16;
 }
 
-/* B from row 0 of an array, its columns k from 64 bits at `shared`. */
-__device__ inline uint64_t wgmma_descriptor(const void *shared)
+/* B from row 0 of an array, its columns k from 64 bits at `shared`. Rows of 128 or 64 bytes. */
+template <int ROW_BYTES = 128> __device__ uint64_t wgmma_descriptor(const void *shared)
+{
+    constexpr uint64_t EIGHT_ROWS = 8 * ROW_BYTES / 16, SWIZZLE = ROW_BYTES == 128 ? 1 : 2;
+    static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
+    return (shared_address(shared) & 0x3ffffu) / 16 | uint64_t{1} << 16 | EIGHT_ROWS << 32 |
+           SWIZZLE << 62;
+}
+
+/* B transposed: row k of the array holds the columns of B, 64 of them in its 128 bytes; the next
+ * 64 lie in another array `bytes` behind. From row k at `shared`, k a multiple of 8. */
+__device__ inline uint64_t wgmma_descriptor_transposed(const void *shared, int bytes)
 {
     constexpr uint64_t EIGHT_ROWS = 1024 / 16, SWIZZLE_128 = 1;
-    return (shared_address(shared) & 0x3ffffu) / 16 | uint64_t{1} << 16 | EIGHT_ROWS << 32 |
-           SWIZZLE_128 << 62;
+    return (shared_address(shared) & 0x3ffffu) / 16 | static_cast<uint64_t>(bytes / 16) << 16 |
+           EIGHT_ROWS << 32 | SWIZZLE_128 << 62;
+}
+
+/* The same of what lies `bytes`, a multiple of 16, further on. */
+__device__ inline uint64_t wgmma_moved(uint64_t descriptor, unsigned bytes)
+{
+    return descriptor + bytes / 16;
 }
 
 /* Before the first product, and after other instructions wrote to registers of the next. */
@@ -84,12 +100,12 @@ template <int n> __device__ void wgmma_settle(float (&d)[n])
 #define WGMMA_ACC_64(d) WGMMA_ACC_48(d), WGMMA_ACC_16(d, 48)
 #define WGMMA_ACC_80(d) WGMMA_ACC_64(d), WGMMA_ACC_16(d, 64)
 
-#define WGMMA(N, REGS, ACC, A, B)                                                              \
+#define WGMMA(N, REGS, ACC, A, B, T)                                                           \
     asm volatile("{\n"                                                                         \
                  ".reg .pred add;\n"                                                           \
                  "setp.eq.u32 add, 1, 1;\n"                                                    \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, {" A    \
-                 "}, " B ", add, 1, 1, 0;\n"                                                   \
+                 "}, " B ", add, 1, 1, " T ";\n"                                               \
                  "}"                                                                           \
                  : ACC                                                                         \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                          \
@@ -101,15 +117,23 @@ __device__ __forceinline__ void wgmma(float *d, const uint32_t (&a)[4], uint64_t
 {
     static_assert(N == 32 || N == 64 || N == 96 || N == 128 || N == 160);
     if constexpr (N == 32)
-        WGMMA(32, WGMMA_REGS_16, WGMMA_ACC_16(d, 0), "%16, %17, %18, %19", "%20");
+        WGMMA(32, WGMMA_REGS_16, WGMMA_ACC_16(d, 0), "%16, %17, %18, %19", "%20", "0");
     else if constexpr (N == 64)
-        WGMMA(64, WGMMA_REGS_32, WGMMA_ACC_32(d), "%32, %33, %34, %35", "%36");
+        WGMMA(64, WGMMA_REGS_32, WGMMA_ACC_32(d), "%32, %33, %34, %35", "%36", "0");
     else if constexpr (N == 96)
-        WGMMA(96, WGMMA_REGS_48, WGMMA_ACC_48(d), "%48, %49, %50, %51", "%52");
+        WGMMA(96, WGMMA_REGS_48, WGMMA_ACC_48(d), "%48, %49, %50, %51", "%52", "0");
     else if constexpr (N == 128)
-        WGMMA(128, WGMMA_REGS_64, WGMMA_ACC_64(d), "%64, %65, %66, %67", "%68");
+        WGMMA(128, WGMMA_REGS_64, WGMMA_ACC_64(d), "%64, %65, %66, %67", "%68", "0");
     else
-        WGMMA(160, WGMMA_REGS_80, WGMMA_ACC_80(d), "%80, %81, %82, %83", "%84");
+        WGMMA(160, WGMMA_REGS_80, WGMMA_ACC_80(d), "%80, %81, %82, %83", "%84", "0");
+}
+
+/* The same with a transposed B. */
+template <int N>
+__device__ __forceinline__ void wgmma_transposed(float *d, const uint32_t (&a)[4], uint64_t b)
+{
+    static_assert(N == 128);
+    WGMMA(128, WGMMA_REGS_64, WGMMA_ACC_64(d), "%64, %65, %66, %67", "%68", "1");
 }
 
 #undef WGMMA

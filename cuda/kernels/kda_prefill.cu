@@ -1,7 +1,7 @@
 /*
  * kda_prefill.cu -- Kimi Delta Attention over ragged sequences: token after token, for every
- * shape and type, and the choice of the chunked kernels (kda_prefill_prepare.cu,
- * kda_prefill_scan.cu), for bf16 with K = 128.
+ * shape and type, and the choice of the chunked kernel (kda_prefill_chunked.cu), for bf16 with
+ * K = 128.
  *
  * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;
  *              o = scale S q, with a, b and the normalised q, k of backend/ops.h
@@ -58,13 +58,14 @@ template <int VEC, int CHUNKS, int ROWS> struct carried_rows : kda_rows<VEC, CHU
 
 template <int VEC, int CHUNKS, int ROWS>
 __global__
-__launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const kda_arguments a)
+__launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const kda_arguments a,
+                                                       bool last_only)
 {
     using warp_rows = carried_rows<VEC, CHUNKS, ROWS>;
     __shared__ __align__(16) kda_head s;
     const auto [n, h, first, state] = kda_place_of<ROWS, KDA_WARPS>(a);
-    const int begin = a.cu[n], end = a.cu[n + 1];
-    if (begin >= end) return;
+    const int end = a.cu[n + 1], begin = last_only ? end - 1 : a.cu[n];
+    if (begin >= end || (last_only && (end - a.cu[n]) % KDA_GRID != 1)) return;
 
     warp_rows rows;
     rows.read(a, state, first);
@@ -72,7 +73,7 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
         float v[ROWS];
         warp_rows::read_v(a, t, h, first, v);
         kda_prepare(a, t, h, s);
-        if ((t - begin) % KDA_TOKENS == 0) rows.forget();
+        if ((t - begin) % KDA_GRID == 0) rows.forget();
         rows.decay(a, s);
         rows.write_and_answer(a, t, h, first, s, v);
         __syncthreads(); /* the next token overwrites s */
@@ -82,24 +83,7 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
 
 } // namespace
 
-/* ---- chunked ----------------------------------------------------------------------------- */
-
-/* 69 chunks of 32 heads at a time: enough blocks to fill the device eight times, and two
- * windows for 8,192 tokens. */
-static constexpr size_t WORKSPACE_BYTES = 160u << 20;
-
-static long long chunk_numbers(const kl_kda *a)
-{
-    return a->q.shape[0] / KDA_TOKENS + a->cu_seqlens.shape[0] - 1;
-}
-
-static long long window_chunks(const kl_kda *a)
-{
-    const size_t bytes = static_cast<size_t>(a->state.shape[1]) * sizeof(kda_chunk);
-    const long long most = bytes > WORKSPACE_BYTES ? 1 : WORKSPACE_BYTES / bytes;
-    const long long all = chunk_numbers(a);
-    return all < most ? all : most;
-}
+/* ---- the choice -------------------------------------------------------------------------- */
 
 /* A property of types and widths, which a plan knows before there are tensors. */
 static bool shapes_fit(const kl_kda *a)
@@ -110,54 +94,46 @@ static bool shapes_fit(const kl_kda *a)
 
 static bool chunked_applies(const kl_kda *a)
 {
-    const auto pieces = [](const kl_tensor &t) {
-        return is_aligned(t.data, t.stride[0], sizeof(bf16), 16);
+    const auto pieces = [](const kl_tensor &t, size_t element) {
+        return is_aligned(t.data, t.stride[0], element, 16);
     };
-    return shapes_fit(a) && pieces(a->q) && pieces(a->k) && pieces(a->v) &&
+    return shapes_fit(a) && pieces(a->q, 2) && pieces(a->k, 2) && pieces(a->v, 2) &&
+           pieces(a->g, a->g.dtype == KL_BF16 ? 2 : 4) &&
            is_aligned(a->out.data, 0, sizeof(bf16), 16) &&
            is_aligned(a->state.data, 0, sizeof(float), 16) && is_aligned(a->ws.data, 0, 1, 16);
 }
 
-static kl_status run_chunked(const kl_kda *a, cudaStream_t stream, kl_error *err)
+/* Token after token: all of a sequence, or the one that kda_chunked() leaves. */
+static kl_status run_tokens(kda_arguments args, const kl_kda *a, bool last_only,
+                            cudaStream_t stream, kl_error *err)
 {
-    const kda_arguments args = kda_arguments_of(a);
-    const long long N = a->cu_seqlens.shape[0] - 1, all = chunk_numbers(a);
-    kda_window w = {static_cast<kda_chunk *>(a->ws.data), 0, window_chunks(a)};
-    for (; w.first < all; w.first += w.count) {
-        if (w.count > all - w.first) w.count = all - w.first;
-        KL_TRY(kda_prepare_window(args, N, w, stream, err));
-        KL_TRY(kda_scan_window(args, N, w, stream, err));
-    }
-    return KL_OK;
+    return kda_with_lanes(args, [&](auto lanes) {
+        using L = decltype(lanes);
+        unsigned blocks;
+        KL_TRY(kda_grid("kda_prefill", args, a->cu_seqlens.shape[0] - 1, KDA_WARPS * L::ROWS,
+                        &blocks, err));
+        kda_prefill_kernel<L::VEC, L::CHUNKS, L::ROWS>
+            <<<blocks, KDA_THREADS, 0, stream>>>(args, last_only);
+        KL_CUDA_TRY(cudaGetLastError(), err);
+        return KL_OK;
+    });
 }
 
 /* ---- the operation ----------------------------------------------------------------------- */
 
 size_t kl_cuda_kda_prefill_workspace(kl_backend *, const kl_kda_prefill *a)
 {
-    if (!shapes_fit(a)) return 0;
-    return static_cast<size_t>(window_chunks(a) * a->state.shape[1]) * sizeof(kda_chunk);
+    return shapes_fit(a) ? kda_chunked_workspace(a) : 0;
 }
 
 kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
 {
-    kda_arguments args = kda_arguments_of(a);
-    const long long N = a->cu_seqlens.shape[0] - 1;
-    if (!kl_tensor_absent(&a->checkpoints))
-        return kl_fail(
-            err, KL_ERR_UNAVAILABLE,
-            "kda_prefill with checkpoints: the cuda backend does not have it; cut the "
-            "sequences there instead");
-    if (N == 0 || a->q.shape[0] == 0) return KL_OK;
+    const kda_arguments args = kda_arguments_of(a);
+    const long long N = a->cu_seqlens.shape[0] - 1, T = a->q.shape[0];
+    if (N == 0 || T == 0) return KL_OK;
     const cudaStream_t stream = kl_cuda_stream(be);
-    if (chunked_applies(a)) return run_chunked(a, stream, err);
-    return kda_with_lanes(args, [&](auto lanes) {
-        using L = decltype(lanes);
-        unsigned blocks;
-        KL_TRY(kda_grid("kda_prefill", args, N, KDA_WARPS * L::ROWS, &blocks, err));
-        kda_prefill_kernel<L::VEC, L::CHUNKS, L::ROWS>
-            <<<blocks, KDA_THREADS, 0, stream>>>(args);
-        KL_CUDA_TRY(cudaGetLastError(), err);
-        return KL_OK;
-    });
+    if (!chunked_applies(a)) return run_tokens(args, a, false, stream, err);
+    if (N > 1 || T > 1) KL_TRY(kda_chunked(args, a, stream, err));
+    if (N == 1 && T % KDA_GRID != 1) return KL_OK;
+    return run_tokens(args, a, true, stream, err);
 }

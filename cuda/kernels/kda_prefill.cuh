@@ -1,63 +1,93 @@
 /*
- * kda_prefill.cuh -- what the kernels of chunked KDA prefill hand to each other.
+ * kda_prefill.cuh -- chunked KDA prefill: what the blocks that prepare chunks hand to the blocks
+ * that take the state through them, and who does what. cuda/notes/KDA_PREFILL.md explains it.
  *
- * A sequence is cut into chunks of 64 tokens from its first token of the call. Chunk c of
- * sequence n has number cu[n] / 64 + n + c: unique, below T / 64 + N, and found without a sum
- * over sequences; numbers that no chunk has are idle blocks. Chunks go through the workspace in
- * windows of consecutive numbers, so that its size is bounded for any T.
- *
- * With a_l = exp(log-decay of token l) and products over tokens, each at most 1:
- *     E_i = a_0 ... a_i (from the chunk's first token),  F_j = a_{j+1} ... a_last
+ * With a_l = exp(log-decay of token l) and products over the tokens of a chunk, each at most 1:
+ *     E_i = a_0 ... a_i,  F_j = a_{j+1} ... a_last
  *     A[i, j] = b_i sum_d k_i k_j a_{j+1} ... a_i    j <  i
  *     M[i, j] = scale sum_d q_i k_j a_{j+1} ... a_i  j <= i
  *     (1 + A) U = b (V - (E k) S^T),  O = scale (E q) S^T + M U
  *     S' = S diag(E_last) + U^T (F k)
- * Nothing is ever divided by a decay: a product that underflows is the exact limit, 0.
+ *
+ * Work. A pair is a lane (a run of consecutive sequences) and a group of heads h, h + groups, ...
+ * that it takes one after the other. For each pair, one block a tile of 64 value rows takes the
+ * state through the chunks; all blocks prepare chunks, whichever comes next. A chunk has a serial
+ * number in its pair, growing in the order in which the state needs it, with gaps; it travels
+ * through slot (serial % slots) of the pair's ring, which stays in the L2.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_H
 
 #include "../device/kda.cuh"
+#include "../device/ragged.cuh"
 
-constexpr int KDA_TOKENS = 64; /* of a chunk */
+constexpr int KDA_TOKENS = 32; /* of a chunk */
 constexpr int KDA_K = 128;
-constexpr int KDA_BLOCK = 16; /* side of the blocks of A, M and X */
+constexpr int KDA_V_TILE = 64; /* rows of the state that a block owns */
+constexpr int KDA_MAX_LANES = 64;
 
-/* Rows of bf16 that ldmatrix reads, eight at a time: piece p (8 elements) of row i lies at
- * piece p ^ (i % 8), so that the eight rows of a matrix fall into different banks. */
-__device__ inline int kda_swizzle(int row, int piece)
-{
-    return piece ^ (row % 8);
-}
+/* Cutting a sequence at multiples of so many tokens changes no bit; a last token beyond them is
+ * left to kda_decode's arithmetic. */
+constexpr int KDA_GRID = 64;
 
-/* A prepared chunk of a head; it is copied to shared memory as it lies. X = (1 + A)^-1 diag(b).
- * Blocks of M and X above the diagonal are not written and not read. */
-struct alignas(128) kda_chunk {
-    bf16 k_decayed[KDA_TOKENS][KDA_K]; /* E k              */
-    bf16 q_decayed[KDA_TOKENS][KDA_K]; /* scale E q        */
-    bf16 k_left[KDA_TOKENS][KDA_K];    /* F k              */
+/* A prepared chunk of a head, copied to shared memory as it lies. X = (1 + A)^-1 diag(b). In the
+ * order in which wgmma reads it (wgmma.cuh): the channels in two halves, and of rows of 128 or 64
+ * bytes the pieces of 16 at swizzled(row, piece). */
+struct alignas(16) kda_chunk {
+    bf16 k_decayed[2][KDA_TOKENS][KDA_K / 2]; /* E k              */
+    bf16 q_decayed[2][KDA_TOKENS][KDA_K / 2]; /* scale E q        */
+    bf16 k_left[2][KDA_TOKENS][KDA_K / 2];    /* F k              */
     bf16 M[KDA_TOKENS][KDA_TOKENS];
-    bf16 X[KDA_TOKENS][KDA_TOKENS];     /* without its diagonal, which is beta */
+    bf16 X[KDA_TOKENS][KDA_TOKENS];
     bf16 X_low[KDA_TOKENS][KDA_TOKENS]; /* what X rounds away */
-    float decay[KDA_K];                 /* E_last           */
-    float decay_low[KDA_K];             /* what decay rounds away */
-    float beta[KDA_TOKENS];
+    /* E_last - 1, which keeps the digits of a weak decay: of channels 8 i + 2 j and the next at
+     * [j][2 i], for lane 4 r + j of an accumulator; rows 16 bytes off a bank's round. */
+    float decay[4][KDA_K / 4 + 4];
 };
 
-/* Numbers first .. first + count - 1 of a call's chunks. */
-struct kda_window {
-    kda_chunk *chunks; /* [count, H] */
-    long long first, count;
+/* How a call is dealt out; the results do not depend on it. */
+struct kda_plan {
+    int sequences;
+    int lanes, groups, pairs; /* pairs = lanes * groups             */
+    int rounds;               /* heads of a group, at most          */
+    int tiles;                /* of a head's value rows             */
+    int slots;                /* of a pair's ring                   */
+    kda_chunk *ring;          /* [pairs, slots]                     */
+    unsigned *ready;  /* [pairs, slots] flags: serial + 1 of the chunk that lies there       */
+    unsigned *taken;  /* [pairs, tiles] flags: chunks of smaller serials lie there no longer */
+    unsigned *ticket; /* the next chunk that nobody prepares */
 };
 
-__device__ inline long long kda_first_chunk(const int *cu, long long n)
+/* Words from a flag to the next: polls of neighbours do not meet in the L2. */
+constexpr int KDA_FLAG = 32;
+
+/* A run of sequences: its first, and the number of that one's first chunk. */
+struct kda_lane {
+    int sequence, number;
+};
+
+/* What every warp of a block knows of the lanes. */
+struct kda_lanes_of_call {
+    kda_lane lane[KDA_MAX_LANES + 1]; /* the last one ends the others */
+    int longest;                      /* numbers of a lane, at most   */
+};
+
+/* Chunks are numbered through all sequences without a sum over them, with gaps. */
+__device__ inline int kda_first_number(const int *cu, int n)
 {
     return cu[n] / KDA_TOKENS + n;
 }
 
-kl_status kda_prepare_window(const kda_arguments &a, long long N, const kda_window &w,
-                             cudaStream_t stream, kl_error *err);
-kl_status kda_scan_window(const kda_arguments &a, long long N, const kda_window &w,
-                          cudaStream_t stream, kl_error *err);
+/* Tokens of a sequence that go by chunks. */
+__device__ inline int kda_chunked_tokens(const int *cu, int n)
+{
+    const int tokens = cu[n + 1] - cu[n];
+    return tokens % KDA_GRID == 1 ? tokens - 1 : tokens;
+}
+
+/* Host: bf16 with K = 128 and 32 | V, in pieces of 16 bytes; all but the last tokens above. */
+size_t kda_chunked_workspace(const kl_kda *a);
+kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, cudaStream_t stream,
+                      kl_error *err);
 
 #endif

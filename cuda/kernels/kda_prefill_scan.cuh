@@ -1,0 +1,503 @@
+/*
+ * kda_prefill_scan.cuh -- the state of a sequence and head through its prepared chunks, by the
+ * block that owns 64 value rows of it.
+ *
+ *     U = X (V - (E k) S^T);  O = scale (E q) S^T + M U;  S <- S diag(E_last) + U^T (F k)
+ *
+ * Everything is transposed, [V, tokens] and [V, K]: then the accumulators of one product are,
+ * register for register, the left operand of the next. A warpgroup, the chain, owns
+ * 16 rows a warp, in registers from a sequence's first chunk to its last; another one forms O
+ * from what the chain hands over, so that the chain waits for nothing but its own products. One warp brings the
+ * chunks. U enters the state as the sum of two bf16, which
+ * keep 16 bits of it: errors last there.
+ */
+#ifndef KL_CUDA_KERNELS_KDA_PREFILL_SCAN_H
+#define KL_CUDA_KERNELS_KDA_PREFILL_SCAN_H
+
+#include "../device/barrier.cuh"
+#include "kda_prefill_prepare.cuh"
+
+namespace kda {
+
+constexpr int STAGES = 4;
+constexpr int ROWS = 16;                    /* of the state, a warp's */
+constexpr int SCANNERS = KDA_V_TILE / ROWS; /* warps of each of the two kinds */
+constexpr int TILES_OF_TOKENS = KDA_TOKENS / 8;
+constexpr int STEPS = KDA_TOKENS / 16, K_STEPS = KDA_K / 16; /* of a product, 16 deep */
+constexpr int V_PITCH = KDA_V_TILE + 8; /* of a token's values: 16 bytes off a bank's round */
+constexpr int OUT_PITCH = ROWS + 8;
+
+/* Left operands of a product, 16 deep a step, as they lie in the lanes' registers. */
+template <int steps> using left_operand = uint4[steps][WARP];
+
+/* What a chain warp hands to its output warp at every chunk. */
+struct handoff {
+    left_operand<K_STEPS> S;
+    left_operand<STEPS> U;
+    bf16 out[KDA_TOKENS][OUT_PITCH]; /* the output warp's own */
+};
+
+struct alignas(1024) stage {
+    kda_chunk chunk;
+    bf16 v[KDA_TOKENS][V_PITCH];
+};
+
+struct scan_memory {
+    stage stages[STAGES];
+    handoff hands[SCANNERS];
+    barrier full[STAGES], empty[STAGES];
+    barrier has_state[SCANNERS], has_update[SCANNERS], has_room[SCANNERS];
+};
+
+/* One tile of rows of one pair. */
+struct scanner {
+    const kda_arguments &a;
+    const kda_plan &p;
+    kda_lane first, end;
+    int longest, pair, tile;
+};
+
+/* The pair's chunks in the order in which they go through its state. */
+struct walk {
+    int round = 0, n, h, tokens, chunk = 0; /* of head h of sequence n, chunked tokens */
+    unsigned serial;
+    bool valid;
+
+    __device__ explicit walk(const scanner &s) : n(s.first.sequence) { find(s); }
+
+    /* The first sequence from n on that has chunks. */
+    __device__ void find(const scanner &s)
+    {
+        for (; round < s.p.rounds; round++, n = s.first.sequence) {
+            h = round * s.p.groups + s.pair % s.p.groups;
+            if (h >= s.a.H) break;
+            for (; n < s.end.sequence; n++) {
+                tokens = kda_chunked_tokens(s.a.cu, n);
+                if (tokens <= 0) continue;
+                const int number = kda_first_number(s.a.cu, n) - s.first.number;
+                serial = static_cast<unsigned>(round * s.longest + number);
+                valid = true;
+                return;
+            }
+        }
+        valid = false;
+    }
+
+    __device__ bool is_last() const { return (chunk + 1) * KDA_TOKENS >= tokens; }
+
+    /* Of the chunk. */
+    __device__ int tokens_here() const { return min(tokens - chunk * KDA_TOKENS, KDA_TOKENS); }
+
+    __device__ long long token(const scanner &s) const
+    {
+        return s.a.cu[n] + static_cast<long long>(chunk) * KDA_TOKENS;
+    }
+
+    __device__ void next(const scanner &s)
+    {
+        if (is_last()) {
+            chunk = 0, n++;
+            find(s);
+        } else
+            chunk++, serial++;
+    }
+};
+
+/* ---- chunks on their way ----------------------------------------------------------------- */
+
+__device__ inline void copy_bulk(void *shared, const void *global, int bytes, barrier *b)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(b))
+                 : "memory");
+}
+
+/* Once this thread's asynchronous copies have arrived. */
+__device__ inline void arrive_after_copies(barrier *b)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b))
+                 : "memory");
+}
+
+/* The chunks of smaller serials have been copied, their barriers tell: their slots may be filled
+ * again. */
+__device__ inline void publish(const scanner &s, unsigned serial)
+{
+    if (lane_id() == 0)
+        write_flag(&s.p.taken[(s.pair * s.p.tiles + s.tile) * KDA_FLAG], serial);
+}
+
+/* The chunk, and the values of its tokens, zeros past the last. */
+__device__ inline void fetch(const scanner &s, const walk &at, stage &to, barrier *full)
+{
+    constexpr int PIECES = KDA_V_TILE / 8; /* of a token */
+    const int lane = lane_id(), tokens = at.tokens_here();
+    const int pieces = (static_cast<int>(s.a.V) - s.tile * KDA_V_TILE) / 8,
+              piece = lane % PIECES;
+    const bf16 *v = static_cast<const bf16 *>(s.a.v.data) + at.token(s) * s.a.v.stride +
+                    at.h * s.a.V + s.tile * KDA_V_TILE;
+    if (lane == 0) {
+        const int slot = s.pair * s.p.slots + static_cast<int>(at.serial % s.p.slots);
+        fence_global_for_copies();
+        barrier_arrive_expecting(full, static_cast<int>(sizeof(kda_chunk)));
+        copy_bulk(&to.chunk, &s.p.ring[slot], sizeof(kda_chunk), full);
+    }
+#pragma unroll
+    for (int n = 0; n < KDA_TOKENS * PIECES / WARP; n++) {
+        const int token = n * (WARP / PIECES) + lane / PIECES;
+        const bool inside = token < tokens && piece < pieces;
+        copy_async(&to.v[token][8 * piece], v + (inside ? token * s.a.v.stride + 8 * piece : 0),
+                   inside);
+    }
+    arrive_after_copies(full);
+}
+
+__device__ inline void wait_until_ready(const scanner &s, scan_memory &m, unsigned serial,
+                                        unsigned count)
+{
+    const unsigned *ready = &s.p.ready[(s.pair * s.p.slots + serial % s.p.slots) * KDA_FLAG];
+    if (read_flag(ready) == serial + 1) return;
+    /* Whoever prepares it may wait for a slot, if serials have a gap here. */
+    if (count > 0) barrier_wait(&m.full[(count - 1) % STAGES], (count - 1) / STAGES % 2);
+    publish(s, serial);
+    while (read_flag(ready) != serial + 1) {
+    }
+}
+
+/* One warp brings the chunks of the walk, and the values beside them. */
+__device__ inline void bring_chunks(const scanner &s, scan_memory &m)
+{
+    unsigned count = 0, previous = 0; /* the serial of the chunk before */
+    for (walk at(s); at.valid; at.next(s), count++) {
+        const unsigned i = count % STAGES;
+        if (count >= STAGES) barrier_wait(&m.empty[i], (count / STAGES - 1) % 2);
+        wait_until_ready(s, m, at.serial, count);
+        fetch(s, at, m.stages[i], &m.full[i]);
+        if (count >= 2) {
+            barrier_wait(&m.full[(count - 2) % STAGES], (count - 2) / STAGES % 2);
+            publish(s, previous);
+        }
+        previous = at.serial;
+    }
+}
+
+/* ---- operands ---------------------------------------------------------------------------- */
+
+/* [64, tokens] of a warpgroup: tile t of the warp's 16 rows holds tokens 8 t .. 8 t + 7. */
+using token_sums = float[TILES_OF_TOKENS][4];
+
+/* Accumulators of two neighbouring tiles as a left operand, 16 deep. */
+__device__ inline void to_left(uint32_t (&a)[4], const float *c)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = pack_bf16(c[2 * i], c[2 * i + 1]);
+}
+
+/* What that rounds away. */
+__device__ inline void to_left_low(uint32_t (&low)[4], const uint32_t (&a)[4], const float *c)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        low[i] = pack_bf16(c[2 * i] - low_half(a[i]), c[2 * i + 1] - high_half(a[i]));
+}
+
+__device__ inline void put(uint4 &to, const uint32_t (&a)[4])
+{
+    to = uint4{a[0], a[1], a[2], a[3]};
+}
+
+__device__ inline void get(uint32_t (&a)[4], const uint4 &from)
+{
+    a[0] = from.x, a[1] = from.y, a[2] = from.z, a[3] = from.w;
+}
+
+/* sum += a x^T over 128 channels, x given by the descriptor of its first half. */
+__device__ inline void multiply_channels(token_sums &sum, const uint32_t (&a)[K_STEPS][4],
+                                         uint64_t x)
+{
+    constexpr int HALF = K_STEPS / 2, HALF_BYTES = KDA_TOKENS * KDA_K;
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++)
+        wgmma<KDA_TOKENS>(sum[0], a[k], wgmma_moved(x, k / HALF * HALF_BYTES + k % HALF * 32));
+}
+
+/* sum += a x^T over tokens. */
+__device__ inline void multiply_tokens(token_sums &sum, const uint32_t (&a)[STEPS][4],
+                                       uint64_t x)
+{
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) wgmma<KDA_TOKENS>(sum[0], a[k], wgmma_moved(x, 32 * k));
+}
+
+/* ---- the chain --------------------------------------------------------------------------- */
+
+/* A lane's channels of a chunk's decays. */
+using lane_decays = float[KDA_K / 4];
+
+__device__ inline void load_decays(lane_decays &d, const kda_chunk &c)
+{
+#pragma unroll
+    for (int i = 0; i < KDA_K / 4; i += 4) {
+        const float4 x = *reinterpret_cast<const float4 *>(&c.decay[lane_id() % 4][i]);
+        d[i] = x.x, d[i + 1] = x.y, d[i + 2] = x.z, d[i + 3] = x.w;
+    }
+}
+
+/* A warp's 16 rows of the state: values 4 t .. 4 t + 3 belong to channels 8 t .. 8 t + 7. */
+struct warp_state {
+    float S[KDA_K / 2];
+
+    __device__ static float *at(float *state, int tile, int half)
+    {
+        return state + (lane_id() / 4 + 8 * half) * KDA_K + 8 * tile + 2 * (lane_id() % 4);
+    }
+
+    __device__ void read(float *state)
+    {
+#pragma unroll
+        for (int t = 0; t < KDA_K / 8; t++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float2 x = *reinterpret_cast<const float2 *>(at(state, t, half));
+                S[4 * t + 2 * half] = x.x, S[4 * t + 2 * half + 1] = x.y;
+            }
+    }
+
+    __device__ void write(float *state) const
+    {
+#pragma unroll
+        for (int t = 0; t < KDA_K / 8; t++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *reinterpret_cast<float2 *>(at(state, t, half)) =
+                    float2{S[4 * t + 2 * half], S[4 * t + 2 * half + 1]};
+    }
+
+    /* S <- S diag(E_last), given E - 1. Of a strong decay that loses digits, but no more than
+     * the state before it has. */
+    __device__ void decay(const lane_decays &d)
+    {
+#pragma unroll
+        for (int t = 0; t < KDA_K / 8; t++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float &x = S[4 * t + j];
+                x = fmaf(x, d[2 * t + j % 2], x);
+            }
+        }
+    }
+};
+
+/* The warp's 16 columns of the values, in pairs of bf16 as token_sums has them. */
+__device__ inline void load_values(uint32_t (&v)[STEPS][4], const bf16 (*from)[V_PITCH],
+                                   int first)
+{
+    const int i = lane_id() % 8, part = lane_id() / 8;
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+        ldmatrix_transposed(v[k], &from[16 * k + part / 2 * 8 + i][first + part % 2 * 8]);
+}
+
+/* V - x as a left operand. */
+__device__ inline void subtract_from(uint32_t (&to)[STEPS][4], const uint32_t (&v)[STEPS][4],
+                                     const token_sums &x)
+{
+#pragma unroll
+    for (int k = 0; k < STEPS; k++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float *pair = &x[2 * k + j / 2][j % 2 * 2];
+            to[k][j] = pack_bf16(low_half(v[k][j]) - pair[0], high_half(v[k][j]) - pair[1]);
+        }
+}
+
+/* After the wait for products that add to x. */
+__device__ inline void settle(token_sums &x)
+{
+#pragma unroll
+    for (int t = 0; t < TILES_OF_TOKENS; t++) wgmma_settle(x[t]);
+}
+
+/* All lanes have done what they do before; one of them says so. */
+__device__ inline void warp_arrive(barrier *b)
+{
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(b);
+}
+
+/* Descriptors of the operands in the first stage; those of the next lie behind. */
+struct descriptors {
+    uint64_t k_decayed, q_decayed, k_left, M, X, X_low;
+
+    __device__ explicit descriptors(const kda_chunk &c)
+        : k_decayed(wgmma_descriptor(c.k_decayed)), q_decayed(wgmma_descriptor(c.q_decayed)),
+          k_left(wgmma_descriptor_transposed(c.k_left, sizeof c.k_left[0])),
+          M(wgmma_descriptor<2 * KDA_TOKENS>(c.M)), X(wgmma_descriptor<2 * KDA_TOKENS>(c.X)),
+          X_low(wgmma_descriptor<2 * KDA_TOKENS>(c.X_low))
+    {
+    }
+};
+
+__device__ inline uint64_t of_stage(uint64_t descriptor, unsigned i)
+{
+    return wgmma_moved(descriptor, i * sizeof(stage));
+}
+
+/* Chunk number `count`, in stage i. The products are the warpgroup's, all else is the warp's. */
+__device__ inline void chain_chunk(warp_state &state, const descriptors &d, unsigned i, int w,
+                                   unsigned count, scan_memory &m)
+{
+    constexpr int ROW_BYTES = 128;
+    const stage &in = m.stages[i];
+    handoff &hand = m.hands[w];
+    uint32_t S[K_STEPS][4], high[STEPS][4], low[STEPS][4], v[STEPS][4];
+    token_sums old = {}, U = {};
+    lane_decays decays;
+    load_decays(decays, in.chunk);
+    load_values(v, in.v, w * ROWS);
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++) to_left(S[k], &state.S[8 * k]);
+    wgmma_fence();
+    multiply_channels(old, S, of_stage(d.k_decayed, i));
+    wgmma_commit();
+    if (count > 0) barrier_wait(&m.has_room[w], (count - 1) % 2);
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++) put(hand.S[k][lane_id()], S[k]);
+    warp_arrive(&m.has_state[w]);
+    state.decay(decays); /* the products read the operands, not the state */
+    wgmma_wait<0>();
+    settle(old);
+
+    subtract_from(high, v, old);
+    wgmma_fence();
+    multiply_tokens(U, high, of_stage(d.X, i));
+    multiply_tokens(U, high, of_stage(d.X_low, i));
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(U);
+
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+        to_left(high[k], U[2 * k]);
+        to_left_low(low[k], high[k], U[2 * k]);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+        const uint64_t b = wgmma_moved(of_stage(d.k_left, i), 16 * ROW_BYTES * k);
+        wgmma_transposed<KDA_K>(state.S, high[k], b);
+        wgmma_transposed<KDA_K>(state.S, low[k], b);
+    }
+    wgmma_commit();
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) put(hand.U[k][lane_id()], high[k]);
+    warp_arrive(&m.has_update[w]);
+    wgmma_wait<0>();
+    wgmma_settle(state.S);
+}
+
+/* The last tile may be half of one: two warps of each kind compute for nothing, then. */
+__device__ inline bool owns_rows(const scanner &s, int w)
+{
+    return s.tile * KDA_V_TILE + w * ROWS < s.a.V;
+}
+
+__device__ inline float *state_rows(const scanner &s, int n, int h, int w)
+{
+    const long long slot = s.a.slots == nullptr ? n : s.a.slots[n];
+    return s.a.state + ((slot * s.a.H + h) * s.a.V + s.tile * KDA_V_TILE + w * ROWS) * KDA_K;
+}
+
+__device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
+{
+    const descriptors d(m.stages[0].chunk);
+    unsigned count = 0;
+    warp_state state = {};
+    for (walk at(s); at.valid; at.next(s), count++) {
+        const unsigned i = count % STAGES;
+        if (at.chunk == 0 && owns_rows(s, w)) state.read(state_rows(s, at.n, at.h, w));
+        barrier_wait(&m.full[i], count / STAGES % 2);
+        chain_chunk(state, d, i, w, count, m);
+        warp_arrive(&m.empty[i]);
+        if (at.is_last() && owns_rows(s, w)) state.write(state_rows(s, at.n, at.h, w));
+    }
+}
+
+/* ---- the output -------------------------------------------------------------------------- */
+
+/* out = S (scale E q)^T + U M^T. */
+__device__ inline void make_output(token_sums &out, const descriptors &d, unsigned i, int w,
+                                   unsigned count, scan_memory &m)
+{
+    const handoff &hand = m.hands[w];
+    uint32_t S[K_STEPS][4], U[STEPS][4];
+    barrier_wait(&m.has_state[w], count % 2);
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++) get(S[k], hand.S[k][lane_id()]);
+    wgmma_fence();
+    multiply_channels(out, S, of_stage(d.q_decayed, i));
+    wgmma_commit();
+    barrier_wait(&m.has_update[w], count % 2);
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) get(U[k], hand.U[k][lane_id()]);
+    warp_arrive(&m.has_room[w]);
+    wgmma_fence();
+    multiply_tokens(out, U, of_stage(d.M, i));
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(out);
+}
+
+__device__ inline void store_transposed(bf16 *row, const uint32_t (&r)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
+/* To rows of tokens, by way of the warp's own shared memory. */
+__device__ inline void store_output(const token_sums &x, bf16 (*own)[OUT_PITCH], bf16 *to,
+                                    long long stride, int tokens)
+{
+    const int i = lane_id() % 8, part = lane_id() / 8;
+#pragma unroll
+    for (int t = 0; t < TILES_OF_TOKENS; t += 2) {
+        uint32_t r[4];
+        to_left(r, x[t]);
+        store_transposed(&own[8 * t + part / 2 * 8 + i][part % 2 * 8], r);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < 2 * KDA_TOKENS / WARP; n++) {
+        const int piece = n * WARP + lane_id(), row = piece / 2, half = piece % 2;
+        if (row < tokens)
+            __stcs(reinterpret_cast<uint4 *>(to + row * stride + 8 * half),
+                   *reinterpret_cast<const uint4 *>(&own[row][8 * half]));
+    }
+    __syncwarp();
+}
+
+__device__ inline void run_output(const scanner &s, int w, scan_memory &m)
+{
+    const long long stride = s.a.H * s.a.V;
+    const descriptors d(m.stages[0].chunk);
+    unsigned count = 0;
+    for (walk at(s); at.valid; at.next(s), count++) {
+        const unsigned i = count % STAGES;
+        token_sums out = {};
+        barrier_wait(&m.full[i], count / STAGES % 2);
+        make_output(out, d, i, w, count, m);
+        warp_arrive(&m.empty[i]);
+        if (!owns_rows(s, w)) continue;
+        store_output(out, m.hands[w].out,
+                     static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
+                         s.tile * KDA_V_TILE + w * ROWS,
+                     stride, at.tokens_here());
+    }
+}
+
+} // namespace kda
+
+#endif
