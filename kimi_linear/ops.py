@@ -79,8 +79,8 @@ def kda_prefill(q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: float | Non
         beta_logits: take sigmoid(beta) first.
         out: [T, H, V], dtype of q; None for a new array.
         final_state: [N, H, V, K] float32, may be initial_state itself; None for a new array.
-        checkpoint_every: E, a multiple of 64: keep the states after every E tokens of a sequence,
-            too. Not on a GPU.
+        checkpoint_every: E, a multiple of 64: keep the states after every E tokens of a sequence
+            as well.
         checkpoints: [T // E, H, V, K] float32; None for a new array. Row cu_seqlens[n] // E + c
             is what sequence n holds after (c + 1) E tokens; other rows are left alone (in a new
             array, zeros).

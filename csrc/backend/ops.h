@@ -170,7 +170,8 @@ typedef enum {
  * kda_decode: T = N, one token for each sequence, cu_seqlens absent. kda_prefill computes the
  * same function of any lengths; it may reorder the arithmetic within chunks that start at a
  * sequence's first token of the call, KL_KDA_CHUNK tokens each (64 on CUDA), and takes the order
- * of kda_decode for a chunk of a single token. No exponential of a positive number is formed.
+ * of kda_decode for a chunk of a single token. An exponent is positive only where it is bounded
+ * and its factor's partner makes up for it.
  *
  * Checkpoints, of kda_prefill: with E = checkpoint_every the state of sequence n after its first
  * (c + 1) E tokens of the call is stored in row cu_seqlens[n] / E + c, too. Rows are distinct and

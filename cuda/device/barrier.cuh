@@ -34,6 +34,13 @@ __device__ inline void barrier_arrive(barrier *b)
                  : "memory");
 }
 
+/* Arrive once the copies that this thread has started with copy_async() are done. */
+__device__ inline void barrier_arrive_after_copies(barrier *b)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b))
+                 : "memory");
+}
+
 /* Arrive, and have the phase wait for so many bytes of the copy engine as well. */
 __device__ inline void barrier_arrive_expecting(barrier *b, int bytes)
 {

@@ -29,6 +29,8 @@ struct kda_arguments {
     const float *A_log;   /* or null */
     const float *dt_bias; /* or null */
     void *out;
+    float *checkpoints; /* or null */
+    int checkpoint_every;
     long long H, Hk, V, tiles;
     int K;
     kl_gate gate;
@@ -183,6 +185,15 @@ __device__ inline void kda_store_out(const kda_arguments &a, long long at, float
         static_cast<float *>(a.out)[at] = value;
 }
 
+/* Where the state of a sequence goes after its first `done` tokens of the call, or null. */
+__device__ inline float *kda_checkpoint(const kda_arguments &a, long long n, long long h,
+                                        int done)
+{
+    if (a.checkpoints == nullptr || done % a.checkpoint_every != 0) return nullptr;
+    const long long row = a.cu[n] / a.checkpoint_every + done / a.checkpoint_every - 1;
+    return a.checkpoints + (row * a.H + h) * a.V * a.K;
+}
+
 /* The rows of one sequence's state that a warp owns. */
 struct kda_place {
     long long n, h, first;
@@ -279,6 +290,8 @@ inline kda_arguments kda_arguments_of(const kl_kda *a)
         .A_log = static_cast<const float *>(a->A_log.data),
         .dt_bias = static_cast<const float *>(a->dt_bias.data),
         .out = a->out.data,
+        .checkpoints = static_cast<float *>(a->checkpoints.data),
+        .checkpoint_every = static_cast<int>(a->checkpoint_every),
         .H = a->state.shape[1],
         .Hk = a->q.shape[1],
         .V = a->state.shape[2],

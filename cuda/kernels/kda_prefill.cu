@@ -76,6 +76,8 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
         if ((t - begin) % KDA_GRID == 0) rows.forget();
         rows.decay(a, s);
         rows.write_and_answer(a, t, h, first, s, v);
+        float *kept = kda_checkpoint(a, n, h, static_cast<int>(t + 1 - a.cu[n]));
+        if (kept != nullptr) rows.write(a, kept, first);
         __syncthreads(); /* the next token overwrites s */
     }
     rows.write(a, state, first);

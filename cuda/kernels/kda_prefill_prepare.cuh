@@ -642,11 +642,19 @@ __device__ void find_squares(const kda_arguments &a, const item &c, const lane_c
     sum_squares(q, m.squares[1]);
 }
 
-/* Flags between blocks. Reads go past the L1. */
+/* Flags between blocks. Reads go past the L1; one that is to order what follows is an acquire,
+ * which empties the L1, so polls are not. */
 __device__ inline unsigned read_flag(const unsigned *p)
 {
     unsigned x;
     asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+__device__ inline unsigned read_acquire(const unsigned *p)
+{
+    unsigned x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
 

@@ -88,6 +88,9 @@ struct walk {
     /* Of the chunk. */
     __device__ int tokens_here() const { return min(tokens - chunk * KDA_TOKENS, KDA_TOKENS); }
 
+    /* Of the sequence, with the chunk. */
+    __device__ int done() const { return chunk * KDA_TOKENS + tokens_here(); }
+
     __device__ long long token(const scanner &s) const
     {
         return s.a.cu[n] + static_cast<long long>(chunk) * KDA_TOKENS;
@@ -104,21 +107,6 @@ struct walk {
 };
 
 /* ---- chunks on their way ----------------------------------------------------------------- */
-
-__device__ inline void copy_bulk(void *shared, const void *global, int bytes, barrier *b)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
-                 "l"(global), "r"(bytes), "r"(shared_address(b))
-                 : "memory");
-}
-
-/* Once this thread's asynchronous copies have arrived. */
-__device__ inline void arrive_after_copies(barrier *b)
-{
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b))
-                 : "memory");
-}
 
 /* The chunks of smaller serials have been copied, their barriers tell: their slots may be filled
  * again. */
@@ -141,7 +129,7 @@ __device__ inline void fetch(const scanner &s, const walk &at, stage &to, barrie
         const int slot = s.pair * s.p.slots + static_cast<int>(at.serial % s.p.slots);
         fence_global_for_copies();
         barrier_arrive_expecting(full, static_cast<int>(sizeof(kda_chunk)));
-        copy_bulk(&to.chunk, &s.p.ring[slot], sizeof(kda_chunk), full);
+        copy_bytes(&to.chunk, &s.p.ring[slot], sizeof(kda_chunk), full);
     }
 #pragma unroll
     for (int n = 0; n < KDA_TOKENS * PIECES / WARP; n++) {
@@ -150,14 +138,14 @@ __device__ inline void fetch(const scanner &s, const walk &at, stage &to, barrie
         copy_async(&to.v[token][8 * piece], v + (inside ? token * s.a.v.stride + 8 * piece : 0),
                    inside);
     }
-    arrive_after_copies(full);
+    barrier_arrive_after_copies(full);
 }
 
 __device__ inline void wait_until_ready(const scanner &s, scan_memory &m, unsigned serial,
                                         unsigned count)
 {
     const unsigned *ready = &s.p.ready[(s.pair * s.p.slots + serial % s.p.slots) * KDA_FLAG];
-    if (read_flag(ready) == serial + 1) return;
+    if (read_acquire(ready) == serial + 1) return;
     /* Whoever prepares it may wait for a slot, if serials have a gap here. */
     if (count > 0) barrier_wait(&m.full[(count - 1) % STAGES], (count - 1) / STAGES % 2);
     publish(s, serial);
@@ -403,10 +391,16 @@ __device__ inline bool owns_rows(const scanner &s, int w)
     return s.tile * KDA_V_TILE + w * ROWS < s.a.V;
 }
 
+/* A warp's rows of a head's state. */
+__device__ inline float *own_rows(const scanner &s, int w, float *head)
+{
+    return head + (s.tile * KDA_V_TILE + w * ROWS) * KDA_K;
+}
+
 __device__ inline float *state_rows(const scanner &s, int n, int h, int w)
 {
     const long long slot = s.a.slots == nullptr ? n : s.a.slots[n];
-    return s.a.state + ((slot * s.a.H + h) * s.a.V + s.tile * KDA_V_TILE + w * ROWS) * KDA_K;
+    return own_rows(s, w, s.a.state + (slot * s.a.H + h) * s.a.V * KDA_K);
 }
 
 __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
@@ -420,7 +414,10 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
         barrier_wait(&m.full[i], count / STAGES % 2);
         chain_chunk(state, d, i, w, count, m);
         warp_arrive(&m.empty[i]);
-        if (at.is_last() && owns_rows(s, w)) state.write(state_rows(s, at.n, at.h, w));
+        if (!owns_rows(s, w)) continue;
+        if (at.is_last()) state.write(state_rows(s, at.n, at.h, w));
+        float *kept = kda_checkpoint(s.a, at.n, at.h, at.done());
+        if (kept != nullptr) state.write(own_rows(s, w, kept));
     }
 }
 
