@@ -71,7 +71,8 @@ __device__ void init_barriers(scan_memory &m)
     for (int w = 0; w < SCANNERS; w++) {
         barrier_init(&m.has_state[w], 1);
         barrier_init(&m.has_update[w], 1);
-        barrier_init(&m.has_room[w], 1);
+        barrier_init(&m.took_state[w], 1);
+        barrier_init(&m.took_update[w], 1);
     }
     barrier_init_done();
 }

@@ -47,7 +47,8 @@ struct scan_memory {
     stage stages[STAGES];
     handoff hands[SCANNERS];
     barrier full[STAGES], empty[STAGES];
-    barrier has_state[SCANNERS], has_update[SCANNERS], has_room[SCANNERS];
+    barrier has_state[SCANNERS], took_state[SCANNERS];   /* of a handoff's S */
+    barrier has_update[SCANNERS], took_update[SCANNERS]; /* and U */
 };
 
 /* ---- chunks on their way ----------------------------------------------------------------- */
@@ -293,7 +294,7 @@ __device__ inline void chain_chunk(warp_state &state, const descriptors &d, unsi
     wgmma_fence();
     multiply_channels(old, S, of_stage(d.k_decayed, i));
     wgmma_commit();
-    if (count > 0) barrier_wait(&m.has_room[w], (count - 1) % 2);
+    if (count > 0) barrier_wait(&m.took_state[w], (count - 1) % 2);
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) put(hand.S[k][lane_id()], S[k]);
     warp_arrive(&m.has_state[w]);
@@ -322,6 +323,7 @@ __device__ inline void chain_chunk(warp_state &state, const descriptors &d, unsi
         wgmma_transposed<KDA_K>(state.S, low[k], b);
     }
     wgmma_commit();
+    if (count > 0) barrier_wait(&m.took_update[w], (count - 1) % 2);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) put(hand.U[k][lane_id()], high[k]);
     warp_arrive(&m.has_update[w]);
@@ -376,13 +378,14 @@ __device__ inline void make_output(token_sums &out, const descriptors &d, unsign
     barrier_wait(&m.has_state[w], count % 2);
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) get(S[k], hand.S[k][lane_id()]);
+    warp_arrive(&m.took_state[w]);
     wgmma_fence();
     multiply_channels(out, S, of_stage(d.q_decayed, i));
     wgmma_commit();
     barrier_wait(&m.has_update[w], count % 2);
 #pragma unroll
     for (int k = 0; k < STEPS; k++) get(U[k], hand.U[k][lane_id()]);
-    warp_arrive(&m.has_room[w]);
+    warp_arrive(&m.took_update[w]);
     wgmma_fence();
     multiply_tokens(out, U, of_stage(d.M, i));
     wgmma_commit();

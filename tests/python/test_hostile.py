@@ -108,8 +108,9 @@ def test_score_names_its_arguments(model):
         model.score("", "x")
     with pytest.raises(ValueError, match="continuation: must hold at least one token"):
         model.score("x", "")
-    with pytest.raises(ValueError, match="601"):
-        model.score([1] * 300, [1] * 301)
+    model.score([1] * 300, [1] * 301)  # the last token is scored, not read
+    with pytest.raises(ValueError, match="at most 601 tokens.*300 and 302"):
+        model.score([1] * 300, [1] * 302)
     for top in (-1, 321, True, 1.0):
         with pytest.raises((ValueError, TypeError), match="top"):
             model.logprobs("hello", top=top)
