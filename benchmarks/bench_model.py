@@ -185,11 +185,12 @@ class Bench:
         sampling = check_sampling(self.config.vocab_size, (), ignore_eos=True,
                                   max_new_tokens=self.new_tokens(case))  # fmt: skip
         start = time.perf_counter()
-        run = self.model._run(prompts, sampling)  # what generate() does, a step at a time
+        # What generate() does, a step at a time.
+        run = self.model._run(self.model._rows(prompts, sampling))
         try:
             begun: set[int] = set()
             while len(begun) < case.batch:
-                begun |= {row for row, _ in run.step(1, None)}
+                begun |= {row.id for row, _ in run.step(1, None)}
             read_s = time.perf_counter() - start
             self.block(run, case)
             blocks = [self.seconds(lambda: self.block(run, case)) / BLOCK

@@ -399,4 +399,4 @@ def test_any_sequence_of_operations(pytestconfig, tmp_path, device):
             run()
             assert len(known) > 20
             reused = model._engine.prefix_stats()
-            assert reused["hits"] > 20 and reused["evicted"] > 5
+            assert reused["hits"] > 20 and reused["evicted"] > 0
