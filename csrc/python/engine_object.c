@@ -9,10 +9,11 @@
 
 /* ---- life ------------------------------------------------------------------------------ */
 
-/* Room for every sequence that can be alive. */
+/* Room for a handle of every slot. */
 static kl_status make_dropped(EngineObject *self, kl_error *err)
 {
-    self->max_dropped = kl_engine_plan(self->engine)->max_batch;
+    const kl_plan *plan = kl_engine_plan(self->engine);
+    self->max_dropped = plan->max_batch + plan->snapshot_slots;
     self->dropped = kl_calloc((size_t)self->max_dropped, sizeof *self->dropped);
     if (self->dropped != NULL) return KL_OK;
     return kl_fail(err, KL_ERR_MEMORY, "engine: no memory for its sequences");

@@ -27,7 +27,7 @@ typedef struct {
     PyThread_type_lock lock, door; /* door: see wait_for_lock() */
     atomic_ulong owner;            /* the thread that holds the lock, 0: none */
     kl_gen_node *generations;
-    kl_seq *dropped; /* [max_dropped], handles whose owners are gone; under the GIL */
+    kl_seq *dropped; /* [max_dropped], one a slot, whose owners are gone; under the GIL */
     int64_t n_dropped, max_dropped;
 } EngineObject;
 

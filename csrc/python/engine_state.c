@@ -150,13 +150,23 @@ PyObject *kl_engine_py_write_image(PyObject *op, PyObject *const *args, Py_ssize
     return copy_image((EngineObject *)op, "seq_write_image", args, nargs, true);
 }
 
+/* Keep a handle until the lock is free. One for each slot is enough: of two handles of a slot, the
+ * smaller is of a sequence that was released before. */
+static void keep_dropped(EngineObject *self, kl_seq seq)
+{
+    int64_t i = 0;
+    while (i < self->n_dropped && (uint32_t)self->dropped[i] != (uint32_t)seq) i++;
+    if (i == self->n_dropped) self->dropped[self->n_dropped++] = 0;
+    if (seq > self->dropped[i]) self->dropped[i] = seq;
+}
+
 /* For finalizers, which run in any thread at any time, under the engine's lock too. */
 PyObject *kl_engine_py_drop(PyObject *op, PyObject *arg)
 {
     EngineObject *self = (EngineObject *)op;
     kl_seq seq;
     if (kl_parse_seq("seq_drop", arg, &seq) < 0) return NULL;
-    if (self->n_dropped < self->max_dropped) self->dropped[self->n_dropped++] = seq;
+    if ((uint32_t)seq - 1 < (uint32_t)self->max_dropped) keep_dropped(self, seq);
     kl_engine_sweep(self);
     Py_RETURN_NONE;
 }

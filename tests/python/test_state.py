@@ -283,6 +283,18 @@ def test_a_state_that_dies_in_a_callback_is_released(model, state):
     assert model._engine.usage()[0] == 1
 
 
+def test_states_that_are_released_in_a_callback_leave_room_for_others(model, state):
+    """Each is given back twice: when it is released, and when its owner dies."""
+    doomed = [model.state().feed([1]) for _ in range(3)]
+
+    def process(ids, logits):
+        for s in doomed:
+            s.release()
+
+    state.generate([1], max_new_tokens=2, logits_processor=process)
+    assert model._engine.usage()[0] == 1
+
+
 def test_threads_share_a_state(model, state):
     """Each call is whole; all are counted."""
     threads = [threading.Thread(target=state.feed, args=([i] * 3,)) for i in range(8)]
