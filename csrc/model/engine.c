@@ -125,6 +125,12 @@ kl_pass kl_engine_pass(kl_engine *e)
     return pass;
 }
 
+void kl_engine_unload(kl_engine *e)
+{
+    e->loaded = false;
+    kl_prefix_clear(&e->prefix);
+}
+
 kl_status kl_engine_check_loaded(const kl_engine *e, kl_error *err)
 {
     if (e->loaded) return KL_OK;

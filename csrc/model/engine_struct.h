@@ -29,6 +29,10 @@ struct kl_engine {
 /* A pass over the engine's memory. */
 kl_pass kl_engine_pass(kl_engine *e);
 
+/* The weights are about to change: there are none to compute with, and what prompts have read
+ * with them goes. */
+void kl_engine_unload(kl_engine *e);
+
 /* For a step, refuse an engine without weights. */
 kl_status kl_engine_check_loaded(const kl_engine *e, kl_error *err);
 

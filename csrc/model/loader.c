@@ -227,7 +227,7 @@ static kl_status load(loader *l, const kl_bindings *b, const int *fds, kl_error 
 {
     kl_backend *be = l->e->be;
     kl_error ignored;
-    l->e->loaded = false;
+    kl_engine_unload(l->e);
     kl_status status = open_loader(l, b, fds, err);
     if (status == KL_OK) status = zero_absent(l->e, b, err);
     if (status == KL_OK) status = store_all(l, err);

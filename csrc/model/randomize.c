@@ -53,7 +53,7 @@ kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, kl_error *err)
     kl_backend *be = e->be;
     randomizer z = {.be = be, .seed = seed};
     const kl_weight_visitor visitor = {.part = randomize_part, .ctx = &z};
-    e->loaded = false;
+    kl_engine_unload(e);
     KL_TRY(be->vt->alloc(be, BLOCK_BYTES, &z.block, err));
     kl_status status = kl_weights_visit(&e->weights, &e->config, e->format, &visitor, err);
     if (status == KL_OK) status = be->vt->sync(be, err);

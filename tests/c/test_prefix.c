@@ -474,10 +474,25 @@ static void questions_on_a_document(void)
     }
 }
 
+/* What other weights have read is not what these would read. */
+static void other_weights(void)
+{
+    static load l;
+    kl_backend *be;
+    kl_error err;
+    kl_engine *e = open_engine(&be, 2, LONGEST, true);
+    make_request(&l, 0, 300, 20);
+    run_load(e, &l, 0, 1);
+    EXPECT(e->cache.n_snapshots > 0);
+    EXPECT(kl_engine_randomize(e, 8, &err) == KL_OK && e->cache.n_snapshots == 0);
+    close_engine(e, be);
+}
+
 int main(void)
 {
     RUN(every_prefix_is_found);
     RUN(borders);
     RUN(questions_on_a_document);
+    RUN(other_weights);
     return test_failures != 0;
 }
