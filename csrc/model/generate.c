@@ -205,20 +205,30 @@ static int64_t held_by(const kl_request_state *q)
     return q->before + q->sched.fed - q->r.n_history + (q->n_new > 0 ? q->n_new - 1 : 0);
 }
 
-/* A caller's sequence that was fed, released or broken since would fail the whole step. */
+/* Whether a caller's sequence is what the request has made of it. A fork of it since costs a copy
+ * of its last page, which was not promised. */
+static kl_status check_in_place(kl_generation *g, const kl_request_state *q, kl_error *err)
+{
+    int64_t length;
+    kl_error cause;
+    if (kl_seq_length(g->e, q->seq, &length, &cause) != KL_OK || length != held_by(q))
+        return kl_fail(err, KL_ERR_VALUE,
+                       "generate: request %lld: the sequence it continues has changed since",
+                       (long long)q->id);
+    if (kl_cache_reserve(&g->e->cache, q->seq, kl_request_longest(q), &cause) == KL_OK)
+        return KL_OK;
+    return kl_fail(err, cause.status,
+                   "generate: request %lld: the sequence it continues was forked since: %s",
+                   (long long)q->id, cause.message);
+}
+
+/* A caller's sequence that was fed, released, broken or forked since would fail the whole step. */
 static void end_changed(kl_generation *g)
 {
     for (int64_t i = 0; i < g->n_running; i++) {
         kl_request_state *q = g->running[i];
-        int64_t length;
         kl_error err;
-        if (!q->r.in_place) continue;
-        if (kl_seq_length(g->e, q->seq, &length, &err) == KL_OK && length == held_by(q))
-            continue;
-        kl_error_set(&err, KL_ERR_VALUE,
-                     "generate: request %lld: the sequence it continues has changed since",
-                     (long long)q->id);
-        fail(g, q, &err);
+        if (q->r.in_place && check_in_place(g, q, &err) != KL_OK) fail(g, q, &err);
     }
 }
 

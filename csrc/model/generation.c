@@ -12,7 +12,7 @@ static kl_status length_before(const kl_engine *e, const kl_request *r, int64_t 
                                kl_error *err)
 {
     *out = 0;
-    return r->seq == 0 ? KL_OK : kl_seq_length(e, r->seq, out, err);
+    return r->seq == 0 && !r->in_place ? KL_OK : kl_seq_length(e, r->seq, out, err);
 }
 
 /* Pages that a request takes beside those of the sequence it forks, if it does. */

@@ -281,6 +281,52 @@ static void failures_are_alone(void)
     close_engine(e, be);
 }
 
+/* A sequence that is continued in place, is forked meanwhile, and needs a page more for that, when
+ * none is left: this request ends, and the one beside it has its tokens. */
+static void a_fork_harms_nobody_else(void)
+{
+    static kl_event events[MAX_EVENTS];
+    kl_backend *be;
+    kl_engine *e = open_engine(&be, 4, 64);
+    kl_generation *g;
+    kl_seq fork, other;
+    kl_error err = {KL_OK, ""};
+    int64_t n, n_out = 0, n_failed = 0;
+    kl_request r[2] = {kinds[7], kinds[7]};
+    const kl_seq a = fed(e, prompts[3], 10);
+    r[0].seq = a;
+    r[0].in_place = true;
+    r[0].max_new_tokens = r[1].max_new_tokens = 256 - 10 - r[0].n_prompt;
+    EXPECT(kl_generation_new(e, r, 2, &g, &err) == KL_OK);
+    EXPECT(kl_generation_run(g, 1, events, MAX_EVENTS, &n, NULL, NULL, NULL, NULL, &err) ==
+           KL_OK);
+    n_out += n - 1;
+    EXPECT(kl_seq_fork(e, a, &fork, &err) == KL_OK && kl_seq_new(e, &other, &err) == KL_OK);
+    EXPECT(kl_cache_reserve(&e->cache, fork, 256, &err) == KL_OK);
+    EXPECT(kl_cache_reserve(&e->cache, other, KL_PAGE_TOKENS * kl_cache_available(&e->cache),
+                            &err) == KL_OK);
+    EXPECT(kl_cache_available(&e->cache) == 0);
+    while (!kl_generation_done(g)) {
+        EXPECT(kl_generation_run(g, 9, events, MAX_EVENTS, &n, NULL, NULL, NULL, NULL, &err) ==
+               KL_OK);
+        for (int64_t k = 0; k < n; k++) {
+            const bool failed = events[k].finish == KL_FINISH_ERROR;
+            EXPECT(events[k].request == (failed ? 0 : 1));
+            n_failed += failed;
+            n_out += !failed;
+            if (failed)
+                EXPECT_TEXT(events[k].error.message,
+                            "generate: request 0: the sequence it continues was forked since: "
+                            "cache: needs 1 more pages, 0 are available");
+        }
+    }
+    EXPECT(n_failed == 1 && n_out == r[1].max_new_tokens);
+    EXPECT(kl_seq_release(e, fork, &err) == KL_OK && kl_seq_release(e, a, &err) == KL_OK);
+    EXPECT(kl_seq_release(e, other, &err) == KL_OK);
+    kl_generation_free(g);
+    close_engine(e, be);
+}
+
 typedef struct {
     int calls, stop_at;
 } stopping;
@@ -391,14 +437,32 @@ static void every_submission_may_fail(void)
     close_engine(e, be);
 }
 
+/* One that is refused has no place among the prefixes either. */
+static void refused_requests_leave_nothing(void)
+{
+    kl_backend *be;
+    kl_engine *e = open_engine(&be, 2, 64);
+    kl_generation *g;
+    kl_error err = {KL_OK, ""};
+    kl_request r = kinds[1];
+    r.in_place = true; /* of no sequence */
+    EXPECT(kl_engine_keep_prefixes(e, true, &err) == KL_OK);
+    EXPECT(kl_generation_new(e, &r, 1, &g, &err) == KL_ERR_VALUE && g == NULL);
+    EXPECT_TEXT(err.message, "sequence: must be one that is alive, got handle 0");
+    EXPECT(e->prefix.root.child == NULL);
+    close_engine(e, be);
+}
+
 int main(void)
 {
     make_wanted();
     RUN(requests_come_and_go);
     RUN(a_long_prompt_holds_up_nobody);
     RUN(failures_are_alone);
+    RUN(a_fork_harms_nobody_else);
     RUN(processors_are_for_those_that_ask);
     RUN(nobody_waits_in_vain);
     RUN(every_submission_may_fail);
+    RUN(refused_requests_leave_nothing);
     return test_failures != 0;
 }
