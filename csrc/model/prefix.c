@@ -216,11 +216,8 @@ void kl_prefix_leave(kl_prefix *p, kl_prefix_place *place)
 
 void kl_prefix_distrust(kl_prefix *p, const kl_prefix_place *place)
 {
-    for (kl_prefix_node *node = place->end, *parent; node != NULL; node = parent) {
-        parent = node->parent;
+    for (kl_prefix_node *node = place->end; node != NULL; node = node->parent)
         drop_snapshot(p, node);
-        (void)tidy(p, node);
-    }
 }
 
 /* The deepest node on the way to a place that has a snapshot, or NULL. */
