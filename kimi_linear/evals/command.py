@@ -2,9 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .suite import PREFIXES
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -176,7 +178,6 @@ def _file(text: str) -> dict[str, Any]:
     return {"metavar": "FILE", "help": text}
 
 
-PREFIXES: Sequence[str] = ("raw", "prefill", "none")
 OPTIONS: dict[str, dict[str, Any]] = {
     "data": {},
     "tasks": {"nargs": "+", "metavar": "TASK", "help": "default: all whose files are given"},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from .._files import quote
 from .._progress import is_watched
+from .._sampling import check_sampling
 from .results import Results
 from .shards import Record, Shard, check_shard, merge, shard_of
 from .suite import Document, Example, Repeated, Suite, check_count, tokenizer_name
@@ -52,17 +53,23 @@ def run(
 
     Returns the results of what `out` holds by then: of the whole suite in a world of one, and
     in the last of several processes, which writes merged.jsonl and results.json, too. Raises
-    ValueError where the model's context is too short, or the folder holds another run.
+    ValueError or TypeError naming the argument, and ValueError where the model's context is too
+    short, or the folder holds another run.
     """
     if unknown := set(sampling) - set(SAMPLING):
         raise TypeError(f"run: unknown argument {quote(min(unknown))}")
-    if rank is None and world is None:
+    check_sampling(model.config.vocab_size, (), **sampling)  # type: ignore[arg-type]
+    if (rank is None) != (world is None):
+        raise ValueError(
+            f"rank, world: must be given together, got rank {rank} of {world}"
+        )
+    if rank is None or world is None:
         rank, world = shard_of()
     if check_count(repeats, "repeats") > 1:
         if not sampling.get("temperature"):
             raise ValueError(f"repeats: must be 1 for greedy answers, all alike, got {repeats}")
         suite = Repeated(suite, repeats)
-    rank, world = check_shard(rank or 0, 1 if world is None else world)
+    check_shard(rank, world)
     if world > 1 and out is None:
         raise ValueError(f"out: must be a folder for process {rank} of {world}")
     if suite.max_context > model.plan.max_context:

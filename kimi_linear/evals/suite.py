@@ -1,7 +1,7 @@
 """What a suite is made of: examples, the documents that share them, and their prompts."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -139,9 +139,11 @@ def check_prefix(prefix: str) -> str:
 
 def check_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
     """Lengths in tokens, ascending, each once."""
-    found = tuple(sorted(set(lengths)))
-    if not found or found[0] < 1:
-        raise ValueError(f"lengths: must be positive and at least one, got {quote(lengths)}")
+    if not isinstance(lengths, Iterable):
+        raise TypeError(f"lengths: must be a list of integers, got {quote(lengths)}")
+    found = tuple(sorted({check_count(n, "lengths") for n in lengths}))
+    if not found:
+        raise ValueError("lengths: must have at least one, got none")
     return found
 
 

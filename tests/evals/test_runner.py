@@ -66,7 +66,7 @@ class Parrot(fake_engine.Model):
 
     path, dtype, device, tokenizer = Path("/models/parrot"), "f32", "cpu:0", TOKENIZER
     plan = SimpleNamespace(max_context=100, max_batch=4)
-    config = SimpleNamespace(parameter_count=lambda: 12)
+    config = SimpleNamespace(parameter_count=lambda: 12, vocab_size=3)
 
     def __init__(self, fail_at=None, seconds=0.0):
         self.calls, self.fail_at, self.seconds = [], fail_at, seconds
@@ -382,7 +382,8 @@ def test_one_file_has_one_writer(tmp_path):
     "options,error,message",
     [
         ({"rank": 2, "world": 2}, ValueError, "rank 2 of 2"),
-        ({"rank": 1}, ValueError, "rank 1 of 1"),
+        ({"rank": 1}, ValueError, "rank, world: must be given together"),
+        ({"world": 3}, ValueError, "rank, world: must be given together"),
         ({"rank": 0, "world": 2}, ValueError, "out: must be a folder"),
         ({"batch": -1}, ValueError, "batch"),
         ({"progress": 3}, TypeError, "progress"),
@@ -394,6 +395,12 @@ def test_one_file_has_one_writer(tmp_path):
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error, match=message):
         evals.run(Parrot(), Toy(), **options)
+
+
+def test_a_wrong_temperature_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="temperature: must be a number in"):
+        evals.run(Parrot(), Toy(), tmp_path / "run", temperature=-1)
+    assert evals.run(Parrot(), Toy(), tmp_path / "run", temperature=0.5).complete
 
 
 def test_a_context_that_is_too_short():

@@ -35,7 +35,7 @@ class Searcher(fake_engine.Model):
     """Answers the last user's turn of a prompt by `search`(turns)."""
 
     path, dtype, device = SMALL_MODEL, "f32", "cpu"
-    config = SimpleNamespace(parameter_count=lambda: 0)
+    config = SimpleNamespace(parameter_count=lambda: 0, vocab_size=1)
     plan = SimpleNamespace(max_context=1 << 20, max_batch=8)
 
     def __init__(self, tokenizer, search):
