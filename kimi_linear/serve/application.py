@@ -63,7 +63,8 @@ def build(model: "Model", settings: "Settings", engine: Engine | None) -> Starle
 class Server:
     """The endpoints of one model."""
 
-    _engine: Engine  # while the application runs
+    _engine: Engine  # both while the application runs
+    _scorer: Scorer
 
     def __init__(self, model: "Model", settings: "Settings", engine: Engine | None) -> None:
         self.model, self.settings = model, settings
@@ -73,7 +74,6 @@ class Server:
         )
         self.metrics = Metrics()
         self._given = engine
-        self._scorer = Scorer(model)
         self._fingerprint = f"{model.fingerprint[:16]}-{model.dtype}"
         self._created = int(time.time())
 
@@ -85,6 +85,7 @@ class Server:
             self._engine = Engine(self.model, max_waiting=self.settings.max_waiting)
         else:
             self._engine = given
+        self._scorer = Scorer(self.model)
         try:
             yield
         finally:

@@ -36,7 +36,15 @@ class Settings:
             "max_body_bytes",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {quote(value)}")
-        if self.api_key is not None and not self.api_key:
-            raise ValueError("api_key: must have at least one character, got ''")
+            if value is None and name == "max_tokens":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: must be an integer of at least 1, got {quote(value)}")
+        for name in ("name", "api_key"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: must have at least one character, got ''")
+        key = self.api_key
+        if key is not None and not (key.isascii() and key.isprintable()):  # never told
+            raise ValueError("api_key: must be printable ASCII, since a header carries it")
+        if isinstance(self.hosts, str):  # every part of it would be served
+            raise TypeError(f"hosts: must be a tuple of names, got {quote(self.hosts)}")

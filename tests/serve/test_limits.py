@@ -1,5 +1,6 @@
 """Clients that leave, limits, keys, and how the command ends."""
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from servers import CHAT, HTTP, LONG, STORY, client_of, events, post
 
 import kimi_linear as kl
 from kimi_linear import cli
+from kimi_linear.serve import Settings, app
 from kimi_linear.serve.command import _settings
 from kimi_linear.serve.scoring import Scorer
 
@@ -185,6 +187,37 @@ def test_key_and_host(model):
             assert c.models.list().data[0].id == "small_model"
 
 
+@pytest.mark.parametrize(
+    "setting,error,message",
+    [
+        ({"max_requests": "8"}, ValueError, "max_requests: must be an integer of at least 1"),
+        ({"default_max_tokens": None}, ValueError, "default_max_tokens: must be an integer"),
+        ({"name": ""}, ValueError, "name: must have at least one character"),
+        ({"api_key": ""}, ValueError, "api_key: must have at least one character"),
+        ({"api_key": "clé"}, ValueError, "api_key: .* printable ASCII"),
+        ({"api_key": "two\nlines"}, ValueError, "api_key: .* printable ASCII"),
+        ({"hosts": "localhost"}, TypeError, "hosts: must be a tuple of names"),
+    ],
+)  # fmt: skip
+def test_wrong_settings(setting, error, message):
+    with pytest.raises(error, match=message):
+        Settings(**setting)
+
+
+def test_an_application_may_run_again(model):
+    """In another event loop, too: nothing of the first run is left in it."""
+    again = app(model)
+    body = {"prompt": STORY, "echo": True, "logprobs": 0, "max_tokens": 0}
+
+    async def run():
+        transport = httpx.ASGITransport(again)
+        async with again.router.lifespan_context(again):
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as c:
+                return (await c.post("/v1/completions", json=body)).json()["choices"]
+
+    assert asyncio.run(run()) == asyncio.run(run())
+
+
 def test_a_silent_stream_says_that_it_lives(model, monkeypatch):
     monkeypatch.setattr("kimi_linear.serve.running.KEEP_ALIVE", 0.02)
     go = threading.Event()
@@ -277,7 +310,7 @@ def test_an_address_in_use_is_told_before_the_model_is_loaded(capsys):
 
 
 WRONG = [
-    (["--max-waiting", "0"], 2, "max_waiting: must be at least 1"),
+    (["--max-waiting", "0"], 2, "max_waiting: must be an integer of at least 1"),
     (["--grace", "-1"], 2, "--grace: must be at least 0"),
     (["--api-key", "@/nowhere"], 2, "/nowhere"),
     (["--api-key", ""], 2, "api_key: must have at least one character"),
