@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of what continues it
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 PART = 1024  # pairs of one call: what an interruption loses at most
 AHEAD = 4  # prompts made before their turn, for each sequence that may be alive
 

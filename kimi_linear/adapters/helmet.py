@@ -50,6 +50,11 @@ class KimiModel:
     ) -> None:
         if generation_min_length:
             raise ValueError(f"generation_min_length: must be 0, got {generation_min_length}")
+        if not 0 < generation_max_length < max_length:
+            raise ValueError(
+                f"generation_max_length: must be at least 1 and below max_length ({max_length}), "
+                f"got {generation_max_length}"
+            )
         self.model = model or load(model_name, max_context=max_length)
         self.tokenizer = self.model.tokenizer
         self.max_length, self.generation_max_length = max_length, generation_max_length

@@ -5,8 +5,8 @@
 FILE is this one: python -c "import kimi_linear.adapters.lighteval as m; print(m.__file__)".
 The model's name is a checkpoint directory ("small": the model inside the package), with what
 `kimi_linear.load` takes after a question mark: "DIR?device=cuda&dtype=int8&max_context=32768".
-`chat=0` asks in plain text; by default questions go in the chat format, lighteval's rule for
-models that have one.
+Switches are 0 or 1. `chat=0` asks in plain text; by default questions go in the chat format,
+lighteval's rule for models that have one.
 """
 
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ from lighteval.models.abstract_model import LightevalModel, ModelConfig
 from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.prompt_manager import PromptManager
 
-from kimi_linear.adapters._scoring import answers, fit, fit_prompt, scores
+from kimi_linear._files import quote
+from kimi_linear.adapters._scoring import SAMPLING, answers, fit, fit_prompt, scores
 from kimi_linear.model import load
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from kimi_linear.model import Model
     from kimi_linear.tokenizer import Tokenizer
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 NUMBERS = ("max_context", "max_batch", "cache_bytes")
+SWITCHES = ("chat", "batch_invariant")
 
 
 class KimiModel(LightevalModel):
@@ -42,9 +43,9 @@ class KimiModel(LightevalModel):
     def __init__(self, config: ModelConfig, model: "Model | None" = None) -> None:
         self.config = config
         path, _, query = config.model_name.partition("?")
-        options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=bool(query)))
-        self.use_chat_template = options.pop("chat", "1") != "0"
-        options |= {k: int(options[k]) for k in NUMBERS if k in options}
+        given = parse_qsl(query, strict_parsing=bool(query))
+        options = {name: _option(name, text) for name, text in given}
+        self.use_chat_template = options.pop("chat", True)
         self._owned = None
         if model is None:
             model = self._owned = load(None if path == "small" else path, **options)
@@ -134,3 +135,16 @@ class KimiModel(LightevalModel):
             ModelResponse(logprobs=[total.total], output_tokens=[ids])
             for total, ids in zip(found, texts, strict=True)
         ]
+
+
+def _option(name: str, text: str) -> Any:
+    """What a text after the question mark is for `load`, which checks the rest."""
+    if name in SWITCHES:
+        if text not in ("0", "1"):
+            raise ValueError(f"{name}: must be 0 or 1, got {quote(text)}")
+        return text == "1"
+    if name not in NUMBERS:
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"{name}: must be an integer, got {quote(text)}")
+    return int(text)

@@ -1,6 +1,6 @@
 """lm-evaluation-harness: its tasks on a model of this package.
 
-    kimi-linear-lm-eval --model kimi_linear --model_args pretrained=DIR --tasks hellaswag
+    kimi-linear-lm-eval run --model kimi_linear --model_args pretrained=DIR --tasks hellaswag
 
 or, with a model at hand, `lm_eval.simple_evaluate(KimiLM(model=m), tasks=["hellaswag"])`.
 lm-eval finds no models by entry points: the command registers this one and is lm-eval's then.
@@ -15,14 +15,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from ..model import load
-from ._scoring import answers, fit, fit_prompt, render, scores, tokenizer_name
+from ._scoring import SAMPLING, answers, fit, fit_prompt, render, scores, tokenizer_name
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from ..model import Model
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 NEUTRAL = {"num_beams": 1, "early_stopping": False, "use_cache": True}  # what some tasks state
 
 

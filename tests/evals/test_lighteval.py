@@ -66,6 +66,25 @@ def test_plain_text_and_stops(model):
     assert sum(whole.logprobs) == pytest.approx(float(want.logprobs.sum()), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("chat=false", "chat: must be 0 or 1, got 'false'"),
+        ("batch_invariant=yes", "batch_invariant: must be 0 or 1"),
+        ("max_batch=-1", "max_batch: must be an integer, got '-1'"),
+    ],
+)
+def test_wrong_options_after_the_question_mark(text, message):
+    with pytest.raises(ValueError, match=message):
+        adapter.KimiModel(config(f"small?{text}"))
+
+
+def test_batch_invariance_is_a_switch():
+    model = adapter.KimiModel(config(NAME + "&batch_invariant=1"))
+    assert model.use_chat_template
+    model.cleanup()
+
+
 def test_generation_parameters(model):
     given = GenerationParameters(temperature=0.9, seed=3, max_new_tokens=6)
     asked = adapter.KimiModel(config(generation_parameters=given), model)

@@ -130,6 +130,9 @@ def test_helmet_cuts_the_end_of_a_context(model, chat):
     assert item["context"] in text and QUESTION in text
     with pytest.raises(ValueError, match="max_length: the prompt must leave 20 of 100"):
         llm.prepare_inputs({"context": "The", "question": QUESTION * 30}, DATA)
+    for new in (0, 100, 101):
+        with pytest.raises(ValueError, match="generation_max_length: must be at least 1 and"):
+            helmet.KimiModel(model=model, max_length=100, generation_max_length=new)
 
 
 def test_helmets_script(tmp_path, pytestconfig):
