@@ -57,8 +57,8 @@ def scored(
     for i, (context, ids) in enumerate(pairs):
         if len(context) + len(ids) - 1 > room:
             raise ValueError(
-                f"score: pair {i} must have at most {room + 1} tokens (max_context), "
-                f"has {len(context)} and {len(ids)}"
+                f"context, continuation: must have at most {room + 1} tokens together "
+                f"(max_context), pair {i} has {len(context)} and {len(ids)}"
             )
     contexts = list({id(context): context for context, _ in pairs}.values())
     places = {id(context): i for i, context in enumerate(contexts)}

@@ -71,7 +71,7 @@ class Engine:
         weakref.finalize(self, self._worker.stop).atexit = False  # there the worker sees to it
 
     def submit(self, prompt: Any, **sampling: Unpack[SamplingOptions]) -> "Request":
-        """Ask for the continuation of one prompt; arguments of `Model.generate`.
+        """Ask for the continuation of one prompt; arguments of `Model.generate` but `progress`.
 
         Returns at once, from any thread. With a seed the tokens are those of `Model.generate`
         with it. Logits processors run in the engine's thread, while others wait.
@@ -89,7 +89,8 @@ class Engine:
     ) -> Completion | list[Completion]:
         """Continue a prompt, or each of a list of prompts, beside whatever else runs.
 
-        Arguments and results are those of `Model.generate`. Waits for the answers, and where
+        Arguments but `progress`, and results, are those of `Model.generate`. Waits for the
+        answers, and where
         max_waiting is reached also for a place. If one fails, or at Ctrl-C, the others are
         cancelled.
         """

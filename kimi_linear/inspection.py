@@ -1,8 +1,9 @@
 """What a model says of a text that is given to it: log-probabilities, logits, residual streams."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._files import quote
 from ._progress import Callback, Progress
 from ._prompts import GetTokenizer, prompt_rows, row_ids
 from ._sampling import check_top
@@ -91,6 +92,10 @@ class Inspection:
         Raises ValueError or TypeError naming the pair, NumericalError naming it where a
         log-probability is not finite, OutOfMemory where other sequences leave no room.
         """
+        if not isinstance(pairs, Iterable) or isinstance(pairs, str):
+            raise TypeError(
+                f"pairs: must be a list of (context, continuation), got {quote(pairs)}"
+            )
         known: dict[Any, np.ndarray] = {}
         pairs, rows = list(pairs), []  # what contexts are told apart by must not die meanwhile
         for i, pair in enumerate(pairs):
@@ -129,10 +134,15 @@ class Inspection:
             prefix = self._get_tokenizer().bos_id
         prefix = check_id(prefix, self.config.vocab_size, "prefix")
         pairs = [p for row in rows for p in windows(row, prefix, window, overlap)]
-        if window is None and max(map(len, rows)) > self.plan.max_context:
+        most, longest = self.plan.max_context, max(map(len, rows))
+        if window is None and longest > most:
             raise ValueError(
-                f"prompt: must have at most {self.plan.max_context} tokens (max_context), "
-                f"has {max(map(len, rows))}; a window reads longer ones"
+                f"prompt: must have at most {most} tokens (max_context), has {longest}; "
+                f"a window reads longer ones"
+            )
+        if window is not None and min(window, longest) > most:
+            raise ValueError(
+                f"window: must be at most {most} (max_context) for {longest} tokens, got {window}"
             )
         found = self._scores(pairs, progress).texts(rows)
         return found if is_batch else found[0]
@@ -203,6 +213,8 @@ class Inspection:
         n = self.config.num_hidden_layers
         if layers is None:
             layers = sorted({0, n // 2, n - 1})
+        if not isinstance(layers, Iterable):
+            raise TypeError(f"layers: must be a list of integers, got {quote(layers)}")
         return list(dict.fromkeys(check_id(layer, n, "layers") for layer in layers))
 
     def _one_row(self, prompt: Any, label: str) -> "np.ndarray":

@@ -44,8 +44,8 @@ def load(
 
     path: a directory with config.json, safetensors files and tiktoken.model, a Hub name where
     huggingface_hub is installed, or None: the small trained model inside the package
-    (small_model/README.md says what it can do). device: "cpu", "cuda", "cuda:N", or "auto": CUDA where
-    it works and the weights fit. dtype: storage of the big matrices, "bf16", "f32" (CPU),
+    (small_model/README.md says what it can do). device: "cpu", "cuda", "cuda:N", or "auto": CUDA
+    where it works and the weights fit. dtype: storage of the big matrices, "bf16", "f32" (CPU),
     "int8", "int4", "fp8" (CUDA), or "auto": the checkpoint's, else the widest that fits.
     max_context: tokens of one sequence; max_batch: sequences alive at once, by default 8, on
     CUDA 32; cache_bytes: memory of their states and pages. Context and cache are chosen from what
@@ -319,11 +319,11 @@ class Model(Inspection):
         """Whether a prompt begins with what earlier ones, or others of its batch, have read.
 
         False at first. `generate`, `stream`, `chat` and `score` then read only what is new:
-        multiples of 64 tokens are reused, and `Stats.cached_tokens` says how many. The answer is to the bit
-        that of reading it all: on the CPU always, on CUDA with batch_invariant=True. What is
-        kept lives in memory of the plan that no sequence needs, is given up for one that does,
-        the least recently used first, and all of it when this is set to False. States do not
-        take part. csrc/model/prefix.h has the rules.
+        multiples of 64 tokens are reused, and `Stats.cached_tokens` says how many. The answer is
+        to the bit that of reading it all: on the CPU always, on CUDA with batch_invariant=True.
+        What is kept lives in memory of the plan that no sequence needs, is given up for one that
+        does, the least recently used first, and all of it when this is set to False. States do
+        not take part. csrc/model/prefix.h has the rules.
         """
         return bool(self._open_engine().prefix_stats()["on"])
 
@@ -338,6 +338,9 @@ class Model(Inspection):
         self._open_engine().clear_prefixes()
 
     def _check_sampling(self, **sampling: Unpack[SamplingOptions]) -> Sampling:
+        known = SamplingOptions.__annotations__
+        if unknown := set(sampling) - set(known):
+            raise TypeError(f"{min(unknown)}: must be one of {', '.join(known)}")
         return check_sampling(self.config.vocab_size, self._stop_ids, **sampling)
 
     def _complete(

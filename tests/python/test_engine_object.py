@@ -135,7 +135,8 @@ def test_seeds_are_fresh_without_one(engine):
     ("prompt", "options", "error", "words"),
     [
         ("x", dict(temperature=-1), ValueError, "temperature: must be a number in"),
-        ("x", dict(max_new_token=3), TypeError, "max_new_token"),
+        ("x", dict(max_new_token=3), TypeError, "^max_new_token: must be one of max_new_tokens, "),
+        ("x", dict(progress=False), TypeError, "^progress: must be one of"),
         ("x", dict(stop=[""]), ValueError, "stop: strings must have"),
         ("", {}, ValueError, "prompt: must hold at least one token"),
         (["a", "b"], {}, ValueError, "submit takes one prompt, got a list"),
