@@ -406,6 +406,15 @@ static kl_status run_step(kl_generation *g, int64_t n_items, kl_logits_fn proces
     return status == KL_OK ? KL_OK : end_failed(g, n_items, err);
 }
 
+/* Events that need no step are told at once, but not twice in turn: those who submit one such
+ * request after the other would hold up all that run. */
+static bool tells_first(kl_generation *g)
+{
+    if (g->queue_count == 0 || g->step_due) return false;
+    g->step_due = true;
+    return true;
+}
+
 /* One step of whatever can run, or events of what cannot; *ran false when nothing is left. */
 static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_ctx,
                          kl_poll_fn poll, void *poll_ctx, bool *ran, kl_error *err)
@@ -413,12 +422,14 @@ static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_c
     *ran = true;
     kl_generation_sweep(g);
     admit(g);
-    if (g->queue_count > 0) return KL_OK;
+    if (tells_first(g)) return KL_OK;
     end_changed(g);
     KL_TRY(draw_first(g, process, process_ctx, err));
-    if (g->queue_count > 0) return KL_OK;
+    if (tells_first(g)) return KL_OK;
+    g->step_due = false;
     const int64_t n_items = choose_items(g);
     if (n_items > 0) return run_step(g, n_items, process, process_ctx, poll, poll_ctx, err);
+    if (g->queue_count > 0) return KL_OK;
     *ran = g->first != NULL;
     if (*ran) turn_away_blocked(g);
     return KL_OK;

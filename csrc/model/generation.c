@@ -300,7 +300,7 @@ static kl_status make_step_arrays(kl_generation *g, kl_error *err)
     g->running = kl_calloc(n, sizeof *g->running);
     g->phases = kl_calloc(n, sizeof *g->phases);
     g->items = kl_calloc(n, sizeof *g->items);
-    g->queue = kl_calloc(n, sizeof *g->queue);
+    g->queue = kl_calloc(3 * n, sizeof *g->queue);
     g->feeds = kl_calloc(n, sizeof *g->feeds);
     g->sampling = kl_calloc(n, sizeof *g->sampling);
     g->rows = kl_calloc(n, sizeof *g->rows);

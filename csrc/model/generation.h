@@ -37,8 +37,9 @@ struct kl_generation {
     kl_sched_request *phases; /* [max_batch], of running, for the scheduler */
     kl_sched_item *items;
     bool decode_first; /* see kl_sched_step() */
+    bool step_due;     /* what was told last came from no step */
 
-    kl_event *queue; /* [max_batch] */
+    kl_event *queue; /* [3 * max_batch]: of admissions, of draws before a step, of a step */
     int64_t queue_first, queue_count;
     kl_generation_stats stats;
 

@@ -437,6 +437,37 @@ static void every_submission_may_fail(void)
     close_engine(e, be);
 }
 
+/* Requests that end without a step, one after the other, hold up nobody: of no tokens, and of one
+ * that is drawn from logits at hand. */
+static void a_flood_holds_up_nobody(void)
+{
+    static kl_event events[MAX_EVENTS];
+    static float logits[VOCAB];
+    kl_backend *be;
+    kl_engine *e = open_engine(&be, 3, 64);
+    kl_error err = {KL_OK, ""};
+    kl_request flood[2] = {kinds[8], kinds[8]};
+    kl_seq a = fed(e, prompts[3], 10);
+    flood[1] = (kl_request){.max_new_tokens = 1, .seq = a, .logits = logits};
+    flood[1].sampling = kinds[0].sampling;
+    for (int i = 0; i < 2; i++) {
+        kl_generation *g;
+        int64_t id, n, n_out = 0, turn = 0;
+        EXPECT(kl_generation_new(e, &kinds[1], 1, &g, &err) == KL_OK);
+        for (; n_out < kinds[1].max_new_tokens && turn < 100; turn++) {
+            EXPECT(kl_generation_submit(g, &flood[i], &id, &err) == KL_OK);
+            EXPECT(kl_generation_run(g, 1, events, MAX_EVENTS, &n, NULL, NULL, NULL, NULL,
+                                     &err) == KL_OK);
+            for (int64_t k = 0; k < n; k++)
+                if (events[k].request == 0) EXPECT(events[k].id == wanted[1][n_out++]);
+        }
+        EXPECT(turn <= 2 * (kinds[1].max_new_tokens + 3));
+        kl_generation_free(g);
+    }
+    EXPECT(kl_seq_release(e, a, &err) == KL_OK);
+    close_engine(e, be);
+}
+
 /* One that is refused has no place among the prefixes either. */
 static void refused_requests_leave_nothing(void)
 {
@@ -463,6 +494,7 @@ int main(void)
     RUN(processors_are_for_those_that_ask);
     RUN(nobody_waits_in_vain);
     RUN(every_submission_may_fail);
+    RUN(a_flood_holds_up_nobody);
     RUN(refused_requests_leave_nothing);
     return test_failures != 0;
 }
