@@ -39,24 +39,35 @@ static int parse_sampling(PyObject *dict, kl_sampling *out)
     return 0;
 }
 
-/* A copy of the logits [vocab] that a request draws from before it feeds anything. */
-static int parse_logits(const kl_module *m, PyObject *dict, int64_t vocab, float **out)
+/* Copy an array of logits [vocab]. */
+static int read_logits(const kl_module *m, const char *op, PyObject *o, int64_t vocab,
+                       float *out)
 {
     kl_array a;
+    int result = -1;
+    if (kl_array_borrow(m, op, "logits", o, -1, &a) < 0) return -1;
+    if (a.dtype.code != kDLFloat || a.dtype.bits != 32 || a.device.device_type != kDLCPU ||
+        a.ndim != 1 || a.shape[0] != vocab) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: logits must be a float32 array of %lld on the cpu, got %R", op,
+                     (long long)vocab, o);
+    } else {
+        kl_array_copy_dense(&a, out);
+        result = 0;
+    }
+    kl_array_release(&a);
+    return result;
+}
+
+/* The logits that a request draws from before it feeds anything. */
+static int parse_logits(const kl_module *m, PyObject *dict, int64_t vocab, float **out)
+{
     PyObject *value = PyDict_GetItemString(dict, "logits");
     if (value == NULL || value == Py_None) return 0;
-    if (kl_array_borrow(m, "generate", "logits", value, -1, &a) < 0) return -1;
-    if (a.dtype.code != kDLFloat || a.dtype.bits != 32 || a.device.device_type != kDLCPU ||
-        a.ndim != 1 || a.shape[0] != vocab)
-        PyErr_Format(PyExc_ValueError,
-                     "generate: logits must be a float32 array of %lld on the cpu, got %R",
-                     (long long)vocab, value);
-    else if ((*out = kl_calloc((size_t)vocab, sizeof **out)) == NULL)
-        PyErr_NoMemory();
-    else
-        kl_array_copy_dense(&a, *out);
-    kl_array_release(&a);
-    return *out == NULL ? -1 : 0;
+    *out = kl_calloc((size_t)vocab, sizeof **out);
+    if (*out != NULL) return read_logits(m, "generate", value, vocab, *out);
+    PyErr_NoMemory();
+    return -1;
 }
 
 /* What a request continues. */
@@ -268,26 +279,6 @@ typedef struct {
     int64_t vocab;
 } processor;
 
-/* What the callback returned, or None for "changed in place", as the row. */
-static int take_logits(const processor *p, PyObject *returned, PyObject *array, float *logits)
-{
-    kl_array a;
-    int result = -1;
-    PyObject *source = returned == Py_None ? array : returned;
-    if (kl_array_borrow(p->m, "process", "logits", source, -1, &a) < 0) return -1;
-    if (a.dtype.code != kDLFloat || a.dtype.bits != 32 || a.device.device_type != kDLCPU ||
-        a.ndim != 1 || a.shape[0] != p->vocab)
-        PyErr_Format(PyExc_ValueError,
-                     "process: logits must be a float32 array of %lld on the cpu, got %R",
-                     (long long)p->vocab, source);
-    else {
-        kl_array_copy_dense(&a, logits);
-        result = 0;
-    }
-    kl_array_release(&a);
-    return result;
-}
-
 static int call_process(const processor *p, int64_t request, const int32_t *ids, int64_t n_ids,
                         float *logits)
 {
@@ -301,7 +292,9 @@ static int call_process(const processor *p, int64_t request, const int32_t *ids,
         memcpy(logit_data, logits, (size_t)p->vocab * sizeof *logits);
         PyObject *returned =
             PyObject_CallFunction(p->process, "LOO", (long long)request, id_array, array);
-        if (returned != NULL) result = take_logits(p, returned, array, logits);
+        if (returned != NULL) /* None: changed in place */
+            result = read_logits(p->m, "process", returned == Py_None ? array : returned,
+                                 p->vocab, logits);
         Py_XDECREF(returned);
     }
     Py_XDECREF(id_array);
