@@ -83,6 +83,17 @@ def test_processors_and_progress_see_the_whole(model, state):
     assert calls == [(100, 100), (1, 1)]
 
 
+@pytest.mark.parametrize("bad", [np.zeros(3, np.float32), np.zeros(256), np.zeros((1, 256))])
+def test_logits_are_those_of_the_vocabulary(model, bad):
+    rule = f"logits must be a float32 array of {model.config.vocab_size} on the cpu, got array"
+    with pytest.raises(ValueError, match=f"generate: {rule}"):
+        model._engine.generate([{"ids": [], "max_new_tokens": 1, "logits": bad}])
+    g = model._engine.generate([{"ids": [1], "max_new_tokens": 1}])
+    with pytest.raises(ValueError, match=f"process: {rule}"):
+        g.run(1, lambda request, ids, logits: bad, None)
+    g.close()
+
+
 def test_logits_are_a_copy(state):
     state.logits()[:] = 0
     assert state.logits().std() > 0
