@@ -132,7 +132,7 @@ class KimiAPI(ModelAPI):
             raise ValueError(f"config: {', '.join(refused)}: this package has no such option")
         return {
             **{name: v for name in SAMPLING if (v := getattr(config, name)) is not None},
-            "max_new_tokens": config.max_tokens or NEW_TOKENS,
+            "max_new_tokens": NEW_TOKENS if config.max_tokens is None else config.max_tokens,
             "stop": config.stop_seqs or (),
             "logprobs": (config.top_logprobs or 0) if config.logprobs else None,
         }

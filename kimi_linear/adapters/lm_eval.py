@@ -14,6 +14,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
+from .._files import quote
 from ..model import load
 from ._scoring import SAMPLING, answers, fit, fit_prompt, render, scores, tokenizer_name
 
@@ -56,13 +57,12 @@ class KimiLM(TemplateLM):
         batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        alive = str(max_batch_size or batch_size)
         self.model = model or load(
             pretrained,
             device="auto" if device in (None, "cuda:0") else device,
             dtype=dtype,
             max_context=max_length,
-            max_batch=None if alive in ("None", "1") or "auto" in alive else int(alive),
+            max_batch=_max_batch(max_batch_size or batch_size),
             cache_bytes=cache_bytes,
             batch_invariant=batch_invariant,
         )
@@ -189,3 +189,13 @@ class KimiLM(TemplateLM):
             "model_revision": "",
             "model_sha": self.model.fingerprint,
         }
+
+
+def _max_batch(batch_size: int | str | None) -> int | None:
+    """Sequences alive at once, None where `load` chooses: "auto", "auto:N", and lm-eval's 1."""
+    text = str(batch_size)
+    if text in ("None", "1") or text.startswith("auto"):
+        return None
+    if not text.isdecimal():
+        raise ValueError(f"batch_size: must be a number or auto, got {quote(text)}")
+    return int(text)

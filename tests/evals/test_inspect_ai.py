@@ -100,6 +100,7 @@ def test_stops_lengths_and_seeds(small, model):
     assert (cut.completion, cut.stop_reason) == (whole.partition(".")[0], "stop")
     short = ask(model, STORY, max_tokens=5)
     assert (short.stop_reason, short.usage.output_tokens) == ("max_tokens", 5)
+    assert ask(model, STORY, max_tokens=0).usage.output_tokens == 0
     long = ask(model, "a " * 2000, max_tokens=5)
     assert long.stop_reason == "model_length" and "max_context is 1024" in long.completion
     drawn = [

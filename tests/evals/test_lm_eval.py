@@ -134,6 +134,11 @@ def test_chats_are_the_tokenizers(model, lm):
     assert "(user)" in lm.chat_template() and "sha256" in lm.tokenizer_name
 
 
+def test_a_batch_size_that_is_none():
+    with pytest.raises(ValueError, match="batch_size: must be a number or auto, got 'many'"):
+        KimiLM(batch_size="many")
+
+
 @pytest.mark.parametrize("given,alive", [(1, 0), ("auto:4", 0), (None, 0), ("3", 3)])
 def test_what_the_command_passes_unasked(given, alive):
     """lm-eval's command hands on a first GPU and a batch of 1 where it was told nothing."""
