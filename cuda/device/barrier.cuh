@@ -84,11 +84,6 @@ __device__ inline void copy_bytes(void *shared, const void *global, uint32_t byt
                  : "memory");
 }
 
-__device__ inline void prefetch_map(const CUtensorMap *map)
-{
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 /* What this thread has written to shared memory, before what wgmma and the copy engine do there
  * from now on. */
 __device__ inline void fence_async_proxy()

@@ -278,6 +278,8 @@ inline kda_operand kda_operand_of(const kl_tensor &t)
 
 inline kda_arguments kda_arguments_of(const kl_kda *a)
 {
+    /* An interval of more than T tokens has no rows, and need not fit an int. */
+    const bool keeps = !kl_tensor_absent(&a->checkpoints) && a->checkpoints.shape[0] > 0;
     return {
         .state = static_cast<float *>(a->state.data),
         .q = kda_operand_of(a->q),
@@ -290,8 +292,8 @@ inline kda_arguments kda_arguments_of(const kl_kda *a)
         .A_log = static_cast<const float *>(a->A_log.data),
         .dt_bias = static_cast<const float *>(a->dt_bias.data),
         .out = a->out.data,
-        .checkpoints = static_cast<float *>(a->checkpoints.data),
-        .checkpoint_every = static_cast<int>(a->checkpoint_every),
+        .checkpoints = keeps ? static_cast<float *>(a->checkpoints.data) : nullptr,
+        .checkpoint_every = keeps ? static_cast<int>(a->checkpoint_every) : 0,
         .H = a->state.shape[1],
         .Hk = a->q.shape[1],
         .V = a->state.shape[2],
@@ -322,11 +324,12 @@ template <int vec, int chunks, int rows> struct kda_lanes {
     static constexpr int VEC = vec, CHUNKS = chunks, ROWS = rows;
 };
 
-/* Call f with the lanes for these arguments, as a type. Rows of the state start at multiples of K
- * floats: four channels at a time need both. */
+/* Call f with the lanes for these arguments, as a type. Rows of the state and of checkpoints start
+ * at multiples of K floats: four channels at a time need all three. */
 template <class F> kl_status kda_with_lanes(const kda_arguments &a, F f)
 {
-    const bool vector = a.K % 4 == 0 && reinterpret_cast<uintptr_t>(a.state) % 16 == 0;
+    const bool vector = a.K % 4 == 0 && is_aligned(a.state, 0, sizeof(float), 16) &&
+                        is_aligned(a.checkpoints, 0, sizeof(float), 16);
     if (vector && a.K <= 128) return f(kda_lanes<4, 1, 8>{});
     if (vector) return f(kda_lanes<4, 2, 4>{});
     return f(kda_lanes<1, KL_KDA_MAX_K / WARP, 4>{});

@@ -62,8 +62,7 @@ template <kl_weight_format format, int N> struct stream_format {
                 round_pairs(rest, to[t]);
 #pragma unroll
                 for (int i = 0; i < PIECE; i++)
-                    rest[i] -= __uint_as_float(i % 2 == 0 ? to[t][i / 2] << 16
-                                                          : to[t][i / 2] & 0xffff0000u);
+                    rest[i] -= i % 2 == 0 ? low_half(to[t][i / 2]) : high_half(to[t][i / 2]);
             }
         }
     }

@@ -30,6 +30,17 @@ template <class T> __device__ T from_float(float x)
         return x;
 }
 
+/* Of two bf16 in a word, the first in the low half. */
+__device__ inline float low_half(uint32_t x)
+{
+    return __uint_as_float(x << 16);
+}
+
+__device__ inline float high_half(uint32_t x)
+{
+    return __uint_as_float(x & 0xffff0000u);
+}
+
 /* N neighbours that are loaded and stored as one; N * sizeof(T) is 4, 8 or 16. */
 template <class T, int N> struct alignas(N * sizeof(T)) vec {
     T x[N];

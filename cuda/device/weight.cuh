@@ -121,8 +121,8 @@ template <> struct weight_codec<KL_W_BF16> {
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            to[2 * i] = __uint_as_float(words[i] << 16);
-            to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+            to[2 * i] = low_half(words[i]);
+            to[2 * i + 1] = high_half(words[i]);
         }
     }
     static __device__ void pairs(uint4 raw, float, uint32_t (&to)[PIECE / 2])

@@ -16,7 +16,8 @@
  *              the butterfly's steps together, each half of the lanes keeping half of the rows
  * Roofline     2 * 4 * N*H*V*K bytes of state: 4 MiB a sequence with H = 32, V = K = 128: 1.41 us
  *              on an H100 (3.0 TB/s)
- * Measured     not timed yet
+ * Measured     H100, in a model (int8, context 1024, N = 1): 7.8 us, 18 % of the roofline
+ *              (2026-11-22)
  */
 #include "../device/barrier.cuh"
 #include "../device/kda.cuh"

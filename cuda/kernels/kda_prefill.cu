@@ -90,8 +90,9 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
 /* A property of types and widths, which a plan knows before there are tensors. */
 static bool shapes_fit(const kl_kda *a)
 {
-    return a->q.dtype == KL_BF16 && a->state.shape[3] == KDA_K && a->state.shape[2] % 32 == 0 &&
-           a->state.shape[2] > 0;
+    const int64_t V = a->state.shape[2];
+    return a->q.dtype == KL_BF16 && a->state.shape[3] == KDA_K && V % 32 == 0 && V > 0 &&
+           V <= KDA_MAX_V;
 }
 
 static bool chunked_applies(const kl_kda *a)
@@ -102,7 +103,9 @@ static bool chunked_applies(const kl_kda *a)
     return shapes_fit(a) && pieces(a->q, 2) && pieces(a->k, 2) && pieces(a->v, 2) &&
            pieces(a->g, a->g.dtype == KL_BF16 ? 2 : 4) &&
            is_aligned(a->out.data, 0, sizeof(bf16), 16) &&
-           is_aligned(a->state.data, 0, sizeof(float), 16) && is_aligned(a->ws.data, 0, 1, 16);
+           is_aligned(a->state.data, 0, sizeof(float), 16) &&
+           is_aligned(a->checkpoints.data, 0, sizeof(float), 16) &&
+           is_aligned(a->ws.data, 0, 1, 16);
 }
 
 /* Token after token: all of a sequence, or the one that kda_chunked() leaves. */

@@ -25,6 +25,9 @@ constexpr int KDA_TOKENS = 32; /* of a chunk */
 constexpr int KDA_K = 128;
 constexpr int KDA_V_TILE = 64; /* rows of the state that a block owns */
 constexpr int KDA_MAX_LANES = 64;
+/* Each tile of a head needs a block of its own that is resident with all others: the smallest
+ * slice of an H100 (MIG 1g.10gb) has 16 multiprocessors. */
+constexpr int KDA_MAX_V = 16 * KDA_V_TILE;
 
 /* Cutting a sequence at multiples of so many tokens changes no bit; a last token beyond them is
  * left to kda_decode's arithmetic. */
@@ -85,7 +88,8 @@ __device__ inline int kda_chunked_tokens(const int *cu, int n)
     return tokens % KDA_GRID == 1 ? tokens - 1 : tokens;
 }
 
-/* Host: bf16 with K = 128 and 32 | V, in pieces of 16 bytes; all but the last tokens above. */
+/* Host: bf16 with K = 128 and 32 | V <= KDA_MAX_V, in pieces of 16 bytes; all but the last tokens
+ * above. */
 size_t kda_chunked_workspace(const kl_kda *a);
 kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, cudaStream_t stream,
                       kl_error *err);

@@ -2,8 +2,8 @@
  * kda_prefill_chunked.cu -- chunked KDA prefill of bf16 with K = 128, as one kernel.
  *
  * Computes     what kda_prefill.cuh says: for each chunk of 32 tokens U, O and the next state
- * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; v, out [T, H, V]; 32 | V;
- *              state [S, H, V, 128] f32
+ * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; v, out [T, H, V]; 32 | V
+ *              <= 1,024; state [S, H, V, 128] f32
  * Layout       first axes may be strided; rows in pieces of 16 bytes
  * Precision    f32 sums, gate, decays, inverse and state; operands of products bf16, those that
  *              errors would last in as sums of two. No exponential of a positive number, but for
@@ -14,7 +14,7 @@
  *              stays in the L2. A block waits only for what earlier chunks need: see
  *              wait_until_ready() and wait_for_room().
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
- *              an H100; bound by instructions, about 8,000 a chunk to prepare and 2,300 a tile
+ *              an H100; bound by instructions, about 12,000 a chunk to prepare, 2,300 a tile
  * Measured     H100, 8,192 tokens of 32 heads: 398 us (28 % of the roofline), with the softplus
  *              gate 453; H200 366 and 428 (benchmarks/bench_kda.py, 2026-11-22)
  */
@@ -139,6 +139,7 @@ kl_status plan_of(long long N, long long H, long long V, kda_plan *p, kl_error *
     *p = {.sequences = static_cast<int>(N), .lanes = static_cast<int>(lanes)};
     p->groups = static_cast<int>(groups), p->pairs = static_cast<int>(lanes * groups);
     p->rounds = static_cast<int>(rounds), p->tiles = static_cast<int>(tiles);
+    /* Eight let as many groups prepare ahead of a pair; more than 64 chunks ahead serve nobody. */
     p->slots = RING / p->pairs < 8 ? 8 : RING / p->pairs < 64 ? RING / p->pairs : 64;
     return KL_OK;
 }

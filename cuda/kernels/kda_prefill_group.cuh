@@ -28,6 +28,10 @@ constexpr float STEEPEST = 100;
 /* 2^-160 is 0 in f32, and so is every product that it enters: sums of log-decays end here, so
  * that their differences keep their digits. */
 constexpr float LEAST = -160;
+/* The hardware drops the low 13 bits of a tf32 operand, on average 2^-11 / (2 ln 2) of a value
+ * whose logarithm is evenly spread; put_sums() gives back what two operands lose. What is left is
+ * as large as after rounding, which would be 150 instructions a lane. */
+constexpr float LOST_TO_TF32 = 2 * 0.00035221f;
 
 static_assert(GROUP == KDA_K, "a thread has a channel");
 static_assert(PREPARERS * 4 * CHANNELS == KDA_K, "a warp has 32 channels");
@@ -72,16 +76,6 @@ __device__ inline float exp2_approx(float x)
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ inline float low_half(uint32_t x)
-{
-    return __uint_as_float(x << 16);
-}
-
-__device__ inline float high_half(uint32_t x)
-{
-    return __uint_as_float(x & 0xffff0000u);
 }
 
 __device__ inline void unpack(const uint4 &from, float factor, float (&to)[CHANNELS])

@@ -40,11 +40,7 @@ __device__ inline void steep_octet(const float (&k)[CHANNELS], const float (&q)[
     }
 }
 
-/* The hardware drops the low 13 bits of an operand, on average 2^-11 / (2 ln 2) of a value whose
- * logarithm is evenly spread; put_sums() gives back what two operands lose. What is left is as
- * large as after rounding, which would be 150 instructions a lane. */
-constexpr float LOST_TO_TF32 = 2 * 0.00035221f;
-
+/* Cut off, not rounded: see LOST_TO_TF32. */
 __device__ inline uint32_t to_tf32(float x)
 {
     return __float_as_uint(x);

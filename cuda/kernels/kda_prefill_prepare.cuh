@@ -10,6 +10,35 @@
 
 namespace kda {
 
+/* ---- flags between blocks ---------------------------------------------------------------- */
+
+/* Reads go past the L1; one that is to order what follows is an acquire, which empties the L1,
+ * so polls are not. */
+__device__ inline unsigned read_flag(const unsigned *p)
+{
+    unsigned x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+__device__ inline unsigned read_acquire(const unsigned *p)
+{
+    unsigned x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+__device__ inline void write_flag(unsigned *p, unsigned x)
+{
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+/* What this thread wrote to device memory is there before the copy engine reads it. */
+__device__ inline void fence_global_for_copies()
+{
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 /* ---- a chunk ----------------------------------------------------------------------------- */
 
 /* Sums of squares over a warp's channels. */
@@ -40,33 +69,6 @@ __device__ void find_squares(const kda_arguments &a, const item &c, const lane_c
     meanwhile();
     sum_squares(k, m.squares[0]);
     sum_squares(q, m.squares[1]);
-}
-
-/* Flags between blocks. Reads go past the L1; one that is to order what follows is an acquire,
- * which empties the L1, so polls are not. */
-__device__ inline unsigned read_flag(const unsigned *p)
-{
-    unsigned x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
-}
-
-__device__ inline unsigned read_acquire(const unsigned *p)
-{
-    unsigned x;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
-}
-
-__device__ inline void write_flag(unsigned *p, unsigned x)
-{
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
-}
-
-/* What this thread wrote to device memory is there before the copy engine reads it. */
-__device__ inline void fence_global_for_copies()
-{
-    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 /* Until the chunk that lay in the item's slot has been copied by all tiles of its pair. */

@@ -5,11 +5,11 @@
  *     U = X (V - (E k) S^T);  O = scale (E q) S^T + M U;  S <- S diag(E_last) + U^T (F k)
  *
  * Everything is transposed, [V, tokens] and [V, K]: then the accumulators of one product are,
- * register for register, the left operand of the next. A warpgroup, the chain, owns
- * 16 rows a warp, in registers from a sequence's first chunk to its last; another one forms O
- * from what the chain hands over, so that the chain waits for nothing but its own products. One warp brings the
- * chunks. U enters the state as the sum of two bf16, which
- * keep 16 bits of it: errors last there.
+ * register for register, the left operand of the next. A warpgroup, the chain, owns 16 rows a
+ * warp, in registers from a sequence's first chunk to its last; another one, the output, forms O
+ * from what the chain hands over, S and U of each chunk, so that the chain waits for its own
+ * products alone. One warp more brings the chunks. U enters the state as the sum of two bf16,
+ * which keep 16 bits of it: errors last there.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_SCAN_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_SCAN_H

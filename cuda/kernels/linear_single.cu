@@ -8,7 +8,8 @@
  *              tiles of 16 rows would make 16, which splitting the weight into bf16 terms binds
  * Order        a lane's columns, 4 of every 128, in rising order, then five butterfly steps
  * Roofline     the bytes of the weight: [256, 2304] are 2.4 MB, 0.8 us at 3.0 TB/s
- * Measured     not timed yet
+ * Measured     H100, [256, 2304] in a model (benchmarks/bench_step.py, int8, context 1024): 3.0 us
+ *              (2026-11-22)
  */
 #include "../device/launch.cuh"
 #include "../device/product.cuh"
@@ -33,11 +34,10 @@ struct piece {
 
     __device__ float add_to(float sum) const
     {
-        const uint32_t bits[VEC] = {x.x << 16, x.x & 0xffff0000u, x.y << 16, x.y & 0xffff0000u};
-        const uint32_t each[VEC] = {w.x, w.y, w.z, w.w};
+        const float xs[VEC] = {low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y)};
+        const uint32_t ws[VEC] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-        for (int j = 0; j < VEC; j++)
-            sum = fmaf(__uint_as_float(bits[j]), __uint_as_float(each[j]), sum);
+        for (int j = 0; j < VEC; j++) sum = fmaf(xs[j], __uint_as_float(ws[j]), sum);
         return sum;
     }
 };
