@@ -22,13 +22,14 @@ from kimi_linear.testing import random_model, tiny_config
 
 SEQUENCES = 3  # max_batch
 LONG = dict(max_new_tokens=400, ignore_eos=True)
+LONGER = dict(max_new_tokens=4000, ignore_eos=True)  # some 0.3 s
 SHORT = dict(max_new_tokens=4, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
 def model(request):
     how = dict(device=request.param, dtype="bf16", batch_invariant=True)
-    with random_model(tiny_config(), seed=3, max_batch=SEQUENCES, max_context=512, **how) as m:
+    with random_model(tiny_config(), seed=3, max_batch=SEQUENCES, max_context=4096, **how) as m:
         yield m
 
 
@@ -379,7 +380,7 @@ def test_async(model, engine):
 
 def test_a_cancelled_task_cancels_its_request(engine):
     async def main():
-        awaited, shielded, looped = (engine.submit([1], **LONG) for _ in range(3))
+        awaited, shielded, looped = (engine.submit([1], **LONGER) for _ in range(3))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(awaited, 0.01)
         with pytest.raises(TimeoutError):
@@ -413,10 +414,19 @@ def test_a_loop_may_be_gone(engine):
 # ---- beside other calls ------------------------------------------------------------------
 
 
-def test_other_calls_take_turns(model, engine):
+@pytest.fixture
+def quick_switches():
+    """Python hands its lock on after 5 ms, in which this model takes 80 steps."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_other_calls_take_turns(model, engine, quick_switches):
     """None waits for long, though the engine's thread wants the lock again at once."""
     want = model.logprobs([4, 5, 6]).logprobs.tolist(), model.generate([8], **SHORT).token_ids
-    request = engine.submit([1], **LONG)
+    request = engine.submit([1], **LONGER)
     next(iter(request))
     gaps = []
     with model.state() as state:
@@ -428,7 +438,7 @@ def test_other_calls_take_turns(model, engine):
         assert model.generate([8], **SHORT).token_ids == want[1]
         assert state.token_ids == [1, 2] * 8
     assert not request.done() and sorted(gaps)[4] < 20, gaps
-    assert request.result(20).token_ids == model.generate([1], **LONG).token_ids
+    assert request.result(20).token_ids == model.generate([1], **LONGER).token_ids
 
 
 def test_two_engines_on_a_model(model, engine):
