@@ -92,10 +92,12 @@ __device__ inline void wait_until_ready(const scanner &s, scan_memory &m, unsign
     const unsigned *ready = &s.p.ready[(s.pair * s.p.slots + serial % s.p.slots) * KDA_FLAG];
     if (read_acquire(ready) == serial + 1) return;
     /* Whoever prepares it may wait for a slot, if serials have a gap here. */
-    if (count > 0) barrier_wait(&m.full[(count - 1) % STAGES], (count - 1) / STAGES % 2);
+    for (unsigned back = min(count, 2u); back > 0; back--) /* copies may end in any order */
+        barrier_wait(&m.full[(count - back) % STAGES], (count - back) / STAGES % 2);
     publish(s, serial);
     while (read_flag(ready) != serial + 1) {
     }
+    read_acquire(ready);
 }
 
 /* One warp brings the chunks of the walk, and the values beside them. */
