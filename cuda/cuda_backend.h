@@ -37,6 +37,15 @@ static inline cudaStream_t kl_cuda_stream(kl_backend *be)
     return reinterpret_cast<kl_cuda_backend *>(be)->stream;
 }
 
+/* Of the current device. */
+static inline kl_status kl_cuda_multiprocessors(int *count, kl_error *err)
+{
+    int device;
+    KL_CUDA_TRY(cudaGetDevice(&device), err);
+    KL_CUDA_TRY(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device), err);
+    return KL_OK;
+}
+
 /* The operations this backend has, a line each so that the list grows by lines:
  *     X(op)   kl_cuda_<op>, in kernels/<op>*.cu */
 #define KL_CUDA_OPS(X)                                                                         \

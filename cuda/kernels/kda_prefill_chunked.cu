@@ -125,10 +125,8 @@ size_t flag_bytes(const kda_plan &p)
 
 kl_status plan_of(long long N, long long H, long long V, kda_plan *p, kl_error *err)
 {
-    int device, multiprocessors;
-    KL_CUDA_TRY(cudaGetDevice(&device), err);
-    KL_CUDA_TRY(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), err);
+    int multiprocessors;
+    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     const auto parts = [](long long n, long long size) { return (n + size - 1) / size; };
     const long long tiles = parts(V, KDA_V_TILE);
     /* Pairs at once: on half of the device, for most of the work is to prepare. */
@@ -168,10 +166,8 @@ kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, cudaStream_t str
     p.taken = p.ticket + KDA_FLAG, p.ready = p.taken + p.pairs * p.tiles * KDA_FLAG;
     KL_CUDA_TRY(cudaMemsetAsync(p.ticket, 0, flag_bytes(p), stream), err);
 
-    int device, multiprocessors;
-    KL_CUDA_TRY(cudaGetDevice(&device), err);
-    KL_CUDA_TRY(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), err);
+    int multiprocessors;
+    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
     cudaLaunchAttribute together = {};

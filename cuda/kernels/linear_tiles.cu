@@ -262,11 +262,9 @@ kl_status launch(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *e
     const auto kernel = tiles_kernel<format, gated, Out>;
     constexpr int BYTES = TILE_SHARED_BYTES<format>;
     tile_arguments a;
-    int device, multiprocessors;
+    int multiprocessors;
     KL_TRY(arguments_from<format>(p, TILE_WIDTH<gated>, &a, err));
-    KL_CUDA_TRY(cudaGetDevice(&device), err);
-    KL_CUDA_TRY(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), err);
+    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), err);
     const int items = a.n_tiles * a.groups;

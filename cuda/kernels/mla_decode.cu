@@ -290,10 +290,8 @@ kl_status attend(const mla_arguments &a, kl_dtype act, cudaStream_t stream, kl_e
 {
     if (a.splits == 0 || !kl_cuda_mla_tensor_fits(a, act))
         return kl_cuda_mla_attend_any(a, act, stream, err);
-    int device = 0, multiprocessors = 0;
-    KL_CUDA_TRY(cudaGetDevice(&device), err);
-    KL_CUDA_TRY(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), err);
+    int multiprocessors = 0;
+    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     return kl_cuda_mla_attend_tensor(a, multiprocessors, stream, err);
 }
 

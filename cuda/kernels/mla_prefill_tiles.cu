@@ -413,9 +413,8 @@ kl_status mla_prefill_tiles(const mla_call &call, const mla_plan &plan,
 {
     constexpr int bytes = SHARED * static_cast<int>(sizeof(bf16));
     const auto kernel = mla_prefill_kernel;
-    int device, units, blocks;
-    KL_CUDA_TRY(cudaGetDevice(&device), err);
-    KL_CUDA_TRY(cudaDeviceGetAttribute(&units, cudaDevAttrMultiProcessorCount, device), err);
+    int units, blocks;
+    KL_TRY(kl_cuda_multiprocessors(&units, err));
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
     KL_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, bytes),
