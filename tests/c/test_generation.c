@@ -15,17 +15,10 @@ enum { VOCAB = 97, MAX_EVENTS = 16, LONGEST = 200, N_KINDS = 9, MOST = 24 };
 
 static kl_engine *open_engine(kl_backend **be, int64_t max_batch, int64_t step_tokens)
 {
-    const kl_backend_options options = {.threads = 1};
     kl_engine_options o = tiny_options;
-    kl_engine *e = NULL;
-    kl_error err = {KL_OK, ""};
     o.max_batch = max_batch;
     o.step_tokens = step_tokens;
-    EXPECT(kl_backend_open("cpu", NULL, &options, be, &err) == KL_OK);
-    EXPECT(kl_engine_new(*be, &tiny_config, &o, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, &err) == KL_OK);
-    EXPECT_TEXT(err.message, "");
-    return e;
+    return tiny_engine(be, &o);
 }
 
 static void close_engine(kl_engine *e, kl_backend *be)

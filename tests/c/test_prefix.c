@@ -374,16 +374,12 @@ typedef struct {
 
 static kl_engine *open_engine(kl_backend **be, int64_t max_batch, int64_t max_context, bool on)
 {
-    const kl_backend_options options = {.threads = 1};
     kl_engine_options o = tiny_options;
-    kl_engine *e = NULL;
     kl_error err = {KL_OK, ""};
     o.max_batch = max_batch;
     o.max_context = max_context;
     o.step_tokens = 256;
-    EXPECT(kl_backend_open("cpu", NULL, &options, be, &err) == KL_OK);
-    EXPECT(kl_engine_new(*be, &tiny_config, &o, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, &err) == KL_OK);
+    kl_engine *e = tiny_engine(be, &o);
     EXPECT(kl_engine_keep_prefixes(e, on, &err) == KL_OK);
     return e;
 }

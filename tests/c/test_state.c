@@ -16,16 +16,10 @@ static int32_t ids[LENGTH];
 
 static kl_engine *open_engine(kl_backend **be, int64_t max_batch)
 {
-    const kl_backend_options options = {.threads = 1};
     kl_engine_options o = tiny_options;
-    kl_engine *e = NULL;
-    kl_error err = {KL_OK, ""};
     o.max_batch = max_batch;
     for (int i = 0; i < LENGTH; i++) ids[i] = (int32_t)(kl_rng_uniform(3, (uint64_t)i) * VOCAB);
-    EXPECT(kl_backend_open("cpu", NULL, &options, be, &err) == KL_OK);
-    EXPECT(kl_engine_new(*be, &tiny_config, &o, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, &err) == KL_OK);
-    return e;
+    return tiny_engine(be, &o);
 }
 
 static void close_engine(kl_engine *e, kl_backend *be, int64_t still_alive)

@@ -7,7 +7,9 @@
 
 #include "base/bf16.h"
 #include "base/rng.h"
+#include "model/engine.h"
 #include "model/weights.h"
+#include "test.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -104,6 +106,19 @@ static inline void tiny_checkpoint(checkpoint *c, const kl_config *config, bool 
     kl_weights_free(&w);
     fflush(c->file);
     c->fd = fileno(c->file);
+}
+
+/* The tiny model with random weights on a CPU. */
+static inline kl_engine *tiny_engine(kl_backend **be, const kl_engine_options *options)
+{
+    const kl_backend_options one_thread = {.threads = 1};
+    kl_engine *e = NULL;
+    kl_error err = {KL_OK, ""};
+    EXPECT(kl_backend_open("cpu", NULL, &one_thread, be, &err) == KL_OK);
+    EXPECT(kl_engine_new(*be, &tiny_config, options, &e, &err) == KL_OK);
+    EXPECT(kl_engine_randomize(e, 7, &err) == KL_OK);
+    EXPECT_TEXT(err.message, "");
+    return e;
 }
 
 #endif
