@@ -202,11 +202,11 @@ class Bench:
 
     def block(self, run, case: Case) -> None:  # noqa: ANN001
         """BLOCK tokens of each row; a call brings a limited number of them."""
-        tokens = 0
-        while tokens < BLOCK * case.batch:
-            tokens += len(run.step(BLOCK - tokens // case.batch, None))
-        if tokens != BLOCK * case.batch:
-            raise ValueError(f"{tokens} tokens in {BLOCK} steps of {case.batch} rows")
+        calls: list[int] = []
+        while sum(calls) < BLOCK * case.batch:
+            calls.append(len(run.step(BLOCK - sum(calls) // case.batch, None)))
+        if sum(calls) != BLOCK * case.batch:
+            raise ValueError(f"calls of {calls} tokens, {BLOCK} steps of {case.batch} rows asked")
 
     def add_decode(self, case: Case, blocks: list[float], read_s: float) -> None:
         median = statistics.median(blocks)
