@@ -64,6 +64,7 @@ static inline kl_status kl_cuda_multiprocessors(int *count, kl_error *err)
     X(kda_mixer)                                                                               \
     X(moe_route)                                                                               \
     X(moe_experts)                                                                             \
+    X(moe)                                                                                     \
     X(mla_lay_out)                                                                             \
     X(mla_append)                                                                              \
     X(mla_decode)                                                                              \
@@ -79,6 +80,7 @@ static inline kl_status kl_cuda_multiprocessors(int *count, kl_error *err)
     X(linear_pair)                                                                             \
     X(mlp)                                                                                     \
     X(moe_experts)                                                                             \
+    X(moe)                                                                                     \
     X(mla_decode)                                                                              \
     X(mla_prefill)                                                                             \
     X(token_logprobs)

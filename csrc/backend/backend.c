@@ -80,6 +80,12 @@ static unsigned of_moe_experts(const kl_moe_experts *a)
            FORMAT(a->shared_w3) | FORMAT(a->shared_w2);
 }
 
+static unsigned of_moe(const kl_moe *a)
+{
+    return FORMAT(a->router) | FORMAT(a->w1) | FORMAT(a->w3) | FORMAT(a->w2) |
+           FORMAT(a->shared_w1) | FORMAT(a->shared_w3) | FORMAT(a->shared_w2);
+}
+
 static unsigned of_token_logprobs(const kl_token_logprobs *a)
 {
     return FORMAT(a->lm_head);
@@ -102,7 +108,8 @@ static unsigned of_none(const void *a)
              : of_linear, kl_linear_pair                                                       \
              : of_linear_pair, kl_mlp                                                          \
              : of_mlp, kl_moe_experts                                                          \
-             : of_moe_experts, kl_token_logprobs                                               \
+             : of_moe_experts, kl_moe                                                          \
+             : of_moe, kl_token_logprobs                                                       \
              : of_token_logprobs, kl_pack_weight                                               \
              : of_pack_weight, default                                                         \
              : of_none)(a)

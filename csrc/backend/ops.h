@@ -55,6 +55,7 @@
     X(mla_decode)                                                                              \
     X(moe_route)                                                                               \
     X(moe_experts)                                                                             \
+    X(moe)                                                                                     \
     X(token_logprobs)                                                                          \
     X(sample)                                                                                  \
     X(pack_weight)                                                                             \
@@ -323,6 +324,37 @@ typedef struct {
 static inline bool kl_moe_has_shared(const kl_moe_experts *a)
 {
     return a->shared_w1.data != NULL;
+}
+
+/* A layer of experts with its router, with the bits of these operations one after the other:
+ *     h = rms_norm(x) with norm_weight and norm_eps, or x without a norm_weight
+ *     logits = h router^T;  ids, weights = moe_route(logits, bias, ...)
+ *     y = moe_experts(h, ids, weights, ...);  out = y, or residual += y
+ * Logits are f32 whatever act is: two experts that almost tie must not be swapped by a rounding.
+ * Out or a residual is given, and a residual may be x itself. On CUDA the mean of the norm may be
+ * summed in another order than rms_norm's. */
+typedef struct {
+    kl_workspace ws;
+    kl_tensor x;           /* [T, D] act, with a norm_weight f32 or act  */
+    kl_tensor norm_weight; /* [D] f32, or absent                         */
+    kl_weight router;      /* [E, D], count 1                            */
+    kl_tensor bias;        /* [E] f32, or absent                         */
+    kl_weight w1, w3;      /* [E, I, D] gate and up                      */
+    kl_weight w2;          /* [E, D, I] down                             */
+    kl_weight shared_w1, shared_w3, shared_w2; /* [I', D], [D, I']; data NULL: none */
+    kl_tensor out;      /* [T, D] act, may not alias x; absent with a residual */
+    kl_tensor residual; /* [T, D] f32, in and out, or absent             */
+    kl_dtype act;       /* of h, with a norm_weight; else x has it       */
+    kl_score score;
+    int top_k, groups, top_groups; /* 1, 1: no grouping                  */
+    float norm_eps;                /* > 0 with a norm_weight             */
+    float scaling;
+    bool renormalize;
+} kl_moe;
+
+static inline kl_dtype kl_moe_act(const kl_moe *a)
+{
+    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
 }
 
 /* Log-probabilities of given next tokens, without a [T, rows] matrix:

@@ -11,9 +11,12 @@
 
 /* ---- experts --------------------------------------------------------------------------- */
 
-static kl_status check_groups(const char *op, const kl_moe_route *a, int64_t E, int64_t top_k,
-                              kl_error *err)
+/* How E experts are chosen from; `name` is where the call says how many. */
+static kl_status check_choice(const char *op, const kl_moe_route *a, int64_t E,
+                              const char *name, int64_t top_k, kl_error *err)
 {
+    KL_TRY(kl_require_range(op, "score", a->score, 0, KL_N_SCORES - 1, err));
+    KL_TRY(kl_require_finite(op, "scaling", a->scaling, err));
     KL_TRY(kl_require_range(op, "groups", a->groups, 1, E, err));
     KL_TRY(kl_require_range(op, "top_groups", a->top_groups, 1, a->groups, err));
     if (E % a->groups != 0)
@@ -22,7 +25,7 @@ static kl_status check_groups(const char *op, const kl_moe_route *a, int64_t E, 
     const int64_t size = E / a->groups;
     if (a->groups > 1) /* a group is ranked by its two best */
         KL_TRY(kl_require_range(op, "experts of a group", size, 2, INT64_MAX, err));
-    return kl_require_range(op, "ids.shape[1]", top_k, 1, size * a->top_groups, err);
+    return kl_require_range(op, name, top_k, 1, size * a->top_groups, err);
 }
 
 kl_status kl_check_moe_route(const kl_moe_route *a, kl_error *err)
@@ -36,9 +39,7 @@ kl_status kl_check_moe_route(const kl_moe_route *a, kl_error *err)
         {&a->weights, "weights", F32, KL_OUT, 2, {T, top_k}, NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
-    KL_TRY(check_groups(op, a, E, top_k, err));
-    KL_TRY(kl_require_range(op, "score", a->score, 0, KL_N_SCORES - 1, err));
-    return kl_require_finite(op, "scaling", a->scaling, err);
+    return check_choice(op, a, E, "ids.shape[1]", top_k, err);
 }
 
 static kl_status check_shared(const char *op, const kl_moe_experts *a, int64_t D, kl_error *err)
@@ -56,11 +57,20 @@ static kl_status check_shared(const char *op, const kl_moe_experts *a, int64_t D
     return kl_require_weight(op, "shared_w2", &a->shared_w2, 1, D, inner, KL_ANY_FORMAT, err);
 }
 
+static kl_status check_experts(const char *op, const kl_moe_experts *a, int64_t D,
+                               kl_error *err)
+{
+    const int64_t E = a->w1.count, inner = a->w1.rows;
+    KL_TRY(kl_require_weight(op, "w1", &a->w1, E, inner, D, KL_ANY_FORMAT, err));
+    KL_TRY(kl_require_weight(op, "w3", &a->w3, E, inner, D, KL_ANY_FORMAT, err));
+    KL_TRY(kl_require_weight(op, "w2", &a->w2, E, D, inner, KL_ANY_FORMAT, err));
+    return check_shared(op, a, D, err);
+}
+
 kl_status kl_check_moe_experts(const kl_moe_experts *a, kl_error *err)
 {
     static const char op[] = "moe_experts";
     const int64_t T = a->x.shape[0], D = a->x.shape[1], top_k = a->ids.shape[1];
-    const int64_t E = a->w1.count, inner = a->w1.rows;
     const kl_rule rules[] = {
         {&a->x, "x", KL_ANY_FLOAT, 0, 2, {T, D}, NULL},
         {&a->ids, "ids", I32, 0, 2, {T, top_k}, NULL},
@@ -68,11 +78,41 @@ kl_status kl_check_moe_experts(const kl_moe_experts *a, kl_error *err)
         {&a->out, "out", kl_act_bit(&a->x), KL_OUT, 2, {T, D}, NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
-    KL_TRY(kl_require_weight(op, "w1", &a->w1, E, inner, D, KL_ANY_FORMAT, err));
-    KL_TRY(kl_require_weight(op, "w3", &a->w3, E, inner, D, KL_ANY_FORMAT, err));
-    KL_TRY(kl_require_weight(op, "w2", &a->w2, E, D, inner, KL_ANY_FORMAT, err));
-    KL_TRY(kl_require_range(op, "ids.shape[1]", top_k, 1, E, err));
-    return check_shared(op, a, D, err);
+    KL_TRY(check_experts(op, a, D, err));
+    return kl_require_range(op, "ids.shape[1]", top_k, 1, a->w1.count, err);
+}
+
+kl_status kl_check_moe(const kl_moe *a, kl_error *err)
+{
+    static const char op[] = "moe";
+    const int64_t T = a->x.shape[0], D = a->x.shape[1], E = a->w1.count;
+    const bool normed = !kl_tensor_absent(&a->norm_weight);
+    if (normed) KL_TRY(kl_require_range(op, "act", a->act, KL_F32, KL_BF16, err));
+    if (kl_tensor_absent(&a->out) == kl_tensor_absent(&a->residual))
+        return kl_fail(err, KL_ERR_VALUE, "%s: either out or residual must be given", op);
+    const unsigned act = normed ? KL_DTYPE_BIT(a->act) : kl_act_bit(&a->x);
+    const kl_rule rules[] = {
+        {&a->x, "x", normed ? F32 | act : KL_ANY_FLOAT, 0, 2, {T, D}, NULL},
+        {&a->norm_weight, "norm_weight", F32, KL_OPT, 1, {D}, NULL},
+        {&a->bias, "bias", F32, KL_OPT, 1, {E}, NULL},
+        {&a->residual, "residual", F32, KL_OPT | KL_OUT, 2, {T, D}, &a->x},
+        {&a->out, "out", act, KL_OPT | KL_OUT, 2, {T, D}, NULL},
+    };
+    KL_REQUIRE_TENSORS(op, rules, err);
+    if (normed) KL_TRY(kl_require_positive(op, "norm_eps", a->norm_eps, err));
+    KL_TRY(kl_require_weight(op, "router", &a->router, 1, E, D, KL_ANY_FORMAT, err));
+    const kl_moe_experts experts = {.w1 = a->w1,
+                                    .w3 = a->w3,
+                                    .w2 = a->w2,
+                                    .shared_w1 = a->shared_w1,
+                                    .shared_w3 = a->shared_w3,
+                                    .shared_w2 = a->shared_w2};
+    KL_TRY(check_experts(op, &experts, D, err));
+    const kl_moe_route route = {.score = a->score,
+                                .groups = a->groups,
+                                .top_groups = a->top_groups,
+                                .scaling = a->scaling};
+    return check_choice(op, &route, E, "top_k", a->top_k, err);
 }
 
 /* ---- log-probabilities and sampling ---------------------------------------------------- */

@@ -5,7 +5,7 @@
  * contexts fill their block tables, and no two (token, choice) pairs share an expert until all
  * experts are in use.
  */
-#include "backend/ops.h"
+#include "backend/moe.h"
 
 static double tensor_bytes(const kl_tensor *t)
 {
@@ -248,6 +248,25 @@ kl_cost kl_cost_moe_experts(const kl_moe_experts *a)
                  stack * at_most(pairs, E) / E + weight_bytes(&a->shared_w1) +
                  weight_bytes(&a->shared_w3) + weight_bytes(&a->shared_w2) +
                  tensor_bytes(&a->out),
+    };
+}
+
+/* The sum of its parts' flops, but no bytes for what passes between them. */
+kl_cost kl_cost_moe(const kl_moe *a)
+{
+    const kl_moe_parts p = kl_moe_parts_of(a, NULL);
+    const bool normed = !kl_tensor_absent(&a->norm_weight);
+    const bool adds = !kl_tensor_absent(&a->residual);
+    const kl_cost experts = kl_cost_moe_experts(&p.experts), router = kl_cost_linear(&p.router);
+    const double elements = (double)kl_tensor_size(&a->x);
+    const double passed = tensor_bytes(&p.experts.x) + tensor_bytes(&p.experts.ids) +
+                          tensor_bytes(&p.experts.weights) + tensor_bytes(&p.experts.out);
+    return (kl_cost){
+        .flops = (normed ? 4 * elements : 0) + router.flops +
+                 kl_cost_moe_route(&p.route).flops + experts.flops + (adds ? elements : 0),
+        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->norm_weight) +
+                 weight_bytes(&a->router) + tensor_bytes(&a->bias) + experts.bytes - passed +
+                 tensor_bytes(&a->out) + 2 * tensor_bytes(&a->residual),
     };
 }
 

@@ -12,6 +12,7 @@
  * 2304, I = 1024, bf16: T = 1 31 GB/s of a plain read's 39; T = 512 325 GFLOP/s of 464 that
  * registers allow (2026-11-22).
  */
+#include "backend/moe.h"
 #include "cpu/product.h"
 
 #define BLOCK_TOKENS  512 /* sixteen rows an expert, with 8 of 256 chosen */
@@ -203,4 +204,32 @@ kl_status kl_cpu_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error *
         run_block(&b);
     }
     return KL_OK;
+}
+
+/* ---- with its router ------------------------------------------------------------------- */
+
+static size_t largest_bytes(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+size_t kl_cpu_moe_workspace(kl_backend *be, const kl_moe *a)
+{
+    const kl_moe_parts p = kl_moe_parts_of(a, NULL);
+    const size_t router = kl_cpu_linear_workspace(be, &p.router);
+    const size_t route = kl_cpu_moe_route_workspace(be, &p.route);
+    return p.bytes + largest_bytes(largest_bytes(router, route),
+                                   kl_cpu_moe_experts_workspace(be, &p.experts));
+}
+
+kl_status kl_cpu_moe(kl_backend *be, const kl_moe *a, kl_error *err)
+{
+    kl_moe_parts p = kl_moe_parts_of(a, a->ws.data);
+    p.router.ws = (kl_workspace){(char *)a->ws.data + p.bytes, a->ws.bytes - p.bytes};
+    p.route.ws = p.experts.ws = p.router.ws;
+    if (!kl_tensor_absent(&a->norm_weight)) KL_TRY(kl_cpu_rms_norm(be, &p.norm, err));
+    KL_TRY(kl_cpu_linear(be, &p.router, err));
+    KL_TRY(kl_cpu_moe_route(be, &p.route, err));
+    KL_TRY(kl_cpu_moe_experts(be, &p.experts, err));
+    return kl_tensor_absent(&a->residual) ? KL_OK : kl_cpu_rms_norm(be, &p.add, err);
 }

@@ -124,7 +124,7 @@ static kl_weight widened(const kl_weight *w)
 
 /* ---- both backends ----------------------------------------------------------------------- */
 
-enum { MOST = 16 };
+enum { MOST = 24 };
 
 /* A pointer within a call's struct, and what it points to. */
 typedef struct {

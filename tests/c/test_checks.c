@@ -539,6 +539,50 @@ static void moe(void)
               "moe_experts: ids.shape[1] must be in 1 .. 2, got 3");
 }
 
+static void moe_whole(void)
+{
+    kl_moe a = {.x = f32(2, T, D, 1, 1),
+                .norm_weight = f32(1, D, 1, 1, 1),
+                .router = weight(KL_W_F32, 1, E, D),
+                .bias = f32(1, E, 1, 1, 1),
+                .w1 = weight(KL_W_INT8, E, I, D),
+                .w3 = weight(KL_W_INT8, E, I, D),
+                .w2 = weight(KL_W_INT8, E, D, I),
+                .shared_w1 = weight(KL_W_BF16, 1, 3, D),
+                .shared_w3 = weight(KL_W_BF16, 1, 3, D),
+                .shared_w2 = weight(KL_W_BF16, 1, D, 3),
+                .residual = f32(2, T, D, 1, 1),
+                .act = KL_BF16,
+                .top_k = TOP,
+                .groups = 1,
+                .top_groups = 1,
+                .norm_eps = 1e-5f,
+                .scaling = 1};
+    const kl_tensor none = {0}, out = tensor(KL_BF16, 2, T, D, 1, 1);
+    ACCEPTED(moe, a, NOTHING);
+    ACCEPTED(moe, a, a.residual = a.x);
+    ACCEPTED(moe, a, a.bias = none);
+    ACCEPTED(moe, a, (a.residual = none, a.out = out));
+    ACCEPTED(moe, a, (a.norm_weight = none, a.norm_eps = 0, a.act = KL_U8));
+    BAD_VALUE(moe, a, a.residual = none, "moe: either out or residual must be given");
+    BAD_VALUE(moe, a, a.out = out, "moe: either out or residual must be given");
+    BAD_TYPE(moe, a, (a.residual = none, a.out = f32(2, T, D, 1, 1)),
+             "moe: out must be bfloat16, got float32");
+    BAD_VALUE(moe, a, (a.residual = none, a.act = KL_F32, a.out = a.x),
+              "moe: out must not overlap x");
+    BAD_VALUE(moe, a, a.act = KL_U8, "moe: act must be in 0 .. 1, got 3");
+    BAD_VALUE(moe, a, a.norm_eps = 0, "moe: norm_eps must be finite and > 0, got 0");
+    BAD_VALUE(moe, a, a.router.rows = E - 1,
+              "moe: router must be 1 x [8, 6], each at least 1, got 1 x [7, 6]");
+    BAD_VALUE(moe, a, a.top_k = E + 1, "moe: top_k must be in 1 .. 8, got 9");
+    BAD_VALUE(moe, a, a.groups = 3, "moe: groups must divide the 8 experts, got 3");
+    BAD_VALUE(moe, a, a.scaling = NAN, "moe: scaling must be finite, got nan");
+    BAD_VALUE(moe, a, a.shared_w3.data = NULL,
+              "moe: shared_w1, shared_w3 and shared_w2 must come together, got 2 of 3");
+    BAD_VALUE(moe, a, a.w2.count = E - 1,
+              "moe: w2 must be 8 x [6, 12], each at least 1, got 7 x [6, 12]");
+}
+
 static void logprobs_and_sampling(void)
 {
     kl_token_logprobs l = {.hidden = f32(2, T, D, 1, 1),
@@ -598,6 +642,19 @@ static void costs_of_known_calls(void)
                         .w2 = weight(KL_W_F32, E, D, I),
                         .out = f32(2, 1, D, 1, 1)};
     EXPECT(kl_cost_moe_experts(&m).bytes == 4.0 * (2 * D + 2 * TOP + 3 * TOP * I * D));
+
+    const kl_moe w = {.x = m.x,
+                      .norm_weight = f32(1, D, 1, 1, 1),
+                      .router = weight(KL_W_F32, 1, E, D),
+                      .w1 = m.w1,
+                      .w3 = m.w3,
+                      .w2 = m.w2,
+                      .residual = m.x,
+                      .act = KL_BF16,
+                      .top_k = TOP};
+    EXPECT(kl_cost_moe(&w).bytes == 4.0 * (D + D + E * D + 3 * TOP * I * D + 2 * D));
+    EXPECT(kl_cost_moe(&w).flops ==
+           4 * D + 2 * E * D + 5 * E + kl_cost_moe_experts(&m).flops + D);
 }
 
 int main(void)
@@ -617,6 +674,7 @@ int main(void)
     RUN(mla_append);
     RUN(mla);
     RUN(moe);
+    RUN(moe_whole);
     RUN(logprobs_and_sampling);
     RUN(costs_of_known_calls);
     return test_failures != 0;

@@ -213,14 +213,25 @@ static void workspace_grows_with_tokens(void)
     static int32_t ids[1];
     static float weights[1];
     kl_backend *be = open_backend(2, NULL);
-    size_t linear = 0, experts = 0;
+    size_t linear = 0, experts = 0, whole = 0;
     for (int64_t n = 1; n < 1200; n += n < 300 ? 1 : 97) {
         kl_linear a = {.x = kl_tensor_2d(x, KL_F32, n, D), .w = weight(w1, 1, I, D)};
         const kl_moe_experts b = experts_args(n, ids, weights, true);
         const size_t more_linear = kl_workspace_linear(be, &a);
         const size_t more_experts = kl_workspace_moe_experts(be, &b);
-        EXPECT(more_linear >= linear && more_experts >= experts);
-        linear = more_linear, experts = more_experts;
+        const kl_moe c = {.x = b.x,
+                          .norm_weight = kl_tensor_1d(weights, KL_F32, D),
+                          .router = weight(w1, 1, E, D),
+                          .w1 = b.w1,
+                          .w3 = b.w3,
+                          .w2 = b.w2,
+                          .residual = b.x,
+                          .top_k = TOP_K,
+                          .groups = 1,
+                          .top_groups = 1};
+        const size_t more_whole = kl_workspace_moe(be, &c);
+        EXPECT(more_linear >= linear && more_experts >= experts && more_whole >= whole);
+        linear = more_linear, experts = more_experts, whole = more_whole;
     }
     kl_backend_close(be);
 }
