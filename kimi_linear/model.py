@@ -114,7 +114,12 @@ def plan(
 
 
 def random(
-    config: KimiLinearConfig, tokenizer: Tokenizer | None, *, seed: int, **options: Any
+    config: KimiLinearConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    seed: int,
+    router_skew: float,
+    **options: Any,
 ) -> "Model":
     """A model with random weights made on the device; see kimi_linear.testing."""
     names = ("device", "dtype", "max_context", "max_batch", "cache_bytes")
@@ -127,7 +132,7 @@ def random(
     choice = require_fit(choose(config, "bf16", checked))
     engine = _core.Engine(choice.backend, config.to_core(), checked.core(choice.dtype))
     try:
-        engine.randomize(seed)
+        engine.randomize(seed, router_skew)
     except BaseException:
         engine.close()
         raise

@@ -276,12 +276,15 @@ def random_model(
     device: str = "auto",
     dtype: str = "bf16",
     seed: int = 0,
+    router_skew: float = 1,
     **options: Any,
 ) -> "Model":
     """A model whose random weights are made on the device, without a file.
 
-    options: those of `kimi_linear.load`. Vocabularies up to a few thousand come with a
-    tokenizer; larger ones work with token ids.
+    router_skew: a factor of the routers' biases: with 1 tokens choose their experts themselves,
+    with some hundreds all of them get the same ones. options: those of
+    `kimi_linear.load`. Vocabularies up to a few thousand come with a tokenizer; larger ones work
+    with token ids.
     """
     from .model import random
 
@@ -289,4 +292,5 @@ def random_model(
     n = config.vocab_size
     small = 256 + n_controls(n) <= n <= MAX_TRAINED
     tokenizer = tiny_tokenizer(n) if small else None
-    return random(config, tokenizer, device=device, dtype=dtype, seed=seed, **options)
+    options |= dict(device=device, dtype=dtype, seed=seed, router_skew=router_skew)
+    return random(config, tokenizer, **options)

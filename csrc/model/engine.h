@@ -75,8 +75,9 @@ kl_status kl_engine_load(kl_engine *e, const int *fds, int n_fds, const kl_sourc
                          int64_t n_sources, int64_t *n_unused, kl_progress_fn progress,
                          kl_poll_fn poll, void *ctx, kl_error *err);
 
-/* Random weights of plausible scale, made on the device, the same for one seed everywhere. */
-kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, kl_error *err);
+/* Random weights of plausible scale, made on the device, the same for one seed everywhere. The
+ * routers' biases are drawn `skew` times as large: a few hundred give every token the same experts. */
+kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, float skew, kl_error *err);
 
 /* ---- sequences ------------------------------------------------------------------------- */
 

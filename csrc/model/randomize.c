@@ -18,6 +18,7 @@ typedef struct {
     kl_backend *be;
     void *block; /* the device's, BLOCK_BYTES */
     uint64_t seed, n_parts;
+    float skew;
 } randomizer;
 
 static kl_status fill_rows(const randomizer *z, const kl_part *part, int64_t first, int64_t n,
@@ -27,7 +28,7 @@ static kl_status fill_rows(const randomizer *z, const kl_part *part, int64_t fir
     kl_fill_normal fill = {.out = kl_tensor_2d(z->block, KL_F32, n, cols),
                            .seed = seed,
                            .mean = part->mean,
-                           .std = part->std};
+                           .std = part->std * (part->router_bias ? z->skew : 1)};
     KL_TRY(kl_run_fill_normal(z->be, &fill, err));
     kl_pack_weight pack = {
         .src = fill.out, .out = kl_weight_slice(part->dest, part->index, part->row + first, n)};
@@ -48,10 +49,10 @@ static kl_status randomize_part(void *ctx, const kl_part *part, kl_error *err)
     return KL_OK;
 }
 
-kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, kl_error *err)
+kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, float skew, kl_error *err)
 {
     kl_backend *be = e->be;
-    randomizer z = {.be = be, .seed = seed};
+    randomizer z = {.be = be, .seed = seed, .skew = skew};
     const kl_weight_visitor visitor = {.part = randomize_part, .ctx = &z};
     kl_engine_unload(e);
     KL_TRY(be->vt->alloc(be, BLOCK_BYTES, &z.block, err));

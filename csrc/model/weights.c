@@ -172,7 +172,7 @@ static kl_status visit_moe(walk *s, int64_t layer, kl_ffn_weights *w)
     snprintf(s->alias, sizeof s->alias, "model.layers.%lld.mlp.", (long long)layer);
     KL_TRY(matrix(s, "gate.weight", &w->router, KL_W_F32, c->n_experts, c->hidden_size));
     KL_TRY(vector(s, "gate.e_score_correction_bias", &w->bias, c->n_experts,
-                  (kl_part){.optional = true, .std = 0.02f}));
+                  (kl_part){.optional = true, .router_bias = true, .std = 0.02f}));
     if (c->n_shared > 0)
         KL_TRY(visit_mlp(s, "shared_experts.", &w->shared_w1, &w->shared_w3, &w->shared_w2,
                          c->moe_inner * c->n_shared));

@@ -74,9 +74,10 @@ typedef struct {
     kl_weight *dest;
     int64_t index, row, rows;
     kl_shape_rule rule;
-    bool vector;     /* the checkpoint has one axis     */
-    bool optional;   /* zeros where it is absent        */
-    float mean, std; /* what kl_engine_randomize() draws */
+    bool vector;      /* the checkpoint has one axis     */
+    bool optional;    /* zeros where it is absent        */
+    bool router_bias; /* what favours some experts       */
+    float mean, std;  /* what kl_engine_randomize() draws */
 } kl_part;
 
 typedef struct {

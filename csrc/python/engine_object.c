@@ -158,16 +158,20 @@ done:
     return result;
 }
 
-static PyObject *engine_randomize(PyObject *op, PyObject *arg)
+static PyObject *engine_randomize(PyObject *op, PyObject *args)
 {
     EngineObject *self = (EngineObject *)op;
+    PyObject *number;
     int64_t seed;
+    float skew;
     kl_error err = {KL_OK, ""};
     kl_status status;
-    if (kl_parse_int("randomize", "seed", arg, 0, INT64_MAX, &seed) < 0 ||
+    if (!PyArg_ParseTuple(args, "Of:randomize", &number, &skew) ||
+        kl_parse_int("randomize", "seed", number, 0, INT64_MAX, &seed) < 0 ||
         kl_engine_enter(self) < 0)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS status = kl_engine_randomize(self->engine, (uint64_t)seed, &err);
+    Py_BEGIN_ALLOW_THREADS status =
+        kl_engine_randomize(self->engine, (uint64_t)seed, skew, &err);
     Py_END_ALLOW_THREADS kl_engine_leave(self);
     if (status != KL_OK) return kl_raise(kl_module_of_instance(op), &err);
     Py_RETURN_NONE;
@@ -185,8 +189,10 @@ static PyMethodDef engine_methods[] = {
     {"load", KL_FASTCALL(engine_load), METH_FASTCALL,
      "load($self, fds, sources, progress, /)\n--\n\n"
      "Fill the weights from open files; returns how many sources were not used."},
-    {"randomize", engine_randomize, METH_O,
-     "randomize($self, seed, /)\n--\n\nRandom weights, the same for one seed everywhere."},
+    {"randomize", engine_randomize, METH_VARARGS,
+     "randomize($self, seed, skew, /)\n--\n\n"
+     "Random weights, the same for one seed everywhere; skew: a factor of the routers' "
+     "biases."},
     {"close", engine_close, METH_NOARGS,
      "close($self, /)\n--\n\nGive all memory back; later calls raise ValueError."},
     {"usage", engine_usage, METH_NOARGS, "usage($self, /)\n--\n\n(sequences, pages) in use."},

@@ -480,7 +480,7 @@ static void other_weights(void)
     make_request(&l, 0, 300, 20);
     run_load(e, &l, 0, 1);
     EXPECT(e->cache.n_snapshots > 0);
-    EXPECT(kl_engine_randomize(e, 8, &err) == KL_OK && e->cache.n_snapshots == 0);
+    EXPECT(kl_engine_randomize(e, 8, 1, &err) == KL_OK && e->cache.n_snapshots == 0);
     close_engine(e, be);
 }
 

@@ -45,7 +45,7 @@ static kl_engine *open_engine(kl_backend **be, const kl_engine_options *options)
     table.embedding = counted_embedding;
     (*be)->vt = &table;
     EXPECT(kl_engine_new(*be, &tiny_config, options, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, &err) == KL_OK);
+    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
     return e;
 }
 

@@ -116,7 +116,7 @@ static inline kl_engine *tiny_engine(kl_backend **be, const kl_engine_options *o
     kl_error err = {KL_OK, ""};
     EXPECT(kl_backend_open("cpu", NULL, &one_thread, be, &err) == KL_OK);
     EXPECT(kl_engine_new(*be, &tiny_config, options, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, &err) == KL_OK);
+    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
     EXPECT_TEXT(err.message, "");
     return e;
 }

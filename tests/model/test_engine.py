@@ -45,7 +45,7 @@ def random_engine(seed=3, device="cpu", **options):
     )
     options = AUTO | dict(format="f32", max_context=LONG[device], max_batch=2) | options
     e = _core.Engine(open_backend(device), config, options)
-    e.randomize(seed)
+    e.randomize(seed, 1)
     return e
 
 

@@ -35,7 +35,7 @@ def engine(request, where):
     options = AUTO | dict(format=request.param, max_context=16448, max_batch=ROWS)
     options |= dict(step_tokens=8192, cache_bytes=0 if where == "cpu" else 6 << 30)
     e = _core.Engine(backend, shape(where).to_core(), options)
-    e.randomize(1)
+    e.randomize(1, 1)
     yield e
     e.close()
 

@@ -818,6 +818,8 @@ def test_random_models_repeat():
          random_model(device="cpu", dtype="f32", seed=6) as c:  # fmt: skip
         x, y, z = (m.logits("hello") for m in (a, b, c))
     assert np.array_equal(x, y) and not np.array_equal(x, z)
+    with random_model(device="cpu", dtype="f32", seed=5, router_skew=500) as skewed:
+        assert not np.array_equal(x, skewed.logits("hello"))
     with pytest.raises(TypeError, match="no_such"):
         random_model(no_such=1)
 
