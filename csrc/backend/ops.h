@@ -199,7 +199,9 @@ typedef struct {
 typedef kl_kda kl_kda_prefill;
 typedef kl_kda kl_kda_decode;
 
-/* A KDA layer between its projections, with the bits of three operations one after the other:
+/* A KDA layer between the projections that read its input and the one that writes its output,
+ * with the bits of these operations one after the other:
+ *     g, z = linear(f_low, f_b) in f32, linear(g_low, g_b)
  *     q | k | v = short_conv(qkv), with SiLU
  *     o = kda_decode if `single`, else kda_prefill, of q, k, v, g, beta, normalised, with logits
  *     out = gated_rms_norm(o, z)
@@ -210,9 +212,11 @@ typedef struct {
     kl_tensor qkv;         /* [T, C] act, rows strided; C = H (2 K + V)   */
     kl_tensor conv_weight; /* [C, W] f32, W in 1 .. 8                     */
     kl_tensor conv_state;  /* [S, C, W-1] act, in and out                 */
-    kl_tensor g;           /* [T, H, K] f32 or act, rows strided          */
+    kl_tensor f_low;       /* [T, R] act, rows strided                    */
+    kl_weight f_b;         /* [H K, R], count 1                           */
+    kl_tensor g_low;       /* [T, R'] act, rows strided                   */
+    kl_weight g_b;         /* [H V, R'], count 1                          */
     kl_tensor beta;        /* [T, H] f32 or act, rows strided             */
-    kl_tensor z;           /* [T, H, V] act, rows strided                 */
     kl_tensor state;       /* [S, H, V, K] f32, in and out                */
     kl_tensor slots;       /* [N] i32 in [0, S), distinct; absent: n -> n */
     kl_tensor cu_seqlens;  /* [N+1] i32                                   */

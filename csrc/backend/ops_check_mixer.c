@@ -146,9 +146,9 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
         {&a->qkv, "qkv", KL_ANY_FLOAT, KL_ROWS, 2, {T, C}, NULL},
         {&a->conv_weight, "conv_weight", F32, 0, 2, {C, W}, NULL},
         {&a->conv_state, "conv_state", act, KL_OUT | KL_EMPTY, 3, {S, C, W - 1}, NULL},
-        {&a->g, "g", F32 | act, KL_ROWS, 3, {T, H, K}, NULL},
+        {&a->f_low, "f_low", act, KL_ROWS, 2, {T, a->f_low.shape[1]}, NULL},
+        {&a->g_low, "g_low", act, KL_ROWS, 2, {T, a->g_low.shape[1]}, NULL},
         {&a->beta, "beta", F32 | act, KL_ROWS, 2, {T, H}, NULL},
-        {&a->z, "z", act, KL_ROWS, 3, {T, H, V}, NULL},
         {&a->slots, "slots", I32, KL_OPT, 1, {N}, NULL},
         {&a->cu_seqlens, "cu_seqlens", I32, 0, 1, {N + 1}, NULL},
         {&a->A_log, "A_log", F32, KL_OPT, 1, {H}, NULL},
@@ -164,6 +164,10 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
             "%s: qkv.shape[1] must be H (2 K + V) of state [S, H, V, K], got %lld with "
             "H %lld, V %lld, K %lld",
             op, (long long)C, (long long)H, (long long)V, (long long)K);
+    KL_TRY(
+        kl_require_weight(op, "f_b", &a->f_b, 1, H * K, a->f_low.shape[1], KL_ANY_FORMAT, err));
+    KL_TRY(
+        kl_require_weight(op, "g_b", &a->g_b, 1, H * V, a->g_low.shape[1], KL_ANY_FORMAT, err));
     if (a->single && N != T)
         return kl_fail(err, KL_ERR_VALUE,
                        "%s: single tokens need a sequence each, got %lld tokens of %lld", op,

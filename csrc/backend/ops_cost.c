@@ -156,7 +156,7 @@ kl_cost kl_cost_kda_decode(const kl_kda_decode *a)
     return kda_cost(a);
 }
 
-/* The sum of its three parts' flops, but no bytes for what passes between them. */
+/* The sum of its parts' flops, but no bytes for what passes between them. */
 kl_cost kl_cost_kda_mixer(const kl_kda_mixer *a)
 {
     const double T = dim(&a->qkv, 0), H = dim(&a->state, 1);
@@ -164,13 +164,14 @@ kl_cost kl_cost_kda_mixer(const kl_kda_mixer *a)
     const double N = count_of(&a->cu_seqlens, T);
     return (kl_cost){
         .flops = (double)kl_tensor_size(&a->qkv) * (2 * dim(&a->conv_weight, 1) + 4) +
-                 7 * T * H * V * K + 8 * T * H * V,
-        .bytes = slot_bytes(&a->state, N) + slot_bytes(&a->conv_state, N) +
-                 tensor_bytes(&a->qkv) + tensor_bytes(&a->conv_weight) + tensor_bytes(&a->g) +
-                 tensor_bytes(&a->beta) + tensor_bytes(&a->z) + tensor_bytes(&a->slots) +
-                 tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->A_log) +
-                 tensor_bytes(&a->dt_bias) + tensor_bytes(&a->norm_weight) +
-                 tensor_bytes(&a->out),
+                 7 * T * H * V * K + 8 * T * H * V +
+                 2 * T * H * (K * dim(&a->f_low, 1) + V * dim(&a->g_low, 1)),
+        .bytes =
+            slot_bytes(&a->state, N) + slot_bytes(&a->conv_state, N) + tensor_bytes(&a->qkv) +
+            tensor_bytes(&a->conv_weight) + tensor_bytes(&a->f_low) + weight_bytes(&a->f_b) +
+            tensor_bytes(&a->g_low) + weight_bytes(&a->g_b) + tensor_bytes(&a->beta) +
+            tensor_bytes(&a->slots) + tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->A_log) +
+            tensor_bytes(&a->dt_bias) + tensor_bytes(&a->norm_weight) + tensor_bytes(&a->out),
     };
 }
 

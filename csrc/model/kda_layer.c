@@ -11,7 +11,7 @@
 
 #include <math.h>
 
-/* Between the projections: from qkv, g, beta and z to o. */
+/* Between the projections of h and that of o. */
 static kl_status mix(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_kda_mixer *a,
                      kl_error *err)
 {
@@ -42,17 +42,13 @@ kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_er
                          .second = {.x = p->h, .w = w->qkv, .out = qkv}};
     KL_TRY(kl_pass_linear_pair(p, &in, err));
 
-    const kl_tensor g = kl_pass_take(p, KL_F32, T, H * K);
-    const kl_tensor z = kl_pass_take(p, p->act, T, H * K);
-    kl_linear_pair gates = {.first = {.x = kl_columns(&low, H, K), .w = w->f_b, .out = g},
-                            .second = {.x = kl_columns(&low, H + K, K), .w = w->g_b, .out = z}};
-    KL_TRY(kl_pass_linear_pair(p, &gates, err));
-
     const kl_tensor o = kl_pass_take(p, p->act, T, H * K);
     kl_kda_mixer mixer = {.qkv = qkv,
-                          .g = kl_heads(g, H, K),
                           .beta = kl_columns(&low, 0, H),
-                          .z = kl_heads(z, H, K),
+                          .f_low = kl_columns(&low, H, K),
+                          .f_b = w->f_b,
+                          .g_low = kl_columns(&low, H + K, K),
+                          .g_b = w->g_b,
                           .out = kl_heads(o, H, K)};
     KL_TRY(mix(p, w, index, &mixer, err));
     kl_linear out = {.x = o, .w = w->o, .out = p->y};

@@ -269,7 +269,7 @@ __global__ __launch_bounds__(THREADS,
 }
 
 /* Whether the kernel takes the call, in the order of norm.cu for aligned rows. */
-bool takes(const kl_kda_mixer *a)
+bool takes(const kl_kda_mixer *a, const kl_kda_mixer_parts &p)
 {
     const int64_t V = a->state.shape[2], K = a->state.shape[3];
     const int n = a->out.dtype == KL_BF16 ? 8 : 4;
@@ -277,21 +277,21 @@ bool takes(const kl_kda_mixer *a)
            a->conv_weight.shape[1] == WIDTH &&
            a->qkv.shape[0] <= MAX_BLOCKS / a->state.shape[1] &&
            is_aligned(a->state.data, 0, 4, 16) && is_aligned(a->conv_weight.data, 0, 4, 16) &&
-           is_wide(a->z, V, n) && is_wide(a->out, V, n) && is_wide(a->norm_weight, V, n);
+           is_wide(p.norm.z, V, n) && is_wide(a->out, V, n) && is_wide(a->norm_weight, V, n);
 }
 
-kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda *kda, kl_error *err)
+kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p, kl_error *err)
 {
     const arguments args = {
-        .kda = kda_arguments_of(kda),
+        .kda = kda_arguments_of(&p.kda),
         .qkv = a->qkv.data,
-        .z = a->z.data,
+        .z = p.norm.z.data,
         .taps = static_cast<const float *>(a->conv_weight.data),
         .norm_weight = static_cast<const float *>(a->norm_weight.data),
         .windows = a->conv_state.data,
         .out = a->out.data,
         .qkv_stride = a->qkv.stride[0],
-        .z_stride = a->z.stride[0],
+        .z_stride = p.norm.z.stride[0],
         .slots = a->state.shape[0],
         .eps = a->eps,
     };
@@ -310,18 +310,17 @@ kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda *kda, kl_error
 
 size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
 {
-    const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a, nullptr);
-    return kl_kda_mixer_convolved_bytes(a) +
-           (a->single ? 0 : kl_cuda_kda_prefill_workspace(be, &p.kda));
+    const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
+    const size_t kda = a->single ? 0 : kl_cuda_kda_prefill_workspace(be, &p.kda);
+    return kl_kda_mixer_bytes(a, kl_cuda_linear_pair_workspace(be, &p.gates), kda);
 }
 
 kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err)
 {
-    const size_t convolved = kl_kda_mixer_convolved_bytes(a);
-    kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a, a->ws.data);
+    const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     if (a->qkv.shape[0] == 0) return KL_OK;
-    if (takes(a)) return run(be, a, &p.kda, err);
-    p.kda.ws = {static_cast<char *>(a->ws.data) + convolved, a->ws.bytes - convolved};
+    KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
+    if (takes(a, p)) return run(be, a, p, err);
     KL_TRY(kl_cuda_short_conv(be, &p.conv, err));
     KL_TRY(a->single ? kl_cuda_kda_decode(be, &p.kda, err)
                      : kl_cuda_kda_prefill(be, &p.kda, err));

@@ -358,9 +358,11 @@ static void kda_mixer(void)
     kl_kda_mixer a = {.qkv = f32(2, T, all, 1, 1),
                       .conv_weight = f32(2, all, W, 1, 1),
                       .conv_state = f32(3, S, all, W - 1, 1),
-                      .g = f32(3, T, H, K, 1),
+                      .f_low = f32(2, T, RANK, 1, 1),
+                      .f_b = weight(KL_W_BF16, 1, H * K, RANK),
+                      .g_low = f32(2, T, D, 1, 1),
+                      .g_b = weight(KL_W_INT8, 1, H * V, D),
                       .beta = f32(2, T, H, 1, 1),
-                      .z = f32(3, T, H, V, 1),
                       .state = f32(4, S, H, V, K),
                       .slots = i32(1, N, 1),
                       .cu_seqlens = i32(1, N + 1, 1),
@@ -373,7 +375,13 @@ static void kda_mixer(void)
     ACCEPTED(kda_mixer, a, NOTHING);
     ACCEPTED(kda_mixer, a, a.slots = none);
     BAD_VALUE(kda_mixer, a, a.state = f32(4, S, H, K, V), /* transposed */
-              "kda_mixer: g.shape[2] must be 10, got 8");
+              "kda_mixer: norm_weight.shape[0] must be 8, got 10");
+    BAD_VALUE(kda_mixer, a, a.f_low.shape[0] = T - 1,
+              "kda_mixer: f_low.shape[0] must be 5, got 4");
+    BAD_VALUE(kda_mixer, a, a.f_b.rows--,
+              "kda_mixer: f_b must be 1 x [32, 9], each at least 1, got 1 x [31, 9]");
+    BAD_VALUE(kda_mixer, a, a.g_b.cols--,
+              "kda_mixer: g_b must be 1 x [40, 6], each at least 1, got 1 x [40, 5]");
     BAD_VALUE(
         kda_mixer, a,
         (a.qkv = f32(2, T, all - H, 1, 1), a.conv_weight.shape[0] = all - H,
@@ -387,7 +395,7 @@ static void kda_mixer(void)
     BAD_VALUE(kda_mixer, a, a.conv_weight.shape[1] = 9,
               "kda_mixer: conv_weight.shape[1] must be in 1 .. 8, got 9");
     BAD_VALUE(kda_mixer, a, a.cu_seqlens = none, "kda_mixer: cu_seqlens must be given");
-    BAD_VALUE(kda_mixer, a, a.out = a.z, "kda_mixer: out must not overlap z");
+    BAD_VALUE(kda_mixer, a, a.out.data = a.g_low.data, "kda_mixer: out must not overlap g_low");
     BAD_VALUE(kda_mixer, a, a.eps = 0, "kda_mixer: eps must be finite and > 0, got 0");
 }
 

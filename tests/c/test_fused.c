@@ -125,7 +125,7 @@ static void two_products(void)
         }
 }
 
-/* ---- a KDA layer between its projections ------------------------------------------------- */
+/* ---- a KDA layer between its input's projections and its output's ------------------------ */
 
 static void mixer_whole(kl_backend *be, void *call)
 {
@@ -135,19 +135,20 @@ static void mixer_whole(kl_backend *be, void *call)
 
 static void mixer_pieces(kl_backend *be, void *call)
 {
-    const kl_kda_mixer *const a = call;
-    void *convolved;
+    kl_kda_mixer *const a = call;
     kl_error err;
-    const size_t bytes = kl_kda_mixer_convolved_bytes(a);
-    EXPECT(be->vt->alloc(be, bytes, &convolved, &err) == KL_OK);
-    kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a, convolved);
+    a->ws.bytes = kl_workspace_kda_mixer(be, a);
+    EXPECT(be->vt->alloc(be, a->ws.bytes, &a->ws.data, &err) == KL_OK);
+    kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
+    RUN_THERE(linear, be, &p.gates.first);
+    RUN_THERE(linear, be, &p.gates.second);
     RUN_THERE(short_conv, be, &p.conv);
     if (a->single)
         RUN_THERE(kda_decode, be, &p.kda);
     else
         RUN_THERE(kda_prefill, be, &p.kda);
     RUN_THERE(gated_rms_norm, be, &p.norm);
-    be->vt->free(be, convolved, bytes);
+    be->vt->free(be, a->ws.data, a->ws.bytes);
 }
 
 enum { N = 5, T = 90, SLOTS = 9 };
@@ -156,7 +157,19 @@ typedef struct {
     int64_t H, K, V, W;
     kl_gate gate;
     bool single;
+    int64_t R; /* columns of f_low; g_low has as many, or two more where they are odd */
+    kl_weight_format format;
 } mixer_case;
+
+/* So that no decay is above 1. */
+static void make_gates_negative(kl_kda_mixer *a)
+{
+    for (int64_t t = 0; t < a->f_low.shape[0]; t++)
+        for (int64_t i = 0; i < a->f_low.shape[1]; i++)
+            put(&a->f_low, t * a->f_low.stride[0] + i, fabsf(number()));
+    for (int64_t i = 0; i < a->f_b.rows * a->f_b.cols; i++)
+        ((uint16_t *)a->f_b.data)[i] |= 0x8000;
+}
 
 static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act)
 {
@@ -164,13 +177,17 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act)
                                   ragged[N + 1] = {0, 70, 70, 71, 74, T};
     static const int32_t slots[N] = {8, 3, 0, 5, 1};
     const int64_t tokens = c->single ? N : T, C = c->H * (2 * c->K + c->V);
+    const int64_t more = c->R + c->R % 2 * 2;
     kl_tensor qkv = tensor(act, false, 2, tokens, C + 6, 1, 1);
+    kl_tensor low = tensor(act, false, 2, tokens, c->R + more + 8, 1, 1);
     kl_kda_mixer a = {.qkv = kl_columns(&qkv, 4, C),
                       .conv_weight = tensor(KL_F32, false, 2, C, c->W, 1, 1),
                       .conv_state = tensor(act, false, 3, SLOTS, C, c->W - 1, 1),
-                      .g = tensor(KL_F32, false, 3, tokens, c->H, c->K, 1),
+                      .f_low = kl_columns(&low, 8, c->R),
+                      .f_b = weight(c->format, c->H * c->K, c->R),
+                      .g_low = kl_columns(&low, 8 + c->R, more),
+                      .g_b = weight(c->format, c->H * c->V, more),
                       .beta = tensor(act, false, 2, tokens, c->H, 1, 1),
-                      .z = tensor(act, false, 3, tokens, c->H, c->V, 1),
                       .state = tensor(KL_F32, false, 4, SLOTS, c->H, c->V, c->K),
                       .slots = integers(N, slots),
                       .cu_seqlens = integers(N + 1, c->single ? ones : ragged),
@@ -181,9 +198,7 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act)
                       .scale = 0.1f,
                       .eps = 1e-5f,
                       .single = c->single};
-    if (c->gate == KL_GATE_DIRECT)
-        for (int64_t i = 0; i < kl_tensor_size(&a.g); i++)
-            put(&a.g, i, -fabsf(((float *)a.g.data)[i]));
+    if (c->gate == KL_GATE_DIRECT) make_gates_negative(&a);
     if (c->gate == KL_GATE_SOFTPLUS) a.A_log = tensor(KL_F32, false, 1, c->H, 1, 1, 1);
     if (c->gate != KL_GATE_DIRECT) a.dt_bias = tensor(KL_F32, false, 2, c->H, c->K, 1, 1);
     return a;
@@ -193,22 +208,29 @@ static void check_mixer(const mixer_case *c, kl_dtype act)
 {
     parts p = {0};
     kl_kda_mixer a = mixer_of(c, act);
-    char name[96];
-    snprintf(name, sizeof name, "kda_mixer: act %d, K %lld, V %lld, W %lld, gate %d, single %d",
-             act, (long long)c->K, (long long)c->V, (long long)c->W, c->gate, c->single);
-    const kl_tensor *const in[] = {&a.qkv,     &a.conv_weight, &a.g,          &a.beta,
-                                   &a.z,       &a.slots,       &a.cu_seqlens, &a.A_log,
+    kl_kda_mixer wide = a;
+    wide.f_b = widened(&a.f_b), wide.g_b = widened(&a.g_b);
+    char name[128];
+    snprintf(name, sizeof name,
+             "kda_mixer: act %d, K %lld, V %lld, W %lld, gate %d, single %d, R %lld, format %d",
+             act, (long long)c->K, (long long)c->V, (long long)c->W, c->gate, c->single,
+             (long long)c->R, c->format);
+    const kl_tensor *const in[] = {&a.qkv,     &a.conv_weight, &a.f_low,      &a.g_low,
+                                   &a.beta,    &a.slots,       &a.cu_seqlens, &a.A_log,
                                    &a.dt_bias, &a.norm_weight};
     for (size_t j = 0; j < sizeof in / sizeof *in; j++) IN(*in[j]);
+    WEIGHT(a.f_b);
+    WEIGHT(a.g_b);
     /* Inputs of KDA are rounded to bf16 after the convolution; the chunked form, too, rounds. */
     const double bound = act == KL_F32 ? 5e-6 : 6e-3;
     OUT(a.conv_state, 0);
     OUT(a.state, bound);
     OUT(a.out, bound);
-    same_bits(cpu, &p, &a, sizeof a, mixer_whole, mixer_pieces, name);
+    if (wide.f_b.data == a.f_b.data)
+        same_bits(cpu, &p, &a, sizeof a, mixer_whole, mixer_pieces, name);
     if (cuda != NULL) {
         same_bits(cuda, &p, &a, sizeof a, mixer_whole, mixer_pieces, name);
-        ON_BOTH(kda_mixer, name);
+        ON_BOTH_AS(kda_mixer, wide, a, name);
     }
     used = 0;
 }
@@ -217,13 +239,24 @@ static void check_mixer(const mixer_case *c, kl_dtype act)
 static void mixers(void)
 {
     static const mixer_case cases[] = {
-        {3, 128, 128, 4, KL_GATE_SOFTPLUS, true}, {2, 128, 128, 4, KL_GATE_DIRECT, true},
-        {2, 128, 128, 4, KL_GATE_BOUNDED, true},  {3, 128, 72, 4, KL_GATE_SOFTPLUS, true},
-        {3, 64, 128, 4, KL_GATE_SOFTPLUS, true},  {2, 20, 40, 4, KL_GATE_SOFTPLUS, true},
-        {2, 20, 36, 4, KL_GATE_SOFTPLUS, true},   {2, 19, 21, 4, KL_GATE_SOFTPLUS, true},
-        {2, 64, 160, 4, KL_GATE_SOFTPLUS, true},  {2, 136, 64, 4, KL_GATE_SOFTPLUS, true},
-        {2, 64, 64, 3, KL_GATE_SOFTPLUS, true},   {2, 128, 128, 4, KL_GATE_SOFTPLUS, false},
-        {2, 19, 21, 1, KL_GATE_BOUNDED, false},
+        {3, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_INT8},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_INT4},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_FP8},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_F32},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_DIRECT, true, 128, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_BOUNDED, true, 128, KL_W_BF16},
+        {3, 128, 72, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_BF16},
+        {3, 64, 128, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_INT8},
+        {2, 20, 40, 4, KL_GATE_SOFTPLUS, true, 32, KL_W_BF16},
+        {2, 20, 36, 4, KL_GATE_SOFTPLUS, true, 19, KL_W_BF16},
+        {2, 19, 21, 4, KL_GATE_SOFTPLUS, true, 19, KL_W_INT8},
+        {2, 64, 160, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
+        {2, 136, 64, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
+        {2, 64, 64, 3, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, false, 128, KL_W_BF16},
+        {2, 19, 21, 1, KL_GATE_BOUNDED, false, 19, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j]);
