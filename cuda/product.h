@@ -1,6 +1,7 @@
 /*
- * product.h -- the matrix product behind linear and mlp: out = x w^T, or with a second weight
- * `up`  out = silu(x w^T) * (x up^T).
+ * product.h -- the matrix product behind linear and mlp: out = h w^T, or with a second weight
+ * `up`  out = silu(h w^T) * (h up^T). h is x, or the norm of x; what would be the out may instead
+ * be added to a residual. See kl_linear of backend/ops.h.
  */
 #ifndef KL_CUDA_PRODUCT_H
 #define KL_CUDA_PRODUCT_H
@@ -8,21 +9,25 @@
 #include "cuda_backend.h"
 
 typedef struct {
-    const void *x; /* [T, w.cols] */
-    kl_dtype act;
+    const void *x; /* [T, w.cols] of x_dtype: act, or f32 where it is normalised */
+    kl_dtype act, x_dtype;
     int64_t T, x_stride;
     kl_weight w, up; /* [O, in]; up.data NULL: none */
-    void *out;       /* [T, O] */
+    void *out;       /* [T, O]; NULL with a residual */
     kl_dtype out_dtype;
     int64_t out_stride;
+    const float *norm_weight; /* [w.cols], or NULL: x is h */
+    float norm_eps;
+    float *residual; /* [T, O] dense, or NULL; not with an `up` */
 } kl_cuda_product;
 
-/* Enqueue it, with at least kl_cuda_product_workspace() bytes of scratch memory. */
+/* Enqueue it, with at least kl_cuda_product_workspace() bytes of scratch memory. What the kernel
+ * it falls to does not do of the norm and the sum is done before and after it. */
 kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace ws,
                               kl_error *err);
 size_t kl_cuda_product_workspace(const kl_cuda_product *p);
 
-/* The ways to compute it: a float32 weight by one token, without an `up`; a weight that streams by
+/* The ways to compute it (of them, none yet takes a norm or a residual): a float32 weight by one token, without an `up`; a weight that streams by
  * once, for a few tokens; tiles of tokens and outputs, for many (not float32 weights); those two on
  * the tensor cores, and all three only where kl_cuda_product_run() finds alignment and bf16; and
  * the one that takes everything. */

@@ -91,7 +91,7 @@ typedef struct {
 typedef struct {
     kl_workspace ws;
     kl_tensor x;        /* [T, D] act, rows strided, or absent           */
-    kl_tensor residual; /* [T, D] f32 or act, in and out, or absent      */
+    kl_tensor residual; /* [T, D] f32 or act, rows strided, in and out, or absent */
     kl_tensor weight;   /* [D] f32                                       */
     kl_tensor out;      /* [T, D] act or absent; may be x itself         */
     float eps;
@@ -107,30 +107,52 @@ typedef struct {
     float eps;
 } kl_gated_rms_norm;
 
-/* out = x w^T. */
+/* out = h w^T, h being x; a token step's norms and sums may be done around it:
+ *     h = x / sqrt(mean(x^2) + norm_eps) * norm_weight, rounded to act   with a norm_weight
+ *     residual += h w^T, rounded to act first                           instead of an out
+ * These are the bits of rms_norm, linear and rms_norm's sum one after the other; on CUDA the
+ * mean may be summed in another order than rms_norm's. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor x;   /* [T, in] act, rows strided                          */
-    kl_weight w;   /* [out, in], count 1                                 */
-    kl_tensor out; /* [T, out] f32 or act, rows strided                  */
+    kl_tensor x;           /* [T, in] act, with a norm_weight f32 or act; rows strided */
+    kl_weight w;           /* [out, in], count 1                         */
+    kl_tensor out;         /* [T, out] f32 or act, rows strided; absent with a residual */
+    kl_tensor norm_weight; /* [in] f32, or absent                        */
+    kl_tensor residual;    /* [T, out] f32, in and out, or absent        */
+    kl_dtype act;          /* of h, with a norm_weight; else x has it    */
+    float norm_eps;        /* > 0 with a norm_weight                     */
 } kl_linear;
 
-/* Two linear maps, neither of which reads the other's result: the results of two calls of
- * linear, whose workspaces go unused. */
+static inline kl_dtype kl_linear_act(const kl_linear *a)
+{
+    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+}
+
+/* Two linear maps of one act, neither of which reads the other's result: the results of two
+ * calls of linear, whose workspaces go unused. */
 typedef struct {
     kl_workspace ws;
     kl_linear first, second;
 } kl_linear_pair;
 
-/* The dense feed-forward layer: out = (silu(x w1^T) * (x w3^T)) w2^T. The inner product is
- * rounded to act before w2. */
+/* The dense feed-forward layer: out = (silu(h w1^T) * (h w3^T)) w2^T, with the h and the
+ * residual of linear. The inner product is rounded to act before w2. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor x;      /* [T, D] act                                      */
-    kl_weight w1, w3; /* [I, D] gate and up                              */
-    kl_weight w2;     /* [D, I] down                                     */
-    kl_tensor out;    /* [T, D] act; may not alias x                     */
+    kl_tensor x;           /* [T, D] act, with a norm_weight f32 or act  */
+    kl_weight w1, w3;      /* [I, D] gate and up                         */
+    kl_weight w2;          /* [D, I] down                                */
+    kl_tensor out;         /* [T, D] act; may not alias x; absent with a residual */
+    kl_tensor norm_weight; /* [D] f32, or absent                         */
+    kl_tensor residual;    /* [T, D] f32, in and out, or absent; may be x itself */
+    kl_dtype act;          /* as in linear                               */
+    float norm_eps;
 } kl_mlp;
+
+static inline kl_dtype kl_mlp_act(const kl_mlp *a)
+{
+    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+}
 
 /* Depthwise causal convolution over time, then an optional SiLU:
  *     y[t, c] = act( sum_j weight[c, j] * x[t - (W-1) + j, c] )

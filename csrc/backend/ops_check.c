@@ -48,7 +48,7 @@ kl_status kl_check_rms_norm(const kl_rms_norm *a, kl_error *err)
                                                      : kl_act_bit(&a->out);
     const kl_rule rules[] = {
         {&a->x, "x", KL_ANY_FLOAT, KL_ROWS | KL_OPT, 2, {T, D}, NULL},
-        {&a->residual, "residual", F32 | act, KL_OPT | KL_OUT, 2, {T, D}, NULL},
+        {&a->residual, "residual", F32 | act, KL_ROWS | KL_OPT | KL_OUT, 2, {T, D}, NULL},
         {&a->weight, "weight", F32, 0, 1, {D}, NULL},
         {&a->out, "out", act, KL_OPT | KL_OUT, 2, {T, D}, &a->x},
     };
@@ -71,47 +71,121 @@ kl_status kl_check_gated_rms_norm(const kl_gated_rms_norm *a, kl_error *err)
     return kl_require_positive(op, "eps", a->eps, err);
 }
 
+/* ---- products -------------------------------------------------------------------------- */
+
+/* Names of a map's arguments, as messages have them. */
+typedef struct {
+    const char *x, *w, *out, *norm_weight, *residual, *act, *norm_eps;
+} map_names;
+
+static const map_names ALONE = {"x", "w", "out", "norm_weight", "residual", "act", "norm_eps"};
+static const map_names FIRST = {"first.x",           "first.w",        "first.out",
+                                "first.norm_weight", "first.residual", "first.act",
+                                "first.norm_eps"};
+static const map_names SECOND = {"second.x",           "second.w",        "second.out",
+                                 "second.norm_weight", "second.residual", "second.act",
+                                 "second.norm_eps"};
+
+enum { MAP_RULES = 4 };
+
+static int64_t width_of(const kl_linear *a)
+{
+    return kl_tensor_absent(&a->out) ? a->residual.shape[1] : a->out.shape[1];
+}
+
+/* The tensors of a map from T tokens: `act` bit of its activations, flags of x and out. */
+static void map_rules(const kl_linear *a, const map_names *n, int64_t T, unsigned act,
+                      unsigned flags, kl_rule rules[MAP_RULES])
+{
+    const int64_t in = a->x.shape[1], O = width_of(a);
+    const bool norms = !kl_tensor_absent(&a->norm_weight);
+    const unsigned x = norms ? F32 | act : KL_ANY_FLOAT, out = KL_OUT | KL_OPT;
+    rules[0] = (kl_rule){&a->x, n->x, x, flags, 2, {T, in}, NULL};
+    rules[1] = (kl_rule){&a->norm_weight, n->norm_weight, F32, KL_OPT, 1, {in}, NULL};
+    rules[2] = (kl_rule){&a->out, n->out, F32 | act, flags | out, 2, {T, O}, NULL};
+    rules[3] = (kl_rule){&a->residual, n->residual, F32, out, 2, {T, O}, NULL};
+}
+
+/* What tables do not say of a map: its norm's numbers, and one place for the result. */
+static kl_status check_ends(const char *op, const kl_linear *a, const map_names *n,
+                            kl_error *err)
+{
+    const bool norms = !kl_tensor_absent(&a->norm_weight);
+    const bool has_out = !kl_tensor_absent(&a->out);
+    if (has_out && !kl_tensor_absent(&a->residual))
+        return kl_fail(err, KL_ERR_VALUE, "%s: %s must be absent with a residual", op, n->out);
+    if (!has_out && kl_tensor_absent(&a->residual))
+        return kl_fail(err, KL_ERR_VALUE, "%s: %s or %s must be given", op, n->out,
+                       n->residual);
+    if (!norms) return KL_OK;
+    if (a->act != KL_F32 && a->act != KL_BF16)
+        return kl_fail(err, KL_ERR_TYPE, "%s: %s must be float32 or bfloat16, got %s", op,
+                       n->act, (unsigned)a->act < KL_N_DTYPES ? kl_dtype_name(a->act) : "?");
+    return kl_require_positive(op, n->norm_eps, a->norm_eps, err);
+}
+
+/* The act of a map whose x may still be anything. */
+static unsigned act_bit_of(const kl_linear *a)
+{
+    if (kl_tensor_absent(&a->norm_weight)) return kl_act_bit(&a->x);
+    return KL_DTYPE_BIT(a->act);
+}
+
 kl_status kl_check_linear(const kl_linear *a, kl_error *err)
 {
     static const char op[] = "linear";
-    const int64_t T = a->x.shape[0], in = a->x.shape[1], O = a->out.shape[1];
-    const kl_rule rules[] = {
-        {&a->x, "x", KL_ANY_FLOAT, KL_ROWS, 2, {T, in}, NULL},
-        {&a->out, "out", F32 | kl_act_bit(&a->x), KL_ROWS | KL_OUT, 2, {T, O}, NULL},
-    };
+    kl_rule rules[MAP_RULES];
+    KL_TRY(check_ends(op, a, &ALONE, err));
+    map_rules(a, &ALONE, a->x.shape[0], act_bit_of(a), KL_ROWS, rules);
     KL_REQUIRE_TENSORS(op, rules, err);
-    return kl_require_weight(op, "w", &a->w, 1, O, in, KL_ANY_FORMAT, err);
+    return kl_require_weight(op, "w", &a->w, 1, width_of(a), a->x.shape[1], KL_ANY_FORMAT, err);
 }
 
 kl_status kl_check_linear_pair(const kl_linear_pair *a, kl_error *err)
 {
     static const char op[] = "linear_pair";
     const kl_linear *f = &a->first, *s = &a->second;
-    const int64_t T = f->x.shape[0], O[] = {f->out.shape[1], s->out.shape[1]};
-    const kl_rule rules[] = {
-        {&f->x, "first.x", KL_ANY_FLOAT, KL_ROWS, 2, {T, f->x.shape[1]}, NULL},
-        {&s->x, "second.x", kl_act_bit(&f->x), KL_ROWS, 2, {T, s->x.shape[1]}, NULL},
-        {&f->out, "first.out", F32 | kl_act_bit(&f->x), KL_ROWS | KL_OUT, 2, {T, O[0]}, NULL},
-        {&s->out, "second.out", F32 | kl_act_bit(&f->x), KL_ROWS | KL_OUT, 2, {T, O[1]}, NULL},
-    };
+    kl_rule rules[2 * MAP_RULES];
+    KL_TRY(check_ends(op, f, &FIRST, err));
+    KL_TRY(check_ends(op, s, &SECOND, err));
+    const unsigned act = act_bit_of(f);
+    if (!kl_tensor_absent(&s->norm_weight) && KL_DTYPE_BIT(s->act) != act)
+        return kl_fail(err, KL_ERR_TYPE, "%s: second.act must be the first's, got %s", op,
+                       kl_dtype_name(s->act));
+    map_rules(f, &FIRST, f->x.shape[0], act, KL_ROWS, rules);
+    map_rules(s, &SECOND, f->x.shape[0], act, KL_ROWS, rules + MAP_RULES);
+    if (kl_tensor_absent(&s->norm_weight)) rules[MAP_RULES].dtypes = act;
     KL_REQUIRE_TENSORS(op, rules, err);
-    KL_TRY(kl_require_weight(op, "first.w", &f->w, 1, O[0], f->x.shape[1], KL_ANY_FORMAT, err));
-    return kl_require_weight(op, "second.w", &s->w, 1, O[1], s->x.shape[1], KL_ANY_FORMAT, err);
+    KL_TRY(kl_require_weight(op, FIRST.w, &f->w, 1, width_of(f), f->x.shape[1], KL_ANY_FORMAT,
+                             err));
+    return kl_require_weight(op, SECOND.w, &s->w, 1, width_of(s), s->x.shape[1], KL_ANY_FORMAT,
+                             err);
 }
 
+/* Its ends are those of one map. */
 kl_status kl_check_mlp(const kl_mlp *a, kl_error *err)
 {
     static const char op[] = "mlp";
     const int64_t T = a->x.shape[0], D = a->x.shape[1], inner = a->w1.rows;
-    const kl_rule rules[] = {
-        {&a->x, "x", KL_ANY_FLOAT, 0, 2, {T, D}, NULL},
-        {&a->out, "out", kl_act_bit(&a->x), KL_OUT, 2, {T, D}, NULL},
-    };
+    const kl_linear ends = {.x = a->x,
+                            .out = a->out,
+                            .norm_weight = a->norm_weight,
+                            .residual = a->residual,
+                            .act = a->act,
+                            .norm_eps = a->norm_eps};
+    kl_rule rules[MAP_RULES];
+    KL_TRY(check_ends(op, &ends, &ALONE, err));
+    map_rules(&ends, &ALONE, T, act_bit_of(&ends), 0, rules);
+    rules[2].dtypes = act_bit_of(&ends);
+    rules[2].shape[1] = rules[3].shape[1] = D;
+    rules[3].may_be = &ends.x;
     KL_REQUIRE_TENSORS(op, rules, err);
     KL_TRY(kl_require_weight(op, "w1", &a->w1, 1, inner, D, KL_ANY_FORMAT, err));
     KL_TRY(kl_require_weight(op, "w3", &a->w3, 1, inner, D, KL_ANY_FORMAT, err));
     return kl_require_weight(op, "w2", &a->w2, 1, D, inner, KL_ANY_FORMAT, err);
 }
+
+/* ---- weights and their making ---------------------------------------------------------- */
 
 kl_status kl_check_pack_weight(const kl_pack_weight *a, kl_error *err)
 {

@@ -69,11 +69,27 @@ kl_cost kl_cost_gated_rms_norm(const kl_gated_rms_norm *a)
     };
 }
 
+/* The norm of x, if there is one: square, sum, two products. */
+static double norm_flops(const kl_tensor *x, const kl_tensor *norm_weight)
+{
+    return kl_tensor_absent(norm_weight) ? 0 : 4 * (double)kl_tensor_size(x);
+}
+
+/* A residual is read, added to and written. */
+static kl_cost residual_cost(const kl_tensor *residual)
+{
+    if (kl_tensor_absent(residual)) return (kl_cost){0, 0};
+    return (kl_cost){(double)kl_tensor_size(residual), 2 * tensor_bytes(residual)};
+}
+
 kl_cost kl_cost_linear(const kl_linear *a)
 {
+    const kl_cost sum = residual_cost(&a->residual);
     return (kl_cost){
-        .flops = 2 * dim(&a->x, 0) * (double)a->w.rows * (double)a->w.cols,
-        .bytes = tensor_bytes(&a->x) + weight_bytes(&a->w) + tensor_bytes(&a->out),
+        .flops = 2 * dim(&a->x, 0) * (double)a->w.rows * (double)a->w.cols +
+                 norm_flops(&a->x, &a->norm_weight) + sum.flops,
+        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->norm_weight) + weight_bytes(&a->w) +
+                 tensor_bytes(&a->out) + sum.bytes,
     };
 }
 
@@ -91,10 +107,13 @@ static double ffn_flops(double T, const kl_weight *w1)
 
 kl_cost kl_cost_mlp(const kl_mlp *a)
 {
+    const kl_cost sum = residual_cost(&a->residual);
     return (kl_cost){
-        .flops = ffn_flops(dim(&a->x, 0), &a->w1),
-        .bytes = tensor_bytes(&a->x) + weight_bytes(&a->w1) + weight_bytes(&a->w3) +
-                 weight_bytes(&a->w2) + tensor_bytes(&a->out),
+        .flops =
+            ffn_flops(dim(&a->x, 0), &a->w1) + norm_flops(&a->x, &a->norm_weight) + sum.flops,
+        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->norm_weight) + weight_bytes(&a->w1) +
+                 weight_bytes(&a->w3) + weight_bytes(&a->w2) + tensor_bytes(&a->out) +
+                 sum.bytes,
     };
 }
 

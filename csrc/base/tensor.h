@@ -105,6 +105,16 @@ static inline kl_tensor kl_columns(const kl_tensor *t, int64_t first, int64_t co
     return v;
 }
 
+/* Rows [first, first + rows) of a tensor, which may be absent. */
+static inline kl_tensor kl_row_slice(const kl_tensor *t, int64_t first, int64_t rows)
+{
+    kl_tensor v = *t;
+    const int64_t at = first * t->stride[0] * (int64_t)kl_dtype_bytes(t->dtype);
+    v.data = t->data == NULL ? NULL : (char *)t->data + at;
+    v.shape[0] = rows;
+    return v;
+}
+
 /* A [T, H * K] view, rows strided, as [T, H, K]. */
 static inline kl_tensor kl_heads(kl_tensor t, int64_t H, int64_t K)
 {

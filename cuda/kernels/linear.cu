@@ -1,9 +1,10 @@
 /*
  * linear.cu -- linear, linear_pair and mlp: which kernel computes their products.
- * Computes     linear: out = x w^T;  linear_pair: two of them;  mlp: out = (silu(x w1^T) * (x w3^T))
- *              w2^T
+ * Computes     linear: out = h w^T;  linear_pair: two of them;  mlp: out = (silu(h w1^T) * (h w3^T))
+ *              w2^T;  h = x or norm(x), and a residual += out, where no kernel of a product does so
  * Shapes       linear: x [T, in], w [O, in], out [T, O];  mlp: x, out [T, D], w1, w3 [I, D]
- * Layout       rows strided; the inner product of mlp lies dense in the workspace
+ * Layout       rows strided; h, the inner product of mlp and what is added to a residual lie
+ *              dense in the workspace
  * Precision    that of linear_{single,few,many,any}.cu; inner rounded to act
  * Grid         theirs
  * Roofline     theirs; the inner product of mlp is written and read once more, 2 * 2 T I bytes
@@ -12,6 +13,7 @@
 #include "../blas.h"
 #include "../device/weight.cuh"
 #include "../product.h"
+#include "backend/ends.h"
 
 namespace {
 
@@ -29,7 +31,7 @@ bool suits_tensor_cores(const kl_cuda_product *p)
     const weight_view w = weight_view_of(p->w), up = weight_view_of(p->up);
     const bool gated = p->up.data != nullptr;
     return p->act == KL_BF16 && p->w.cols % 8 == 0 && p->w.cols < MAX_COLS &&
-           is_aligned(p->x, p->x_stride, sizeof(bf16), 16) && has_pieces(w) &&
+           is_aligned(p->x, p->x_stride, kl_dtype_bytes(p->x_dtype), 16) && has_pieces(w) &&
            (!gated || (p->up.format == p->w.format && has_pieces(up)));
 }
 
@@ -49,52 +51,73 @@ size_t align_up(size_t bytes)
     return (bytes + 255) / 256 * 256;
 }
 
+size_t act_bytes(kl_dtype act, int64_t rows, int64_t cols)
+{
+    return align_up(static_cast<size_t>(rows) * static_cast<size_t>(cols) *
+                    kl_dtype_bytes(act));
+}
+
 kl_cuda_product gate_up_of(const kl_mlp *a, void *inner)
 {
+    const kl_dtype act = kl_mlp_act(a);
     return {
         .x = a->x.data,
-        .act = a->x.dtype,
+        .act = act,
+        .x_dtype = a->x.dtype,
         .T = a->x.shape[0],
         .x_stride = a->x.stride[0],
         .w = a->w1,
         .up = a->w3,
         .out = inner,
-        .out_dtype = a->x.dtype,
+        .out_dtype = act,
         .out_stride = a->w1.rows,
+        .norm_weight = static_cast<const float *>(a->norm_weight.data),
+        .norm_eps = a->norm_eps,
+        .residual = nullptr,
     };
 }
 
 kl_cuda_product down_of(const kl_mlp *a, const void *inner)
 {
+    const kl_dtype act = kl_mlp_act(a);
     return {
         .x = inner,
-        .act = a->x.dtype,
+        .act = act,
+        .x_dtype = act,
         .T = a->x.shape[0],
         .x_stride = a->w1.rows,
         .w = a->w2,
+        .up = {},
         .out = a->out.data,
-        .out_dtype = a->out.dtype,
-        .out_stride = a->out.stride[0],
+        .out_dtype = act,
+        .out_stride = a->w2.rows,
+        .norm_weight = nullptr,
+        .norm_eps = 0,
+        .residual = static_cast<float *>(a->residual.data),
     };
 }
 
 size_t inner_bytes(const kl_mlp *a)
 {
-    return align_up(static_cast<size_t>(a->x.shape[0]) * static_cast<size_t>(a->w1.rows) *
-                    kl_dtype_bytes(a->x.dtype));
+    return act_bytes(kl_mlp_act(a), a->x.shape[0], a->w1.rows);
 }
 
 kl_cuda_product product_of(const kl_linear *a)
 {
     return {
         .x = a->x.data,
-        .act = a->x.dtype,
+        .act = kl_linear_act(a),
+        .x_dtype = a->x.dtype,
         .T = a->x.shape[0],
         .x_stride = a->x.stride[0],
         .w = a->w,
+        .up = {},
         .out = a->out.data,
         .out_dtype = a->out.dtype,
         .out_stride = a->out.stride[0],
+        .norm_weight = static_cast<const float *>(a->norm_weight.data),
+        .norm_eps = a->norm_eps,
+        .residual = static_cast<float *>(a->residual.data),
     };
 }
 
@@ -111,13 +134,71 @@ way way_of(kl_backend *be, const kl_cuda_product *p)
     return suits_streaming(p) && !invariant ? way::FEW : way::MANY;
 }
 
-} // namespace
-
-kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace ws,
-                              kl_error *err)
+/* Whether the kernel of a way does the norm and the sum itself. */
+bool takes_ends(way, const kl_cuda_product *p)
 {
-    if (p->T == 0 || p->w.rows == 0) return KL_OK;
-    switch (way_of(be, p)) {
+    return p->norm_weight == nullptr && p->residual == nullptr;
+}
+
+/* ---- norm, product, sum as kernels of their own -------------------------------------------- */
+
+size_t h_bytes(const kl_cuda_product *p)
+{
+    return p->norm_weight == nullptr ? 0 : act_bytes(p->act, p->T, p->w.cols);
+}
+
+/* Of h, and y behind it. */
+size_t ends_bytes(const kl_cuda_product *p)
+{
+    return h_bytes(p) + (p->residual == nullptr ? 0 : act_bytes(p->act, p->T, p->w.rows));
+}
+
+size_t plain_workspace(const kl_cuda_product *p)
+{
+    return p->T <= FEW_TOKENS || is_quantised(p) ? 0 : KL_CUDA_BLAS_BYTES;
+}
+
+/* The product alone: from h to y, both in the workspace where they are no arguments. */
+kl_cuda_product plain_of(const kl_cuda_product *p, char *ws)
+{
+    kl_cuda_product plain = *p;
+    plain.norm_weight = nullptr;
+    plain.residual = nullptr;
+    plain.x_dtype = p->act;
+    if (p->norm_weight != nullptr) plain.x = ws, plain.x_stride = p->w.cols;
+    if (p->residual == nullptr) return plain;
+    plain.out = ws + h_bytes(p);
+    plain.out_dtype = p->act;
+    plain.out_stride = p->w.rows;
+    return plain;
+}
+
+kl_status run_norm(kl_backend *be, const kl_cuda_product *p, const kl_cuda_product *plain,
+                   kl_error *err)
+{
+    if (p->norm_weight == nullptr) return KL_OK;
+    kl_tensor x = kl_tensor_2d(const_cast<void *>(p->x), p->x_dtype, p->T, p->w.cols);
+    x.stride[0] = p->x_stride;
+    const kl_tensor h = kl_tensor_2d(const_cast<void *>(plain->x), plain->act, p->T, p->w.cols);
+    const kl_tensor weight =
+        kl_tensor_1d(const_cast<float *>(p->norm_weight), KL_F32, p->w.cols);
+    const kl_rms_norm norm = kl_norm_before(x, weight, p->norm_eps, h);
+    return kl_cuda_rms_norm(be, &norm, err);
+}
+
+kl_status run_sum(kl_backend *be, const kl_cuda_product *p, const kl_cuda_product *plain,
+                  kl_error *err)
+{
+    if (p->residual == nullptr) return KL_OK;
+    const kl_tensor y = kl_tensor_2d(plain->out, plain->act, p->T, p->w.rows);
+    const kl_rms_norm sum = kl_sum_after(y, kl_tensor_2d(p->residual, KL_F32, p->T, p->w.rows));
+    return kl_cuda_rms_norm(be, &sum, err);
+}
+
+kl_status run_way(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace ws,
+                  kl_error *err)
+{
+    switch (w) {
     case way::SINGLE:
         return kl_cuda_product_single(be, p, err);
     case way::FEW:
@@ -131,9 +212,50 @@ kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_works
     }
 }
 
+/* Two products of one input, normalised alike. */
+bool same_input(const kl_cuda_product *a, const kl_cuda_product *b)
+{
+    return a->x == b->x && a->x_dtype == b->x_dtype && a->x_stride == b->x_stride &&
+           a->w.cols == b->w.cols && a->norm_weight == b->norm_weight &&
+           a->norm_eps == b->norm_eps && a->act == b->act;
+}
+
+/* One launch for both, where there is one. */
+bool suits_pair(kl_backend *be, const kl_cuda_product *first, const kl_cuda_product *second)
+{
+    const bool formats = first->w.format == second->w.format || first->w.format == KL_W_BF16;
+    const bool few = way_of(be, first) == way::FEW && way_of(be, second) == way::FEW;
+    return formats && few && takes_ends(way::FEW, first) && takes_ends(way::FEW, second);
+}
+
+kl_status run_plain_pair(kl_backend *be, const kl_cuda_product *first,
+                         const kl_cuda_product *second, kl_workspace ws, kl_error *err)
+{
+    if (suits_pair(be, first, second)) return kl_cuda_product_few_pair(be, first, second, err);
+    KL_TRY(run_way(be, way_of(be, first), first, ws, err));
+    return run_way(be, way_of(be, second), second, ws, err);
+}
+
+} // namespace
+
+kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace ws,
+                              kl_error *err)
+{
+    if (p->T == 0 || p->w.rows == 0) return KL_OK;
+    const way whole = way_of(be, p);
+    if (takes_ends(whole, p)) return run_way(be, whole, p, ws, err);
+    char *const start = static_cast<char *>(ws.data);
+    const size_t used = ends_bytes(p);
+    const kl_workspace rest = {start + used, ws.bytes - used};
+    const kl_cuda_product plain = plain_of(p, start);
+    KL_TRY(run_norm(be, p, &plain, err));
+    KL_TRY(run_way(be, way_of(be, &plain), &plain, rest, err));
+    return run_sum(be, p, &plain, err);
+}
+
 size_t kl_cuda_product_workspace(const kl_cuda_product *p)
 {
-    return p->T <= FEW_TOKENS || is_quantised(p) ? 0 : KL_CUDA_BLAS_BYTES;
+    return ends_bytes(p) + plain_workspace(p);
 }
 
 kl_status kl_cuda_linear(kl_backend *be, const kl_linear *a, kl_error *err)
@@ -151,19 +273,29 @@ size_t kl_cuda_linear_workspace(kl_backend *, const kl_linear *a)
 kl_status kl_cuda_linear_pair(kl_backend *be, const kl_linear_pair *a, kl_error *err)
 {
     const kl_cuda_product first = product_of(&a->first), second = product_of(&a->second);
-    const bool formats = first.w.format == second.w.format || first.w.format == KL_W_BF16;
-    const bool empty = first.T == 0 || first.w.rows == 0 || second.w.rows == 0;
-    if (!empty && formats && way_of(be, &first) == way::FEW && way_of(be, &second) == way::FEW)
+    if (first.T == 0) return KL_OK;
+    if (suits_pair(be, &first, &second))
         return kl_cuda_product_few_pair(be, &first, &second, err);
-    KL_TRY(kl_cuda_product_run(be, &first, a->ws, err));
-    return kl_cuda_product_run(be, &second, a->ws, err);
+    char *const ws = static_cast<char *>(a->ws.data);
+    const size_t used = ends_bytes(&first) + ends_bytes(&second);
+    const kl_workspace rest = {ws + used, a->ws.bytes - used};
+    const kl_cuda_product f = plain_of(&first, ws);
+    kl_cuda_product s = plain_of(&second, ws + ends_bytes(&first));
+    KL_TRY(run_norm(be, &first, &f, err));
+    if (same_input(&first, &second))
+        s.x = f.x;
+    else
+        KL_TRY(run_norm(be, &second, &s, err));
+    KL_TRY(run_plain_pair(be, &f, &s, rest, err));
+    KL_TRY(run_sum(be, &first, &f, err));
+    return run_sum(be, &second, &s, err);
 }
 
-size_t kl_cuda_linear_pair_workspace(kl_backend *be, const kl_linear_pair *a)
+size_t kl_cuda_linear_pair_workspace(kl_backend *, const kl_linear_pair *a)
 {
-    const size_t first = kl_cuda_linear_workspace(be, &a->first);
-    const size_t second = kl_cuda_linear_workspace(be, &a->second);
-    return first > second ? first : second;
+    const kl_cuda_product first = product_of(&a->first), second = product_of(&a->second);
+    const size_t f = plain_workspace(&first), s = plain_workspace(&second);
+    return ends_bytes(&first) + ends_bytes(&second) + (f > s ? f : s);
 }
 
 kl_status kl_cuda_mlp(kl_backend *be, const kl_mlp *a, kl_error *err)

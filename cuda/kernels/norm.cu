@@ -4,7 +4,7 @@
  * Computes     r = residual + x, stored back;  out = r / sqrt(mean(r^2) + eps) * weight
  *              out = x / sqrt(mean(x^2) + eps) * weight * sigmoid(z), a row for each head
  * Shapes       x, residual, out [T, D];  x, z, out [T, H, D];  weight [D]
- * Layout       the first axis of x and z may have any stride, the rest is dense
+ * Layout       the first axis of x, z and residual may have any stride, the rest is dense
  * Precision    f32 or bf16 in and out, the residual f32 too; f32 inside. What is normalised is
  *              the sum as it was stored
  * Grid         rms_norm: a block a row, which stays in registers between the sum and the scaling;
@@ -31,7 +31,7 @@ struct rms_arguments {
     void *residual;
     const float *weight;
     void *out;
-    int64_t x_stride, D;
+    int64_t x_stride, residual_stride, D;
     float eps;
 };
 
@@ -56,7 +56,7 @@ template <class A, class R, int VEC, int THREADS, int CHUNKS>
 __device__ void read_sum(const rms_arguments &a, int64_t t, float (&r)[CHUNKS][VEC])
 {
     const A *x = static_cast<const A *>(a.x) + t * a.x_stride;
-    R *residual = static_cast<R *>(a.residual) + t * a.D;
+    R *residual = static_cast<R *>(a.residual) + t * a.residual_stride;
     float s[CHUNKS][VEC];
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -124,7 +124,7 @@ __global__ __launch_bounds__(LOOP_THREADS) void rms_norm_loop_kernel(
     __shared__ float sums[LOOP_THREADS / WARP];
     const int64_t t = blockIdx.x;
     const A *x = static_cast<const A *>(a.x) + t * a.x_stride;
-    R *residual = static_cast<R *>(a.residual) + t * a.D;
+    R *residual = static_cast<R *>(a.residual) + t * a.residual_stride;
     A *out = static_cast<A *>(a.out) + t * a.D;
     float sum = 0;
     let_next_start();
@@ -280,6 +280,7 @@ kl_status kl_cuda_rms_norm(kl_backend *be, const kl_rms_norm *a, kl_error *err)
         .weight = static_cast<const float *>(a->weight.data),
         .out = a->out.data,
         .x_stride = a->x.stride[0],
+        .residual_stride = a->residual.stride[0],
         .D = D,
         .eps = a->eps,
     };

@@ -195,6 +195,7 @@ kl_cuda_product product_of(const kl_token_logprobs *a, int64_t first, int64_t n,
     return {
         .x = static_cast<const char *>(a->hidden.data) + skipped,
         .act = a->hidden.dtype,
+        .x_dtype = a->hidden.dtype,
         .T = n,
         .x_stride = D,
         .w = kl_weight_slice(&a->lm_head, 0, row, rows),
@@ -202,6 +203,9 @@ kl_cuda_product product_of(const kl_token_logprobs *a, int64_t first, int64_t n,
         .out = out,
         .out_dtype = KL_F32,
         .out_stride = stride,
+        .norm_weight = nullptr,
+        .norm_eps = 0,
+        .residual = nullptr,
     };
 }
 

@@ -17,6 +17,7 @@ enum { RANK = 9, ROPE = 3, NOPE = 5, P = 6, B = 2, TOP = 3, ROWS = 70 };
 /* Memory that nobody reads: each tensor gets a piece of its own. */
 static _Alignas(64) char memory[1 << 20];
 static size_t used;
+static const kl_tensor none;
 
 static void *piece(size_t bytes)
 {
@@ -110,7 +111,6 @@ static void norms(void)
                      .weight = f32(1, D, 1, 1, 1),
                      .out = f32(2, T, D, 1, 1),
                      .eps = 1e-5f};
-    const kl_tensor none = {0};
     ACCEPTED(rms_norm, n, NOTHING);
     ACCEPTED(rms_norm, n, n.out = n.x);
     ACCEPTED(rms_norm, n, n.residual = none);
@@ -125,8 +125,9 @@ static void norms(void)
     BAD_VALUE(rms_norm, n, n.weight = none, "rms_norm: weight must be given");
     BAD_VALUE(rms_norm, n, n.out.data = (char *)n.x.data + 4,
               "rms_norm: out must not overlap x");
-    BAD_VALUE(rms_norm, n, n.residual.stride[0] = 2 * D,
-              "rms_norm: residual must be dense: stride[0] must be 6, got 12");
+    ACCEPTED(rms_norm, n, (n.residual = f32(2, T, 2 * D, 1, 1), n.residual.shape[1] = D));
+    BAD_VALUE(rms_norm, n, n.residual.stride[0] = D - 1,
+              "rms_norm: rows of residual must not overlap: stride[0] must be >= 6, got 5");
 
     kl_gated_rms_norm g = {.x = f32(3, T, H, V, 1),
                            .z = f32(3, T, H, V, 1),
@@ -147,7 +148,6 @@ static void linear(void)
 {
     kl_linear a = {
         .x = f32(2, T, D, 1, 1), .w = weight(KL_W_INT4, 1, I, D), .out = f32(2, T, I, 1, 1)};
-    const kl_tensor none = {0};
     ACCEPTED(linear, a, NOTHING);
     ACCEPTED(linear, a, a.x.shape[0] = a.out.shape[0] = 0);
     ACCEPTED(linear, a, a.x.stride[0] = -D);
@@ -202,6 +202,75 @@ static void linear_pair(void)
               "linear_pair: second.w must be 1 x [6, 12], each at least 1, got 1 x [7, 12]");
     BAD_TYPE(linear_pair, a, a.second.x.dtype = KL_BF16,
              "linear_pair: second.x must be float32, got bfloat16");
+}
+
+/* The stream is float32, what comes of its norm bf16. */
+static void ends_of_products(void)
+{
+    kl_linear a = {.x = f32(2, T, D, 1, 1),
+                   .w = weight(KL_W_F32, 1, I, D),
+                   .norm_weight = f32(1, D, 1, 1, 1),
+                   .residual = f32(2, T, I, 1, 1),
+                   .act = KL_BF16,
+                   .norm_eps = 1e-5f};
+    ACCEPTED(linear, a, NOTHING);
+    ACCEPTED(linear, a, a.x.dtype = KL_BF16);
+    ACCEPTED(linear, a, (a.out = a.residual, a.out.dtype = KL_BF16, a.residual = none));
+    BAD_TYPE(linear, a, (a.x.dtype = KL_BF16, a.act = KL_F32),
+             "linear: x must be float32, got bfloat16");
+    BAD_TYPE(linear, a, a.act = KL_U8, "linear: act must be float32 or bfloat16, got uint8");
+    BAD_TYPE(linear, a, a.act = (kl_dtype)77, "linear: act must be float32 or bfloat16, got ?");
+    BAD_TYPE(linear, a, a.norm_weight.dtype = KL_BF16,
+             "linear: norm_weight must be float32, got bfloat16");
+    BAD_TYPE(linear, a, a.residual.dtype = KL_BF16,
+             "linear: residual must be float32, got bfloat16");
+    BAD_VALUE(linear, a, a.norm_weight.shape[0] = D + 1,
+              "linear: norm_weight.shape[0] must be 6, got 7");
+    BAD_VALUE(linear, a, a.norm_eps = 0, "linear: norm_eps must be finite and > 0, got 0");
+    BAD_VALUE(linear, a, a.residual.shape[0] = T + 1,
+              "linear: residual.shape[0] must be 5, got 6");
+    BAD_VALUE(linear, a, a.residual.stride[0] = I + 1,
+              "linear: residual must be dense: stride[0] must be 12, got 13");
+    BAD_VALUE(linear, a, a.residual.data = a.x.data, "linear: residual must not overlap x");
+    BAD_VALUE(linear, a, a.out = f32(2, T, I, 1, 1),
+              "linear: out must be absent with a residual");
+    BAD_VALUE(linear, a, a.residual = none, "linear: out or residual must be given");
+}
+
+static void ends_of_pairs_and_mlp(void)
+{
+    kl_linear_pair a = {.first = {.x = f32(2, T, D, 1, 1),
+                                  .w = weight(KL_W_F32, 1, I, D),
+                                  .norm_weight = f32(1, D, 1, 1, 1),
+                                  .out = f32(2, T, I, 1, 1),
+                                  .act = KL_BF16,
+                                  .norm_eps = 1e-5f}};
+    a.second = a.first, a.second.out = f32(2, T, I, 1, 1);
+    ACCEPTED(linear_pair, a, NOTHING);
+    ACCEPTED(linear_pair, a, (a.second.norm_weight = none, a.second.x.dtype = KL_BF16));
+    BAD_TYPE(linear_pair, a, a.second.norm_weight = none,
+             "linear_pair: second.x must be bfloat16, got float32");
+    BAD_TYPE(linear_pair, a, a.second.act = KL_F32,
+             "linear_pair: second.act must be the first's, got float32");
+    BAD_VALUE(linear_pair, a, a.second.norm_eps = -1,
+              "linear_pair: second.norm_eps must be finite and > 0, got -1");
+    BAD_VALUE(linear_pair, a, (a.first.out = none, a.first.residual = a.second.out),
+              "linear_pair: first.residual must not overlap second.out");
+
+    kl_mlp m = {.x = f32(2, T, D, 1, 1),
+                .w1 = weight(KL_W_F32, 1, I, D),
+                .w3 = weight(KL_W_F32, 1, I, D),
+                .w2 = weight(KL_W_F32, 1, D, I),
+                .norm_weight = f32(1, D, 1, 1, 1),
+                .act = KL_BF16,
+                .norm_eps = 1e-5f};
+    m.residual = m.x;
+    ACCEPTED(mlp, m, NOTHING);
+    BAD_VALUE(mlp, m, m.residual.data = (float *)m.x.data + 1,
+              "mlp: residual must not overlap x");
+    BAD_VALUE(mlp, m, m.residual = none, "mlp: out or residual must be given");
+    BAD_TYPE(mlp, m, (m.residual = none, m.out = f32(2, T, D, 1, 1)),
+             "mlp: out must be bfloat16, got float32");
 }
 
 static void column_slices_interleave(void)
@@ -265,7 +334,6 @@ static void short_conv(void)
                        .slots = i32(1, N, 1),
                        .cu_seqlens = i32(1, N + 1, 1),
                        .out = f32(2, T, C, 1, 1)};
-    const kl_tensor none = {0};
     ACCEPTED(short_conv, a, NOTHING);
     ACCEPTED(short_conv, a, a.slots = none);
     ACCEPTED(short_conv, a, (a.weight = f32(2, C, 1, 1, 1), a.state = f32(3, S, C, 0, 1)));
@@ -304,7 +372,6 @@ static kl_kda right_kda(int64_t tokens)
 static void kda_shapes(void)
 {
     kl_kda a = right_kda(T);
-    const kl_tensor none = {0};
     a.cu_seqlens = i32(1, N + 1, 1);
     ACCEPTED(kda_prefill, a, NOTHING);
     ACCEPTED(kda_prefill, a, a.slots = none);
@@ -371,7 +438,6 @@ static void kda_mixer(void)
                       .gate = KL_GATE_DIRECT,
                       .scale = 0.5f,
                       .eps = 1e-5f};
-    const kl_tensor none = {0};
     ACCEPTED(kda_mixer, a, NOTHING);
     ACCEPTED(kda_mixer, a, a.slots = none);
     BAD_VALUE(kda_mixer, a, a.state = f32(4, S, H, K, V), /* transposed */
@@ -436,7 +502,6 @@ static void mla_append(void)
                        .lengths = i32(1, N, 1),
                        .cu_seqlens = i32(1, N + 1, 1),
                        .eps = 1e-5f};
-    const kl_tensor none = {0};
     ACCEPTED(mla_append, a, NOTHING);
     ACCEPTED(mla_append, a, (a.norm_weight = none, a.eps = 0));
     BAD_VALUE(mla_append, a, a.eps = -1, "mla_append: eps must be finite and > 0, got -1");
@@ -456,7 +521,6 @@ static void mla_lay_out(void)
                         .cu_seqlens = i32(1, N + 1, 1),
                         .lengths = i32(1, N, 1),
                         .block_table = i32(2, N, B)};
-    const kl_tensor none = {0};
     ACCEPTED(mla_lay_out, a, NOTHING);
     ACCEPTED(mla_lay_out, a, a.cu_past = none);
     BAD_VALUE(mla_lay_out, a, a.cu_seqlens = none, "mla_lay_out: cu_seqlens must be given");
@@ -533,10 +597,10 @@ static void moe(void)
                         .shared_w3 = weight(KL_W_BF16, 1, 3, D),
                         .shared_w2 = weight(KL_W_BF16, 1, D, 3),
                         .out = f32(2, T, D, 1, 1)};
-    const kl_weight none = {0};
+    const kl_weight no_weight = {0};
     ACCEPTED(moe_experts, a, NOTHING);
-    ACCEPTED(moe_experts, a, a.shared_w1 = a.shared_w2 = a.shared_w3 = none);
-    BAD_VALUE(moe_experts, a, a.shared_w3 = none,
+    ACCEPTED(moe_experts, a, a.shared_w1 = a.shared_w2 = a.shared_w3 = no_weight);
+    BAD_VALUE(moe_experts, a, a.shared_w3 = no_weight,
               "moe_experts: shared_w1, shared_w3 and shared_w2 must come together, got 2 of 3");
     BAD_VALUE(moe_experts, a, a.w2.count = E - 1,
               "moe_experts: w2 must be 8 x [6, 12], each at least 1, got 7 x [6, 12]");
@@ -566,7 +630,7 @@ static void moe_whole(void)
                 .top_groups = 1,
                 .norm_eps = 1e-5f,
                 .scaling = 1};
-    const kl_tensor none = {0}, out = tensor(KL_BF16, 2, T, D, 1, 1);
+    const kl_tensor out = tensor(KL_BF16, 2, T, D, 1, 1);
     ACCEPTED(moe, a, NOTHING);
     ACCEPTED(moe, a, a.residual = a.x);
     ACCEPTED(moe, a, a.bias = none);
@@ -600,7 +664,6 @@ static void logprobs_and_sampling(void)
                            .greedy = tensor(KL_U8, 1, T, 1, 1, 1),
                            .top_ids = i32(2, T, TOP),
                            .top_logprobs = f32(2, T, TOP, 1, 1)};
-    const kl_tensor none = {0};
     ACCEPTED(token_logprobs, l, NOTHING);
     ACCEPTED(token_logprobs, l, l.top_ids = l.top_logprobs = none);
     BAD_VALUE(token_logprobs, l, l.top_logprobs = none,
@@ -636,6 +699,10 @@ static void costs_of_known_calls(void)
         .x = f32(2, T, D, 1, 1), .w = weight(KL_W_INT8, 1, I, D), .out = f32(2, T, I, 1, 1)};
     EXPECT(kl_cost_linear(&l).flops == 2 * T * D * I);
     EXPECT(kl_cost_linear(&l).bytes == 4 * T * D + I * (64 + 2) + 4 * T * I);
+    kl_linear ends = l;
+    ends.out = none, ends.residual = l.out, ends.norm_weight = f32(1, D, 1, 1, 1);
+    EXPECT(kl_cost_linear(&ends).flops == 2 * T * D * I + 4 * T * D + T * I);
+    EXPECT(kl_cost_linear(&ends).bytes == 4 * T * D + 4 * D + I * (64 + 2) + 8 * T * I);
 
     const kl_kda d = right_kda(N);
     const double bytes = 4.0 * (2 * N * HK * K + N * H * V + N * H * K + N * H + N * H * V + N);
@@ -671,6 +738,8 @@ int main(void)
     RUN(norms);
     RUN(linear);
     RUN(linear_pair);
+    RUN(ends_of_products);
+    RUN(ends_of_pairs_and_mlp);
     RUN(column_slices_interleave);
     RUN(mlp_and_weights);
     RUN(short_conv);

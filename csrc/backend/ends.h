@@ -1,0 +1,28 @@
+/*
+ * ends.h -- the norm before a product and the sum after it, as operations, for backends that run
+ * them so.
+ */
+#ifndef KL_BACKEND_ENDS_H
+#define KL_BACKEND_ENDS_H
+
+#include "backend/ops.h"
+
+/* h = norm(x). An x of another dtype than h goes in as a residual, which nothing is added to. */
+static inline kl_rms_norm kl_norm_before(kl_tensor x, kl_tensor weight, float eps, kl_tensor h)
+{
+    kl_rms_norm a = {.weight = weight, .out = h, .eps = eps};
+    if (x.dtype == h.dtype)
+        a.x = x;
+    else
+        a.residual = x;
+    return a;
+}
+
+/* residual += y. The weight says how long a row is; without an out nobody reads it. */
+static inline kl_rms_norm kl_sum_after(kl_tensor y, kl_tensor residual)
+{
+    return (kl_rms_norm){
+        .x = y, .residual = residual, .weight = kl_tensor_1d(NULL, KL_F32, y.shape[1])};
+}
+
+#endif
