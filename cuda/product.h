@@ -16,9 +16,10 @@ typedef struct {
     void *out;       /* [T, O]; NULL with a residual */
     kl_dtype out_dtype;
     int64_t out_stride;
-    const float *norm_weight; /* [w.cols], or NULL: x is h */
+    bool norms, adds;         /* a plan asks for workspace before there is memory to point to */
+    const float *norm_weight; /* [w.cols], if it norms; else x is h */
     float norm_eps;
-    float *residual; /* [T, O] dense, or NULL; not with an `up` */
+    float *residual; /* [T, O] dense, if it adds; not with an `up` */
 } kl_cuda_product;
 
 /* Enqueue it, with at least kl_cuda_product_workspace() bytes of scratch memory. What the kernel

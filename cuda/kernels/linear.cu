@@ -71,6 +71,8 @@ kl_cuda_product gate_up_of(const kl_mlp *a, void *inner)
         .out = inner,
         .out_dtype = act,
         .out_stride = a->w1.rows,
+        .norms = !kl_tensor_absent(&a->norm_weight),
+        .adds = false,
         .norm_weight = static_cast<const float *>(a->norm_weight.data),
         .norm_eps = a->norm_eps,
         .residual = nullptr,
@@ -91,6 +93,8 @@ kl_cuda_product down_of(const kl_mlp *a, const void *inner)
         .out = a->out.data,
         .out_dtype = act,
         .out_stride = a->w2.rows,
+        .norms = false,
+        .adds = !kl_tensor_absent(&a->residual),
         .norm_weight = nullptr,
         .norm_eps = 0,
         .residual = static_cast<float *>(a->residual.data),
@@ -115,6 +119,8 @@ kl_cuda_product product_of(const kl_linear *a)
         .out = a->out.data,
         .out_dtype = a->out.dtype,
         .out_stride = a->out.stride[0],
+        .norms = !kl_tensor_absent(&a->norm_weight),
+        .adds = !kl_tensor_absent(&a->residual),
         .norm_weight = static_cast<const float *>(a->norm_weight.data),
         .norm_eps = a->norm_eps,
         .residual = static_cast<float *>(a->residual.data),
@@ -137,20 +143,20 @@ way way_of(kl_backend *be, const kl_cuda_product *p)
 /* Whether the kernel of a way does the norm and the sum itself. */
 bool takes_ends(way, const kl_cuda_product *p)
 {
-    return p->norm_weight == nullptr && p->residual == nullptr;
+    return !p->norms && !p->adds;
 }
 
 /* ---- norm, product, sum as kernels of their own -------------------------------------------- */
 
 size_t h_bytes(const kl_cuda_product *p)
 {
-    return p->norm_weight == nullptr ? 0 : act_bytes(p->act, p->T, p->w.cols);
+    return !p->norms ? 0 : act_bytes(p->act, p->T, p->w.cols);
 }
 
 /* Of h, and y behind it. */
 size_t ends_bytes(const kl_cuda_product *p)
 {
-    return h_bytes(p) + (p->residual == nullptr ? 0 : act_bytes(p->act, p->T, p->w.rows));
+    return h_bytes(p) + (!p->adds ? 0 : act_bytes(p->act, p->T, p->w.rows));
 }
 
 size_t plain_workspace(const kl_cuda_product *p)
@@ -162,11 +168,12 @@ size_t plain_workspace(const kl_cuda_product *p)
 kl_cuda_product plain_of(const kl_cuda_product *p, char *ws)
 {
     kl_cuda_product plain = *p;
+    plain.norms = plain.adds = false;
     plain.norm_weight = nullptr;
     plain.residual = nullptr;
     plain.x_dtype = p->act;
-    if (p->norm_weight != nullptr) plain.x = ws, plain.x_stride = p->w.cols;
-    if (p->residual == nullptr) return plain;
+    if (p->norms) plain.x = ws, plain.x_stride = p->w.cols;
+    if (!p->adds) return plain;
     plain.out = ws + h_bytes(p);
     plain.out_dtype = p->act;
     plain.out_stride = p->w.rows;
@@ -176,7 +183,7 @@ kl_cuda_product plain_of(const kl_cuda_product *p, char *ws)
 kl_status run_norm(kl_backend *be, const kl_cuda_product *p, const kl_cuda_product *plain,
                    kl_error *err)
 {
-    if (p->norm_weight == nullptr) return KL_OK;
+    if (!p->norms) return KL_OK;
     kl_tensor x = kl_tensor_2d(const_cast<void *>(p->x), p->x_dtype, p->T, p->w.cols);
     x.stride[0] = p->x_stride;
     const kl_tensor h = kl_tensor_2d(const_cast<void *>(plain->x), plain->act, p->T, p->w.cols);
@@ -189,7 +196,7 @@ kl_status run_norm(kl_backend *be, const kl_cuda_product *p, const kl_cuda_produ
 kl_status run_sum(kl_backend *be, const kl_cuda_product *p, const kl_cuda_product *plain,
                   kl_error *err)
 {
-    if (p->residual == nullptr) return KL_OK;
+    if (!p->adds) return KL_OK;
     const kl_tensor y = kl_tensor_2d(plain->out, plain->act, p->T, p->w.rows);
     const kl_rms_norm sum = kl_sum_after(y, kl_tensor_2d(p->residual, KL_F32, p->T, p->w.rows));
     return kl_cuda_rms_norm(be, &sum, err);
@@ -216,7 +223,7 @@ kl_status run_way(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace 
 bool same_input(const kl_cuda_product *a, const kl_cuda_product *b)
 {
     return a->x == b->x && a->x_dtype == b->x_dtype && a->x_stride == b->x_stride &&
-           a->w.cols == b->w.cols && a->norm_weight == b->norm_weight &&
+           a->w.cols == b->w.cols && a->norms == b->norms && a->norm_weight == b->norm_weight &&
            a->norm_eps == b->norm_eps && a->act == b->act;
 }
 
