@@ -38,8 +38,8 @@ kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_er
     const int64_t T = p->shape.T, H = p->config->kda_heads, K = p->config->kda_head_dim;
     const kl_tensor qkv = kl_pass_take(p, p->act, T, w->qkv.rows);
     const kl_tensor low = kl_pass_take(p, p->act, T, w->low.rows);
-    kl_linear_pair in = {.first = {.x = p->h, .w = w->low, .out = low},
-                         .second = {.x = p->h, .w = w->qkv, .out = qkv}};
+    kl_linear_pair in = {.first = kl_pass_first_map(p, &w->low, low),
+                         .second = kl_pass_first_map(p, &w->qkv, qkv)};
     KL_TRY(kl_pass_linear_pair(p, &in, err));
 
     const kl_tensor o = kl_pass_take(p, p->act, T, H * K);
@@ -51,6 +51,5 @@ kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_er
                           .g_b = w->g_b,
                           .out = kl_heads(o, H, K)};
     KL_TRY(mix(p, w, index, &mixer, err));
-    kl_linear out = {.x = o, .w = w->o, .out = p->y};
-    return kl_pass_linear(p, &out, err);
+    return kl_pass_last_map(p, o, &w->o, err);
 }

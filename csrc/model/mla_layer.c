@@ -16,14 +16,16 @@ static kl_status project(kl_pass *p, const kl_mla_weights *w, kl_tensor q, kl_te
 {
     const bool direct = p->config->q_rank == 0;
     const kl_tensor low = direct ? q : kl_pass_take(p, p->act, p->shape.T, p->config->q_rank);
-    kl_linear_pair in = {.first = {.x = p->h, .w = w->kv_a, .out = raw},
-                         .second = {.x = p->h, .w = direct ? w->q : w->q_a, .out = low}};
+    kl_linear_pair in = {.first = kl_pass_first_map(p, &w->kv_a, raw),
+                         .second = kl_pass_first_map(p, direct ? &w->q : &w->q_a, low)};
     KL_TRY(kl_pass_linear_pair(p, &in, err));
     if (direct) return KL_OK;
-    kl_rms_norm norm = {
-        .x = low, .weight = kl_vector_of(&w->q_norm), .out = low, .eps = p->config->q_norm_eps};
-    KL_TRY(kl_pass_rms_norm(p, &norm, err));
-    kl_linear up = {.x = low, .w = w->q, .out = q};
+    kl_linear up = {.x = low,
+                    .norm_weight = kl_vector_of(&w->q_norm),
+                    .act = p->act,
+                    .norm_eps = p->config->q_norm_eps,
+                    .w = w->q,
+                    .out = q};
     return kl_pass_linear(p, &up, err);
 }
 
@@ -67,6 +69,5 @@ kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_er
     KL_TRY(append(p, w, index, raw, err));
     const kl_tensor o = kl_pass_take(p, p->act, T, p->config->mla_heads * p->config->v_dim);
     KL_TRY(attend(p, w, index, q, o, err));
-    kl_linear out = {.x = o, .w = w->o, .out = p->y};
-    return kl_pass_linear(p, &out, err);
+    return kl_pass_last_map(p, o, &w->o, err);
 }

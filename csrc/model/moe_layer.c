@@ -5,14 +5,23 @@
 
 kl_status kl_dense_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err)
 {
-    kl_mlp a = {.x = p->h, .w1 = w->w1, .w3 = w->w3, .w2 = w->w2, .out = p->y};
+    kl_mlp a = {.x = p->ends.x,
+                .norm_weight = p->ends.norm_weight,
+                .w1 = w->w1,
+                .w3 = w->w3,
+                .w2 = w->w2,
+                .out = p->ends.out,
+                .residual = p->ends.residual,
+                .act = p->act,
+                .norm_eps = p->config->rms_eps};
     return kl_pass_mlp(p, &a, err);
 }
 
 kl_status kl_moe_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err)
 {
     const kl_config *c = p->config;
-    kl_moe a = {.x = p->h,
+    kl_moe a = {.x = p->ends.x,
+                .norm_weight = p->ends.norm_weight,
                 .router = w->router,
                 .bias = kl_vector_of(&w->bias),
                 .w1 = w->w1,
@@ -21,7 +30,10 @@ kl_status kl_moe_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err)
                 .shared_w1 = w->shared_w1,
                 .shared_w3 = w->shared_w3,
                 .shared_w2 = w->shared_w2,
-                .out = p->y,
+                .out = p->ends.out,
+                .residual = p->ends.residual,
+                .act = p->act,
+                .norm_eps = c->rms_eps,
                 .score = c->score,
                 .top_k = (int)c->top_k,
                 .groups = (int)c->groups,

@@ -3,7 +3,9 @@
  *
  *     x = embedding;  for each layer: x += mixer(norm(x));  x += ffn(norm(x))
  *
- * An addition to x is done by the norm that follows it, in one walk over memory.
+ * An addition to x is done by the norm that follows it, in one walk over memory; with few tokens
+ * both belong to the products on either side of them, for there each kernel costs more than its
+ * bytes. The bits are the same (backend/ops.h says of which backends).
  */
 #include "model/pass.h"
 
@@ -82,25 +84,50 @@ static kl_status check_arena(const kl_pass *p, const char *op, kl_error *err)
 KL_OPS(KL_DEFINE)
 #undef KL_DEFINE
 
-kl_status kl_pass_project(kl_pass *p, kl_tensor x, const kl_weight *w, kl_dtype dtype,
-                          kl_tensor *out, kl_error *err)
+kl_linear kl_pass_first_map(const kl_pass *p, const kl_weight *w, kl_tensor out)
 {
-    *out = kl_pass_take(p, dtype, x.shape[0], w->rows);
-    kl_linear a = {.x = x, .w = *w, .out = *out};
+    return (kl_linear){.x = p->ends.x,
+                       .norm_weight = p->ends.norm_weight,
+                       .act = p->act,
+                       .norm_eps = p->config->rms_eps,
+                       .w = *w,
+                       .out = out};
+}
+
+kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error *err)
+{
+    kl_linear a = {.x = x, .w = *w, .out = p->ends.out, .residual = p->ends.residual};
     return kl_pass_linear(p, &a, err);
 }
 
 /* ---- layers ---------------------------------------------------------------------------- */
 
-/* x += y (unless `first`: then there is no y yet); h = norm(x). */
-static kl_status add_and_norm(kl_pass *p, const kl_weight *weight, bool first, kl_error *err)
+static bool is_few(const kl_pass *p)
 {
-    kl_rms_norm a = {.residual = p->x,
-                     .weight = kl_vector_of(weight),
-                     .out = p->h,
-                     .eps = p->config->rms_eps};
+    return p->shape.T <= KL_FEW_TOKENS;
+}
+
+/* Before a part of a layer: x += y, which the part before it has left (unless this is `first`),
+ * and h = norm(x). */
+static kl_status enter(kl_pass *p, const kl_weight *norm_weight, bool first, kl_error *err)
+{
+    const kl_tensor weight = kl_vector_of(norm_weight);
+    if (is_few(p)) {
+        p->ends = (kl_ends){.x = p->x, .norm_weight = weight, .residual = p->x};
+        return KL_OK;
+    }
+    p->ends = (kl_ends){.x = p->h, .out = p->y};
+    kl_rms_norm a = {
+        .residual = p->x, .weight = weight, .out = p->h, .eps = p->config->rms_eps};
     if (!first) a.x = p->y;
     return kl_pass_rms_norm(p, &a, err);
+}
+
+/* After the last one: x += y. */
+static kl_status leave(kl_pass *p, kl_error *err)
+{
+    kl_rms_norm last = {.x = p->y, .residual = p->x, .weight = kl_vector_of(&p->weights->norm)};
+    return is_few(p) ? KL_OK : kl_pass_rms_norm(p, &last, err);
 }
 
 /* The stream after a layer goes out when the layer's addition to it has been done. */
@@ -156,20 +183,16 @@ static kl_status run_layers(kl_pass *p, kl_error *err)
         const size_t mark = p->arena.used;
         KL_TRY(keep_near(p, i, err));
         KL_TRY(kl_pass_poll(p, err));
-        KL_TRY(add_and_norm(p, &w->mixer_norm, i == 0, err));
+        KL_TRY(enter(p, &w->mixer_norm, i == 0, err));
         if (i > 0) KL_TRY(capture(p, i - 1, err));
         KL_TRY(run_mixer(p, i, &n_kda, &n_mla, err));
         kl_arena_rewind(&p->arena, mark);
         KL_TRY(kl_pass_poll(p, err));
-        KL_TRY(add_and_norm(p, &w->ffn_norm, false, err));
+        KL_TRY(enter(p, &w->ffn_norm, false, err));
         KL_TRY(run_ffn(p, i, err));
         kl_arena_rewind(&p->arena, mark);
     }
-    kl_rms_norm last = {.x = p->y,
-                        .residual = p->x,
-                        .weight = kl_vector_of(&p->weights->norm),
-                        .eps = p->config->rms_eps};
-    KL_TRY(kl_pass_rms_norm(p, &last, err));
+    KL_TRY(leave(p, err));
     return capture(p, p->config->n_layers - 1, err);
 }
 
@@ -206,8 +229,10 @@ kl_status kl_pass_compute(kl_pass *p, kl_error *err)
     const int64_t T = p->shape.T, D = p->config->hidden_size;
     p->x = kl_pass_take(p, KL_F32, T, D);
     const size_t mark = p->arena.used;
-    p->h = kl_pass_take(p, p->act, T, D);
-    p->y = kl_pass_take(p, p->act, T, D);
+    if (!is_few(p)) {
+        p->h = kl_pass_take(p, p->act, T, D);
+        p->y = kl_pass_take(p, p->act, T, D);
+    }
     KL_TRY(check_arena(p, "step", err));
 
     kl_embedding embed = {.ids = p->in.ids, .table = p->weights->embedding, .out = p->x};

@@ -21,9 +21,14 @@
 
 #define KL_MAX_TOP 256
 
+/* Up to so many tokens a weight streams by once for all of them, and the norm of the stream and
+ * the sum into it belong to the products on either side; with more they are one walk of their own. */
+#define KL_FEW_TOKENS 16
+
 typedef struct {
     int64_t T, N, B, R;
     bool decode;                          /* one token for each sequence */
+    bool all_rows;                        /* the R rows are the T tokens, in order */
     bool logits, targets, sampling, seen; /* what is wanted of the R rows */
     int top;
 } kl_pass_shape;
@@ -50,6 +55,13 @@ typedef struct {
     kl_tensor top_logprobs; /* [R, top] f32                          */
 } kl_pass_outputs;
 
+/* Where a part of a layer begins and ends: the fields of these names of kl_linear and of what else
+ * has them. h and y, or with few tokens x at either end, which the part normalises and adds to. */
+typedef struct {
+    kl_tensor x, norm_weight; /* the weight absent: x is normalised */
+    kl_tensor out, residual;  /* one of them absent                 */
+} kl_ends;
+
 typedef struct {
     kl_backend *be;
     const kl_config *config;
@@ -66,9 +78,10 @@ typedef struct {
     kl_pass_outputs out;
     void *in_block, *out_block;
     size_t in_bytes, out_bytes;
-    kl_tensor x; /* [T, D] f32, the residual stream           */
-    kl_tensor h; /* [T, D] act, what a layer reads            */
-    kl_tensor y; /* [T, D] act, what it adds to x, not yet added */
+    kl_tensor x;  /* [T, D] f32, the residual stream           */
+    kl_tensor h;  /* [T, D] act, its norm; not with few tokens */
+    kl_tensor y;  /* [T, D] act, what is to be added to it; likewise */
+    kl_ends ends; /* of the part of a layer that is under way  */
 } kl_pass;
 
 /* Lay out the inputs or outputs of a shape in a block (NULL measures) and return its bytes. */
@@ -105,11 +118,12 @@ kl_tensor kl_pass_take(kl_pass *p, kl_dtype dtype, int64_t rows, int64_t cols);
 KL_OPS(KL_DECLARE)
 #undef KL_DECLARE
 
-/* out = x w^T into a new buffer. */
-kl_status kl_pass_project(kl_pass *p, kl_tensor x, const kl_weight *w, kl_dtype dtype,
-                          kl_tensor *out, kl_error *err);
+/* out = x w^T of an x at the beginning of a part. */
+kl_linear kl_pass_first_map(const kl_pass *p, const kl_weight *w, kl_tensor out);
+/* What a part adds to the stream: x w^T. */
+kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error *err);
 
-/* A layer's part: y = f(h). `index` counts the layers of its kind. */
+/* A layer's part, between p->ends. `index` counts the layers of its kind. */
 kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err);
 kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err);
 kl_status kl_dense_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);

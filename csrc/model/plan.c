@@ -103,11 +103,12 @@ static kl_status measure_weights(const planner *s, kl_weights *w, size_t *bytes,
     return KL_OK;
 }
 
-enum { N_LARGEST = 4 };
+enum { N_LARGEST = 5 };
 
 /* The steps that need most: a full prefill of which every row is wanted, one token of every
- * sequence, sampled, the last tokens of prompts that fill a step, and last the rows of
- * kl_engine_sample(), which may be more than a step has tokens. */
+ * sequence, sampled, the last tokens of prompts that fill a step, the rows of
+ * kl_engine_sample(), which may be more than a step has tokens, and last a full prefill of few
+ * tokens, whose products hold more of it in their own memory. */
 static void largest_shapes(const kl_config *config, const kl_plan *plan,
                            kl_pass_shape out[N_LARGEST])
 {
@@ -120,14 +121,16 @@ static void largest_shapes(const kl_config *config, const kl_plan *plan,
                                 .top = (int)kl_min_i64(KL_MAX_TOP, config->vocab_size)};
     for (int i = 0; i < N_LARGEST; i++) {
         out[i] = full;
-        out[i].targets = i == 0;
-        out[i].sampling = out[i].seen = i > 0;
+        out[i].targets = i == 0 || i == 4;
+        out[i].sampling = out[i].seen = !out[i].targets;
     }
     out[1].T = out[1].R = N;
     out[1].decode = true;
     out[2].R = N;
     out[3].T = out[3].N = out[3].B = 0;
     out[3].R = plan->max_batch;
+    out[4].T = out[4].R = kl_min_i64(T, KL_FEW_TOKENS);
+    out[4].N = kl_min_i64(N, KL_FEW_TOKENS);
 }
 
 size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan)

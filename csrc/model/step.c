@@ -146,6 +146,14 @@ static int64_t table_width(const kl_cache *c, int64_t pages, bool decode)
     return kl_min_i64(width, c->table_width);
 }
 
+static bool wants_all_rows(const kl_step *s, int64_t total)
+{
+    if (s->n_rows != total) return false;
+    for (int64_t i = 0; i < total; i++)
+        if (s->rows[i] != i) return false;
+    return true;
+}
+
 static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t total)
 {
     const bool rows = s->n_rows > 0, targets = rows && s->targets != NULL,
@@ -154,6 +162,7 @@ static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t tota
                            .N = s->n_feeds,
                            .R = s->n_rows,
                            .decode = total == s->n_feeds,
+                           .all_rows = wants_all_rows(s, total),
                            .logits = rows && s->logits != NULL,
                            .targets = targets,
                            .sampling = sampling,

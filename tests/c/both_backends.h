@@ -65,7 +65,7 @@ static kl_tensor tensor(kl_dtype dtype, bool poisoned, int ndim, int64_t a, int6
     return t;
 }
 
-static kl_tensor integers(int64_t n, const int32_t *values)
+static inline kl_tensor integers(int64_t n, const int32_t *values)
 {
     kl_tensor t = tensor(KL_I32, true, 1, n, 1, 1, 1);
     memcpy(t.data, values, (size_t)n * sizeof *values);

@@ -227,6 +227,18 @@ def test_streams_in_parts_are_the_whole(model, monkeypatch):
     parts.close()
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_streams_of_few_tokens(model, tokens):
+    """Up to 16 tokens, norms and sums belong to the products; in a long prompt they do not."""
+    given = ids(128 + tokens)
+    whole = model.hidden(given, layers=[0, 3])
+    with model.state() as s:
+        s.feed(given[:128])
+        got = s.hidden(given[128:], layers=[0, 3])
+    for layer in (0, 3):
+        assert np.array_equal(got[layer], whole[layer][128:])
+
+
 def test_streams_after_a_state(model):
     whole = model.hidden(ids(200), layers=[1])[1]
     with model.state() as s:
