@@ -4,7 +4,7 @@
 #ifndef KL_BACKEND_MOE_H
 #define KL_BACKEND_MOE_H
 
-#include "backend/ops.h"
+#include "backend/ends.h"
 
 /* In this order; no part has its workspace yet. */
 typedef struct {
@@ -36,11 +36,7 @@ static inline kl_moe_parts kl_moe_parts_of(const kl_moe *a, char *scratch)
     kl_moe_parts p = {0};
     const kl_dtype act = kl_moe_act(a);
     const kl_tensor h = normed ? kl_moe_rows(scratch, &p.bytes, act, T, D) : a->x;
-    if (a->x.dtype == act)
-        p.norm.x = a->x;
-    else
-        p.norm.residual = a->x; /* which may be f32 beside any act, and is left as it is */
-    p.norm.weight = a->norm_weight, p.norm.eps = a->norm_eps, p.norm.out = h;
+    p.norm = kl_norm_before(a->x, a->norm_weight, a->norm_eps, h);
 
     p.router.x = h, p.router.w = a->router;
     p.router.out = kl_moe_rows(scratch, &p.bytes, KL_F32, T, E);
@@ -58,8 +54,7 @@ static inline kl_moe_parts kl_moe_parts_of(const kl_moe *a, char *scratch)
     p.experts.shared_w2 = a->shared_w2;
     p.experts.out = adds ? kl_moe_rows(scratch, &p.bytes, act, T, D) : a->out;
 
-    p.add.x = p.experts.out, p.add.residual = a->residual;
-    p.add.weight = kl_tensor_1d(scratch, KL_F32, D); /* without an out it is not read */
+    p.add = kl_sum_after(p.experts.out, a->residual);
     return p;
 }
 

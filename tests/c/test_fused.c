@@ -224,6 +224,7 @@ static void moe_pieces(kl_backend *be, void *call)
     RUN_THERE(linear, be, &p.router);
     RUN_THERE(moe_route, be, &p.route);
     RUN_THERE(moe_experts, be, &p.experts);
+    p.add.weight.data = scratch; /* not read, but looked for */
     if (!kl_tensor_absent(&a->residual)) RUN_THERE(rms_norm, be, &p.add);
     be->vt->free(be, scratch, bytes);
 }
