@@ -47,22 +47,28 @@ __device__ inline void prefetch_line(const void *at)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
-/* Host: kernel<<<blocks, threads, shared, stream>>>(arguments...), started early. */
+/* Host: kernel<<<blocks, threads, shared, stream>>>(arguments...), started early.
+ *
+ * How a multiprocessor splits its memory between L1 and shared memory changes only while it has
+ * nothing to do. Left to each kernel's own needs, the split would keep the next kernel's blocks
+ * out until the last of this one's had left; so all ask for the largest shared memory. */
 template <class... Parameters, class... Arguments>
 kl_status kl_cuda_launch(void (*kernel)(Parameters...), dim3 blocks, unsigned threads,
                          size_t shared, cudaStream_t stream, kl_error *err,
                          const Arguments &...arguments)
 {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute wanted[2] = {};
+    wanted[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    wanted[0].val.programmaticStreamSerializationAllowed = 1;
+    wanted[1].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    wanted[1].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
     cudaLaunchConfig_t config = {};
     config.gridDim = blocks;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = 1;
+    config.attrs = wanted;
+    config.numAttrs = 2;
     (void)cudaLaunchKernelEx(&config, kernel, arguments...);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;
