@@ -8,8 +8,8 @@
  * a list, which is sorted.
  *
  * Masses are integers, and integers add up to the same in any order: which thread came first
- * can be seen in no result. A cluster of RANKS blocks shares a row, each reading every eighth
- * part of it; all of them come to the same result.
+ * can be seen in no result. A cluster of RANKS blocks shares a row, each with every eighth piece
+ * of it, in memory or, for many passes, in shared memory; all of them come to the same result.
  */
 #ifndef KL_CUDA_DEVICE_SELECT_H
 #define KL_CUDA_DEVICE_SELECT_H
@@ -93,25 +93,65 @@ __device__ inline float value_of(uint64_t order)
 
 /* ---- the cluster ------------------------------------------------------------------------ */
 
-/* f(i, values[i], true) for this block's part of the row. Whole warps call f together; past the
- * end they do with false. */
-template <class F> __device__ void for_each(const float *values, int64_t n, F f)
+/* This block's part of a row: pieces of SELECT_THREADS values, `step` apart. */
+struct row_part {
+    const float *values;
+    uint32_t step, n; /* n: values of the whole row, below 2^31 */
+};
+
+__device__ inline uint32_t first_of_part()
 {
-    constexpr int64_t step = RANKS * SELECT_THREADS;
-    const int64_t first = static_cast<int64_t>(cluster().block_rank()) * SELECT_THREADS;
-    for (int64_t start = first; start < n; start += BATCH * step) {
+    return cluster().block_rank() * SELECT_THREADS;
+}
+
+__device__ inline row_part part_of(const float *row, int64_t n)
+{
+    return {row + first_of_part(), RANKS * SELECT_THREADS, static_cast<uint32_t>(n)};
+}
+
+/* Values of the largest part of a row of n. */
+__host__ __device__ inline int64_t part_values(int64_t n)
+{
+    return (n + RANKS * SELECT_THREADS - 1) / (RANKS * SELECT_THREADS) * SELECT_THREADS;
+}
+
+/* f(i, row[i], true) for this block's part of the row; values are a thread's own, so that it
+ * reads back what it copied itself. Whole warps call f together; past the end they do with
+ * false. */
+template <class F> __device__ void for_each(const row_part &part, F f)
+{
+    constexpr uint32_t pitch = RANKS * SELECT_THREADS;
+    const float *at = part.values + threadIdx.x;
+    for (uint32_t start = first_of_part(); start < part.n; start += BATCH * pitch) {
         float x[BATCH];
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            const int64_t i = start + j * step + threadIdx.x;
-            x[j] = i < n ? values[i] : 0.0f;
+            const uint32_t i = start + j * pitch + threadIdx.x;
+            x[j] = i < part.n ? *at : 0.0f;
+            at += part.step;
         }
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            const int64_t i = start + j * step + threadIdx.x;
-            f(static_cast<uint32_t>(i), x[j], i < n);
+            const uint32_t i = start + j * pitch + threadIdx.x;
+            f(i, x[j], i < part.n);
         }
     }
+}
+
+/* The part in shared memory, of part_values(n). All its loads are on their way at once. */
+__device__ inline row_part copy_part(const row_part &part, float *shared)
+{
+    const row_part copy = {shared, SELECT_THREADS, part.n};
+    const float *from = part.values + threadIdx.x;
+    float *to = shared + threadIdx.x;
+    for (uint32_t i = first_of_part() + threadIdx.x; i < part.n;
+         i += RANKS * SELECT_THREADS, from += part.step, to += copy.step)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                         static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                     "l"(from)
+                     : "memory");
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    return copy;
 }
 
 /* Over all threads of the cluster, in one order; T has 4 or 8 bytes. */
@@ -195,16 +235,15 @@ __device__ inline void add_member(select_shared &s, bool member, uint32_t bin, u
 
 /* ---- passes over the row ---------------------------------------------------------------- */
 
-/* A Row has `values` [n], order(i, value) and mass(order). */
+/* A Row has its `part`, order(i, value) and mass(order). */
 
 template <class Row>
-__device__ __noinline__ void count_digits(const Row &row, int64_t n, const place &p,
-                                          select_shared &s)
+__device__ __noinline__ void count_digits(const Row &row, const place &p, select_shared &s)
 {
     for (int b = threadIdx.x; b < BINS; b += SELECT_THREADS)
         s.low[b] = s.high[b] = s.count[b] = 0;
     __syncthreads();
-    for_each(row.values, n, [&](uint32_t i, float value, bool inside) {
+    for_each(row.part, [&](uint32_t i, float value, bool inside) {
         const uint64_t order = inside ? row.order(i, value) : NO_ENTRY;
         const bool member = inside && (p.shift == 64 || order >> p.shift == p.prefix);
         const uint32_t digit = order >> (p.shift - DIGIT_BITS) & (BINS - 1);
@@ -262,12 +301,11 @@ __device__ __noinline__ inline place find_digit(const place &from, tally need, s
 /* The place where `need` is reached, with so few entries that they fit the list; `from_start`:
  * together with all before it. The row as a whole must reach it. */
 template <class Row>
-__device__ place narrow(const Row &row, int64_t n, tally need, bool from_start,
-                        select_shared &s)
+__device__ place narrow(const Row &row, tally need, bool from_start, select_shared &s)
 {
-    place p = {0, 64, {0, 0}, {0, static_cast<uint32_t>(n)}};
+    place p = {0, 64, {0, 0}, {0, static_cast<uint32_t>(row.part.n)}};
     while (p.within.count + (from_start ? p.before.count : 0) > LIST) {
-        count_digits(row, n, p, s);
+        count_digits(row, p, s);
         p = find_digit(p, need, s);
     }
     return p;
@@ -297,12 +335,12 @@ __device__ inline uint64_t sort_entries(uint64_t mine, select_shared &s)
 
 /* The entries of a place in their order, one a thread, NO_ENTRY behind them. */
 template <class Row>
-__device__ __noinline__ uint64_t list_entries(const Row &row, int64_t n, const place &p,
-                                              bool from_start, select_shared &s)
+__device__ __noinline__ uint64_t list_entries(const Row &row, const place &p, bool from_start,
+                                              select_shared &s)
 {
     if (threadIdx.x == 0) s.listed = 0;
     __syncthreads();
-    for_each(row.values, n, [&](uint32_t i, float value, bool inside) {
+    for_each(row.part, [&](uint32_t i, float value, bool inside) {
         const uint64_t order = inside ? row.order(i, value) : NO_ENTRY;
         const uint64_t prefix = p.shift == 64 ? 0 : order >> p.shift;
         if (inside && (from_start ? prefix <= p.prefix : prefix == p.prefix))
@@ -325,11 +363,10 @@ __device__ __noinline__ uint64_t list_entries(const Row &row, int64_t n, const p
 
 /* The first entry at which the tally of it and all before it reaches `need`, both at least 1.
  * The row as a whole must reach it. */
-template <class Row>
-__device__ find_result find(const Row &row, int64_t n, tally need, select_shared &s)
+template <class Row> __device__ find_result find(const Row &row, tally need, select_shared &s)
 {
-    const place p = narrow(row, n, need, false, s);
-    const uint64_t order = list_entries(row, n, p, false, s);
+    const place p = narrow(row, need, false, s);
+    const uint64_t order = list_entries(row, p, false, s);
     tally here = {0, 0};
     if (order != NO_ENTRY) here = {row.mass(order), 1};
     const tally before = plus(p.before, sum_before(here, s)), after = plus(before, here);
@@ -341,19 +378,18 @@ __device__ find_result find(const Row &row, int64_t n, tally need, select_shared
 }
 
 struct plain_row {
-    const float *values;
+    row_part part;
     static __device__ uint64_t order(uint32_t i, float value) { return order_of(value, i); }
     static __device__ uint64_t mass(uint64_t) { return 0; }
 };
 
 /* The first `count` entries (at most 256), best first: thread t < count holds entry t. */
-__device__ inline uint64_t find_best(const float *values, int64_t n, int count,
-                                     select_shared &s)
+__device__ inline uint64_t find_best(const row_part &part, int count, select_shared &s)
 {
-    const plain_row row = {values};
+    const plain_row row = {part};
     const tally need = {~0ull, static_cast<uint32_t>(count)};
-    const place p = narrow(row, n, need, true, s);
-    return list_entries(row, n, p, true, s);
+    const place p = narrow(row, need, true, s);
+    return list_entries(row, p, true, s);
 }
 
 #endif

@@ -12,9 +12,11 @@
  * Order        every cut keeps a head of the order of falling p, so the mass kept is the least
  *              of those the cuts keep, and drawing is finding a mass once more. A thread's
  *              exponentials are added in rising order, then warps, blocks and the cluster
- * Roofline     4 V bytes, 0.2 us at V = 163,840; three passes when the temperature is 0, else
- *              six or more, of which all but the first hit the L2
- * Measured     not timed alone; right on an H100 (tests/ops/test_sample.py, 2026-11-22)
+ * Roofline     4 V bytes, 0.2 us at V = 163,840, read once: a row of up to 262,144 then lies in
+ *              the shared memory of its cluster, for two passes when the temperature is 0, else
+ *              five or more; a longer one is read again in each
+ * Measured     not timed yet since rows lie in shared memory; before, in a step on an H200, 15 us
+ *              (2026-11-22)
  *
  * A row whose largest logit is not finite yields id -1: NaN, all -inf, and +inf too, for then
  * the softmax is NaN.
@@ -29,6 +31,9 @@ namespace {
 
 constexpr int MAX_ROWS = 0x7fffffff / RANKS; /* of a grid's x axis */
 
+/* Values of a row that a block can hold: with select_shared 196 KB of 227. */
+constexpr int64_t MOST_OF_A_PART = 32 << 10;
+
 struct arguments {
     const float *logits;
     const kl_sampling *sampling;
@@ -37,12 +42,13 @@ struct arguments {
     float *logprobs, *top_logprobs;
     int64_t V, words;
     int top;
+    bool fits;         /* a part of a row in shared memory, behind select_shared */
     float mass_of_one; /* what the largest exponential weighs: V of them stay below 2^63 */
 };
 
 /* A row of logits after the penalty, with the masses of its entries. */
 struct sampled_row {
-    const float *values;
+    row_part part;
     const uint32_t *seen; /* null: no penalty */
     float penalty, top, temperature, mass_of_one;
 
@@ -67,27 +73,26 @@ struct sampled_row {
     __device__ uint64_t mass(uint64_t order) const { return mass_of(weight(value_of(order))); }
 };
 
-/* Of the logits as given; `top` is NaN if there is one among them. */
-struct softmax_of_row {
-    float top;
-    double log_sum;
-};
+constexpr uint64_t NAN_WITHIN = 0; /* no entry has it, and it is less than all */
 
-__device__ float find_top(const arguments &a, const float *logits, select_shared &s)
+/* The first entry of the order, but NAN_WITHIN if a NaN is among them: its value is one, too. */
+template <class Row> __device__ uint64_t find_first(const Row &row, select_shared &s)
 {
-    float top = -INFINITY;
-    for_each(logits, a.V, [&](uint32_t, float z, bool inside) {
-        if (inside && !(z <= top)) top = top != top ? top : z;
+    uint64_t best = NO_ENTRY;
+    for_each(row.part, [&](uint32_t i, float z, bool inside) {
+        if (!inside) return;
+        const uint64_t order = z != z ? NAN_WITHIN : row.order(i, z);
+        best = order < best ? order : best;
     });
     return cluster_reduce(
-        top, [](float x, float y) { return x != x || x > y ? x : y; }, s);
+        best, [](uint64_t x, uint64_t y) { return x < y ? x : y; }, s);
 }
 
-__device__ double find_log_sum(const arguments &a, const float *logits, float top,
-                               select_shared &s)
+/* Of the logits as given. */
+__device__ double find_log_sum(const row_part &part, float top, select_shared &s)
 {
     double sum = 0;
-    for_each(logits, a.V, [&](uint32_t, float z, bool inside) {
+    for_each(part, [&](uint32_t, float z, bool inside) {
         if (inside) sum += static_cast<double>(expf(z - top));
     });
     sum = cluster_reduce(
@@ -95,29 +100,16 @@ __device__ double find_log_sum(const arguments &a, const float *logits, float to
     return static_cast<double>(top) + log(sum);
 }
 
-/* The first entry of the order. */
-__device__ uint64_t find_argmax(const arguments &a, const sampled_row &row, select_shared &s)
-{
-    uint64_t best = NO_ENTRY;
-    for_each(row.values, a.V, [&](uint32_t i, float z, bool inside) {
-        if (!inside) return;
-        const uint64_t order = row.order(i, z);
-        best = order < best ? order : best;
-    });
-    return cluster_reduce(
-        best, [](uint64_t x, uint64_t y) { return x < y ? x : y; }, s);
-}
-
 /* The mass of all entries, and of those that min_p leaves; the best always stays. */
 struct row_mass {
     uint64_t all, likely;
 };
 
-__device__ row_mass find_mass(const arguments &a, const sampled_row &row, float min_p,
-                              uint32_t best, select_shared &s)
+__device__ row_mass find_mass(const sampled_row &row, float min_p, uint32_t best,
+                              select_shared &s)
 {
     row_mass m = {0, 0};
-    for_each(row.values, a.V, [&](uint32_t i, float z, bool inside) {
+    for_each(row.part, [&](uint32_t i, float z, bool inside) {
         if (!inside) return;
         const float weight = row.weight(row.penalized(i, z));
         const uint64_t mass = row.mass_of(weight);
@@ -130,18 +122,18 @@ __device__ row_mass find_mass(const arguments &a, const sampled_row &row, float 
     return m;
 }
 
-__device__ int draw(const arguments &a, const kl_sampling &p, const sampled_row &row,
-                    uint32_t best, select_shared &s)
+__device__ int draw(const kl_sampling &p, const sampled_row &row, uint32_t best,
+                    select_shared &s)
 {
-    const row_mass m = find_mass(a, row, p.min_p, best, s);
+    const row_mass m = find_mass(row, p.min_p, best, s);
     uint64_t kept = m.likely;
     tally enough = {~0ull, ~0u};
     if (p.top_p < 1)
         enough.mass = static_cast<uint64_t>(
             ceil(static_cast<double>(p.top_p) * static_cast<double>(m.all)));
-    if (p.top_k > 0 && p.top_k < a.V) enough.count = static_cast<uint32_t>(p.top_k);
+    if (p.top_k > 0 && p.top_k < row.part.n) enough.count = static_cast<uint32_t>(p.top_k);
     if (p.top_p < 1 || enough.count != ~0u) {
-        const uint64_t head = find(row, a.V, enough, s).mass;
+        const uint64_t head = find(row, enough, s).mass;
         kept = head < kept ? head : kept;
     }
     /* The first entry whose mass and that of all before it exceed this. The product may round
@@ -149,32 +141,33 @@ __device__ int draw(const arguments &a, const kl_sampling &p, const sampled_row 
     uint64_t target =
         static_cast<uint64_t>(kl_rng_uniform(p.seed, p.position) * static_cast<double>(kept));
     target = target < kept ? target : kept - 1;
-    return find(row, a.V, {target + 1, ~0u}, s).id;
+    return find(row, {target + 1, ~0u}, s).id;
 }
 
-/* -1 where the penalty overflowed. */
-__device__ int choose(const arguments &a, int64_t n, const float *logits, select_shared &s)
+/* Given the first of the logits as they are; -1 where the penalty overflowed. */
+__device__ int choose(const arguments &a, int64_t n, const row_part &part, uint64_t first,
+                      select_shared &s)
 {
     const kl_sampling p = a.sampling[n];
     const bool penalize = a.seen != nullptr && p.repetition_penalty != 1;
-    sampled_row row = {.values = logits,
+    sampled_row row = {.part = part,
                        .seen = penalize ? a.seen + n * a.words : nullptr,
                        .penalty = p.repetition_penalty,
                        .top = 0,
                        .temperature = p.temperature,
                        .mass_of_one = a.mass_of_one};
-    const uint64_t best = find_argmax(a, row, s);
+    const uint64_t best = penalize ? find_first(row, s) : first;
     row.top = value_of(best);
     if (!isfinite(row.top)) return -1;
     if (!(p.temperature > 0)) return id_of(best);
-    return draw(a, p, row, static_cast<uint32_t>(id_of(best)), s);
+    return draw(p, row, static_cast<uint32_t>(id_of(best)), s);
 }
 
-__device__ void store_best(const arguments &a, int64_t n, const float *logits, bool known,
+__device__ void store_best(const arguments &a, int64_t n, const row_part &part, bool known,
                            double log_sum, select_shared &s)
 {
     if (a.top == 0) return;
-    const uint64_t order = known ? find_best(logits, a.V, a.top, s) : NO_ENTRY;
+    const uint64_t order = known ? find_best(part, a.top, s) : NO_ENTRY;
     const int t = threadIdx.x;
     if (!is_first_rank() || t >= a.top) return;
     a.top_ids[n * a.top + t] = known ? id_of(order) : -1;
@@ -188,20 +181,22 @@ __global__ __cluster_dims__(RANKS, 1, 1)
     extern __shared__ __align__(16) unsigned char shared[];
     select_shared &s = *reinterpret_cast<select_shared *>(shared);
     const int64_t n = blockIdx.x / RANKS;
-    const float *logits = a.logits + n * a.V;
+    const float *const logits = a.logits + n * a.V;
 
     let_next_start();
     wait_for_inputs();
-    const float top = find_top(a, logits, s);
-    const bool known = isfinite(top);
-    const double log_sum = known ? find_log_sum(a, logits, top, s) : 0;
-    const int id = known ? choose(a, n, logits, s) : -1;
+    row_part part = part_of(logits, a.V);
+    if (a.fits) part = copy_part(part, reinterpret_cast<float *>(shared + sizeof s));
+    const uint64_t first = find_first(plain_row{part}, s);
+    const bool known = isfinite(value_of(first));
+    const double log_sum = known ? find_log_sum(part, value_of(first), s) : 0;
+    const int id = known ? choose(a, n, part, first, s) : -1;
     if (is_first_rank() && threadIdx.x == 0) {
         a.ids[n] = id;
         a.logprobs[n] =
             id < 0 ? NAN : static_cast<float>(static_cast<double>(logits[id]) - log_sum);
     }
-    store_best(a, n, logits, known, log_sum, s);
+    store_best(a, n, part, known, log_sum, s);
 }
 
 /* The largest power of two of which V stay below 2^63, with a bit to spare. */
@@ -217,6 +212,9 @@ float mass_of_one(int64_t V)
 kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
 {
     const int64_t N = a->logits.shape[0], V = a->logits.shape[1];
+    const bool fits = part_values(V) <= MOST_OF_A_PART;
+    const size_t bytes = sizeof(select_shared) +
+                         (fits ? static_cast<size_t>(part_values(V)) * sizeof(float) : 0);
     const arguments args = {
         .logits = static_cast<const float *>(a->logits.data),
         .sampling = a->sampling,
@@ -228,6 +226,7 @@ kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
         .V = V,
         .words = (V + 31) / 32,
         .top = kl_tensor_absent(&a->top_ids) ? 0 : static_cast<int>(a->top_ids.shape[1]),
+        .fits = fits,
         .mass_of_one = mass_of_one(V),
     };
     if (N == 0) return KL_OK;
@@ -235,9 +234,9 @@ kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
         return kl_fail(err, KL_ERR_VALUE, "sample: at most %d rows, got %lld", MAX_ROWS,
                        static_cast<long long>(N));
     KL_CUDA_TRY(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     sizeof(select_shared)),
+                                     static_cast<int>(bytes)),
                 err);
     const unsigned blocks = static_cast<unsigned>(N * RANKS);
-    return kl_cuda_launch(sample_kernel, blocks, SELECT_THREADS, sizeof(select_shared),
-                          kl_cuda_stream(be), err, args);
+    return kl_cuda_launch(sample_kernel, blocks, SELECT_THREADS, bytes, kl_cuda_stream(be), err,
+                          args);
 }

@@ -158,7 +158,7 @@ __global__ __cluster_dims__(RANKS, 1, 1)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     const int64_t t = blockIdx.x / RANKS;
-    const uint64_t order = find_best(a.logits + t * a.stride, a.rows, a.top,
+    const uint64_t order = find_best(part_of(a.logits + t * a.stride, a.rows), a.top,
                                      *reinterpret_cast<select_shared *>(shared));
     const int i = threadIdx.x;
     if (!is_first_rank() || i >= a.top) return;

@@ -82,6 +82,18 @@ def test_a_whole_vocabulary(p, spread):
     np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
 
 
+@every_device
+@pytest.mark.parametrize("V", [8191, 32_769, 262_144, 262_145])
+def test_rows_of_any_length(V):
+    """Up to 262,144 logits lie in the shared memory of a GPU's cluster, more do not."""
+    logits = np.random.default_rng(V).standard_normal((2, V)).astype(np.float32) * 4
+    logits[1, [0, V - 1]] = logits[1].max() + 1  # a tie of the first and the last
+    for p in (Sampling(), Sampling(temperature=f32(0.9), seed=V)):
+        got, want = sample(logits, [p, p], top=3), reference.sample(logits, [p, p], top=3)
+        assert (got[0] == want[0]).all() and (got[2] == want[2]).all()
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-6, atol=1e-6)
+
+
 # ---- by statistics ---------------------------------------------------------------------------
 
 
