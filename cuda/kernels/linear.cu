@@ -5,7 +5,7 @@
  * Shapes       linear: x [T, in], w [O, in], out [T, O];  mlp: x, out [T, D], w1, w3 [I, D]
  * Layout       rows strided; h, the inner product of mlp and what is added to a residual lie
  *              dense in the workspace
- * Precision    that of linear_{single,few,many,any}.cu; inner rounded to act
+ * Precision    that of linear_{single,step,few,many,any}.cu; inner rounded to act
  * Grid         theirs
  * Roofline     theirs; the inner product of mlp is written and read once more, 2 * 2 T I bytes
  * Measured     those of the kernels
@@ -23,6 +23,9 @@ constexpr int64_t FEW_TOKENS = 16;
 /* Up to so many rows of a quantised weight make few tiles, for which most multiprocessors wait:
  * it rather streams by, once from memory and for each 16 of so many tokens from the L2. */
 constexpr int64_t NARROW_ROWS = 4096, NARROW_TOKENS = 64;
+
+/* Of so many tokens each block of a product normalises all for itself; of more, a kernel does. */
+constexpr int64_t NORM_TOKENS = 4;
 
 constexpr int64_t MAX_COLS = 1 << 28; /* tensor-core kernels count the columns in an int */
 
@@ -127,23 +130,29 @@ kl_cuda_product product_of(const kl_linear *a)
     };
 }
 
-/* The ways to compute a product: linear_{single,few,many,any}.cu and cuBLASLt. */
-enum class way { SINGLE, FEW, MANY, ANY, BLAS };
+/* The ways to compute a product: linear_{single,step,few,many,any}.cu and cuBLASLt. */
+enum class way { SINGLE, STEP, FEW, MANY, ANY, BLAS };
 
 way way_of(kl_backend *be, const kl_cuda_product *p)
 {
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (p->T > FEW_TOKENS && !invariant && kl_cuda_blas_takes(p)) return way::BLAS;
     if (!suits_tensor_cores(p)) return way::ANY;
-    const bool single = p->T == 1 && p->up.data == nullptr && !invariant;
-    if (p->w.format == KL_W_F32) return single ? way::SINGLE : way::FEW;
-    return suits_streaming(p) && !invariant ? way::FEW : way::MANY;
+    const way few = kl_cuda_product_step_takes(p) ? way::STEP : way::FEW;
+    const bool plain = p->up.data == nullptr && !p->adds;
+    if (p->w.format == KL_W_F32) return p->T == 1 && plain && !invariant ? way::SINGLE : few;
+    return suits_streaming(p) && !invariant ? few : way::MANY;
 }
 
-/* Whether the kernel of a way does the norm and the sum itself. */
-bool takes_ends(way, const kl_cuda_product *p)
+/* Whether the kernel of a way does the norm and the sum itself. Its norm's order of sums is not
+ * that of rms_norm, which other numbers of tokens would have. */
+bool takes_ends(kl_backend *be, way w, const kl_cuda_product *p)
 {
-    return !p->norms && !p->adds;
+    if (!p->norms && !p->adds) return true;
+    if (w != way::STEP) return false;
+    return !p->norms ||
+           (p->T <= NORM_TOKENS && !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant &&
+            is_aligned(p->norm_weight, 0, sizeof(float), 16));
 }
 
 /* ---- norm, product, sum as kernels of their own -------------------------------------------- */
@@ -205,9 +214,12 @@ kl_status run_sum(kl_backend *be, const kl_cuda_product *p, const kl_cuda_produc
 kl_status run_way(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace ws,
                   kl_error *err)
 {
+    if (p->w.rows == 0) return KL_OK;
     switch (w) {
     case way::SINGLE:
         return kl_cuda_product_single(be, p, err);
+    case way::STEP:
+        return kl_cuda_product_step(be, p, err);
     case way::FEW:
         return kl_cuda_product_few(be, p, err);
     case way::MANY:
@@ -231,14 +243,15 @@ bool same_input(const kl_cuda_product *a, const kl_cuda_product *b)
 bool suits_pair(kl_backend *be, const kl_cuda_product *first, const kl_cuda_product *second)
 {
     const bool formats = first->w.format == second->w.format || first->w.format == KL_W_BF16;
-    const bool few = way_of(be, first) == way::FEW && way_of(be, second) == way::FEW;
-    return formats && few && takes_ends(way::FEW, first) && takes_ends(way::FEW, second);
+    const bool step = way_of(be, first) == way::STEP && way_of(be, second) == way::STEP;
+    return formats && step && same_input(first, second) && first->w.rows > 0 &&
+           takes_ends(be, way::STEP, first) && takes_ends(be, way::STEP, second);
 }
 
 kl_status run_plain_pair(kl_backend *be, const kl_cuda_product *first,
                          const kl_cuda_product *second, kl_workspace ws, kl_error *err)
 {
-    if (suits_pair(be, first, second)) return kl_cuda_product_few_pair(be, first, second, err);
+    if (suits_pair(be, first, second)) return kl_cuda_product_step_pair(be, first, second, err);
     KL_TRY(run_way(be, way_of(be, first), first, ws, err));
     return run_way(be, way_of(be, second), second, ws, err);
 }
@@ -250,7 +263,7 @@ kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_works
 {
     if (p->T == 0 || p->w.rows == 0) return KL_OK;
     const way whole = way_of(be, p);
-    if (takes_ends(whole, p)) return run_way(be, whole, p, ws, err);
+    if (takes_ends(be, whole, p)) return run_way(be, whole, p, ws, err);
     char *const start = static_cast<char *>(ws.data);
     const size_t used = ends_bytes(p);
     const kl_workspace rest = {start + used, ws.bytes - used};
@@ -282,7 +295,7 @@ kl_status kl_cuda_linear_pair(kl_backend *be, const kl_linear_pair *a, kl_error 
     const kl_cuda_product first = product_of(&a->first), second = product_of(&a->second);
     if (first.T == 0) return KL_OK;
     if (suits_pair(be, &first, &second))
-        return kl_cuda_product_few_pair(be, &first, &second, err);
+        return kl_cuda_product_step_pair(be, &first, &second, err);
     char *const ws = static_cast<char *>(a->ws.data);
     const size_t used = ends_bytes(&first) + ends_bytes(&second);
     const kl_workspace rest = {ws + used, a->ws.bytes - used};

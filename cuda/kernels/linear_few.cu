@@ -80,27 +80,6 @@ __launch_bounds__(STREAM_THREADS,
     product_tile<format, N, gated>(a, blockIdx.x);
 }
 
-struct pair_arguments {
-    product_arguments first, second;
-    unsigned first_blocks;
-};
-
-template <kl_weight_format first, kl_weight_format second, int N>
-__global__
-__launch_bounds__(STREAM_THREADS,
-                  2) void product_pair_kernel(const __grid_constant__ pair_arguments a)
-{
-    const unsigned block = blockIdx.x;
-    const bool is_first = block < a.first_blocks;
-    if constexpr (first == second) /* one piece of code: it comes from memory for every call */
-        product_tile<first, N, false>(is_first ? a.first : a.second,
-                                      is_first ? block : block - a.first_blocks);
-    else if (is_first)
-        product_tile<first, N, false>(a.first, block);
-    else
-        product_tile<second, N, false>(a.second, block - a.first_blocks);
-}
-
 /* ---- host ------------------------------------------------------------------------------ */
 
 /* Blocks of a product, N fragments of tokens each. */
@@ -122,28 +101,6 @@ kl_status launch(kl_backend *be, product_arguments a, kl_error *err)
                           kl_cuda_stream(be), err, a);
 }
 
-template <kl_weight_format first, kl_weight_format second, int N>
-kl_status launch_pair(kl_backend *be, pair_arguments a, kl_error *err)
-{
-    unsigned blocks, rest;
-    KL_TRY((few_grid<N, false>(&a.first, &blocks, err)));
-    KL_TRY((few_grid<N, false>(&a.second, &rest, err)));
-    if (rest > MAX_BLOCKS - blocks)
-        return kl_fail(err, KL_ERR_VALUE, "linear_pair: needs %u + %u blocks, at most %lld",
-                       blocks, rest, MAX_BLOCKS);
-    a.first_blocks = blocks;
-    a.first.ahead = a.second.ahead = stream_ahead(int64_t{blocks} + rest);
-    return kl_cuda_launch(product_pair_kernel<first, second, N>, blocks + rest, STREAM_THREADS,
-                          0, kl_cuda_stream(be), err, a);
-}
-
-template <kl_weight_format first, kl_weight_format second>
-kl_status launch_pair_for(kl_backend *be, const pair_arguments &a, kl_error *err)
-{
-    if (a.first.T <= STREAM_TOKENS) return launch_pair<first, second, 1>(be, a, err);
-    return launch_pair<first, second, 2>(be, a, err);
-}
-
 } // namespace
 
 kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error *err)
@@ -156,15 +113,5 @@ kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error
                        : launch<f.value, 2, true>(be, a, err);
         return few ? launch<f.value, 1, false>(be, a, err)
                    : launch<f.value, 2, false>(be, a, err);
-    });
-}
-
-kl_status kl_cuda_product_few_pair(kl_backend *be, const kl_cuda_product *first,
-                                   const kl_cuda_product *second, kl_error *err)
-{
-    const pair_arguments a = {product_arguments_of(first), product_arguments_of(second), 0};
-    return with_format(second->w.format, [&](auto f) {
-        if (first->w.format == f.value) return launch_pair_for<f.value, f.value>(be, a, err);
-        return launch_pair_for<KL_W_BF16, f.value>(be, a, err);
     });
 }
