@@ -86,7 +86,7 @@ __launch_bounds__(THREADS) void rms_norm_kernel(__grid_constant__ const rms_argu
     let_next_start();
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
-        if (element_of<VEC, THREADS>(c) < a.D)
+        if (a.out != nullptr && element_of<VEC, THREADS>(c) < a.D)
             prefetch_line(a.weight + element_of<VEC, THREADS>(c));
     wait_for_inputs();
     read_sum<A, R, VEC, THREADS>(a, t, r);
