@@ -9,6 +9,7 @@ from typing import Any
 
 ABI: int
 PAGE_TOKENS: int  # tokens of an MLA page
+MAX_GUESSES: int  # that a step verifies of a sequence
 FAULT_INJECTION: bool
 
 class KimiLinearError(Exception): ...
@@ -134,11 +135,12 @@ class Engine:
 
 class Generation:
     """requests: dicts with ids, max_new_tokens, temperature, top_k, top_p, min_p,
-    repetition_penalty, seed, stop_ids, top, process (1; 0: not through the processor). To continue
-    a sequence: seq, and in_place=1 for itself instead of a fork; n_history, of the ids those that
+    repetition_penalty, seed, stop_ids, top, process (1; 0: not through the processor), guesses (0: none). To
+    continue a sequence: seq, and in_place=1 for itself instead of a fork; n_history, of the ids those that
     it holds; logits f32 [vocab] after it where no id is fed."""
 
-    # [(request, id, logprob, finish or None, ((id, logprob), ...), cached), ...] of max_steps steps at most.
+    # [(request, id, logprob, finish or None, ((id, logprob), ...), cached, drafted, accepted), ...]
+    # of max_steps steps at most.
     # A request of max_new_tokens 0 has one event, of id -1; so has one that failed, whose finish is
     # the exception. process may change the row in place. progress False: no look at signals.
     def run(self, max_steps: int, process: Callable[[int, Any, Any], Any] | None,

@@ -32,6 +32,12 @@ class Past:
         """A request that goes on from here; the tokens before it only where they matter."""
         import numpy as np
 
+        if self.in_place and sampling.speculate and sampling.stop:
+            raise ValueError(
+                f"speculate: must be 0 where a state is continued until a stop string, which may "
+                f"come before the last of several tokens, got {sampling.speculate}; stop_token_ids "
+                f"are fine"
+            )
         past = {"seq": self.seq, "in_place": int(self.in_place)}
         if not len(request["ids"]):
             past["logits"] = self.logits
@@ -93,6 +99,7 @@ class Row:
         self.error: BaseException | None = None
         self.id = -1  # the core's, once it is submitted
         self.n_cached = 0  # tokens of the prompt that others had read
+        self.n_drafted = self.n_accepted = 0  # guesses, and those that were right
         self._times = self._times_before = {"prefill_s": 0.0, "decode_s": 0.0}
         call.join(len(ids))
 
@@ -154,6 +161,8 @@ class Row:
             prefill_s=self._times["prefill_s"] - self._times_before["prefill_s"],
             decode_s=self._times["decode_s"] - self._times_before["decode_s"],
             peak_bytes=self.call.peak_bytes,
+            drafted=self.n_drafted,
+            accepted=self.n_accepted,
         )
 
     def completion(self) -> Completion:
@@ -199,11 +208,11 @@ class Run:
         events = self._generation.run(max_steps, process, progress)
         self.stats = self._generation.stats()
         found = []
-        for request_id, token_id, logprob, finish, top, n_cached in events:
+        for request_id, token_id, logprob, finish, top, n_cached, n_drafted, n_accepted in events:
             row = self._rows.get(request_id)
             if row is None:  # a token of the same call, past a stop string
                 continue
-            row.n_cached = n_cached
+            row.n_cached, row.n_drafted, row.n_accepted = n_cached, n_drafted, n_accepted
             found.append((row, row.take(token_id, logprob, finish, top, self.stats)))
             if row.done:
                 self._forget(row, ended=finish is not None)

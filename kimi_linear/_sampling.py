@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from ._core import MAX_GUESSES
 from ._files import quote
 from .tokenizer import check_id
 
@@ -34,6 +35,7 @@ class Sampling:
     stop_ids: tuple[int, ...]
     logprobs: int | None
     processors: tuple[LogitsProcessor, ...]
+    speculate: int = 0
 
     def request(self, ids: Any, row: int, room: int) -> dict[str, Any]:
         """A request of the core: row `row` of a batch, in a context with that much room."""
@@ -49,12 +51,15 @@ class Sampling:
             "stop_ids": list(self.stop_ids),
             "top": self.logprobs or 0,
             "process": int(bool(self.processors)),
+            "guesses": self.speculate,
         }
 
     @property
     def looks_back(self) -> bool:
-        """Whether a draw depends on the tokens before the prompt beside the state."""
-        return self.repetition_penalty != 1.0 or bool(self.processors)
+        """Whether the tokens before the prompt are of use beside the state."""
+        return (
+            self.repetition_penalty != 1.0 or bool(self.processors) or bool(self.speculate)
+        )
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -72,6 +77,7 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None
+    speculate: int
 
 
 def check_sampling(
@@ -90,6 +96,7 @@ def check_sampling(
     ignore_eos: bool = False,
     logprobs: int | None = None,
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] | None = None,
+    speculate: int = 0,
 ) -> Sampling:
     """Raises ValueError or TypeError naming the argument and its range."""
     stop_ids = dict.fromkeys(() if ignore_eos else default_stop_ids)
@@ -97,6 +104,13 @@ def check_sampling(
         stop_ids[check_id(token_id, vocab_size, f"stop_token_ids[{i}]")] = None
     if logprobs is not None:
         logprobs = check_top(logprobs, vocab_size, "logprobs")
+    processors = _processors(logits_processor)
+    speculate = _integer("speculate", speculate, 0, MAX_GUESSES)
+    if speculate and processors:
+        raise ValueError(
+            f"speculate: must be 0 with a logits_processor, which is asked about one token "
+            f"after the other, got {speculate}"
+        )
     return Sampling(
         max_new_tokens=_integer("max_new_tokens", max_new_tokens, 0, (1 << 31) - 1),
         temperature=_number("temperature", temperature, 0.0, 1e6),
@@ -110,7 +124,8 @@ def check_sampling(
         stop=_stop_strings(stop),
         stop_ids=tuple(stop_ids),
         logprobs=logprobs,
-        processors=_processors(logits_processor),
+        processors=processors,
+        speculate=speculate,
     )
 
 

@@ -213,7 +213,7 @@ class Worker:
                 self._requests[row.id]._tell(chunk, wakes)
         _wake(wakes)
         wakes.clear()
-        for row, _ in found:
+        for row in dict.fromkeys(row for row, _ in found):  # which may have several tokens
             if row.done:
                 self._settle(self._requests.pop(row.id), wakes)
         _wake(wakes)

@@ -21,6 +21,8 @@ class Stats:
     prefill_s: float  # seconds in steps that fed prompts
     decode_s: float  # seconds in steps that only continued
     peak_bytes: int  # weights, workspace and the sequences of the call; never above the plan
+    drafted: int = 0  # tokens that were guessed (speculate) and verified
+    accepted: int = 0  # those of them that were right
 
     @property
     def prefill_rate(self) -> float:
@@ -34,10 +36,11 @@ class Stats:
 
     def __str__(self) -> str:
         cached = f", {self.cached_tokens} of them cached," if self.cached_tokens else ""
+        guessed = f", {self.accepted} of {self.drafted} guesses right" if self.drafted else ""
         return (
             f"prompt {self.prompt_tokens} tokens{cached} in {self.prefill_s:.2f} s "
             f"({self.prefill_rate:.0f}/s), new {self.new_tokens} in {self.decode_s:.2f} s "
-            f"({self.decode_rate:.1f}/s), peak {gib(self.peak_bytes)}"
+            f"({self.decode_rate:.1f}/s){guessed}, peak {gib(self.peak_bytes)}"
         )
 
 

@@ -42,6 +42,15 @@ static int32_t take_page(kl_cache *c, kl_cache_seq *s)
     return page;
 }
 
+/* The last page of a sequence goes back, promised to it again: it was taken for tokens that it
+ * will have after all, if not these. */
+static void return_page(kl_cache *c, kl_cache_seq *s, const int32_t *table)
+{
+    drop_page(c, table[--s->n_pages], s->snapshot);
+    s->reserved++;
+    c->n_reserved++;
+}
+
 static int64_t spare_pages(const kl_cache *c, int64_t slot)
 {
     const int32_t *table = kl_cache_table(c, slot);
@@ -429,5 +438,8 @@ kl_status kl_cache_grow(kl_cache *c, const int64_t *slots, const int64_t *counts
 
 void kl_cache_advance(kl_cache *c, int64_t slot, int64_t count)
 {
-    c->seqs[slot].length += count;
+    kl_cache_seq *s = &c->seqs[slot];
+    s->length += count;
+    while (s->n_pages > kl_cache_pages_for(c->config, s->length))
+        return_page(c, s, kl_cache_table(c, slot));
 }

@@ -109,7 +109,8 @@ int64_t kl_cache_available(const kl_cache *c);
 int64_t kl_cache_free_seqs(const kl_cache *c);
 
 /* Before a step: check that slots[i] may grow by counts[i] tokens, all of them together; then
- * take the pages, copying a shared partial page. Lengths are advanced by kl_cache_advance(). */
+ * take the pages, copying a shared partial page. Lengths are advanced by kl_cache_advance(), by
+ * fewer tokens where guesses were wrong: pages for these are promised to the sequence again. */
 kl_status kl_cache_check_growth(const kl_cache *c, const int64_t *slots, const int64_t *counts,
                                 int64_t n, kl_error *err);
 kl_status kl_cache_grow(kl_cache *c, const int64_t *slots, const int64_t *counts, int64_t n,

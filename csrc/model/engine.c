@@ -119,7 +119,7 @@ kl_pass kl_engine_pass(kl_engine *e)
                     .weights = &e->weights,
                     .cache = &e->cache,
                     .act = kl_act_of(e->format),
-                    .row_block = e->plan.max_batch,
+                    .row_block = kl_plan_draws(&e->plan),
                     .marks = e->marks};
     kl_arena_init(&pass.arena, e->scratch, e->plan.scratch_bytes);
     return pass;

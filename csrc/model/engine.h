@@ -133,6 +133,10 @@ void kl_engine_prefix_stats(const kl_engine *e, kl_prefix_stats *out);
 
 /* ---- one step -------------------------------------------------------------------------- */
 
+/* Guesses that a step takes of one sequence: with its certain token a tile of mla_prefill that is
+ * computed as in mla_decode. */
+#define KL_MAX_GUESSES (KL_MLA_FEW_TOKENS - 1)
+
 typedef struct {
     kl_seq seq; /* each sequence at most once a step */
     const int32_t *tokens;
@@ -165,6 +169,13 @@ typedef struct {
     int32_t *ids;                /* [n_rows] */
     float *id_logprobs;          /* [n_rows] */
 
+    /* Not NULL: a step of guesses. Of each feed the first token is certain, and up to
+     * KL_MAX_GUESSES more are guesses of what follows it. Every token is a row, all are sampled,
+     * and taken[i] becomes 1 and the number of guesses of feed i, up to the first wrong one, that
+     * are what was drawn before them. Then the sequence has read these, each in the arithmetic
+     * of a token step, and nothing else: the draws up to taken[i] are those of taken[i] steps. */
+    int64_t *taken; /* [n_feeds], out */
+
     int top; /* alternatives, with targets or with sampling; 0 .. 256 */
     int32_t *top_ids;
     float *top_logprobs; /* [n_rows, top] */
@@ -192,6 +203,8 @@ typedef struct {
     const int32_t *stop_ids; /* copied */
     int64_t n_stop_ids;
     int top; /* alternatives to report with every token */
+    int64_t
+        guesses; /* of the next tokens, verified in one step: 0 .. KL_MAX_GUESSES; draft.h */
 
     /* To continue a sequence. The tokens fed are prompt[n_history ..]; the history, which is
      * none or all that the sequence holds, is for penalties and processors only. */
@@ -210,6 +223,7 @@ typedef enum { KL_RUNNING, KL_FINISH_STOP, KL_FINISH_LENGTH, KL_FINISH_ERROR } k
 typedef struct {
     int64_t request;
     int64_t n_cached; /* tokens of the prompt that were not computed: others had read them */
+    int64_t n_drafted, n_accepted; /* guesses so far, and those that were right */
     int32_t id;
     float logprob;
     kl_finish finish;

@@ -1,14 +1,13 @@
 /*
  * generate.c -- requests from their prompts to their last tokens; see engine.h.
  *
- * scheduler.c decides what a step holds; this file keeps the requests' sequences, draws and
- * endings. Events wait in a queue of one step, so that a caller may take them one at a time.
+ * scheduler.c decides what a step holds, generate_rows.c lays it out; this file keeps the requests'
+ * sequences, draws and endings. Events wait in a queue of one step, so that a caller may take them one at a time.
  */
 #include "model/generation.h"
 
 #include "base/memory.h"
 
-#include <math.h>
 #include <string.h>
 #include <time.h>
 
@@ -27,6 +26,8 @@ static kl_event *push_event(kl_generation *g, const kl_request_state *q, int32_t
     kl_event *event = &g->queue[g->queue_first + g->queue_count++];
     event->request = q->id;
     event->n_cached = q->n_cached;
+    event->n_drafted = q->n_drafted;
+    event->n_accepted = q->n_accepted;
     event->id = id;
     event->logprob = 0.0f;
     event->finish = finish;
@@ -39,13 +40,6 @@ static void fail(kl_generation *g, kl_request_state *q, const kl_error *err)
 {
     push_event(g, q, -1, KL_FINISH_ERROR)->error = *err;
     kl_request_end(g, q);
-}
-
-static bool is_stop(const kl_request_state *q, int32_t id)
-{
-    for (int64_t i = 0; i < q->r.n_stop_ids; i++)
-        if (q->stop_ids[i] == id) return true;
-    return false;
 }
 
 static void fail_numerical(kl_generation *g, kl_request_state *q)
@@ -82,7 +76,7 @@ static void take_token(kl_generation *g, int64_t row)
     q->ids[q->r.n_prompt + q->n_new++] = id;
     kl_mark_seen(q->seen, id);
     g->stats.new_tokens++;
-    const kl_finish finish = is_stop(q, id)                    ? KL_FINISH_STOP
+    const kl_finish finish = kl_request_stops_at(q, id)        ? KL_FINISH_STOP
                              : q->n_new == q->r.max_new_tokens ? KL_FINISH_LENGTH
                                                                : KL_RUNNING;
     report_token(g, q, row, finish);
@@ -232,58 +226,20 @@ static void end_changed(kl_generation *g)
     }
 }
 
-static kl_feed feed_of(const kl_request_state *q, int64_t count)
+/* What a step has drawn; after guesses, as far as they were right. A request ends with the last
+ * of its draws if at all: no guess is a stop token, or one more than it may have. */
+static void take_draws(kl_generation *g, int64_t n_items)
 {
-    const bool decode = q->sched.phase == KL_SCHED_DECODE;
-    const int64_t first = decode ? q->r.n_prompt + q->n_new - 1 : q->sched.fed;
-    return (kl_feed){q->seq, q->ids + first, count};
-}
-
-static void clear_rows(kl_generation *g)
-{
-    g->top = 0;
-    g->penalties = g->processed = false;
-}
-
-/* How row `row` draws, for a request. */
-static void fill_row(kl_generation *g, int64_t row, kl_request_state *q)
-{
-    g->of_row[row] = q;
-    g->sampling[row] = q->r.sampling;
-    g->sampling[row].position += (uint64_t)q->n_new;
-    g->penalties = g->penalties || q->seen != NULL;
-    g->processed = g->processed || q->r.process;
-    if (q->r.top > g->top) g->top = q->r.top;
-}
-
-static void fill_seen(kl_generation *g, int64_t n_rows)
-{
-    const size_t bytes = (size_t)g->words * sizeof *g->seen;
-    for (int64_t row = 0; g->penalties && row < n_rows; row++) {
-        int32_t *seen = g->seen + row * g->words;
-        const kl_request_state *q = g->of_row[row];
-        if (q->seen != NULL)
-            memcpy(seen, q->seen, bytes);
-        else
-            memset(seen, 0, bytes);
-    }
-}
-
-/* The rows that draw: the last token of each item that samples. Returns their number. */
-static int64_t make_rows(kl_generation *g, int64_t n_items)
-{
-    int64_t n_rows = 0, end = 0;
-    clear_rows(g);
+    int64_t row = 0;
     for (int64_t k = 0; k < n_items; k++) {
-        const kl_sched_item *item = &g->items[k];
-        g->feeds[k] = feed_of(g->running[item->request], item->count);
-        end += item->count;
-        if (!item->samples) continue;
-        g->rows[n_rows] = (int32_t)(end - 1);
-        fill_row(g, n_rows++, g->running[item->request]);
+        kl_request_state *q = g->running[g->items[k].request];
+        const int64_t draws = kl_generation_draws(g, &g->items[k]);
+        const int64_t taken = g->guessed ? g->taken[k] : draws;
+        q->n_drafted += g->guessed ? draws - 1 : 0;
+        q->n_accepted += g->guessed ? taken - 1 : 0;
+        for (int64_t i = 0; i < taken; i++) take_token(g, row + i);
+        row += draws;
     }
-    fill_seen(g, n_rows);
-    return n_rows;
 }
 
 /* The step has run: prompts have moved on. */
@@ -303,6 +259,7 @@ static kl_step sampling_step(const kl_generation *g)
 {
     return (kl_step){.sampling = g->sampling,
                      .seen = g->penalties ? g->seen : NULL,
+                     .taken = g->guessed ? g->taken : NULL,
                      .ids = g->ids,
                      .id_logprobs = g->logprobs,
                      .top = g->top,
@@ -338,9 +295,7 @@ static kl_status draw_first(kl_generation *g, kl_logits_fn process, void *ctx, k
     for (int64_t i = 0; i < g->n_running; i++) {
         kl_request_state *q = g->running[i];
         if (q->sched.phase != KL_SCHED_PROMPT || q->sched.fed < q->sched.n_prompt) continue;
-        clear_rows(g);
-        fill_row(g, 0, q);
-        fill_seen(g, 1);
+        kl_generation_make_row(g, q);
         if (process_and_sample(g, q->logits, 1, process, ctx, err) == KL_OK) {
             take_token(g, 0);
             continue;
@@ -354,7 +309,7 @@ static kl_status draw_first(kl_generation *g, kl_logits_fn process, void *ctx, k
 static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn process,
                            void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err)
 {
-    const int64_t n_rows = make_rows(g, n_items);
+    const int64_t n_rows = kl_generation_make_rows(g, n_items);
     kl_step step = sampling_step(g);
     step.feeds = g->feeds;
     step.n_feeds = n_items;
@@ -376,7 +331,7 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
         KL_TRY(process_and_sample(g, g->logits, n_rows, process, process_ctx, err));
     }
     KL_TRY(advance_prompts(g, n_items, err));
-    for (int64_t row = 0; row < n_rows; row++) take_token(g, row);
+    take_draws(g, n_items);
     return KL_OK;
 }
 
@@ -428,6 +383,7 @@ static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_c
     if (tells_first(g)) return KL_OK;
     g->step_due = false;
     const int64_t n_items = choose_items(g);
+    kl_generation_guess(g, n_items, process != NULL);
     if (n_items > 0) return run_step(g, n_items, process, process_ctx, poll, poll_ctx, err);
     if (g->queue_count > 0) return KL_OK;
     *ran = g->first != NULL;

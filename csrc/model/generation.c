@@ -4,6 +4,7 @@
 #include "model/generation.h"
 
 #include "base/memory.h"
+#include "model/plan.h"
 
 #include <string.h>
 
@@ -69,6 +70,10 @@ static kl_status check_request(const kl_engine *e, const kl_request *r, int64_t 
                        "generate: request %lld: top must be in [0, %lld], "
                        "got %d",
                        (long long)i, (long long)most, r->top);
+    if (r->guesses < 0 || r->guesses > KL_MAX_GUESSES)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "generate: request %lld: guesses must be in [0, %d], got %lld",
+                       (long long)i, KL_MAX_GUESSES, (long long)r->guesses);
     if (kl_check_ids("prompt", r->prompt, r->n_prompt, vocab, &cause) != KL_OK ||
         kl_check_sampling("sampling", &r->sampling, &cause) != KL_OK)
         return kl_fail(err, KL_ERR_VALUE, "generate: request %lld: %s", (long long)i,
@@ -102,7 +107,7 @@ static kl_status copy_arrays(kl_request_state *q, const kl_request *r, int64_t w
     if (r->n_stop_ids > 0)
         memcpy(q->stop_ids, r->stop_ids, (size_t)r->n_stop_ids * sizeof *q->stop_ids);
     for (int64_t t = 0; t < r->n_prompt; t++) kl_mark_seen(q->seen, q->ids[t]);
-    return KL_OK;
+    return r->guesses == 0 ? KL_OK : kl_draft_init(&q->draft, (int64_t)n_ids, err);
 }
 
 void kl_request_free(kl_request_state *q)
@@ -112,6 +117,7 @@ void kl_request_free(kl_request_state *q)
     kl_free(q->stop_ids);
     kl_free(q->seen);
     kl_free(q->logits);
+    kl_draft_free(&q->draft);
     kl_free(q);
 }
 
@@ -194,7 +200,7 @@ kl_request_state *kl_generation_pop(kl_generation *g)
 static kl_status take_rows(const kl_generation *g, int32_t **array, size_t per_row,
                            kl_error *err)
 {
-    int32_t *const larger = kl_calloc((size_t)g->e->plan.max_batch * per_row, sizeof *larger);
+    int32_t *const larger = kl_calloc((size_t)g->max_rows * per_row, sizeof *larger);
     if (larger == NULL)
         return kl_fail(err, KL_ERR_MEMORY, "generate: no memory for the rows of a step");
     kl_free(*array);
@@ -208,8 +214,7 @@ static kl_status make_room(kl_generation *g, const kl_request *r, kl_error *err)
         KL_TRY(take_rows(g, &g->seen, (size_t)g->words, err));
     if (r->top <= g->max_top) return KL_OK;
     KL_TRY(take_rows(g, &g->top_ids, (size_t)r->top, err));
-    float *const larger =
-        kl_calloc((size_t)g->e->plan.max_batch * (size_t)r->top, sizeof *larger);
+    float *const larger = kl_calloc((size_t)(g->max_rows * r->top), sizeof *larger);
     if (larger == NULL)
         return kl_fail(err, KL_ERR_MEMORY, "generate: no memory for the rows of a step");
     kl_free(g->top_logprobs);
@@ -296,20 +301,22 @@ kl_status kl_generation_finish(kl_generation *g, int64_t id, kl_error *err)
 
 static kl_status make_step_arrays(kl_generation *g, kl_error *err)
 {
-    const size_t n = (size_t)g->e->plan.max_batch;
+    const size_t n = (size_t)g->e->plan.max_batch, rows = (size_t)g->max_rows;
     g->running = kl_calloc(n, sizeof *g->running);
     g->phases = kl_calloc(n, sizeof *g->phases);
     g->items = kl_calloc(n, sizeof *g->items);
-    g->queue = kl_calloc(3 * n, sizeof *g->queue);
+    g->queue = kl_calloc(2 * n + rows, sizeof *g->queue);
     g->feeds = kl_calloc(n, sizeof *g->feeds);
-    g->sampling = kl_calloc(n, sizeof *g->sampling);
-    g->rows = kl_calloc(n, sizeof *g->rows);
-    g->ids = kl_calloc(n, sizeof *g->ids);
-    g->logprobs = kl_calloc(n, sizeof *g->logprobs);
-    g->of_row = kl_calloc(n, sizeof *g->of_row);
+    g->guesses = kl_calloc(n, sizeof *g->guesses);
+    g->taken = kl_calloc(n, sizeof *g->taken);
+    g->sampling = kl_calloc(rows, sizeof *g->sampling);
+    g->rows = kl_calloc(rows, sizeof *g->rows);
+    g->ids = kl_calloc(rows, sizeof *g->ids);
+    g->logprobs = kl_calloc(rows, sizeof *g->logprobs);
+    g->of_row = kl_calloc(rows, sizeof *g->of_row);
     if (g->running == NULL || g->phases == NULL || g->items == NULL || g->queue == NULL ||
-        g->feeds == NULL || g->sampling == NULL || g->rows == NULL || g->ids == NULL ||
-        g->logprobs == NULL || g->of_row == NULL)
+        g->feeds == NULL || g->guesses == NULL || g->taken == NULL || g->sampling == NULL ||
+        g->rows == NULL || g->ids == NULL || g->logprobs == NULL || g->of_row == NULL)
         return kl_fail(err, KL_ERR_MEMORY, "generate: no memory for the rows of a step");
     return KL_OK;
 }
@@ -332,6 +339,7 @@ kl_status kl_generation_new(kl_engine *e, const kl_request *requests, int64_t n_
     if (g == NULL) return kl_fail(err, KL_ERR_MEMORY, "generate: no memory");
     g->e = e;
     g->words = (e->config.vocab_size + 31) / 32;
+    g->max_rows = kl_plan_draws(&e->plan);
     const kl_status status = make_generation(g, requests, n_requests, err);
     if (status == KL_OK)
         *out = g;
@@ -348,8 +356,9 @@ void kl_generation_free(kl_generation *g)
     while (g->first != NULL) drop_waiting(g, g->first->id);
     if (g->logits != NULL)
         g->e->be->vt->free_host(g->e->be, g->logits, kl_generation_logits_bytes(g));
-    void *const owned[] = {g->running,  g->phases, g->items,        g->queue,   g->feeds,
-                           g->sampling, g->rows,   g->ids,          g->top_ids, g->seen,
-                           g->logprobs, g->of_row, g->top_logprobs, g};
+    void *const owned[] = {g->running,  g->phases,  g->items,        g->queue,
+                           g->feeds,    g->guesses, g->taken,        g->sampling,
+                           g->rows,     g->ids,     g->top_ids,      g->seen,
+                           g->logprobs, g->of_row,  g->top_logprobs, g};
     for (size_t i = 0; i < sizeof owned / sizeof owned[0]; i++) kl_free(owned[i]);
 }

@@ -4,6 +4,7 @@
 #ifndef KL_MODEL_GENERATION_H
 #define KL_MODEL_GENERATION_H
 
+#include "model/draft.h"
 #include "model/engine_struct.h"
 #include "model/scheduler.h"
 
@@ -12,7 +13,7 @@ typedef struct kl_request_state {
     int64_t id;
     kl_request r; /* its pointers lead into ids and stop_ids below */
     kl_sched_request sched;
-    int32_t *ids; /* prompt, then new tokens: [n_prompt + max_new_tokens] */
+    int32_t *ids; /* prompt, then new tokens, then guesses: [n_prompt + max_new_tokens] */
     int32_t *stop_ids;
     int32_t *seen; /* bit set [words], or NULL without a repetition penalty */
     int64_t n_new;
@@ -21,11 +22,14 @@ typedef struct kl_request_state {
     kl_seq seq;     /* 0: none */
     kl_prefix_place place;
     int64_t n_cached; /* tokens of the prompt that others had read */
+    kl_draft draft;   /* of ids, where r.guesses > 0 */
+    int64_t n_drafted, n_accepted;
 } kl_request_state;
 
 struct kl_generation {
     kl_engine *e;
     int64_t next_id, words;
+    int64_t max_rows; /* that a step may draw from: kl_plan_draws() */
 
     kl_request_state *first, *last; /* the queue: those that wait for a sequence */
     int64_t n_waiting;
@@ -39,19 +43,21 @@ struct kl_generation {
     bool decode_first; /* see kl_sched_step() */
     bool step_due;     /* what was told last came from no step */
 
-    kl_event *queue; /* [3 * max_batch]: of admissions, of draws before a step, of a step */
+    /* [2 * max_batch + max_rows]: of admissions, of draws before a step, of a step. */
+    kl_event *queue;
     int64_t queue_first, queue_count;
     kl_generation_stats stats;
 
-    /* Arrays of a step, max_batch rows each. */
+    /* Arrays of a step: of max_batch feeds, and of max_rows draws. */
     kl_feed *feeds;
+    int64_t *guesses, *taken; /* of a feed's tokens: those that may be guesses; right ones */
     kl_sampling *sampling;
     int32_t *rows, *ids;
     float *logprobs;
     kl_request_state **of_row; /* the request of a row */
     float *logits;             /* [max_batch, vocab], for a processor; host memory of be */
 
-    /* Taken when a request first asks for them: [max_batch, words] and [max_batch, max_top]. */
+    /* Taken when a request first asks for them: [max_rows, words] and [max_rows, max_top]. */
     int32_t *seen, *top_ids;
     float *top_logprobs;
     int max_top;
@@ -59,6 +65,7 @@ struct kl_generation {
     /* What the rows of this step need. */
     int top;
     bool penalties, processed;
+    bool guessed; /* some tokens of this step are guesses */
 };
 
 /* The first that waits leaves the queue. */
@@ -72,6 +79,19 @@ void kl_request_seat(kl_generation *g, kl_request_state *q, kl_seq seq);
 void kl_request_end(kl_generation *g, kl_request_state *q);
 void kl_request_free(kl_request_state *q);
 void kl_generation_sweep(kl_generation *g);
+
+/* Guess what the items of the next step may be followed by, and give them the step's room. Guesses
+ * cost a prompt beside them its place, and a processor is not asked about what may not come: a step
+ * with either has none. */
+void kl_generation_guess(kl_generation *g, int64_t n_items, bool processed);
+/* Draws of an item: after its last token, or after a certain one and each guess. */
+int64_t kl_generation_draws(const kl_generation *g, const kl_sched_item *item);
+/* The feeds and rows of a step from its items; returns the number of rows. */
+int64_t kl_generation_make_rows(kl_generation *g, int64_t n_items);
+/* The only row of a draw without a step. */
+void kl_generation_make_row(kl_generation *g, kl_request_state *q);
+/* Whether a token ends a request. */
+bool kl_request_stops_at(const kl_request_state *q, int32_t id);
 
 static inline void kl_mark_seen(int32_t *seen, int32_t id)
 {

@@ -35,6 +35,7 @@ size_t kl_pass_layout_inputs(kl_pass_inputs *in, const kl_pass_shape *s, int64_t
     if (s->targets) in->targets = take(&a, KL_I32, s->R, 0);
     if (s->sampling) in->sampling = kl_arena_take(&a, (size_t)s->R * sizeof *in->sampling);
     if (s->seen) in->seen = take(&a, KL_I32, s->R, (vocab + 31) / 32);
+    if (s->verify) in->one = take(&a, KL_I32, 2, 0);
     return a.used;
 }
 
@@ -207,6 +208,9 @@ kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err)
     p->out_bytes = kl_pass_layout_outputs(&p->out, shape, NULL);
     p->in_block = kl_arena_take(&p->arena, p->in_bytes);
     p->out_block = kl_arena_take(&p->arena, p->out_bytes);
+    if (shape->verify)
+        p->kept = kl_arena_take(&p->arena, (size_t)p->cache->n_kda * kl_kda_kept_bytes(p));
+    p->start = p->arena.used;
     KL_TRY(check_arena(p, "step", err));
     kl_pass_layout_inputs(&p->in, shape, vocab, p->in_block);
     kl_pass_layout_outputs(&p->out, shape, p->out_block);
@@ -240,6 +244,16 @@ kl_status kl_pass_compute(kl_pass *p, kl_error *err)
     KL_TRY(run_layers(p, err));
     kl_arena_rewind(&p->arena, mark); /* the head needs x alone */
     return p->shape.R == 0 ? KL_OK : kl_head(p, err);
+}
+
+kl_status kl_pass_advance(kl_pass *p, const int64_t *taken, kl_error *err)
+{
+    int64_t index = 0;
+    kl_arena_rewind(&p->arena, p->start);
+    for (int64_t i = 0; i < p->config->n_layers; i++)
+        if (p->config->mixer[i] == KL_MIXER_KDA)
+            KL_TRY(kl_kda_advance(p, &p->weights->layers[i].kda, index++, taken, err));
+    return KL_OK;
 }
 
 kl_status kl_pass_sample_logits(kl_pass *p, const float *logits, kl_error *err)

@@ -103,12 +103,12 @@ static kl_status measure_weights(const planner *s, kl_weights *w, size_t *bytes,
     return KL_OK;
 }
 
-enum { N_LARGEST = 5 };
+enum { N_LARGEST = 6 };
 
 /* The steps that need most: a full prefill of which every row is wanted, one token of every
  * sequence, sampled, the last tokens of prompts that fill a step, the rows of
  * kl_engine_sample(), which may be more than a step has tokens, and last a full prefill of few
- * tokens, whose products hold more of it in their own memory. */
+ * tokens, whose products hold more of it in their own memory, and guesses. */
 static void largest_shapes(const kl_config *config, const kl_plan *plan,
                            kl_pass_shape out[N_LARGEST])
 {
@@ -131,6 +131,9 @@ static void largest_shapes(const kl_config *config, const kl_plan *plan,
     out[3].R = plan->max_batch;
     out[4].T = out[4].R = kl_min_i64(T, KL_FEW_TOKENS);
     out[4].N = kl_min_i64(N, KL_FEW_TOKENS);
+    out[5].T = out[5].R = kl_plan_guessing(plan);
+    out[5].N = kl_min_i64(N, out[5].T);
+    out[5].verify = true;
 }
 
 size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan)
@@ -175,7 +178,7 @@ static kl_status measure_scratch(const planner *s, const kl_weights *w, const kl
                         .weights = w,
                         .cache = &cache,
                         .act = s->act,
-                        .row_block = plan->max_batch};
+                        .row_block = kl_plan_draws(plan)};
         kl_arena_init(&pass.arena, NULL, 0);
         status = measure_passes(&pass, plan, bytes, err);
     }

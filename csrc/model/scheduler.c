@@ -101,6 +101,23 @@ int64_t kl_sched_step(const kl_sched_request *requests, int64_t n, int64_t step_
     return f.n_items;
 }
 
+int64_t kl_sched_add_guesses(const int64_t *guesses, int64_t most, kl_sched_item *items,
+                             int64_t n_items)
+{
+    int64_t guessing = 0, sum = 0;
+    if (most <= n_items) return 0;
+    for (int64_t k = 0; k < n_items; k++) guessing += guesses[k] > 0;
+    for (int64_t k = 0; k < n_items; k++) {
+        if (guesses[k] == 0) continue;
+        const int64_t room = most - n_items - sum;
+        const int64_t count = kl_min_i64(guesses[k], (room + guessing - 1) / guessing);
+        items[k].count += count;
+        sum += count;
+        guessing--;
+    }
+    return sum;
+}
+
 bool kl_sched_held_up(const kl_sched_request *requests, int64_t n, const kl_sched_item *items,
                       int64_t n_items)
 {

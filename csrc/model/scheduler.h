@@ -36,7 +36,8 @@ typedef struct {
     int64_t cut; /* where its prompt is cut next, a multiple of the unit; 0: anywhere */
 } kl_sched_request;
 
-/* `count` tokens of a request; `samples`: the last of them decides the next token. */
+/* `count` tokens of a request; `samples`: the last of them decides the next token, and of those
+ * with guesses each. */
 typedef struct {
     int64_t request, count;
     bool samples;
@@ -53,6 +54,12 @@ bool kl_sched_admits(const kl_sched_request *first, int64_t free_seqs, int64_t f
  * the number of items, 0 when nothing runs. */
 int64_t kl_sched_step(const kl_sched_request *requests, int64_t n, int64_t step_tokens,
                       bool decode_first, kl_sched_item *items);
+
+/* Add guesses of next tokens to the items of a step that feeds no prompt, as long as it has `most`
+ * tokens at most: item k would take guesses[k], and gets them or its share of the room. Returns
+ * their number. */
+int64_t kl_sched_add_guesses(const int64_t *guesses, int64_t most, kl_sched_item *items,
+                             int64_t n_items);
 
 /* Whether such a step feeds a prompt and leaves out a request that is generating. */
 bool kl_sched_held_up(const kl_sched_request *requests, int64_t n, const kl_sched_item *items,

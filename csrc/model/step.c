@@ -4,6 +4,7 @@
 #include "model/engine_struct.h"
 
 #include "base/memory.h"
+#include "model/plan.h"
 
 #include <string.h>
 
@@ -79,10 +80,11 @@ kl_status kl_check_sampling(const char *op, const kl_sampling *p, kl_error *err)
 static kl_status check_sampling(const kl_engine *e, const kl_step *s, int64_t n_rows,
                                 kl_error *err)
 {
-    if (n_rows < 1 || n_rows > e->plan.max_batch)
+    const int64_t most = s->taken == NULL ? e->plan.max_batch : kl_plan_guessing(&e->plan);
+    if (n_rows < 1 || n_rows > most)
         return kl_fail(err, KL_ERR_VALUE,
-                       "step: rows to sample must number 1 to %lld, got %lld",
-                       (long long)e->plan.max_batch, (long long)n_rows);
+                       "step: rows to sample must number 1 to %lld, got %lld", (long long)most,
+                       (long long)n_rows);
     if (s->ids == NULL || s->id_logprobs == NULL)
         return kl_fail(err, KL_ERR_VALUE, "step: sampling needs ids and id_logprobs");
     for (int64_t i = 0; i < n_rows; i++)
@@ -134,6 +136,24 @@ static kl_status check_rows(const kl_engine *e, const kl_step *s, int64_t total,
     return s->sampling == NULL ? KL_OK : check_sampling(e, s, s->n_rows, err);
 }
 
+/* A step of guesses draws after every token, in their order. */
+static kl_status check_guesses(const kl_step *s, int64_t total, kl_error *err)
+{
+    bool all = s->sampling != NULL && s->n_rows == total;
+    for (int64_t i = 0; all && i < total; i++) all = s->rows[i] == i;
+    if (!all)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "step: guesses are verified by sampling after each of the %lld tokens",
+                       (long long)total);
+    for (int64_t i = 0; i < s->n_feeds; i++)
+        if (s->feeds[i].n_tokens > KL_MAX_GUESSES + 1)
+            return kl_fail(err, KL_ERR_VALUE,
+                           "step: feed %lld must have a token and at most %d guesses, got %lld "
+                           "tokens",
+                           (long long)i, KL_MAX_GUESSES, (long long)s->feeds[i].n_tokens);
+    return KL_OK;
+}
+
 /* ---- the blocks of a step -------------------------------------------------------------- */
 
 /* A token step's page table gets the width of the next power of two, so that steps of a growing
@@ -161,7 +181,8 @@ static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t tota
     kl_pass_shape shape = {.T = total,
                            .N = s->n_feeds,
                            .R = s->n_rows,
-                           .decode = total == s->n_feeds,
+                           .decode = total == s->n_feeds && s->taken == NULL,
+                           .verify = s->taken != NULL,
                            .all_rows = wants_all_rows(s, total),
                            .logits = rows && s->logits != NULL,
                            .targets = targets,
@@ -172,7 +193,8 @@ static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t tota
     for (int64_t i = 0; i < s->n_feeds; i++)
         if (e->cache.seqs[e->slots[i]].n_pages > pages)
             pages = e->cache.seqs[e->slots[i]].n_pages;
-    shape.B = table_width(&e->cache, pages, shape.decode);
+    shape.B = table_width(&e->cache, pages, shape.decode || shape.verify);
+    if (shape.verify && shape.N == 1) shape.slot = e->slots[0];
     return shape;
 }
 
@@ -220,6 +242,7 @@ static void fill_inputs(kl_engine *e, const kl_step *s, const kl_pass *p)
     if (p->shape.sampling)
         memcpy(in.sampling, s->sampling, (size_t)p->shape.R * sizeof *in.sampling);
     if (p->shape.seen) copy_to(&in.seen, s->seen);
+    if (p->shape.verify) copy_to(&in.one, (const int32_t[]){0, 1});
 }
 
 static void *host_outputs(const kl_engine *e, const kl_pass *p)
@@ -268,17 +291,35 @@ static kl_status finish(kl_engine *e, kl_status status, kl_error *err)
     return status == KL_OK ? synced : status;
 }
 
+/* Of each feed, the tokens up to the first that is not what was drawn before it. The rest of the
+ * step is in the device's order: nobody waits for it. */
+static kl_status take_guesses(kl_engine *e, kl_pass *p, kl_error *err)
+{
+    const kl_step *const s = p->step;
+    const int32_t *drawn = s->ids;
+    for (int64_t i = 0; i < s->n_feeds; i++) {
+        const kl_feed *f = &s->feeds[i];
+        int64_t n = 1;
+        while (n < f->n_tokens && f->tokens[n] == drawn[n - 1]) n++;
+        s->taken[i] = e->counts[i] = n;
+        drawn += f->n_tokens;
+    }
+    return kl_pass_advance(p, s->taken, err);
+}
+
 kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err)
 {
     int64_t total;
     KL_TRY(kl_engine_check_loaded(e, err));
     KL_TRY(check_feeds(e, step, &total, err));
     KL_TRY(check_rows(e, step, total, err));
+    if (step->taken != NULL) KL_TRY(check_guesses(step, total, err));
 
     kl_pass pass = kl_engine_pass(e);
     pass.step = step;
-    const kl_status status = finish(e, run_step(e, &pass, total, err), err);
+    kl_status status = finish(e, run_step(e, &pass, total, err), err);
     if (status == KL_OK) hand_over(e, step, &pass);
+    if (status == KL_OK && step->taken != NULL) status = take_guesses(e, &pass, err);
     for (int64_t i = 0; i < step->n_feeds; i++) {
         if (status == KL_OK)
             kl_cache_advance(&e->cache, e->slots[i], e->counts[i]);

@@ -113,6 +113,7 @@ static int parse_request(const kl_module *m, PyObject *dict, int64_t vocab, kl_r
                     &out->max_new_tokens) < 0 ||
         kl_dict_int("generate", dict, "top", 0, 256, &none, &top) < 0 ||
         kl_dict_int("generate", dict, "process", 0, 1, &yes, &process) < 0 ||
+        kl_dict_int("generate", dict, "guesses", 0, INT64_MAX, &none, &out->guesses) < 0 ||
         parse_past(dict, out) < 0 || parse_logits(m, dict, vocab, &arrays->logits) < 0)
         return -1;
     out->prompt = arrays->ids;
@@ -182,7 +183,7 @@ static int fill_object(GenerationObject *self, const kl_module *m, const request
 {
     kl_error err = {KL_OK, ""};
     if (kl_engine_enter(self->engine) < 0) return -1;
-    self->n_events = kl_engine_plan(self->engine->engine)->max_batch;
+    self->n_events = kl_engine_plan(self->engine->engine)->max_batch + KL_MAX_GUESSES;
     self->vocab = kl_engine_config(self->engine->engine)->vocab_size;
     kl_status status = make_node(self->engine, a, &self->node, &err);
     kl_engine_leave(self->engine);
@@ -334,7 +335,8 @@ static PyObject *finish_object(const kl_module *m, const kl_event *event)
     return PyUnicode_FromString(event->finish == KL_FINISH_STOP ? "stop" : "length");
 }
 
-/* (request, id, logprob, finish or None, ((id, logprob), ...), cached tokens) */
+/* (request, id, logprob, finish or None, ((id, logprob), ...), cached tokens, guesses, right ones)
+ */
 static PyObject *event_tuple(const kl_module *m, const kl_event *event)
 {
     PyObject *finish = finish_object(m, event);
@@ -343,8 +345,9 @@ static PyObject *event_tuple(const kl_module *m, const kl_event *event)
         Py_XDECREF(finish);
         return NULL;
     }
-    return Py_BuildValue("(LidNNL)", (long long)event->request, (int)event->id,
-                         (double)event->logprob, finish, top, (long long)event->n_cached);
+    return Py_BuildValue("(LidNNLLL)", (long long)event->request, (int)event->id,
+                         (double)event->logprob, finish, top, (long long)event->n_cached,
+                         (long long)event->n_drafted, (long long)event->n_accepted);
 }
 
 static PyObject *event_list(const kl_module *m, const kl_event *events, int64_t n)
@@ -429,9 +432,9 @@ static PyObject *generation_stats(PyObject *op, PyObject *Py_UNUSED(none))
 static PyMethodDef generation_methods[] = {
     {"run", KL_FASTCALL(generation_run), METH_FASTCALL,
      "run($self, max_steps, process, progress, /)\n--\n\n"
-     "[(request, id, logprob, finish or None, ((id, logprob), ...), cached), ...] of so many "
-     "steps; "
-     "finish is an exception where the request failed."},
+     "[(request, id, logprob, finish or None, ((id, logprob), ...), cached, drafted, "
+     "accepted), "
+     "...] of so many steps; finish is an exception where the request failed."},
     {"submit", generation_submit, METH_O,
      "submit($self, request, /)\n--\n\nOne more request, behind those that wait; its number."},
     {"finish", generation_finish, METH_O,

@@ -61,7 +61,8 @@ static int module_exec(PyObject *module)
         add_types(module, m) < 0)
         return -1;
     if (PyModule_AddIntConstant(module, "ABI", KL_BACKEND_ABI) < 0 ||
-        PyModule_AddIntConstant(module, "PAGE_TOKENS", KL_PAGE_TOKENS) < 0)
+        PyModule_AddIntConstant(module, "PAGE_TOKENS", KL_PAGE_TOKENS) < 0 ||
+        PyModule_AddIntConstant(module, "MAX_GUESSES", KL_MAX_GUESSES) < 0)
         return -1;
 #ifdef KL_FAULT_INJECTION
     return PyModule_AddObjectRef(module, "FAULT_INJECTION", Py_True);

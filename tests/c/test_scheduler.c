@@ -213,11 +213,36 @@ static void steps_without_room_for_both_alternate(void)
     EXPECT(!kl_sched_held_up(requests, 3, items, 1)); /* or the prompt would starve */
 }
 
+/* All that are wanted where they fit, else equal shares, of which nobody takes more than it has. */
+static void guesses_share_what_is_left(void)
+{
+    static const struct {
+        int64_t wanted[4], most, counts[4];
+    } cases[] = {
+        {{15, 0, 0, 0}, 16, {13, 1, 1, 1}},  {{3, 0, 2, 1}, 32, {4, 1, 3, 2}},
+        {{15, 15, 0, 15}, 16, {5, 5, 1, 5}}, {{1, 15, 15, 1}, 16, {2, 5, 5, 2}},
+        {{9, 9, 9, 9}, 4, {1, 1, 1, 1}},     {{9, 9, 9, 9}, 2, {1, 1, 1, 1}},
+        {{9, 9, 9, 9}, 6, {2, 2, 1, 1}},     {{0, 0, 0, 0}, 16, {1, 1, 1, 1}},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+        kl_sched_item items[4];
+        int64_t sum = 0;
+        for (int64_t k = 0; k < 4; k++) items[k] = (kl_sched_item){k, 1, true};
+        const int64_t added = kl_sched_add_guesses(cases[c].wanted, cases[c].most, items, 4);
+        for (int k = 0; k < 4; k++) {
+            EXPECT(items[k].count == cases[c].counts[k]);
+            sum += items[k].count;
+        }
+        EXPECT(added == sum - 4 && (added == 0 || sum <= cases[c].most));
+    }
+}
+
 int main(void)
 {
     RUN(random_loads_end);
     RUN(steps_are_full);
     RUN(prompts_share_a_step);
     RUN(steps_without_room_for_both_alternate);
+    RUN(guesses_share_what_is_left);
     return test_failures != 0;
 }

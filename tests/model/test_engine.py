@@ -270,10 +270,10 @@ def test_events(engine):
     events = []
     while not g.done():
         events += g.run(1, None, None)
-    assert [e for e in events if e[0] == 1] == [(1, -1, 0.0, "length", (), 0)]
+    assert [e for e in events if e[0] == 1] == [(1, -1, 0.0, "length", (), 0, 0, 0)]
     assert [e[3] for e in events if e[0] == 0] == [None] * 11 + ["length"]
     assert [e[3] for e in events if e[0] == 2] == [None, "length"]
-    for request_index, token, logprob, _, top, cached in events:
+    for request_index, token, logprob, _, top, cached, *_ in events:
         assert cached == 0
         assert len(top) == (3 if request_index == 0 else 0)
         if top:
