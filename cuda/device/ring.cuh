@@ -37,6 +37,7 @@
 #ifndef KL_CUDA_DEVICE_RING_H
 #define KL_CUDA_DEVICE_RING_H
 
+#include "../product.h"
 #include "math.cuh"
 #include "stream.cuh"
 #include "wide.cuh"
@@ -44,6 +45,9 @@
 /* To be timed: steps on their way, and blocks a multiprocessor that a kernel starts. */
 constexpr int RING_DEPTH = 4;
 constexpr int RING_BLOCKS = 2;
+
+/* More, for one block, would leave one a multiprocessor. */
+constexpr size_t RING_MOST_SHARED = 113 << 10;
 
 constexpr int RING_STEP = STREAM_LANES * 16;         /* bytes of a row */
 constexpr int RING_TURN = STREAM_WARPS * RING_STEP;  /* from a warp's step to its next */
@@ -327,6 +331,19 @@ struct row_source {
     float eps;
     bool is_float; /* only with a norm_weight */
 };
+
+inline row_source row_source_of(const kl_cuda_product *p)
+{
+    return {
+        .x = p->x,
+        .norm_weight = p->norm_weight,
+        .stride = p->x_stride,
+        .T = static_cast<int>(p->T),
+        .cols = static_cast<int>(p->w.cols),
+        .eps = p->norm_eps,
+        .is_float = p->x_dtype == KL_F32,
+    };
+}
 
 /* Before the wait: the norm's weight never changes either. */
 template <int threads> __device__ void prefetch_rows(const row_source &s)

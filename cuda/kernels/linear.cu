@@ -139,8 +139,8 @@ way way_of(kl_backend *be, const kl_cuda_product *p)
     if (p->T > FEW_TOKENS && !invariant && kl_cuda_blas_takes(p)) return way::BLAS;
     if (!suits_tensor_cores(p)) return way::ANY;
     const way few = kl_cuda_product_step_takes(p) ? way::STEP : way::FEW;
-    const bool plain = p->up.data == nullptr && !p->adds;
-    if (p->w.format == KL_W_F32) return p->T == 1 && plain && !invariant ? way::SINGLE : few;
+    if (kl_cuda_product_single_takes(p) && !invariant) return way::SINGLE;
+    if (p->w.format == KL_W_F32) return few;
     return suits_streaming(p) && !invariant ? few : way::MANY;
 }
 
@@ -149,7 +149,7 @@ way way_of(kl_backend *be, const kl_cuda_product *p)
 bool takes_ends(kl_backend *be, way w, const kl_cuda_product *p)
 {
     if (!p->norms && !p->adds) return true;
-    if (w != way::STEP) return false;
+    if (w != way::STEP && w != way::SINGLE) return false;
     return !p->norms ||
            (p->T <= NORM_TOKENS && !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant &&
             is_aligned(p->norm_weight, 0, sizeof(float), 16));

@@ -1,92 +1,122 @@
 /*
- * linear_single.cu -- a float32 matrix by one row of bf16: the router of a token step.
- * Computes     out = x w^T
+ * linear_single.cu -- a float32 matrix by one row: the router of a token step.
+ * Computes     out = h w^T, h being x or norm(x)
  * Shapes       x [1, in]; w [O, in]; out [1, O]; in a multiple of 8
  * Layout       dense, 16-byte aligned rows
- * Precision    f32 fma; f32 or bf16 out
+ * Precision    x bf16, before a norm also f32; f32 fma; f32 or bf16 out
  * Grid         a warp for each row of the weight, 4 a block: 256 experts make 64 blocks, where
- *              tiles of 16 rows would make 16, which splitting the weight into bf16 terms binds
+ *              tiles of 16 rows would make 16, which splitting the weight into bf16 terms binds.
+ *              A row of 2304 columns is on its way to shared memory before x is there
  * Order        a lane's columns, 4 of every 128, in rising order, then five butterfly steps
  * Roofline     the bytes of the weight: [256, 2304] are 2.4 MB, 0.8 us at 3.0 TB/s
- * Measured     H100, [256, 2304] in a model (benchmarks/bench_step.py, int8, context 1024): 3.0 us
- *              (2026-11-22)
+ * Measured     not timed yet; from memory to registers, after the wait: 3.0 us in a model on an
+ *              H100, int8, context 1024 (benchmarks/bench_step.py, 2026-11-22)
  */
-#include "../device/launch.cuh"
 #include "../device/product.cuh"
-#include "../device/warp.cuh"
+#include "../device/ring.cuh"
 
 namespace {
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
-constexpr int VEC = 4;   /* columns of a lane */
-constexpr int AHEAD = 9; /* of them on their way: half a row of 2304 columns */
+constexpr int VEC = 4;           /* columns of a lane */
+constexpr int STEP = WARP * VEC; /* of a warp */
+constexpr int PIECES = 18;       /* of a lane in shared memory: a row of 2304 columns */
+constexpr int ROW_BYTES = PIECES * WARP * 16;
+static_assert(STEP % 128 == 0, "shared_rows has zeros up to the end of a step");
 
-/* A lane's columns k .. k + VEC - 1; zeros past the end. */
-struct piece {
-    uint4 w;
-    uint2 x;
-
-    __device__ void load(const uint8_t *ws, const bf16 *xs, int k, int cols)
-    {
-        w = k < cols ? load_once(ws + k * sizeof(float)) : uint4{};
-        x = k < cols ? *reinterpret_cast<const uint2 *>(xs + k) : uint2{};
-    }
-
-    __device__ float add_to(float sum) const
-    {
-        const float xs[VEC] = {low_half(x.x), high_half(x.x), low_half(x.y), high_half(x.y)};
-        const uint32_t ws[VEC] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int j = 0; j < VEC; j++) sum = fmaf(xs[j], __uint_as_float(ws[j]), sum);
-        return sum;
-    }
+struct single_arguments {
+    row_source x;
+    weight_view w;
+    void *out;
+    bool out_is_bf16;
 };
 
-/* A piece is asked for again as soon as it is used, so that AHEAD stay on their way. */
-__device__ float dot(const uint8_t *w, const bf16 *x, int cols)
+/* A lane's pieces of a row from column `first` on; zeros past the end, and no row's where there
+ * is none. What it copies only it reads. */
+__device__ void copy_pieces(uint4 *own, const single_arguments &a, int64_t row, int first)
 {
-    constexpr int STEP = WARP * VEC;
-    float sum = 0;
-    piece pieces[AHEAD];
+    const uint64_t policy = read_once_policy();
+    const weight_row w = row_of(a.w, row < a.w.rows ? row : 0);
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) pieces[i].load(w, x, i * STEP + lane_id() * VEC, cols);
-    for (int first = 0; first < cols; first += AHEAD * STEP) {
-        const int next = first + AHEAD * STEP + lane_id() * VEC;
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            sum = pieces[i].add_to(sum);
-            pieces[i].load(w, x, next + i * STEP, cols);
-        }
+    for (int i = 0; i < PIECES; i++) {
+        const int k = first + i * STEP + lane_id() * VEC;
+        copy_once(own + i * WARP, w.data + k * sizeof(float), row < a.w.rows && k < a.x.cols,
+                  policy);
     }
-    return warp_sum(sum);
+    copy_commit();
+}
+
+/* sum + the products of as many pieces. */
+__device__ float add_pieces(float sum, const uint4 *own, const shared_rows &x, int first,
+                            int cols)
+{
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        const int k = first + i * STEP + lane_id() * VEC;
+        if (first + i * STEP >= cols) break; /* the same for the whole warp */
+        const uint4 w = own[i * WARP];
+        const uint2 h = reinterpret_cast<const uint2 *>(x.unit(0, k / 8))[k / VEC % 2];
+        sum = fmaf(low_half(h.x), __uint_as_float(w.x), sum);
+        sum = fmaf(high_half(h.x), __uint_as_float(w.y), sum);
+        sum = fmaf(low_half(h.y), __uint_as_float(w.z), sum);
+        sum = fmaf(high_half(h.y), __uint_as_float(w.w), sum);
+    }
+    return sum;
 }
 
 __global__ __launch_bounds__(THREADS) void product_single_kernel(
-    const __grid_constant__ product_arguments a)
+    const __grid_constant__ single_arguments a)
 {
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ float sums[WARPS];
+    const shared_rows x = {shared + WARPS * ROW_BYTES, shared_rows::pitch_of(a.x.cols)};
+    uint4 *const own = reinterpret_cast<uint4 *>(shared + warp_id() * ROW_BYTES) + lane_id();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp_id();
-    const weight_row w = row_of(a.w, row < a.w.rows ? row : 0);
     let_next_start();
-    if (lane_id() == 0 && row < a.w.rows)
-        prefetch_l2(w.data, static_cast<uint32_t>(a.w.row_bytes));
+    copy_pieces(own, a, row, 0);
+    prefetch_rows<THREADS>(a.x);
     wait_for_inputs();
-    if (row >= a.w.rows) return;
-    const float sum = dot(w.data, static_cast<const bf16 *>(a.x), static_cast<int>(a.w.cols));
-    if (lane_id() != 0) return;
+    bring_rows<THREADS>(x, a.x, sums);
+    __syncthreads();
+    float sum = 0;
+    for (int first = 0; first < a.x.cols; first += PIECES * STEP) {
+        if (first > 0) copy_pieces(own, a, row, first);
+        copy_wait<0>();
+        sum = add_pieces(sum, own, x, first, a.x.cols);
+    }
+    sum = warp_sum(sum);
+    if (lane_id() != 0 || row >= a.w.rows) return;
     if (a.out_is_bf16)
         static_cast<bf16 *>(a.out)[row] = from_float<bf16>(sum);
     else
         static_cast<float *>(a.out)[row] = sum;
 }
 
+size_t shared_bytes(const kl_cuda_product *p)
+{
+    return WARPS * ROW_BYTES + static_cast<size_t>(shared_rows::pitch_of(p->w.cols));
+}
+
 } // namespace
+
+bool kl_cuda_product_single_takes(const kl_cuda_product *p)
+{
+    return p->w.format == KL_W_F32 && p->T == 1 && p->up.data == nullptr && !p->adds &&
+           shared_bytes(p) <= RING_MOST_SHARED;
+}
 
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
-    product_arguments a = product_arguments_of(p);
-    a.t_tiles = 1;
-    unsigned blocks;
-    KL_TRY(product_grid(a, (p->w.rows + WARPS - 1) / WARPS, &blocks, err));
-    return kl_cuda_launch(product_single_kernel, blocks, THREADS, 0, kl_cuda_stream(be), err,
-                          a);
+    const single_arguments a = {row_source_of(p), weight_view_of(p->w), p->out,
+                                p->out_dtype == KL_BF16};
+    const int64_t blocks = (p->w.rows + WARPS - 1) / WARPS;
+    if (blocks > MAX_BLOCKS)
+        return kl_fail(err, KL_ERR_VALUE, "linear: %lld outputs are too many",
+                       static_cast<long long>(p->w.rows));
+    KL_CUDA_TRY(cudaFuncSetAttribute(product_single_kernel,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared_bytes(p))),
+                err);
+    return kl_cuda_launch(product_single_kernel, static_cast<unsigned>(blocks), THREADS,
+                          shared_bytes(p), kl_cuda_stream(be), err, a);
 }

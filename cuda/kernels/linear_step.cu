@@ -20,9 +20,6 @@
 
 namespace {
 
-/* More shared memory would leave one block a multiprocessor. */
-constexpr size_t MOST_SHARED = 113 << 10;
-
 struct step_product {
     weight_view w, up;
     void *out;
@@ -180,19 +177,6 @@ size_t shared_bytes(kl_weight_format scales, const kl_cuda_product *p)
            static_cast<size_t>(p->T) * shared_rows::pitch_of(p->w.cols) + sums * sizeof(float);
 }
 
-row_source source_of(const kl_cuda_product *p)
-{
-    return {
-        .x = p->x,
-        .norm_weight = p->norm_weight,
-        .stride = p->x_stride,
-        .T = static_cast<int>(p->T),
-        .cols = static_cast<int>(p->w.cols),
-        .eps = p->norm_eps,
-        .is_float = p->x_dtype == KL_F32,
-    };
-}
-
 step_product step_of(const kl_cuda_product *p)
 {
     return {
@@ -236,13 +220,13 @@ kl_status launch_for(kl_backend *be, const step_arguments &a, size_t shared, kl_
 
 bool kl_cuda_product_step_takes(const kl_cuda_product *p)
 {
-    return p->T <= 2 * STREAM_TOKENS && shared_bytes(p->w.format, p) <= MOST_SHARED;
+    return p->T <= 2 * STREAM_TOKENS && shared_bytes(p->w.format, p) <= RING_MOST_SHARED;
 }
 
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
     const unsigned tiles = static_cast<unsigned>(tiles_of(p));
-    const step_arguments a = {source_of(p), step_of(p), step_of(p), tiles, tiles};
+    const step_arguments a = {row_source_of(p), step_of(p), step_of(p), tiles, tiles};
     const size_t shared = shared_bytes(p->w.format, p);
     return with_format(p->w.format, [&](auto f) {
         if (!is_gated(p)) return launch_for<f.value, f.value>(be, a, shared, err);
@@ -255,7 +239,7 @@ kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first
                                     const kl_cuda_product *second, kl_error *err)
 {
     const unsigned tiles = static_cast<unsigned>(tiles_of(first));
-    const step_arguments a = {source_of(first), step_of(first), step_of(second), tiles,
+    const step_arguments a = {row_source_of(first), step_of(first), step_of(second), tiles,
                               tiles + static_cast<unsigned>(tiles_of(second))};
     const size_t shared = shared_bytes(second->w.format, second);
     return with_format(second->w.format, [&](auto f) {
