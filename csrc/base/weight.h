@@ -19,6 +19,7 @@
 #ifndef KL_BASE_WEIGHT_H
 #define KL_BASE_WEIGHT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -41,6 +42,10 @@ typedef struct {
     int64_t count, rows, cols;
     void *data;
     uint16_t *scales; /* bf16, or NULL */
+
+    /* A call enqueued before may still be writing it, as it may an array of the caller's. Others
+     * never change: a kernel reads them before those ahead of it have ended. */
+    bool unsettled;
 } kl_weight;
 
 static inline const char *kl_weight_format_name(kl_weight_format format)

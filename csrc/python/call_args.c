@@ -43,6 +43,7 @@ int kl_arg_weight(kl_call *c, const char *name, PyObject *o, int ndim, kl_weight
         .rows = t.shape[ndim - 2],
         .cols = t.shape[ndim - 1],
         .data = t.data,
+        .unsettled = true,
     };
     return 0;
 }

@@ -3,8 +3,9 @@
  * x is there: a lane's pieces come by asynchronous copies to a ring of its own in shared memory.
  *
  * Weights never change, so the ring is filled before wait_for_inputs(), while the kernels ahead
- * still run; it takes no registers, so that a block leaves room for those of its neighbours in
- * the stream: at most 64 registers a thread, and shared memory for four blocks a multiprocessor.
+ * still run (not those that kl_weight calls unsettled: wait first); it takes no registers, so that
+ * a block leaves room for those of its neighbours in the stream: at most 64 registers a thread,
+ * and shared memory for four blocks a multiprocessor.
  * Blocks stay and go from tile to tile; the ring runs on, so that the next tile's weights are on
  * their way while the sums of one are added.
  *

@@ -32,6 +32,7 @@ struct step_arguments {
     row_source x;
     step_product first, second;
     unsigned first_tiles, tiles; /* of the first product, of both */
+    bool unsettled;              /* one of the weights */
 };
 
 /* Row i of a tile. Rows past the end repeat the last one, which is read anyway. */
@@ -150,6 +151,7 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_
     float *const sums = reinterpret_cast<float *>(x.data + a.x.T * x.pitch);
     ring_type ring(shared);
     let_next_start();
+    if (a.unsettled) wait_for_inputs();
     tile_walk<SCALES<first, second>, gated> walk(a);
 #pragma unroll 1
     for (int d = 0; d < RING_DEPTH; d++) walk.put(ring);
@@ -189,6 +191,11 @@ step_product step_of(const kl_cuda_product *p)
     };
 }
 
+bool is_unsettled(const kl_cuda_product *p)
+{
+    return p->w.unsettled || p->up.unsettled;
+}
+
 int64_t tiles_of(const kl_cuda_product *p)
 {
     const int each = is_gated(p) ? STREAM_ROWS / 2 : STREAM_ROWS;
@@ -226,7 +233,8 @@ bool kl_cuda_product_step_takes(const kl_cuda_product *p)
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
     const unsigned tiles = static_cast<unsigned>(tiles_of(p));
-    const step_arguments a = {row_source_of(p), step_of(p), step_of(p), tiles, tiles};
+    const step_arguments a = {row_source_of(p), step_of(p), step_of(p), tiles, tiles,
+                              is_unsettled(p)};
     const size_t shared = shared_bytes(p->w.format, p);
     return with_format(p->w.format, [&](auto f) {
         if (!is_gated(p)) return launch_for<f.value, f.value>(be, a, shared, err);
@@ -239,8 +247,12 @@ kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first
                                     const kl_cuda_product *second, kl_error *err)
 {
     const unsigned tiles = static_cast<unsigned>(tiles_of(first));
-    const step_arguments a = {row_source_of(first), step_of(first), step_of(second), tiles,
-                              tiles + static_cast<unsigned>(tiles_of(second))};
+    const step_arguments a = {row_source_of(first),
+                              step_of(first),
+                              step_of(second),
+                              tiles,
+                              tiles + static_cast<unsigned>(tiles_of(second)),
+                              is_unsettled(first) || is_unsettled(second)};
     const size_t shared = shared_bytes(second->w.format, second);
     return with_format(second->w.format, [&](auto f) {
         if (first->w.format == f.value) return launch_for<f.value, f.value>(be, a, shared, err);

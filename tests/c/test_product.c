@@ -38,7 +38,7 @@ enum { N_TOKENS = 6 };
 
 static kl_weight weight(float *data, int64_t count, int64_t rows, int64_t cols)
 {
-    return (kl_weight){KL_W_F32, count, rows, cols, data, NULL};
+    return (kl_weight){KL_W_F32, count, rows, cols, data, NULL, false};
 }
 
 static void fill_operands(void)

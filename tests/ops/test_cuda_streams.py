@@ -102,6 +102,21 @@ def test_on_a_device_that_is_not_current(name):
     assert_same([t.cpu() for t in got], [t.cpu() for t in want])
 
 
+def test_a_weight_that_an_operation_has_just_made():
+    """Kernels read weights ahead of their turn, but not an array that the one before writes."""
+    r = torch.Generator(device="cuda").manual_seed(3)
+    raw = torch.randn(2048, 2048, device="cuda", generator=r).bfloat16()
+    x = torch.randn(1, 2048, device="cuda", generator=r).bfloat16()
+    ones = torch.ones(2048, device="cuda")
+    made = ops.rms_norm(raw, ones, eps=1e-5)
+    torch.cuda.synchronize()
+    want = ops.linear(x, made)
+    for scale in (2.0, 0.5) * 10:
+        weight = torch.full_like(ones, scale)
+        ops.rms_norm(raw, weight, eps=1e-5, out=made)
+        assert_same(ops.linear(x, made), want * scale)
+
+
 def test_the_stream_can_be_named():
     """An integer stream counts, whatever the current one is."""
     source = torch.randn(64, 64, device="cuda")
