@@ -28,7 +28,7 @@ struct single_arguments {
     row_source x;
     weight_view w;
     void *out;
-    bool out_is_bf16;
+    bool out_is_bf16, unsettled; /* the weight may still be written */
 };
 
 /* A lane's pieces of a row from column `first` on; zeros past the end, and no row's where there
@@ -73,6 +73,7 @@ __global__ __launch_bounds__(THREADS) void product_single_kernel(
     uint4 *const own = reinterpret_cast<uint4 *>(shared + warp_id() * ROW_BYTES) + lane_id();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp_id();
     let_next_start();
+    if (a.unsettled) wait_for_inputs();
     copy_pieces(own, a, row, 0);
     prefetch_rows<THREADS>(a.x);
     wait_for_inputs();
@@ -108,7 +109,7 @@ bool kl_cuda_product_single_takes(const kl_cuda_product *p)
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
     const single_arguments a = {row_source_of(p), weight_view_of(p->w), p->out,
-                                p->out_dtype == KL_BF16};
+                                p->out_dtype == KL_BF16, p->w.unsettled};
     const int64_t blocks = (p->w.rows + WARPS - 1) / WARPS;
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "linear: %lld outputs are too many",

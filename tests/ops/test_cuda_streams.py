@@ -102,10 +102,11 @@ def test_on_a_device_that_is_not_current(name):
     assert_same([t.cpu() for t in got], [t.cpu() for t in want])
 
 
-def test_a_weight_that_an_operation_has_just_made():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_an_operation_has_just_made(dtype):
     """Kernels read weights ahead of their turn, but not an array that the one before writes."""
     r = torch.Generator(device="cuda").manual_seed(3)
-    raw = torch.randn(2048, 2048, device="cuda", generator=r).bfloat16()
+    raw = torch.randn(2048, 2048, device="cuda", generator=r).to(dtype)
     x = torch.randn(1, 2048, device="cuda", generator=r).bfloat16()
     ones = torch.ones(2048, device="cuda")
     made = ops.rms_norm(raw, ones, eps=1e-5)
