@@ -227,8 +227,9 @@ typedef kl_kda kl_kda_decode;
  *     q | k | v = short_conv(qkv), with SiLU
  *     o = kda_decode if `single`, else kda_prefill, of q, k, v, g, beta, normalised, with logits
  *     out = gated_rms_norm(o, z)
- * Heads are not grouped. `single`: every sequence has one token, so that cu_seqlens counts up by
- * one and N = T. */
+ * Heads are not grouped. What kl_weight says of `unsettled` goes for conv_weight, A_log, dt_bias
+ * and norm_weight with f_b and g_b. `single`: every sequence has one token, so that cu_seqlens
+ * counts up by one and N = T. */
 typedef struct {
     kl_workspace ws;
     kl_tensor qkv;         /* [T, C] act, rows strided; C = H (2 K + V)   */

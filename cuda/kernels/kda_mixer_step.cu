@@ -36,6 +36,7 @@ struct arguments {
     const bf16 *f_low, *g_low;
     long long f_stride, g_stride;
     weight_view f_b, g_b;
+    bool unsettled; /* one of the weights; then none of the layer's is taken for written */
 };
 
 /* What a lane copies to shared memory for itself: pieces of 16 bytes, which need no barrier. */
@@ -203,56 +204,7 @@ template <kl_weight_format format> struct gates {
     }
 };
 
-/* ---- the rest ---------------------------------------------------------------------------- */
-
-__device__ inline void share_decay(const kda_arguments &a, const kda_channel &channel, float g,
-                                   int i, block_shared &s)
-{
-    const float log_decay = kda_log_decay(a, channel, g), decay = expf(log_decay);
-    if (lane_id() % 4 >= 2) return; /* lanes that have what another has */
-    s.decay[i] = decay;
-    s.low[i] = kda_decay_low(log_decay, decay);
-}
-
-/* A load that stays where it is written, before the slot is looked at: the compiler would rather
- * have it where its value is used. */
-__device__ inline bf16 load_here(const bf16 *from)
-{
-    unsigned short x;
-    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
-    return __ushort_as_bfloat16(x);
-}
-
-/* What lies in the slot: the windows to registers, the rows of the state to pieces. */
-__device__ inline void read_slot(const mixer_arguments &a, const place &at, long long slot,
-                                 mixer_channel<bf16> &qk, mixer_channel<bf16> &v,
-                                 const lane_pieces &rows)
-{
-    const float *const state = at.state(a, slot) + lane_id() * 4;
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) rows.copy(r, state + r * SIDE);
-    copy_commit();
-#pragma unroll
-    for (int j = 0; j < MIXER_PAST; j++) {
-        qk.past[j] = load_here(qk.window(a, slot) + j);
-        v.past[j] = load_here(v.window(a, slot) + j);
-    }
-}
-
-__device__ inline void take_rows(mixer_rows<ROWS> &to, const lane_pieces &from)
-{
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-        load_floats<4>(reinterpret_cast<const float *>(from.own + r * THREADS), to.x[r]);
-}
-
-__device__ inline void ask_ahead(const mixer_arguments &a, const place &at, long long slot,
-                                 const mixer_channel<bf16> &qk, const mixer_channel<bf16> &v)
-{
-    if (lane_id() == 0) prefetch_l2(at.state(a, slot), ROWS * SIDE * sizeof(float));
-    prefetch_line(qk.window(a, slot));
-    if (lane_id() == 0) prefetch_line(v.window(a, slot));
-}
+/* ---- a token of a head ------------------------------------------------------------------- */
 
 /* Blocks may send to others once these have come to cluster_wait(). */
 __device__ inline void open_exchange(block_shared &s)
@@ -265,15 +217,131 @@ __device__ inline void open_exchange(block_shared &s)
     cluster_arrive();
 }
 
-/* o of all rows of the head to all its blocks. */
-__device__ inline void exchange(block_shared &s, const place &at, float o)
+/* A load that stays where it is written, before the slot is looked at: the compiler would rather
+ * have it where its value is used. */
+__device__ inline bf16 load_here(const bf16 *from)
 {
-    using rows = mixer_rows<ROWS>;
-    const int rank = lane_id() % rows::LANES;
-    cluster_wait();
-    if (rank < PARTS)
-        store_in(static_cast<unsigned>(rank), &s.o[at.first + rows::row()], o, &s.arrived);
+    unsigned short x;
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
+    return __ushort_as_bfloat16(x);
 }
+
+/* What a thread knows: a channel of q (the first half of the block) or of k, the channel of v
+ * that is row() of its warp's rows of the state, and a channel's decay. */
+template <kl_weight_format format> struct token {
+    using rows = mixer_rows<ROWS>;
+    const mixer_arguments &a;
+    place at;
+    int row; /* of V */
+    lane_pieces weights, state;
+    gates<format> gate;
+    mixer_channel<bf16> qk, v;
+    kda_channel decay;
+    float norm_weight, beta;
+
+    __device__ token(const mixer_arguments &arguments, uint4 *pieces)
+        : a(arguments), at(a), row(at.first + rows::row()), weights{pieces + threadIdx.x},
+          state{weights.own + gates<format>::PIECES * THREADS},
+          qk(a, threadIdx.x / SIDE, at.h, threadIdx.x % SIDE), v(a, 2, at.h, row)
+    {
+    }
+
+    /* Before the inputs are there: what never changes, and the L2's part of what does. */
+    __device__ void ask_ahead(const arguments &p, long long slot)
+    {
+        gate.ask(p, at, weights);
+        qk.read_taps(a), v.read_taps(a);
+        decay = kda_channel_of(a.kda, at.h, gates<format>::channel());
+        norm_weight = a.norm_weight[row];
+        if (lane_id() == 0) prefetch_l2(at.state(a, slot), ROWS * SIDE * sizeof(float));
+        if (lane_id() == 0) prefetch_line(v.window(a, slot));
+        prefetch_line(qk.window(a, slot));
+    }
+
+    /* The windows to registers, the rows of the state to pieces. */
+    __device__ void read_slot(long long slot)
+    {
+        const float *const from = at.state(a, slot) + lane_id() * 4;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) state.copy(r, from + r * SIDE);
+        copy_commit();
+#pragma unroll
+        for (int j = 0; j < MIXER_PAST; j++) {
+            qk.past[j] = load_here(qk.window(a, slot) + j);
+            v.past[j] = load_here(v.window(a, slot) + j);
+        }
+    }
+
+    /* All of it is on its way at once, where the guess was right; the slot. */
+    __device__ long long read(const arguments &p, long long guess)
+    {
+        const long long slot = mixer_slot(a, at.n);
+        gate.ask_inputs(p, at.n, weights);
+        qk.read_input(a, at.n), v.read_input(a, at.n);
+        beta = kda_load(a.kda.beta, at.n, at.h);
+        read_slot(guess);
+        if (slot != guess) {
+            copy_wait<0>();
+            read_slot(slot);
+        }
+        return slot;
+    }
+
+    __device__ void share_decay(float g, block_shared &s) const
+    {
+        const float log_decay = kda_log_decay(a.kda, decay, g), factor = expf(log_decay);
+        if (lane_id() % 4 >= 2) return; /* lanes that have what another has */
+        s.decay[gates<format>::channel()] = factor;
+        s.low[gates<format>::channel()] = kda_decay_low(log_decay, factor);
+    }
+
+    /* What the whole block needs; v of this thread's row. */
+    __device__ float share(block_shared &s)
+    {
+        (threadIdx.x < SIDE ? s.q : s.k)[threadIdx.x % SIDE] = qk.output();
+        const float value = v.output();
+        copy_wait<1>(); /* weights and the gates' inputs */
+        __syncwarp();
+        share_decay(gate.g(weights), s);
+        gate.share_z(weights, s);
+        return value;
+    }
+
+    /* The recurrence, after a barrier: o of this thread's row, to all blocks of the head. */
+    __device__ float recur(float value, long long slot, block_shared &s)
+    {
+        rows held;
+        float q[4], k[4];
+        mixer_unit(s.q, q), mixer_unit(s.k, k);
+        copy_wait<0>();
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            load_floats<4>(reinterpret_cast<const float *>(state.own + r * THREADS), held.x[r]);
+        held.multiply(s.decay, s.low);
+        held.learn(k, value, sigmoid(beta));
+        const float o = to_float(from_float<bf16>(a.kda.scale * held.dot(q)));
+        const unsigned rank = lane_id() % rows::LANES;
+        cluster_wait();
+        if (rank < PARTS) store_in(rank, &s.o[row], o, &s.arrived);
+        held.write(at.state(a, slot), ROWS, SIDE);
+        return o;
+    }
+
+    /* What has come from the others depends on all that they read of the windows, so that these
+     * may be written. */
+    __device__ void finish(float o, long long slot, block_shared &s) const
+    {
+        const bool speaks = lane_id() % rows::LANES == 0; /* for its row */
+        const float sigmoid_z = gates<format>::gate(s, row - static_cast<int>(at.part) * OWN);
+        barrier_wait_for_cluster(&s.arrived, 0);
+        const float inverse = inverse_rms(mixer_sum_of_squares<bf16>(s.o, SIDE), SIDE, a.eps);
+        if (speaks)
+            static_cast<bf16 *>(a.out)[(at.n * a.kda.H + at.h) * SIDE + row] =
+                from_float<bf16>(o * inverse * norm_weight * sigmoid_z);
+        if (speaks) v.write_window(a, slot);
+        if (at.part == 0) qk.write_window(a, slot);
+    }
+};
 
 template <kl_weight_format format>
 __global__ __cluster_dims__(PARTS, 1, 1)
@@ -282,61 +350,18 @@ __global__ __cluster_dims__(PARTS, 1, 1)
 {
     extern __shared__ __align__(16) uint4 pieces[];
     __shared__ __align__(16) block_shared s;
-    const mixer_arguments &a = p.mixer;
-    const place at(a);
+    token<format> own(p.mixer, pieces);
     let_next_start();
     open_exchange(s);
-
-    const lane_pieces weights = {pieces + threadIdx.x};
-    const lane_pieces own_rows = {weights.own + gates<format>::PIECES * THREADS};
-    const int i = threadIdx.x % SIDE, row = at.first + mixer_rows<ROWS>::row();
-    mixer_channel<bf16> qk(a, threadIdx.x / SIDE, at.h, i), v(a, 2, at.h, row);
-    gates<format> gate;
-    gate.ask(p, at, weights);
-    const long long guess = mixer_slot_guess(a, at.n);
-    qk.read_taps(a), v.read_taps(a);
-    const kda_channel channel = kda_channel_of(a.kda, at.h, gates<format>::channel());
-    const float norm_weight = a.norm_weight[row];
-    ask_ahead(a, at, guess, qk, v);
+    const long long guess = mixer_slot_guess(p.mixer, own.at.n);
+    if (p.unsettled) wait_for_inputs();
+    own.ask_ahead(p, guess);
     wait_for_inputs();
-
-    const long long slot = mixer_slot(a, at.n);
-    gate.ask_inputs(p, at.n, weights);
-    qk.read_input(a, at.n), v.read_input(a, at.n);
-    const float beta = kda_load(a.kda.beta, at.n, at.h);
-    read_slot(a, at, guess, qk, v, own_rows);
-    if (slot != guess) {
-        copy_wait<0>();
-        read_slot(a, at, slot, qk, v, own_rows);
-    }
-    (threadIdx.x < SIDE ? s.q : s.k)[i] = qk.output();
-    const float v_row = v.output();
-    copy_wait<1>(); /* weights and the gates' inputs */
-    __syncwarp();
-    share_decay(a.kda, channel, gate.g(weights), gates<format>::channel(), s);
-    gate.share_z(weights, s);
+    const long long slot = own.read(p, guess);
+    const float value = own.share(s);
     __syncthreads();
-
-    mixer_rows<ROWS> rows;
-    float q_unit[4], k_unit[4];
-    mixer_unit(s.q, q_unit), mixer_unit(s.k, k_unit);
-    copy_wait<0>();
-    take_rows(rows, own_rows);
-    rows.multiply(s.decay, s.low);
-    rows.learn(k_unit, v_row, sigmoid(beta));
-    const float o = to_float(from_float<bf16>(a.kda.scale * rows.dot(q_unit)));
-    exchange(s, at, o);
-    rows.write(at.state(a, slot), ROWS, SIDE);
-    const bool speaks = lane_id() % mixer_rows<ROWS>::LANES == 0; /* for its row */
-    if (speaks) v.write_window(a, slot);
-    const float sigmoid_z = gates<format>::gate(s, row - static_cast<int>(at.part) * OWN);
-    barrier_wait_for_cluster(&s.arrived, 0);
-    /* What has come depends on all that the blocks have read of the windows. */
-    if (at.part == 0) qk.write_window(a, slot);
-    const float inverse = inverse_rms(mixer_sum_of_squares<bf16>(s.o, SIDE), SIDE, a.eps);
-    if (speaks)
-        static_cast<bf16 *>(a.out)[(at.n * a.kda.H + at.h) * SIDE + row] =
-            from_float<bf16>(o * inverse * norm_weight * sigmoid_z);
+    const float o = own.recur(value, slot, s);
+    own.finish(o, slot, s);
 }
 
 template <kl_weight_format format>
@@ -360,6 +385,7 @@ arguments arguments_of(const kl_kda_mixer *a, const kl_kda_mixer_parts &p)
         .g_stride = a->g_low.stride[0],
         .f_b = weight_view_of(a->f_b),
         .g_b = weight_view_of(a->g_b),
+        .unsettled = a->f_b.unsettled || a->g_b.unsettled,
     };
 }
 
