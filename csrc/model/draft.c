@@ -6,7 +6,7 @@
 #include "base/memory.h"
 
 #define MOST_PLACES 32 /* that are compared: a common pair has thousands */
-#define MOST_TOKENS 32 /* that a place may have in common and be better for it */
+#define MOST_TOKENS 32 /* in common: more make a place no better */
 #define LEAST_HEADS 1024
 #define MOST_HEADS  (INT64_C(1) << 20)
 
@@ -67,7 +67,8 @@ int64_t kl_draft_guess(kl_draft *d, int32_t *ids, int64_t n, int64_t most)
         place = d->next[place] - 1;
     }
     if (best < 0) return 0;
+    const int64_t count = kl_min_i64(most, (longest + 1) / 2);
     /* What follows may lead into the guess itself: then the text goes round. */
-    for (int64_t i = 0; i < most; i++) ids[n + i] = ids[best + 1 + i];
-    return most;
+    for (int64_t i = 0; i < count; i++) ids[n + i] = ids[best + 1 + i];
+    return count;
 }
