@@ -172,13 +172,19 @@ template <int ROWS> struct mixer_rows {
     }
 };
 
-/* This lane's channels of q or k, brought to unit length as kda_norm_factor() has it. */
-__device__ inline void mixer_unit(const float (&from)[MIXER_SIDE], float (&to)[4])
+/* The warp's part of kda_norm_factor() before its butterfly, and this lane's four channels of q or k,
+ * brought to unit length with the sum after it. */
+__device__ inline float mixer_squares(const float (&x)[MIXER_SIDE])
 {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < MIXER_SIDE; i += WARP) sum += from[i + lane_id()] * from[i + lane_id()];
-    const float factor = 1 / sqrtf(warp_sum(sum) + KDA_NORM_EPS);
+    for (int i = 0; i < MIXER_SIDE; i += WARP) sum += x[i + lane_id()] * x[i + lane_id()];
+    return sum;
+}
+
+__device__ inline void mixer_unit(const float (&from)[MIXER_SIDE], float sum, float (&to)[4])
+{
+    const float factor = 1 / sqrtf(sum + KDA_NORM_EPS);
     load_floats<4>(from + lane_id() * 4, to);
 #pragma unroll
     for (int j = 0; j < 4; j++) to[j] *= factor;

@@ -113,10 +113,10 @@ __device__ inline void ask_rows(float *held, const float *state, int rows, int K
 __device__ inline float step(mixer_rows<ROWS> &rows, const mixer_arguments &a, const head &s)
 {
     float q[4], k[4];
-    mixer_unit(s.k, k);
+    mixer_unit(s.k, warp_sum(mixer_squares(s.k)), k);
     rows.multiply(s.decay, s.decay_low);
     rows.learn(k, s.v[warp_id() * ROWS + rows.row()], s.beta);
-    mixer_unit(s.q, q);
+    mixer_unit(s.q, warp_sum(mixer_squares(s.q)), q);
     return a.kda.scale * rows.dot(q);
 }
 

@@ -237,7 +237,10 @@ template <kl_weight_format format> struct token {
     gates<format> gate;
     mixer_channel<bf16> qk, v;
     kda_channel decay;
-    float norm_weight, beta;
+    float norm_weight, beta; /* beta first as a logit */
+
+    /* For its row, which other lanes have too. */
+    static __device__ bool speaks() { return lane_id() % rows::LANES == 0; }
 
     __device__ token(const mixer_arguments &arguments, uint4 *pieces)
         : a(arguments), at(a), row(at.first + rows::row()), weights{pieces + threadIdx.x},
@@ -296,12 +299,14 @@ template <kl_weight_format format> struct token {
     }
 
     /* What the whole block needs; v of this thread's row. */
-    __device__ float share(block_shared &s)
+    __device__ float share(long long slot, block_shared &s)
     {
         (threadIdx.x < SIDE ? s.q : s.k)[threadIdx.x % SIDE] = qk.output();
         const float value = v.output();
+        beta = sigmoid(beta);
         copy_wait<1>(); /* weights and the gates' inputs */
         __syncwarp();
+        if (speaks()) v.write_window(a, slot);
         share_decay(gate.g(weights), s);
         gate.share_z(weights, s);
         return value;
@@ -312,13 +317,18 @@ template <kl_weight_format format> struct token {
     {
         rows held;
         float q[4], k[4];
-        mixer_unit(s.q, q), mixer_unit(s.k, k);
+        float squares[2] = {mixer_squares(s.q), mixer_squares(s.k)};
+#pragma unroll
+        for (int d = WARP / 2; d > 0; d /= 2) /* two butterflies at once */
+#pragma unroll
+            for (float &sum : squares) sum += __shfl_xor_sync(ALL_LANES, sum, d);
+        mixer_unit(s.q, squares[0], q), mixer_unit(s.k, squares[1], k);
         copy_wait<0>();
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
             load_floats<4>(reinterpret_cast<const float *>(state.own + r * THREADS), held.x[r]);
         held.multiply(s.decay, s.low);
-        held.learn(k, value, sigmoid(beta));
+        held.learn(k, value, beta);
         const float o = to_float(from_float<bf16>(a.kda.scale * held.dot(q)));
         const unsigned rank = lane_id() % rows::LANES;
         cluster_wait();
@@ -331,14 +341,12 @@ template <kl_weight_format format> struct token {
      * may be written. */
     __device__ void finish(float o, long long slot, block_shared &s) const
     {
-        const bool speaks = lane_id() % rows::LANES == 0; /* for its row */
         const float sigmoid_z = gates<format>::gate(s, row - static_cast<int>(at.part) * OWN);
         barrier_wait_for_cluster(&s.arrived, 0);
         const float inverse = inverse_rms(mixer_sum_of_squares<bf16>(s.o, SIDE), SIDE, a.eps);
-        if (speaks)
+        if (speaks())
             static_cast<bf16 *>(a.out)[(at.n * a.kda.H + at.h) * SIDE + row] =
                 from_float<bf16>(o * inverse * norm_weight * sigmoid_z);
-        if (speaks) v.write_window(a, slot);
         if (at.part == 0) qk.write_window(a, slot);
     }
 };
@@ -358,7 +366,7 @@ __global__ __cluster_dims__(PARTS, 1, 1)
     own.ask_ahead(p, guess);
     wait_for_inputs();
     const long long slot = own.read(p, guess);
-    const float value = own.share(s);
+    const float value = own.share(slot, s);
     __syncthreads();
     const float o = own.recur(value, slot, s);
     own.finish(o, slot, s);
