@@ -73,9 +73,10 @@ __device__ inline void copy_once(void *shared, const void *global, bool inside, 
                  : "memory");
 }
 
-/* `bytes`, at most 4, of an aligned word, through the L1; zeros for the others. */
-__device__ inline void copy_word(void *shared, const void *global, int bytes)
+/* An aligned word, through the L1; zeros where `inside` is false. */
+__device__ inline void copy_word(void *shared, const void *global, bool inside)
 {
+    const int bytes = inside ? 4 : 0;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes)
                  : "memory");
@@ -100,12 +101,14 @@ __device__ inline bool is_odd(const bf16 *scale)
     return reinterpret_cast<uintptr_t>(scale) % 4 != 0;
 }
 
-/* Where a lane's next pieces lie, of rows r and r + 8 of a tile. */
+/* Where a lane's next pieces lie, of rows r and r + 8 of a tile. Scales come by aligned words, the
+ * least that can be copied: the other half may lie past the end of their array, never past that
+ * of the memory it is part of, and is not looked at. */
 template <kl_weight_format format> struct ring_feed {
     using codec = weight_codec<format>;
     static constexpr bool SCALED = codec::GROUP > 0;
-    weight_row row[2];
-    int left; /* bytes of the rows, from there on */
+    weight_row row[2]; /* after start() the words of the scales */
+    int left;          /* bytes of the rows, from there on */
 
     /* From the start of both rows. */
     __device__ void start(weight_row top, weight_row bottom, int row_bytes)
@@ -114,6 +117,9 @@ template <kl_weight_format format> struct ring_feed {
         row[1] = bottom;
         left = row_bytes;
         move(ring_skip());
+        if constexpr (SCALED)
+#pragma unroll
+            for (int i = 0; i < 2; i++) row[i].scales -= is_odd(row[i].scales);
     }
 
     /* Which half of their words the scales of a row lie in, of this lane's steps: the same for
@@ -124,10 +130,16 @@ template <kl_weight_format format> struct ring_feed {
         return false;
     }
 
-    __device__ void advance() { move(RING_TURN); }
+    __device__ void advance()
+    {
+        move(RING_TURN);
+    }
 
     /* In so many bytes. */
-    static __device__ int groups(int bytes) { return bytes / 16 * codec::PIECE / codec::GROUP; }
+    static __device__ int groups(int bytes)
+    {
+        return bytes / 16 * codec::PIECE / codec::GROUP;
+    }
 
     /* So many bytes on; whole steps, or pieces within one. */
     __device__ void move(int bytes)
@@ -185,7 +197,7 @@ template <kl_weight_format format> struct weight_ring {
         for (int i = 0; i < 2; i++) copy_once(piece(i), feed.row[i].data, inside, policy);
         if constexpr (ring_feed<f>::SCALED)
 #pragma unroll
-            for (int i = 0; i < 2; i++) copy_scale(scales() + i, feed.row[i].scales, inside);
+            for (int i = 0; i < 2; i++) copy_word(scales() + i, feed.row[i].scales, inside);
         put_none();
     }
 
@@ -200,14 +212,6 @@ template <kl_weight_format format> struct weight_ring {
             p.scale[1] = odd[1] ? high_half(words.y) : low_half(words.y);
         }
         return p;
-    }
-
-  private:
-    /* The word of the scale, which is aligned; its upper half only where the scale is that. */
-    __device__ static void copy_scale(uint32_t *to, const bf16 *scale, bool inside)
-    {
-        const bool odd = is_odd(scale);
-        copy_word(to, scale - odd, inside ? (odd ? 4 : 2) : 0);
     }
 };
 
@@ -354,59 +358,80 @@ template <int threads> __device__ void prefetch_rows(const row_source &s)
         prefetch_line(s.norm_weight + i);
 }
 
-/* Those of a token's units that are this thread's: f(unit, whether x has it). */
-template <int threads, class F>
-__device__ void for_units(const shared_rows &to, const row_source &s, F f)
-{
-    for (int u = threadIdx.x; u < to.pitch / 16; u += threads) f(u, 8 * u < s.cols);
-}
-
 template <int threads> __device__ void copy_rows(const shared_rows &to, const row_source &s)
 {
-    const unsigned units = to.pitch / 16;
+#pragma unroll 1
+    for (int u = threadIdx.x; u < to.pitch / 16; u += threads) {
+        const bf16 *const from = static_cast<const bf16 *>(s.x) + 8 * u;
 #pragma unroll 4
-    for (unsigned i = threadIdx.x; i < s.T * units; i += threads) {
-        const unsigned t = i / units, u = i % units;
-        const bf16 *const from = static_cast<const bf16 *>(s.x) + t * s.stride + 8 * u;
-        *to.unit(t, u) = 8 * u < s.cols ? *reinterpret_cast<const uint4 *>(from) : uint4{};
+        for (int t = 0; t < s.T; t++)
+            *to.unit(t, u) = 8 * u < s.cols
+                                 ? *reinterpret_cast<const uint4 *>(from + t * s.stride)
+                                 : uint4{};
     }
 }
 
+/* Columns 8 u and on of a row, zeros past its end. */
+template <class X> __device__ void load_unit(float (&to)[8], const X *row, int u, int cols)
+{
+#pragma unroll
+    for (int j = 0; j < 8; j++) to[j] = 0;
+    if (8 * u < cols) load_wide(row + 8 * u, to);
+}
+
+template <class X>
+__device__ void norm_unit(const shared_rows &to, const row_source &s, int t, int u,
+                          float inverse, const float (&weight)[8])
+{
+    float v[8];
+    uint32_t h[4];
+    load_unit(v, static_cast<const X *>(s.x) + t * s.stride, u, s.cols);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = v[j] * inverse * weight[j];
+    round_pairs(v, h);
+    *to.unit(t, u) = {h[0], h[1], h[2], h[3]};
+}
+
 /* As rms_norm stores it, but that the squares are summed in another order: a thread those of its
- * units, then butterflies and warps in order. `sums` holds a float for each warp and token. */
+ * units, then butterflies and warps in order. `sums` holds a float for each warp and token. The
+ * weight of a thread's first units is asked for together with x. */
 template <int threads, class X>
 __device__ void norm_rows(const shared_rows &to, const row_source &s, float *sums)
 {
-    constexpr int WARPS = threads / WARP;
+    constexpr int WARPS = threads / WARP, HELD = 2 * 256 / threads;
+    const int units = to.pitch / 16;
+    float weight[HELD][8], v[8];
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+        load_unit(weight[i], s.norm_weight, threadIdx.x + i * threads, s.cols);
+#pragma unroll 1
     for (int t = 0; t < s.T; t++) {
-        const X *const x = static_cast<const X *>(s.x) + t * s.stride;
         float sum = 0;
-        for_units<threads>(to, s, [&](int u, bool inside) {
-            float v[8] = {};
-            if (inside) load_wide(x + 8 * u, v);
+#pragma unroll 2
+        for (int u = threadIdx.x; u < units; u += threads) {
+            load_unit(v, static_cast<const X *>(s.x) + t * s.stride, u, s.cols);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum = fmaf(v[j], v[j], sum);
-        });
+        }
         sum = warp_sum(sum);
         if (lane_id() == 0) sums[t * WARPS + warp_id()] = sum;
     }
     __syncthreads();
+#pragma unroll 1
     for (int t = 0; t < s.T; t++) {
-        const X *const x = static_cast<const X *>(s.x) + t * s.stride;
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += sums[t * WARPS + w];
         const float inverse = inverse_rms(sum, s.cols, s.eps);
-        for_units<threads>(to, s, [&](int u, bool inside) {
-            float v[8] = {}, weight[8] = {};
-            if (inside) load_wide(x + 8 * u, v);
-            if (inside) load_wide(s.norm_weight + 8 * u, weight);
 #pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = v[j] * inverse * weight[j];
-            uint32_t h[4];
-            round_pairs(v, h);
-            *to.unit(t, u) = {h[0], h[1], h[2], h[3]};
-        });
+        for (int i = 0; i < HELD; i++)
+            if (threadIdx.x + i * threads < units)
+                norm_unit<X>(to, s, t, threadIdx.x + i * threads, inverse, weight[i]);
+#pragma unroll 1
+        for (int u = threadIdx.x + HELD * threads; u < units; u += threads) {
+            load_unit(v, s.norm_weight, u, s.cols);
+            norm_unit<X>(to, s, t, u, inverse, v);
+        }
     }
 }
 

@@ -20,6 +20,8 @@
 
 namespace {
 
+constexpr int64_t MOST_ROWS = 1 << 30; /* an int counts them */
+
 struct step_product {
     weight_view w, up;
     void *out;
@@ -36,11 +38,12 @@ struct step_arguments {
 };
 
 /* Row i of a tile. Rows past the end repeat the last one, which is read anyway. */
-template <bool gated> __device__ weight_row tile_row(const step_product &p, int64_t tile, int i)
+template <bool gated>
+__device__ weight_row tile_row(const step_product &p, unsigned tile, int i)
 {
-    constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
-    const int64_t row = tile * EACH + i % EACH;
-    return row_of(gated && i >= EACH ? p.up : p.w, row < p.w.rows ? row : p.w.rows - 1);
+    constexpr unsigned EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
+    const unsigned row = tile * EACH + i % EACH, last = static_cast<unsigned>(p.w.rows) - 1;
+    return row_of(gated && i >= EACH ? p.up : p.w, row < last ? row : last);
 }
 
 /* Whose the tile is; `tile` becomes its number in that product. */
@@ -97,27 +100,50 @@ template <kl_weight_format format, bool gated> struct tile_walk {
     }
 };
 
-/* The output of this thread, if it has one: at most one, of N * 8 tokens and 16 rows. */
-template <int N, bool gated>
-__device__ void store_tile(const step_product &p, const float *sums, int T, int64_t tile)
-{
-    constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
+/* The output of this thread: at most one, of N * 8 tokens and 16 rows. */
+template <int N, bool gated> struct tile_output {
+    static constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
     static_assert(N * STREAM_TOKENS * EACH <= STREAM_THREADS);
-    const int token = threadIdx.x / EACH, row = threadIdx.x % EACH;
-    const int64_t o = tile * EACH + row, at = token * p.out_stride + o;
-    if (token >= T || o >= p.w.rows) return;
-    float y = stream_sum<N>(sums, token, row);
-    if constexpr (gated) y = silu(y) * stream_sum<N>(sums, token, row + EACH);
-    if (p.residual != nullptr)
-        p.residual[at] += to_float(from_float<bf16>(y));
-    else if (p.out_is_bf16)
-        static_cast<bf16 *>(p.out)[at] = from_float<bf16>(y);
-    else
-        static_cast<float *>(p.out)[at] = y;
-}
+    float before; /* of a residual: asked for long before it is needed */
+
+    static __device__ int token() { return threadIdx.x / EACH; }
+
+    static __device__ int row() { return threadIdx.x % EACH; }
+
+    static __device__ bool is_inside(const step_product &p, unsigned tile, int T)
+    {
+        return token() < T && int64_t{tile} * EACH + row() < p.w.rows;
+    }
+
+    static __device__ int64_t place(const step_product &p, unsigned tile)
+    {
+        return token() * p.out_stride + int64_t{tile} * EACH + row();
+    }
+
+    __device__ tile_output(const step_product &p, unsigned tile, int T)
+    {
+        before = 0;
+        if (!gated && p.residual != nullptr && is_inside(p, tile, T))
+            before = p.residual[place(p, tile)];
+    }
+
+    __device__ void store(const step_product &p, unsigned tile, int T, const float *sums) const
+    {
+        if (!is_inside(p, tile, T)) return;
+        const int64_t at = place(p, tile);
+        float y = stream_sum<N>(sums, token(), row());
+        if constexpr (gated) y = silu(y) * stream_sum<N>(sums, token(), row() + EACH);
+        if (!gated && p.residual != nullptr)
+            p.residual[at] = before + to_float(from_float<bf16>(y));
+        else if (p.out_is_bf16)
+            static_cast<bf16 *>(p.out)[at] = from_float<bf16>(y);
+        else
+            static_cast<float *>(p.out)[at] = y;
+    }
+};
 
 template <kl_weight_format format, int N, bool gated, kl_weight_format scales>
-__device__ void multiply_tile(const step_product &p, int64_t tile, int T, shared_rows x,
+__device__ void multiply_tile(const step_product &p, unsigned tile, int T, shared_rows x,
                               float *sums, weight_ring<scales> &ring,
                               tile_walk<scales, gated> &walk)
 {
@@ -126,6 +152,7 @@ __device__ void multiply_tile(const step_product &p, int64_t tile, int T, shared
                          ring_feed<format>::odd(tile_row<gated>(p, tile, r + 8))};
     float acc[N][4] = {};
     ring_x<format, N> columns(x, T);
+    const tile_output<N, gated> output(p, tile, T);
     for (int n = ring_steps(static_cast<int>(p.w.row_bytes)); n > 0; n--) {
         ring_multiply(acc, ring.template take<format>(odd), columns);
         columns.advance();
@@ -134,7 +161,7 @@ __device__ void multiply_tile(const step_product &p, int64_t tile, int T, shared
     __syncthreads(); /* the sums of the tile before are read */
     stream_share<N>(sums, acc);
     __syncthreads();
-    store_tile<N, gated>(p, sums, T, tile);
+    output.store(p, tile, T, sums);
 }
 
 /* Of the two formats that with scales. */
@@ -227,7 +254,8 @@ kl_status launch_for(kl_backend *be, const step_arguments &a, size_t shared, kl_
 
 bool kl_cuda_product_step_takes(const kl_cuda_product *p)
 {
-    return p->T <= 2 * STREAM_TOKENS && shared_bytes(p->w.format, p) <= RING_MOST_SHARED;
+    return p->T <= 2 * STREAM_TOKENS && p->w.rows <= MOST_ROWS &&
+           shared_bytes(p->w.format, p) <= RING_MOST_SHARED;
 }
 
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err)
