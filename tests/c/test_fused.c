@@ -141,6 +141,7 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act)
                       .eps = 1e-5f,
                       .single = c->single};
     if (c->gate == KL_GATE_DIRECT) make_gates_negative(&a);
+    a.g_b.unsettled = c->gate == KL_GATE_BOUNDED; /* changes no bit */
     if (c->gate == KL_GATE_SOFTPLUS) a.A_log = tensor(KL_F32, false, 1, c->H, 1, 1, 1);
     if (c->gate != KL_GATE_DIRECT) a.dt_bias = tensor(KL_F32, false, 2, c->H, c->K, 1, 1);
     return a;
