@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from kimi_linear import reference
 from products import BF16, CUDA_FORMATS, bound, rows, weight
-from variants import every_device, on, ops, same_bits, same_sums
+from variants import CUDA, every_device, on, ops, same_bits, same_sums
 
 # Tiles of 3, 4 or 6 rows with every remainder, both sides of the 64 rows up to which a weight is
 # read in place, more than one block of 252.
@@ -145,6 +145,18 @@ def test_streamed_sizes(variant, format, T):
         x = rows(r, T, K, BF16, pad=8)
         error = np.abs(linear(x, w) - reference.linear(x, dense))
         assert (error <= bound(x, dense, variant)).all(), (K, O)
+
+
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+@pytest.mark.parametrize("T", [1, 5, 16])
+def test_more_tiles_than_a_gpu_holds_blocks(device, format, T):
+    """A block goes from tile to tile, with the next one's weights on their way already."""
+    r = np.random.default_rng(10)
+    for K, O in ((136, 9001), (2304, 5000)):
+        w, dense = weight(r, O, K, format=format)
+        x = rows(r, T, K, BF16, pad=8)
+        assert (np.abs(linear(x, w) - reference.linear(x, dense)) <= bound(x, dense, device)).all()
 
 
 @every_device
