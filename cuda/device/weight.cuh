@@ -274,7 +274,11 @@ template <kl_weight_format format> __device__ float scale_at(weight_row row, int
 /* 16 bytes that are read once: not worth a line of the L1. */
 __device__ inline uint4 load_once(const uint8_t *from)
 {
-    return __ldcs(reinterpret_cast<const uint4 *>(from));
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
 }
 
 /* Host: call f with the format as a compile-time constant:

@@ -97,8 +97,8 @@ kl_status launch(kl_backend *be, product_arguments a, kl_error *err)
     unsigned blocks;
     KL_TRY((few_grid<N, gated>(&a, &blocks, err)));
     a.ahead = stream_ahead(blocks);
-    return kl_cuda_launch(product_few_kernel<format, N, gated>, blocks, STREAM_THREADS, 0,
-                          kl_cuda_stream(be), err, a);
+    return kl_cuda_launch_with_l1(product_few_kernel<format, N, gated>, blocks, STREAM_THREADS,
+                                  kl_cuda_stream(be), err, a);
 }
 
 } // namespace

@@ -35,13 +35,11 @@ struct single_arguments {
  * is none. What it copies only it reads. */
 __device__ void copy_pieces(uint4 *own, const single_arguments &a, int64_t row, int first)
 {
-    const uint64_t policy = read_once_policy();
     const weight_row w = row_of(a.w, row < a.w.rows ? row : 0);
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
         const int k = first + i * STEP + lane_id() * VEC;
-        copy_once(own + i * WARP, w.data + k * sizeof(float), row < a.w.rows && k < a.x.cols,
-                  policy);
+        copy_once(own + i * WARP, w.data + k * sizeof(float), row < a.w.rows && k < a.x.cols);
     }
     copy_commit();
 }

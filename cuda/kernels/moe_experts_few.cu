@@ -69,9 +69,9 @@ kl_status run_few(moe_product p, bool gated, kl_dtype, cudaStream_t stream, kl_e
     unsigned blocks;
     KL_TRY(moe_grid(p, gated ? STREAM_ROWS / 2 : STREAM_ROWS, &blocks, err));
     return with_format(p.routed.format, [&](auto f) {
-        return kl_cuda_launch(gated ? moe_few_kernel<f.value, true>
-                                    : moe_few_kernel<f.value, false>,
-                              blocks, STREAM_THREADS, 0, stream, err, p);
+        return kl_cuda_launch_with_l1(gated ? moe_few_kernel<f.value, true>
+                                            : moe_few_kernel<f.value, false>,
+                                      blocks, STREAM_THREADS, stream, err, p);
     });
 }
 
