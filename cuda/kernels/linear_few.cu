@@ -1,12 +1,12 @@
 /*
  * linear_few.cu -- a matrix product of a few tokens: the weight streams by once.
- * Computes     out = x w^T, or with a second weight silu(x w^T) * (x up^T); or two products
+ * Computes     out = x w^T, or with a second weight silu(x w^T) * (x up^T), where linear_step.cu has
+ *              no room for x
  * Shapes       x [T, in]; w, up [O, in]; out [T, O]
  * Layout       rows of x and of out strided; weights in pieces of 16 bytes
  * Precision    bf16 x; int4 weights rounded to bf16, the others exact; f32 sums; f32 or bf16 out
  * Grid         a block for each 16 rows of weights and each 16 tokens, tokens fastest; warps
- *              share out the columns. A tile with a second weight holds 8 rows of each. Of two
- *              products the first's blocks come first
+ *              share out the columns. A tile with a second weight holds 8 rows of each
  * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
  * Measured     H100, in a CUDA graph, weight not in the L2, T = 1: [12288, 2304] bf16 20.9 us, 2.7
  *              TB/s, int8 15.1, fp8 15.0; [2304, 4096] bf16 8.7, int8 7.2; [163840, 2304] bf16 295,

@@ -235,9 +235,7 @@ kl_status launch(kl_backend *be, const step_arguments &a, size_t shared, kl_erro
     const auto kernel = product_step_kernel<first, second, N, gated>;
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    KL_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(shared)),
-                err);
+    KL_TRY(ring_allow_shared(kernel, err));
     const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
     return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
                           kl_cuda_stream(be), err, a);
