@@ -229,7 +229,14 @@ typedef kl_kda kl_kda_decode;
  *     out = gated_rms_norm(o, z)
  * Heads are not grouped. What kl_weight says of `unsettled` goes for conv_weight, A_log, dt_bias
  * and norm_weight with f_b and g_b. `single`: every sequence has one token, so that cu_seqlens
- * counts up by one and N = T. */
+ * counts up by one and N = T.
+ *
+ * `guesses`: of each sequence the first token is certain, the others are guesses of what follows
+ * it. All are read one after the other, each with the bits of a single token; but states and
+ * windows then have read the certain tokens alone. When it is known what was `drawn` after each
+ * token, a second call with the same inputs and the `tokens` lets them read the guesses that were
+ * right, tokens[t] == drawn[t - 1], up to the first of a sequence that was not; it leaves out as
+ * it is. CUDA does so for K a multiple of 4 and V of 8, both up to 128, and W = 4. */
 typedef struct {
     kl_workspace ws;
     kl_tensor qkv;         /* [T, C] act, rows strided; C = H (2 K + V)   */
@@ -247,9 +254,11 @@ typedef struct {
     kl_tensor dt_bias;     /* [H, K] f32; optional                        */
     kl_tensor norm_weight; /* [V] f32                                     */
     kl_tensor out;         /* [T, H, V] act                               */
+    kl_tensor tokens;      /* [T] i32, with drawn                         */
+    kl_tensor drawn;       /* [T] i32, or absent; guesses only            */
     kl_gate gate;
     float lower_bound, scale, eps;
-    bool single;
+    bool single, guesses;
 } kl_kda_mixer;
 
 #define KL_KDA_CHUNK      16 /* cutting a prefill at its multiples changes no bit (64 on CUDA) */
@@ -362,12 +371,12 @@ static inline bool kl_moe_has_shared(const kl_moe_experts *a)
  * summed in another order than rms_norm's. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor x;           /* [T, D] act, with a norm_weight f32 or act  */
-    kl_tensor norm_weight; /* [D] f32, or absent                         */
-    kl_weight router;      /* [E, D], count 1                            */
-    kl_tensor bias;        /* [E] f32, or absent                         */
-    kl_weight w1, w3;      /* [E, I, D] gate and up                      */
-    kl_weight w2;          /* [E, D, I] down                             */
+    kl_tensor x;                               /* [T, D] act, with a norm_weight f32 or act  */
+    kl_tensor norm_weight;                     /* [D] f32, or absent                         */
+    kl_weight router;                          /* [E, D], count 1                            */
+    kl_tensor bias;                            /* [E] f32, or absent                         */
+    kl_weight w1, w3;                          /* [E, I, D] gate and up                      */
+    kl_weight w2;                              /* [E, D, I] down                             */
     kl_weight shared_w1, shared_w3, shared_w2; /* [I', D], [D, I']; data NULL: none */
     kl_tensor out;      /* [T, D] act, may not alias x; absent with a residual */
     kl_tensor residual; /* [T, D] f32, in and out, or absent             */

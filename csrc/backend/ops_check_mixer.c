@@ -154,6 +154,8 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
         {&a->A_log, "A_log", F32, KL_OPT, 1, {H}, NULL},
         {&a->dt_bias, "dt_bias", F32, KL_OPT, 2, {H, K}, NULL},
         {&a->norm_weight, "norm_weight", F32, 0, 1, {V}, NULL},
+        {&a->tokens, "tokens", I32, KL_OPT, 1, {T}, NULL},
+        {&a->drawn, "drawn", I32, KL_OPT, 1, {T}, NULL},
         {&a->out, "out", act, KL_OUT, 3, {T, H, V}, NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
@@ -172,6 +174,12 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
         return kl_fail(err, KL_ERR_VALUE,
                        "%s: single tokens need a sequence each, got %lld tokens of %lld", op,
                        (long long)T, (long long)N);
+    const bool again = !kl_tensor_absent(&a->drawn);
+    if (again != !kl_tensor_absent(&a->tokens) || (again && !a->guesses) ||
+        (a->guesses && a->single))
+        return kl_fail(
+            err, KL_ERR_VALUE,
+            "%s: tokens and drawn go together with guesses, and single tokens are none", op);
     KL_TRY(check_slots(op, &a->state, N, err));
     const kl_kda kda = {.A_log = a->A_log,
                         .dt_bias = a->dt_bias,

@@ -8,9 +8,8 @@
  * chain of kernels.
  *
  * Where tokens are guesses, a state that has read a wrong one is of no use, and it cannot be taken
- * back. So guesses are read by a copy, which is forgotten; what the layer computed from them is
- * kept, and once the last layer has told which were right, the state reads these again. It reads
- * them one by one, as token steps would, for the order of a chunk's sums is another.
+ * back. So guesses leave no trace in it; what the layer computed from them is kept, and once the
+ * head has told which were right, the states read these.
  */
 #include "model/pass.h"
 
@@ -80,95 +79,22 @@ static kl_kda_mixer mixer_of(const kl_pass *p, const kl_kda_weights *w, int64_t 
                           .lower_bound = c->gate_lower_bound,
                           .scale = 1.0f / sqrtf((float)K),
                           .eps = c->rms_eps,
-                          .single = p->shape.decode};
+                          .single = p->shape.decode,
+                          .guesses = p->shape.verify};
 }
 
-/* ---- guesses --------------------------------------------------------------------------- */
-
-/* Token t of feed n by itself. */
-static kl_kda_mixer token_of(const kl_pass *p, const kl_kda_mixer *a, int64_t n, int64_t t)
-{
-    kl_kda_mixer one = *a;
-    one.qkv = kl_row_slice(&a->qkv, t, 1);
-    one.beta = kl_row_slice(&a->beta, t, 1);
-    one.f_low = kl_row_slice(&a->f_low, t, 1);
-    one.g_low = kl_row_slice(&a->g_low, t, 1);
-    one.out = a->out.shape[0] == 1 ? a->out : kl_row_slice(&a->out, t, 1);
-    one.slots = kl_row_slice(&a->slots, n, 1);
-    one.cu_seqlens = p->in.one;
-    one.single = true;
-    return one;
-}
-
-/* Tokens of feed n; dry, all are the first one's. */
-static int64_t count_of(const kl_pass *p, int64_t n)
-{
-    if (kl_pass_dry(p)) return n == 0 ? p->shape.T : 0;
-    return p->step->feeds[n].n_tokens;
-}
-
-/* A copy of entry `slot` in memory like that of *t, which it becomes. */
-static kl_status copy_entry(kl_pass *p, kl_tensor *t, int64_t slot, kl_error *err)
-{
-    size_t bytes;
-    const void *const from = kl_cache_entry(t, slot, &bytes);
-    t->shape[0] = 1;
-    t->data = kl_arena_take(&p->arena, bytes);
-    if (kl_pass_dry(p) || bytes == 0) return KL_OK;
-    return p->be->vt->copy(p->be, t->data, from, bytes, err);
-}
-
-/* The certain token of feed n, then its guesses on a copy. */
-static kl_status mix_feed(kl_pass *p, const kl_kda_mixer *a, int64_t n, int64_t first,
-                          kl_error *err)
-{
-    kl_kda_mixer one = token_of(p, a, n, first), copy = *a;
-    KL_TRY(kl_pass_kda_mixer(p, &one, err));
-    if (count_of(p, n) == 1) return KL_OK;
-    const int64_t slot =
-        kl_pass_dry(p) ? 0 : (int64_t)(p->step->feeds[n].seq & 0xffffffffu) - 1;
-    const size_t mark = p->arena.used;
-    KL_TRY(copy_entry(p, &copy.state, slot, err));
-    KL_TRY(copy_entry(p, &copy.conv_state, slot, err));
-    for (int64_t t = 1; t < count_of(p, n); t++) {
-        one = token_of(p, &copy, n, first + t);
-        one.slots = (kl_tensor){0}; /* the only one of the copy */
-        KL_TRY(kl_pass_kda_mixer(p, &one, err));
-    }
-    kl_arena_rewind(&p->arena, mark);
-    return KL_OK;
-}
-
-static kl_status mix_guesses(kl_pass *p, const kl_kda_mixer *a, kl_error *err)
-{
-    int64_t first = 0;
-    for (int64_t n = 0; n < p->shape.N && first < p->shape.T; n++) {
-        KL_TRY(mix_feed(p, a, n, first, err));
-        first += count_of(p, n);
-    }
-    return KL_OK;
-}
-
-kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index,
-                         const int64_t *taken, kl_error *err)
+kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err)
 {
     const inputs in = inputs_of(p, index);
     const size_t mark = p->arena.used;
-    const kl_tensor unread = kl_pass_take(p, p->act, 1, w->o.cols);
-    const kl_kda_mixer all = mixer_of(p, w, index, &in, unread);
-    int64_t first = 0;
-    for (int64_t n = 0; n < p->shape.N; n++) {
-        for (int64_t t = 1; t < taken[n]; t++) {
-            kl_kda_mixer one = token_of(p, &all, n, first + t);
-            KL_TRY(kl_pass_kda_mixer(p, &one, err));
-        }
-        first += count_of(p, n);
-    }
+    const kl_tensor untouched = kl_pass_take(p, p->act, p->shape.T, w->o.cols);
+    kl_kda_mixer mixer = mixer_of(p, w, index, &in, untouched);
+    mixer.tokens = p->in.ids;
+    mixer.drawn = p->out.ids;
+    KL_TRY(kl_pass_kda_mixer(p, &mixer, err));
     kl_arena_rewind(&p->arena, mark);
     return KL_OK;
 }
-
-/* ---- the layer ------------------------------------------------------------------------- */
 
 kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err)
 {
@@ -178,6 +104,6 @@ kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_er
     KL_TRY(kl_pass_linear_pair(p, &first, err));
     const kl_tensor o = kl_pass_take(p, p->act, p->shape.T, w->o.cols);
     kl_kda_mixer mixer = mixer_of(p, w, index, &in, o);
-    KL_TRY(p->shape.verify ? mix_guesses(p, &mixer, err) : kl_pass_kda_mixer(p, &mixer, err));
+    KL_TRY(kl_pass_kda_mixer(p, &mixer, err));
     return kl_pass_last_map(p, o, &w->o, err);
 }

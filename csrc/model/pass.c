@@ -35,7 +35,6 @@ size_t kl_pass_layout_inputs(kl_pass_inputs *in, const kl_pass_shape *s, int64_t
     if (s->targets) in->targets = take(&a, KL_I32, s->R, 0);
     if (s->sampling) in->sampling = kl_arena_take(&a, (size_t)s->R * sizeof *in->sampling);
     if (s->seen) in->seen = take(&a, KL_I32, s->R, (vocab + 31) / 32);
-    if (s->verify) in->one = take(&a, KL_I32, 2, 0);
     return a.used;
 }
 
@@ -210,7 +209,6 @@ kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err)
     p->out_block = kl_arena_take(&p->arena, p->out_bytes);
     if (shape->verify)
         p->kept = kl_arena_take(&p->arena, (size_t)p->cache->n_kda * kl_kda_kept_bytes(p));
-    p->start = p->arena.used;
     KL_TRY(check_arena(p, "step", err));
     kl_pass_layout_inputs(&p->in, shape, vocab, p->in_block);
     kl_pass_layout_outputs(&p->out, shape, p->out_block);
@@ -228,6 +226,16 @@ kl_status kl_pass_fetch(kl_pass *p, void *outputs, kl_error *err)
     return p->be->vt->copy_out(p->be, outputs, p->out_block, p->out_bytes, err);
 }
 
+/* After the draws of a verify step. */
+static kl_status advance(kl_pass *p, kl_error *err)
+{
+    int64_t index = 0;
+    for (int64_t i = 0; i < p->config->n_layers; i++)
+        if (p->config->mixer[i] == KL_MIXER_KDA)
+            KL_TRY(kl_kda_advance(p, &p->weights->layers[i].kda, index++, err));
+    return KL_OK;
+}
+
 kl_status kl_pass_compute(kl_pass *p, kl_error *err)
 {
     const int64_t T = p->shape.T, D = p->config->hidden_size;
@@ -243,17 +251,8 @@ kl_status kl_pass_compute(kl_pass *p, kl_error *err)
     KL_TRY(kl_pass_embedding(p, &embed, err));
     KL_TRY(run_layers(p, err));
     kl_arena_rewind(&p->arena, mark); /* the head needs x alone */
-    return p->shape.R == 0 ? KL_OK : kl_head(p, err);
-}
-
-kl_status kl_pass_advance(kl_pass *p, const int64_t *taken, kl_error *err)
-{
-    int64_t index = 0;
-    kl_arena_rewind(&p->arena, p->start);
-    for (int64_t i = 0; i < p->config->n_layers; i++)
-        if (p->config->mixer[i] == KL_MIXER_KDA)
-            KL_TRY(kl_kda_advance(p, &p->weights->layers[i].kda, index++, taken, err));
-    return KL_OK;
+    if (p->shape.R > 0) KL_TRY(kl_head(p, err));
+    return p->shape.verify ? advance(p, err) : KL_OK;
 }
 
 kl_status kl_pass_sample_logits(kl_pass *p, const float *logits, kl_error *err)

@@ -30,7 +30,6 @@ typedef struct {
     bool decode;   /* one token for each sequence */
     bool all_rows; /* the R rows are the T tokens, in order */
     bool verify;   /* a token and guesses of the next ones: kl_step.taken */
-    int64_t slot;  /* of the only sequence of such a step, else 0 */
     bool logits, targets, sampling, seen; /* what is wanted of the R rows */
     int top;
 } kl_pass_shape;
@@ -46,7 +45,6 @@ typedef struct {
     kl_tensor targets;     /* [R], or absent                            */
     kl_sampling *sampling; /* [R], or NULL                              */
     kl_tensor seen;        /* [R, ceil(vocab / 32)] bit sets, or absent */
-    kl_tensor one; /* [2]: 0, 1, the cu_seqlens of a token by itself; of a verify step */
 } kl_pass_inputs;
 
 /* What comes back of the rows that are sampled or have targets, in a block of its own. */
@@ -86,7 +84,6 @@ typedef struct {
     kl_tensor y;  /* [T, D] act, what is to be added to it; likewise */
     kl_ends ends; /* of the part of a layer that is under way  */
     void *kept;   /* of a verify step: what the KDA layers read, kl_kda_kept_bytes() each */
-    size_t start; /* of the arena, behind all that             */
 } kl_pass;
 
 /* Lay out the inputs or outputs of a shape in a block (NULL measures) and return its bytes. */
@@ -101,10 +98,6 @@ kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err);
 kl_status kl_pass_send(kl_pass *p, const void *inputs, kl_error *err);
 kl_status kl_pass_compute(kl_pass *p, kl_error *err); /* embedding, layers, head */
 kl_status kl_pass_fetch(kl_pass *p, void *outputs, kl_error *err);
-
-/* After a verify step: the first taken[n] tokens of feed n were right, so the KDA states move on
- * by these. */
-kl_status kl_pass_advance(kl_pass *p, const int64_t *taken, kl_error *err);
 
 /* Instead of compute: sample from R rows of logits of the host's. */
 kl_status kl_pass_sample_logits(kl_pass *p, const float *logits, kl_error *err);
@@ -134,8 +127,8 @@ kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error
 
 /* A layer's part, between p->ends. `index` counts the layers of its kind. */
 kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err);
-kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index,
-                         const int64_t *taken, kl_error *err);
+/* After the draws of a verify step: the states read the guesses that were right. */
+kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err);
 size_t kl_kda_kept_bytes(const kl_pass *p);
 kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err);
 kl_status kl_dense_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);

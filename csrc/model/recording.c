@@ -6,19 +6,17 @@
 static bool same_shape(const kl_pass_shape *a, const kl_pass_shape *b)
 {
     return a->T == b->T && a->N == b->N && a->B == b->B && a->R == b->R &&
-           a->decode == b->decode && a->verify == b->verify && a->slot == b->slot &&
-           a->all_rows == b->all_rows && a->logits == b->logits && a->targets == b->targets &&
-           a->sampling == b->sampling && a->seen == b->seen && a->top == b->top;
+           a->decode == b->decode && a->verify == b->verify && a->all_rows == b->all_rows &&
+           a->logits == b->logits && a->targets == b->targets && a->sampling == b->sampling &&
+           a->seen == b->seen && a->top == b->top;
 }
 
 /* Prompts are too long for the host to be what they wait for, and their shapes too many; logits
- * and captures go to the caller's own memory in between. Where guesses of several sequences are
- * verified, their numbers are not in the shape. */
+ * and captures go to the caller's own memory in between. */
 static bool can_record(const kl_pass *p)
 {
-    const bool few = p->shape.decode || (p->shape.verify && p->shape.N == 1);
-    return p->be->vt->record_begin != NULL && few && !p->shape.logits &&
-           p->step->n_captures == 0;
+    return p->be->vt->record_begin != NULL && (p->shape.decode || p->shape.verify) &&
+           !p->shape.logits && p->step->n_captures == 0;
 }
 
 static void drop(kl_recorded_shape *s, kl_backend *be)

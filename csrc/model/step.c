@@ -194,7 +194,6 @@ static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t tota
         if (e->cache.seqs[e->slots[i]].n_pages > pages)
             pages = e->cache.seqs[e->slots[i]].n_pages;
     shape.B = table_width(&e->cache, pages, shape.decode || shape.verify);
-    if (shape.verify && shape.N == 1) shape.slot = e->slots[0];
     return shape;
 }
 
@@ -242,7 +241,6 @@ static void fill_inputs(kl_engine *e, const kl_step *s, const kl_pass *p)
     if (p->shape.sampling)
         memcpy(in.sampling, s->sampling, (size_t)p->shape.R * sizeof *in.sampling);
     if (p->shape.seen) copy_to(&in.seen, s->seen);
-    if (p->shape.verify) copy_to(&in.one, (const int32_t[]){0, 1});
 }
 
 static void *host_outputs(const kl_engine *e, const kl_pass *p)
@@ -291,11 +289,10 @@ static kl_status finish(kl_engine *e, kl_status status, kl_error *err)
     return status == KL_OK ? synced : status;
 }
 
-/* Of each feed, the tokens up to the first that is not what was drawn before it. The rest of the
- * step is in the device's order: nobody waits for it. */
-static kl_status take_guesses(kl_engine *e, kl_pass *p, kl_error *err)
+/* Of each feed, the tokens up to the first that is not what was drawn before it: those that the
+ * device has taken (kl_kda_mixer). */
+static void count_taken(kl_engine *e, const kl_step *s)
 {
-    const kl_step *const s = p->step;
     const int32_t *drawn = s->ids;
     for (int64_t i = 0; i < s->n_feeds; i++) {
         const kl_feed *f = &s->feeds[i];
@@ -304,7 +301,6 @@ static kl_status take_guesses(kl_engine *e, kl_pass *p, kl_error *err)
         s->taken[i] = e->counts[i] = n;
         drawn += f->n_tokens;
     }
-    return kl_pass_advance(p, s->taken, err);
 }
 
 kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err)
@@ -317,9 +313,9 @@ kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err)
 
     kl_pass pass = kl_engine_pass(e);
     pass.step = step;
-    kl_status status = finish(e, run_step(e, &pass, total, err), err);
+    const kl_status status = finish(e, run_step(e, &pass, total, err), err);
     if (status == KL_OK) hand_over(e, step, &pass);
-    if (status == KL_OK && step->taken != NULL) status = take_guesses(e, &pass, err);
+    if (status == KL_OK && step->taken != NULL) count_taken(e, step);
     for (int64_t i = 0; i < step->n_feeds; i++) {
         if (status == KL_OK)
             kl_cache_advance(&e->cache, e->slots[i], e->counts[i]);

@@ -219,13 +219,13 @@ inline mixer_arguments mixer_arguments_of(const kl_kda_mixer *a, const kl_kda_mi
     };
 }
 
-/* What both kernels need of a call, so that their order is that of the operations on aligned
+/* What all kernels need of a call, so that their order is that of the operations on aligned
  * rows. */
 inline bool mixer_suits(const kl_kda_mixer *a)
 {
     const int64_t V = a->state.shape[2];
     const int n = a->out.dtype == KL_BF16 ? 8 : 4;
-    return a->single && a->conv_weight.shape[1] == MIXER_WIDTH &&
+    return (a->single || a->guesses) && a->conv_weight.shape[1] == MIXER_WIDTH &&
            is_aligned(a->state.data, 0, 4, 16) && is_aligned(a->conv_weight.data, 0, 4, 16) &&
            is_wide(a->out, V, n) && is_wide(a->norm_weight, V, n);
 }
@@ -234,5 +234,9 @@ inline bool mixer_suits(const kl_kda_mixer *a)
 bool kl_cuda_kda_mixer_step_takes(kl_backend *be, const kl_kda_mixer *a);
 kl_status kl_cuda_kda_mixer_step(kl_backend *be, const kl_kda_mixer *a,
                                  const kl_kda_mixer_parts &p, kl_error *err);
+
+/* kda_mixer_guesses.cu: where tokens are guesses. */
+kl_status kl_cuda_kda_mixer_guesses(kl_backend *be, const kl_kda_mixer *a,
+                                    const kl_kda_mixer_parts &p, kl_error *err);
 
 #endif

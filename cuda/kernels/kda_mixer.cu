@@ -187,7 +187,7 @@ kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p
 size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
 {
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
-    const size_t kda = a->single ? 0 : kl_cuda_kda_prefill_workspace(be, &p.kda);
+    const size_t kda = a->single || a->guesses ? 0 : kl_cuda_kda_prefill_workspace(be, &p.kda);
     return kl_kda_mixer_bytes(a, kl_cuda_linear_pair_workspace(be, &p.gates), kda);
 }
 
@@ -195,6 +195,7 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
 {
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     if (a->qkv.shape[0] == 0) return KL_OK;
+    if (a->guesses) return kl_cuda_kda_mixer_guesses(be, a, p, err);
     if (kl_cuda_kda_mixer_step_takes(be, a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);

@@ -454,6 +454,16 @@ static void kda_mixer(void)
          a.conv_state = f32(3, S, all - H, W - 1, 1)),
         "kda_mixer: qkv.shape[1] must be H (2 K + V) of state [S, H, V, K], got 100 with H 4, "
         "V 10, K 8");
+    ACCEPTED(kda_mixer, a, a.guesses = true);
+    ACCEPTED(kda_mixer, a, (a.guesses = true, a.tokens = i32(1, T, 1), a.drawn = i32(1, T, 1)));
+    BAD_VALUE(
+        kda_mixer, a, (a.guesses = true, a.drawn = i32(1, T, 1)),
+        "kda_mixer: tokens and drawn go together with guesses, and single tokens are none");
+    BAD_VALUE(
+        kda_mixer, a, (a.tokens = i32(1, T, 1), a.drawn = i32(1, T, 1)),
+        "kda_mixer: tokens and drawn go together with guesses, and single tokens are none");
+    BAD_VALUE(kda_mixer, a, (a.guesses = true, a.tokens = i32(1, T, 1), a.drawn = i32(1, N, 1)),
+              "kda_mixer: drawn.shape[0] must be 5, got 3");
     BAD_VALUE(kda_mixer, a, a.single = true,
               "kda_mixer: single tokens need a sequence each, got 5 tokens of 3");
     BAD_VALUE(kda_mixer, a, a.gate = KL_GATE_SOFTPLUS,

@@ -94,6 +94,7 @@ static void mixer_pieces(kl_backend *be, void *call)
 }
 
 enum { N = 5, T = 90, SLOTS = 9 };
+static const int32_t RAGGED[N + 1] = {0, 70, 70, 71, 74, T}, SLOTS_OF[N] = {8, 3, 0, 5, 1};
 
 typedef struct {
     int64_t H, K, V, W;
@@ -115,9 +116,7 @@ static void make_gates_negative(kl_kda_mixer *a)
 
 static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act)
 {
-    static const int32_t ones[N + 1] = {0, 1, 2, 3, 4, 5},
-                                  ragged[N + 1] = {0, 70, 70, 71, 74, T};
-    static const int32_t slots[N] = {8, 3, 0, 5, 1};
+    static const int32_t ones[N + 1] = {0, 1, 2, 3, 4, 5};
     const int64_t tokens = c->single ? N : T, C = c->H * (2 * c->K + c->V);
     const int64_t more = c->R + c->R % 2 * 2;
     kl_tensor qkv = tensor(act, false, 2, tokens, C + 6, 1, 1);
@@ -131,8 +130,8 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act)
                       .g_b = weight(c->format, c->H * c->V, more),
                       .beta = tensor(act, false, 2, tokens, c->H, 1, 1),
                       .state = tensor(KL_F32, false, 4, SLOTS, c->H, c->V, c->K),
-                      .slots = integers(N, slots),
-                      .cu_seqlens = integers(N + 1, c->single ? ones : ragged),
+                      .slots = integers(N, SLOTS_OF),
+                      .cu_seqlens = integers(N + 1, c->single ? ones : RAGGED),
                       .norm_weight = tensor(KL_F32, false, 1, c->V, 1, 1, 1),
                       .out = tensor(act, true, 3, tokens, c->H, c->V, 1),
                       .gate = c->gate,
@@ -203,6 +202,158 @@ static void mixers(void)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j]);
+}
+
+/* ---- the same of guesses ----------------------------------------------------------------- */
+
+static int32_t tokens[T], drawn[T];
+
+/* Of each sequence some are right: none, all, or those before a wrong one. */
+static void deal_guesses(int wrong)
+{
+    for (int t = 0; t < T; t++) tokens[t] = t % 7;
+    for (int t = 0; t + 1 < T; t++) drawn[t] = t % wrong == wrong - 1 ? 7 : tokens[t + 1];
+    drawn[T - 1] = 0;
+}
+
+static void guesses_whole(kl_backend *be, void *call)
+{
+    kl_kda_mixer *const again = call;
+    kl_kda_mixer first = *again;
+    first.tokens = first.drawn = (kl_tensor){0};
+    RUN_THERE(kda_mixer, be, &first);
+    RUN_THERE(kda_mixer, be, again);
+}
+
+/* What single tokens need beside the parts of all. */
+typedef struct {
+    kl_tensor one;           /* [2]: 0, 1 */
+    kl_tensor state, window; /* a copy    */
+    kl_tensor out;           /* of a token that is read a second time */
+} beside;
+
+static void token_pieces(kl_backend *be, const kl_kda_mixer_parts *p, int64_t t,
+                         kl_tensor state, kl_tensor window, const beside *b, bool again)
+{
+    kl_short_conv conv = p->conv;
+    conv.x = kl_row_slice(&conv.x, t, 1), conv.out = kl_row_slice(&conv.out, t, 1);
+    conv.state = window, conv.slots = (kl_tensor){0}, conv.cu_seqlens = b->one;
+    RUN_THERE(short_conv, be, &conv);
+    kl_kda kda = p->kda;
+    kl_tensor *const rows[] = {&kda.q, &kda.k, &kda.v, &kda.g, &kda.beta, &kda.out};
+    for (int i = 0; i < 6; i++) *rows[i] = kl_row_slice(rows[i], t, 1);
+    if (again) kda.out = b->out;
+    kda.state = state, kda.slots = kda.cu_seqlens = (kl_tensor){0};
+    RUN_THERE(kda_decode, be, &kda);
+    kl_gated_rms_norm norm = p->norm;
+    norm.x = norm.out = kda.out, norm.z = kl_row_slice(&norm.z, t, 1);
+    RUN_THERE(gated_rms_norm, be, &norm);
+}
+
+static kl_tensor taken_like(kl_backend *be, const kl_tensor *t)
+{
+    kl_tensor row = kl_row_slice(t, 0, 1);
+    kl_error err;
+    EXPECT(be->vt->alloc(be, (size_t)t->stride[0] * kl_dtype_bytes(t->dtype), &row.data,
+                         &err) == KL_OK);
+    return row;
+}
+
+static void copy_there(kl_backend *be, const kl_tensor *to, const kl_tensor *from)
+{
+    kl_error err;
+    EXPECT(be->vt->copy(be, to->data, from->data,
+                        (size_t)from->stride[0] * kl_dtype_bytes(from->dtype), &err) == KL_OK);
+}
+
+static void sequence_pieces(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts *p,
+                            int64_t n, const beside *b)
+{
+    const kl_tensor state = kl_row_slice(&a->state, SLOTS_OF[n], 1);
+    const kl_tensor window = kl_row_slice(&a->conv_state, SLOTS_OF[n], 1);
+    const int64_t begin = RAGGED[n], end = RAGGED[n + 1];
+    if (begin == end) return;
+    token_pieces(be, p, begin, state, window, b, false);
+    copy_there(be, &b->state, &state);
+    copy_there(be, &b->window, &window);
+    for (int64_t t = begin + 1; t < end; t++)
+        token_pieces(be, p, t, b->state, b->window, b, false);
+    for (int64_t t = begin + 1; t < end && tokens[t] == drawn[t - 1]; t++)
+        token_pieces(be, p, t, state, window, b, true);
+}
+
+static void guesses_pieces(kl_backend *be, void *call)
+{
+    static const int32_t zero_one[2] = {0, 1};
+    kl_kda_mixer *const a = call;
+    kl_error err;
+    kl_kda_mixer plain = *a;
+    plain.guesses = false;
+    plain.tokens = plain.drawn = (kl_tensor){0};
+    const size_t bytes = kl_workspace_kda_mixer(be, &plain);
+    EXPECT(be->vt->alloc(be, bytes, &plain.ws.data, &err) == KL_OK);
+    plain.ws.bytes = bytes;
+    kl_kda_mixer_parts p = kl_kda_mixer_parts_of(&plain);
+    RUN_THERE(linear, be, &p.gates.first);
+    RUN_THERE(linear, be, &p.gates.second);
+    beside b = {.one = kl_tensor_1d(NULL, KL_I32, 2),
+                .state = taken_like(be, &a->state),
+                .window = taken_like(be, &a->conv_state),
+                .out = taken_like(be, &a->out)};
+    EXPECT(be->vt->alloc(be, sizeof zero_one, &b.one.data, &err) == KL_OK);
+    EXPECT(be->vt->copy_in(be, b.one.data, zero_one, sizeof zero_one, &err) == KL_OK);
+    for (int64_t n = 0; n < N; n++) sequence_pieces(be, a, &p, n, &b);
+    EXPECT(be->vt->sync(be, &err) == KL_OK);
+    const kl_tensor *const taken[] = {&b.state, &b.window, &b.out};
+    for (int i = 0; i < 3; i++)
+        be->vt->free(be, taken[i]->data,
+                     (size_t)taken[i]->stride[0] * kl_dtype_bytes(taken[i]->dtype));
+    be->vt->free(be, b.one.data, sizeof zero_one);
+    be->vt->free(be, plain.ws.data, bytes);
+}
+
+static void check_guesses(const mixer_case *c, kl_dtype act, int wrong)
+{
+    parts p = {0};
+    char name[128];
+    kl_kda_mixer a = mixer_of(c, act);
+    deal_guesses(wrong);
+    a.guesses = true;
+    a.tokens = integers(T, tokens);
+    a.drawn = integers(T, drawn);
+    snprintf(name, sizeof name, "guesses: act %d, K %lld, V %lld, W %lld, gate %d, wrong %d",
+             act, (long long)c->K, (long long)c->V, (long long)c->W, c->gate, wrong);
+    const kl_tensor *const in[] = {&a.qkv,     &a.conv_weight, &a.f_low,      &a.g_low,
+                                   &a.beta,    &a.slots,       &a.cu_seqlens, &a.A_log,
+                                   &a.dt_bias, &a.norm_weight, &a.tokens,     &a.drawn};
+    for (size_t j = 0; j < sizeof in / sizeof *in; j++) IN(*in[j]);
+    WEIGHT(a.f_b);
+    WEIGHT(a.g_b);
+    OUT(a.conv_state, 0);
+    OUT(a.state, 0);
+    OUT(a.out, 0);
+    const bool there = c->W == 4 && c->K % 4 == 0 && c->V % 8 == 0;
+    if (c->format != KL_W_FP8)
+        same_bits(cpu, &p, &a, sizeof a, guesses_whole, guesses_pieces, name);
+    if (cuda != NULL && there)
+        same_bits(cuda, &p, &a, sizeof a, guesses_whole, guesses_pieces, name);
+    used = 0;
+}
+
+static void guesses(void)
+{
+    static const mixer_case cases[] = {
+        {3, 128, 128, 4, KL_GATE_SOFTPLUS, false, 128, KL_W_BF16},
+        {2, 128, 72, 4, KL_GATE_BOUNDED, false, 128, KL_W_INT8},
+        {2, 20, 40, 4, KL_GATE_DIRECT, false, 32, KL_W_BF16},
+        {2, 8, 8, 4, KL_GATE_SOFTPLUS, false, 8, KL_W_F32},
+        {2, 19, 21, 3, KL_GATE_SOFTPLUS, false, 19, KL_W_BF16},
+        {2, 19, 21, 1, KL_GATE_BOUNDED, false, 19, KL_W_BF16},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int j = 0; j < 2; j++)
+            for (int wrong = 1; wrong < 100; wrong = wrong * 6)
+                check_guesses(&cases[i], ACTS[j], wrong);
 }
 
 /* ---- experts with their router ----------------------------------------------------------- */
@@ -321,6 +472,7 @@ int main(void)
         cuda = NULL;
     RUN(two_products);
     RUN(mixers);
+    RUN(guesses);
     RUN(moes);
     if (cuda == NULL) printf("     CUDA skipped: %s\n", err.message);
     kl_backend_close(cuda);
