@@ -107,7 +107,7 @@ template <class A> struct preparation {
 __device__ inline void learn(mixer_rows<ROWS> &rows, const head &s)
 {
     float k[4];
-    mixer_unit(s.k, k);
+    mixer_unit(s.k, warp_sum(mixer_squares(s.k)), k);
     rows.multiply(s.decay, s.decay_low);
     rows.learn(k, s.v[warp_id() * ROWS + rows.row()], s.beta);
 }
@@ -119,7 +119,7 @@ __device__ void answer(const mixer_rows<ROWS> &rows, const mixer_arguments &a, i
 {
     float q[4];
     const int i = threadIdx.x, V = static_cast<int>(a.kda.V);
-    mixer_unit(s.q, q);
+    mixer_unit(s.q, warp_sum(mixer_squares(s.q)), q);
     const float o = a.kda.scale * rows.dot(q);
     if (lane_id() % rows.LANES == 0)
         s.o[warp_id() * ROWS + rows.row()] = to_float(from_float<A>(o));
