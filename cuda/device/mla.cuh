@@ -1,84 +1,166 @@
 /*
- * mla.cuh -- what the kernels of mla_decode share: the cut of a context into splits, and the
- * scratch memory through which they pass their results.
+ * mla.cuh -- what the kernels of mla_decode share: how contexts are cut into the pieces that
+ * blocks attend, and the scratch memory through which they pass their results.
  *
- * A sequence's context is cut into splits of a number of pages that follows from its length.
- * Short contexts have small splits, for one sequence to occupy many multiprocessors; long ones
- * have large splits, for the f32 results of a split (rank + 2 values a head) are written and read
- * again. The fewer the rows, the more splits each may have, `fine`; on a batch-invariant backend
- * that is 0, and a row's result does not depend on its batch.
+ * A piece is a run of a sequence's pages; its results (rank + 2 values a head, f32) are written and
+ * read again. There are two ways to cut:
+ *
+ *   shared out  the pages of all rows, one behind the other, in as many equal shares as there are
+ *               blocks; a share's part of a row is a piece. Its results lie at slot share + row,
+ *               which is another one for every piece: from a piece to the next, one or both grow.
+ *   by length   on a batch-invariant backend, and where the kernel is the one for any shape. A
+ *               sequence is cut into splits of a number of pages that follows from its length, so
+ *               a row's result does not depend on its batch. Short contexts have small splits, for
+ *               one sequence to occupy many multiprocessors; long ones have large splits.
  */
 #ifndef KL_CUDA_DEVICE_MLA_H
 #define KL_CUDA_DEVICE_MLA_H
 
 #include "types.cuh"
+#include "warp.cuh"
 
-constexpr int MLA_MAX_SPLITS = 128; /* of a row: just under an H100's 132 multiprocessors */
+constexpr int MLA_MAX_SPLITS = 128;  /* of a row */
+constexpr int MLA_MAX_SHARES = 132;  /* the multiprocessors of an H100 or H200 */
+constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_tensor.cu */
 constexpr float LOG2_E = 1.4426950408889634f;
-
-/* Splits of `size` pages that a row may have. */
-__host__ __device__ inline long long mla_splits_of(long long size, long long fine)
-{
-    const long long most = 8 * size < MLA_MAX_SPLITS ? 8 * size : MLA_MAX_SPLITS;
-    return most > fine ? most : fine;
-}
-
-/* Pages of a split: the smallest power of two that makes no more splits than it may. With a
- * `fine` of 0, 16 pages (1K tokens) make 8 splits, 128 pages 32, 2048 pages 128. */
-__host__ __device__ inline long long mla_split_pages(long long pages, long long fine)
-{
-    long long size = 1;
-    while (pages > size * mla_splits_of(size, fine)) size *= 2;
-    return size;
-}
 
 __host__ __device__ inline long long mla_divide_up(long long a, long long b)
 {
     return (a + b - 1) / b;
 }
 
-/* The cut of one sequence; a sequence that sees nothing has no splits. */
+/* Splits of `size` pages that a row may have. */
+__host__ __device__ inline long long mla_splits_of(long long size)
+{
+    return 8 * size < MLA_MAX_SPLITS ? 8 * size : MLA_MAX_SPLITS;
+}
+
+/* Pages of a split: the smallest power of two that makes no more splits than it may. 16 pages (1K
+ * tokens) make 8 splits, 128 pages 32, 2048 pages 128. */
+__host__ __device__ inline long long mla_split_pages(long long pages)
+{
+    long long size = 1;
+    while (pages > size * mla_splits_of(size)) size *= 2;
+    return size;
+}
+
+/* The most splits of a row of at most `pages` pages; does not fall with `pages`. */
+inline long long mla_most_splits(long long pages)
+{
+    const long long size = mla_split_pages(pages), last = mla_divide_up(pages, size);
+    const long long before = 4 * size < MLA_MAX_SPLITS ? 4 * size : MLA_MAX_SPLITS;
+    const long long most = last > before ? last : before;
+    return most < pages ? most : pages;
+}
+
+/* The cut of one sequence by its length; a sequence that sees nothing has no splits. */
 struct mla_cut {
     long long length, pages, size, count;
 
-    __device__ mla_cut(long long tokens, long long fine)
+    __device__ explicit mla_cut(long long tokens)
         : length(tokens > 0 ? tokens : 0), pages(mla_divide_up(length, KL_PAGE_TOKENS)),
-          size(mla_split_pages(pages, fine)), count(mla_divide_up(pages, size))
+          size(mla_split_pages(pages)), count(mla_divide_up(pages, size))
     {
     }
 };
 
-/* The most splits of a row of at most `pages` pages; falls neither with `pages` nor `fine`. */
-inline long long mla_most_splits(long long pages, long long fine)
-{
-    const long long size = mla_split_pages(pages, 0), last = mla_divide_up(pages, size);
-    const long long before = 4 * size < MLA_MAX_SPLITS ? 4 * size : MLA_MAX_SPLITS;
-    const long long most = last > before ? last : before, any = most > fine ? most : fine;
-    return any < pages ? any : pages;
-}
-
-/* One call, or for the kernels that make and merge splits those N of its rows whose results the
+/* One call, or for the kernels that make and merge pieces those N of its rows whose results the
  * workspace holds at once. */
 struct mla_arguments {
     const void *q, *pages, *w_kv_b;
     const int *block_table, *lengths;
     void *out;
-    float *query;   /* [N, H, width] absorbed, times scale and log2(e)             */
-    float *max;     /* [N, splits, H] of a split's scores, in units of the above   */
-    float *sum;     /* [N, splits, H] of 2^(score - max)                           */
-    float *context; /* [N, splits, H, rank] sum of 2^(score - max) c               */
-    float *merged;  /* [N, H, rank]                                                */
-    long long N, H, B, q_stride, nope, rope, rank, V, splits, fine;
+    float *query;   /* [N, H, width] absorbed, times scale and log2(e); or as      */
+                    /* mla_query_place() says                                      */
+    float *max;     /* [slots, H] of a piece's scores, in units of the above       */
+    float *sum;     /* [slots, H] of 2^(score - max)                               */
+    float *context; /* [slots, H, rank] sum of 2^(score - max) c                   */
+    long long N, H, B, P, q_stride, nope, rope, rank, V;
+    long long splits; /* of a row at the most, where it is cut by length             */
+    int shares;       /* into which pages are shared out; 0: they are cut by length  */
+    bool tensor;      /* query is operand A of mla_decode_tensor.cu's scores         */
+    kl_dtype act;     /* of q, pages and out                                         */
     float scale;
 
     __host__ __device__ long long width() const { return rank + rope; }
 };
 
-/* The attention of all splits of the N rows, into max, sum and context. */
-kl_status kl_cuda_mla_attend_any(const mla_arguments &a, kl_dtype act, cudaStream_t stream,
-                                 kl_error *err);
-bool kl_cuda_mla_tensor_fits(const mla_arguments &a, kl_dtype act);
-kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int multiprocessors,
-                                    cudaStream_t stream, kl_error *err);
+/* Heads of a row of operand A. */
+__host__ __device__ inline long long mla_padded_heads(long long H)
+{
+    return mla_divide_up(H, MLA_TENSOR_HEADS) * MLA_TENSOR_HEADS;
+}
+
+/* Where q' is as operand A, in bf16: a head's channel; what it lacks is two bf16 further on. For
+ * each eight heads and 16 channels there are the fragments of a warp, m16n8k16, whose rows r are
+ * the heads and r + 8 what the same heads lack. */
+__device__ inline long long mla_query_place(const mla_arguments &a, long long n, long long h,
+                                            long long channel)
+{
+    const long long step = channel / 16, warp = h / 8, k = channel % 16;
+    const long long lane = h % 8 * 4 + k % 8 / 2;
+    const long long first = (n * mla_padded_heads(a.H) / 8 + warp) * (a.width() / 16) + step;
+    return ((first * WARP + lane) * 4 + k / 8 * 2) * 2 + k % 2;
+}
+
+__device__ inline long long mla_pages_of(long long length)
+{
+    return length > 0 ? mla_divide_up(length, KL_PAGE_TOKENS) : 0;
+}
+
+__device__ inline long long mla_warp_total(long long x)
+{
+#pragma unroll
+    for (int d = WARP / 2; d > 0; d /= 2) x += __shfl_xor_sync(ALL_LANES, x, d);
+    return x;
+}
+
+/* The cut of `pages` pages, of all rows together: share i has first(i) .. first(i + 1) - 1, at
+ * least one. */
+struct mla_shares {
+    long long pages, count;
+
+    __device__ mla_shares(long long all, int most) : pages(all), count(all < most ? all : most)
+    {
+    }
+
+    __device__ long long first(long long share) const { return share * pages / count; }
+
+    __device__ long long of(long long page) const { return ((page + 1) * count - 1) / pages; }
+};
+
+/* Where the results of a row's pieces are: slots first, first + 1, ... */
+struct mla_pieces {
+    long long first, count;
+
+    /* By a whole warp. */
+    __device__ mla_pieces(const mla_arguments &a, long long n)
+    {
+        const mla_cut cut(a.lengths[n]);
+        first = n * a.splits, count = cut.count;
+        if (a.shares == 0 || count == 0) return;
+        long long before = 0, all = 0;
+        for (long long row = lane_id(); row < a.N; row += WARP) {
+            const long long pages = mla_pages_of(a.lengths[row]);
+            all += pages;
+            if (row < n) before += pages;
+        }
+        before = mla_warp_total(before);
+        const mla_shares shares(mla_warp_total(all), a.shares);
+        const long long begin = shares.of(before);
+        first = begin + n, count = shares.of(before + cut.pages - 1) - begin + 1;
+    }
+};
+
+/* The attention of all pieces of the N rows, into max, sum and context; for the second, `blocks`
+ * of each group of heads are as many as can run at a time. */
+kl_status kl_cuda_mla_attend_any(const mla_arguments &a, cudaStream_t stream, kl_error *err);
+bool kl_cuda_mla_tensor_fits(const mla_arguments &a);
+kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int blocks, cudaStream_t stream,
+                                    kl_error *err);
+
+/* out = W_UV of the pieces, merged. */
+kl_status kl_cuda_mla_finish(const mla_arguments &a, kl_dtype weight, cudaStream_t stream,
+                             kl_error *err);
 
 #endif

@@ -1,6 +1,6 @@
 /*
- * wgmma.cuh -- tensor-core products of a warpgroup (sm_90a): A from registers, B from shared
- * memory, asynchronous.
+ * wgmma.cuh -- tensor-core products of a warpgroup (sm_90a): A from registers or shared memory,
+ * B from shared memory, asynchronous.
  *
  *     D [64, N] += A [64, 16] B [16, N]       bf16 operands, f32 sums
  *
@@ -137,5 +137,22 @@ __device__ __forceinline__ void wgmma_transposed(float *d, const uint32_t (&a)[4
 }
 
 #undef WGMMA
+
+/* d[0 .. N / 2 - 1] += a b with both operands in shared memory: `a` is the transpose of an array
+ * as wgmma_descriptor_transposed() describes it, row k of which holds the 64 rows of A. */
+template <int N>
+__device__ __forceinline__ void wgmma_of_transposed(float *d, uint64_t a, uint64_t b)
+{
+    static_assert(N == 32);
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.eq.u32 add, 1, 1;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" WGMMA_REGS_16
+                 "}, %16, %17, add, 1, 1, 1, 0;\n"
+                 "}"
+                 : WGMMA_ACC_16(d, 0)
+                 : "l"(a), "l"(b)
+                 : "memory");
+}
 
 #endif

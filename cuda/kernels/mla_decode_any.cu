@@ -3,7 +3,7 @@
  *
  * Computes     max, sum and context of the scores of one head over one split's pages; see
  *              mla_arguments
- * Shapes       query [N, H, width]; pages [P, 64, width]; context [N, splits, H, rank]
+ * Shapes       query [N, H, width]; pages [P, 64, width]; context [slots, H, rank]
  * Layout       dense
  * Precision    f32 or bf16 latents, f32 arithmetic and results
  * Grid         a block for each row, head and split; the query and the context's sum are in
@@ -73,7 +73,7 @@ __launch_bounds__(THREADS) void mla_attend_any(__grid_constant__ const mla_argum
     const long long h = unit % a.H, n = unit / a.H, width = a.width();
     let_next_start();
     wait_for_inputs();
-    const mla_cut cut(a.lengths[n], a.fine);
+    const mla_cut cut(a.lengths[n]);
     if (split >= cut.count) return;
     float *query = memory, *context = memory + width;
     for (long long i = threadIdx.x; i < width; i += THREADS)
@@ -99,8 +99,7 @@ __launch_bounds__(THREADS) void mla_attend_any(__grid_constant__ const mla_argum
 
 } // namespace
 
-kl_status kl_cuda_mla_attend_any(const mla_arguments &a, kl_dtype act, cudaStream_t stream,
-                                 kl_error *err)
+kl_status kl_cuda_mla_attend_any(const mla_arguments &a, cudaStream_t stream, kl_error *err)
 {
     if (a.splits == 0) return KL_OK;
     if (a.N > MAX_BLOCKS / a.H || a.N * a.H > MAX_BLOCKS / a.splits)
@@ -113,7 +112,7 @@ kl_status kl_cuda_mla_attend_any(const mla_arguments &a, kl_dtype act, cudaStrea
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_decode: 2 rank + rope must be <= %lld, got rank %lld, rope %lld",
                        MAX_SHARED / static_cast<long long>(sizeof(float)), a.rank, a.rope);
-    return with_float_type(act, [&](auto t) {
+    return with_float_type(a.act, [&](auto t) {
         const auto kernel = mla_attend_any<decltype(t)>;
         const int shared = static_cast<int>(bytes);
         KL_CUDA_TRY(

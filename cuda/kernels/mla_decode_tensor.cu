@@ -1,352 +1,435 @@
 /*
- * mla_decode_tensor.cu -- mla_decode's attention of the splits on tensor cores.
+ * mla_decode_tensor.cu -- mla_decode's attention of the pieces on tensor cores.
  *
- * Computes     max, sum and context of the scores of 32 heads over each split's pages; see
+ * Computes     max, sum and context of the scores of 32 heads over each piece's pages; see
  *              mla_arguments
- * Shapes       query [N, H, 576]; pages [P, 64, 576] bf16; context [N, splits, H, 512]
+ * Shapes       query [N, H, 576]; pages [P, 64, 576] bf16; context [slots, H, 512]
  * Layout       dense, pages at multiples of 16 bytes
  * Precision    the query as a sum of two bf16 (16 bits), probabilities in bf16 (and their sum
  *              of the rounded ones), f32 scores, sums and results
- * Grid         persistent blocks, one a multiprocessor, take (row, split) items in turn. Two
- *              pages in shared memory: one is used, one on its way. Of a page's scores a warp
- *              makes 32 tokens over a quarter of the channels, its query's fragments staying in
- *              registers; 8 threads a head add the quarters and take the softmax; of the context
- *              a warp keeps 64 channels in registers
- * Order        pages of a split in turn; within a page the quarters in order
+ * Grid         a block a multiprocessor, in three warpgroups. The first brings pages, as nine
+ *              boxes of 64 tokens by 64 channels, through a ring of three. The second keeps the
+ *              query in registers as operand A: of a warp's 16 rows eight are heads and eight what
+ *              those lack, so that a thread adds the halves itself, and the softmax stays in
+ *              registers. The third keeps the context, transposed: [512 channels, 32 heads]. So
+ *              a page's scores are made while the one before it is added
+ * Order        pages of a piece in turn, within a page the channels, or the tokens, in order
  * Roofline     1152 bytes a token at 2 * 32 * (2 * 576 + 512) flops, 92 flop/byte: memory-bound,
  *              50 us for 128K tokens at 3.0 TB/s
- * Measured     H100 beside another job: 77 us (best 72) for 128K tokens of one sequence, 2.0 TB/s,
- *              65 % of roofline; 14 us for 1K; 377 us for 64 sequences of 8K (2026-11-22)
+ * Measured     not timed yet
  */
+#include "../device/barrier.cuh"
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"
-#include "../device/mma.cuh"
-#include "../device/warp.cuh"
+#include "../device/wgmma.cuh"
+#include "../driver.h"
+
+#include <limits.h>
 
 namespace {
 
 constexpr int RANK = 512, ROPE = 64, WIDTH = RANK + ROPE;
-constexpr int HEADS = 32; /* of a block: two tiles of 16 rows */
+constexpr int HEADS = MLA_TENSOR_HEADS; /* of a block */
 constexpr int TOKENS = KL_PAGE_TOKENS;
-constexpr int WARPS = 8;
-constexpr int THREADS = WARPS * WARP;
-constexpr int QUARTERS = 4;                  /* of the channels of a score */
-constexpr int STEPS = WIDTH / 16 / QUARTERS; /* of 16 channels, in a quarter */
-constexpr int SCORE_TOKENS = TOKENS / 2;     /* of a warp: eight warps, four quarters */
-constexpr int CONTEXT_COLS = RANK / WARPS;   /* of a warp */
-constexpr int ROW_THREADS = THREADS / HEADS; /* that share the softmax of a head */
-constexpr int PIECES = WIDTH / 8;            /* of 16 bytes, in a row of a page */
+constexpr int THREADS = 3 * WARPGROUP;
+/* Of a thread: a block begins with 168 each, and no more can be handed over: 3 * 168 = 504. The
+ * query takes 144 and its scores 32; the context 128. */
+constexpr int BRING_REGISTERS = 40, SCORE_REGISTERS = 240, CONTEXT_REGISTERS = 224;
 
-/* Rows are padded so that the eight rows of an ldmatrix, and the lanes of a fragment's store,
- * meet different banks. */
+constexpr int ROW_BYTES = 128; /* of a box: 64 channels */
+constexpr int BOX_BYTES = TOKENS * ROW_BYTES;
+constexpr int BOXES = WIDTH / 64, CONTEXT_BOXES = RANK / 64;
+constexpr int PAGE_BYTES = BOXES * BOX_BYTES;
+constexpr int STAGES = 3;       /* pages on their way or in use */
+constexpr int WEIGHT_SLOTS = 2; /* pages whose probabilities are there at a time */
+constexpr int STEPS = WIDTH / 16;
+
+/* Each array of the first two begins at a multiple of 1024 bytes, for the swizzle. */
 struct shared_memory {
-    bf16 page[2][TOKENS][WIDTH + 8];
-    float scores[QUARTERS][HEADS][TOKENS + 8];
-    bf16 weights[HEADS][TOKENS + 8];
-    uint4 query_low[QUARTERS][STEPS][2][WARP]; /* fragments of the query's lower half */
-    float keep[HEADS];
+    uint8_t page[STAGES][PAGE_BYTES];
+    uint8_t weights[WEIGHT_SLOTS][HEADS * ROW_BYTES]; /* a head's 64 tokens a row */
+    float keep[WEIGHT_SLOTS][HEADS];                  /* factors of the sums before */
+    barrier full[STAGES], empty[STAGES], ready[WEIGHT_SLOTS], taken[WEIGHT_SLOTS];
 };
-static_assert(sizeof(shared_memory) <= 227 * 1024);
+constexpr int SHARED_BYTES = sizeof(shared_memory) + 1024;
+static_assert(SHARED_BYTES <= 227 * 1024 && PAGE_BYTES % 1024 == 0);
 
-/* One block's part of the work: pages first .. end - 1 of row n. */
-struct item {
-    long long n, split, first, end, length;
-};
+template <int SLOTS> struct ring_place {
+    int slot = 0;
+    uint32_t phase = 0;
 
-/* Items are numbered row by row. The rows before `n` hold `base` of them; the search goes on
- * from there, 32 rows at a time, and every warp makes it for itself. */
-struct item_search {
-    long long n, base;
-
-    __device__ bool find(const mla_arguments &a, long long number, item *out)
+    __device__ void advance()
     {
-        for (; n < a.N; n += WARP) {
+        if (++slot == SLOTS) slot = 0, phase ^= 1;
+    }
+};
+
+/* ---- a block's part of the work -------------------------------------------------------- */
+
+/* Pages first, first + 1, ... of row n, the last of them with so many tokens; their results go to
+ * `slot`. */
+struct piece {
+    long long n, slot, first;
+    int pages, last;
+
+    __device__ int tokens(int i) const { return i + 1 < pages ? TOKENS : last; }
+};
+
+/* The pieces of this block one after the other, found by every warp for itself. Units, pages or
+ * splits, are numbered row by row; the rows before `n` have `base` of them. */
+struct piece_walk {
+    const mla_arguments &a;
+    long long n = 0, base = 0, at, end;
+
+    __device__ explicit piece_walk(const mla_arguments &from)
+        : a(from), at(blockIdx.x), end(LLONG_MAX)
+    {
+        if (a.shares == 0) return;
+        long long all = 0;
+        for (long long row = lane_id(); row < a.N; row += WARP)
+            all += mla_pages_of(a.lengths[row]);
+        const mla_shares shares(mla_warp_total(all), a.shares);
+        const bool some = blockIdx.x < shares.count;
+        at = some ? shares.first(blockIdx.x) : 0;
+        end = some ? shares.first(blockIdx.x + 1) : 0;
+    }
+
+    __device__ bool next(piece *out)
+    {
+        for (; at < end && n < a.N; n += WARP) {
             const long long row = n + lane_id();
-            const mla_cut cut(row < a.N ? a.lengths[row] : 0, a.fine);
-            int before = static_cast<int>(cut.count);
+            const mla_cut cut(row < a.N ? a.lengths[row] : 0);
+            const long long units = a.shares == 0 ? cut.count : cut.pages;
+            long long before = units;
 #pragma unroll
             for (int d = 1; d < WARP; d *= 2) {
-                const int left = __shfl_up_sync(ALL_LANES, before, d);
+                const long long left = __shfl_up_sync(ALL_LANES, before, d);
                 if (lane_id() >= d) before += left;
             }
-            const int all = __shfl_sync(ALL_LANES, before, WARP - 1);
-            const unsigned found = __ballot_sync(ALL_LANES, number < base + before);
+            const unsigned found = __ballot_sync(ALL_LANES, at < base + before);
             if (found != 0) {
-                take(cut, row, number - (base + before - cut.count), __ffs(found) - 1, out);
+                take(cut, row, at - (base + before - units), __ffs(found) - 1, out);
                 return true;
             }
-            base += all;
+            base += __shfl_sync(ALL_LANES, before, WARP - 1);
         }
         return false;
     }
 
-    /* Lane `from` has the row and the split. */
-    static __device__ void take(const mla_cut &cut, long long row, long long split, int from,
-                                item *out)
+    /* Lane `from` has the row, and the unit's number within it. */
+    __device__ void take(const mla_cut &cut, long long row, long long unit, int from,
+                         piece *out)
     {
-        const long long first = split * cut.size;
-        const long long end = first + cut.size < cut.pages ? first + cut.size : cut.pages;
+        const bool shared_out = a.shares > 0;
+        const long long first = shared_out ? unit : unit * cut.size;
+        const long long most = shared_out ? end - at : cut.size, left = cut.pages - first;
+        const long long pages = most < left ? most : left;
+        const long long tokens = cut.length - (first + pages - 1) * TOKENS;
+        const long long slot = shared_out ? blockIdx.x + row : row * a.splits + unit;
         out->n = __shfl_sync(ALL_LANES, row, from);
-        out->split = __shfl_sync(ALL_LANES, split, from);
+        out->slot = __shfl_sync(ALL_LANES, slot, from);
         out->first = __shfl_sync(ALL_LANES, first, from);
-        out->end = __shfl_sync(ALL_LANES, end, from);
-        out->length = __shfl_sync(ALL_LANES, cut.length, from);
+        out->pages = __shfl_sync(ALL_LANES, static_cast<int>(pages), from);
+        out->last =
+            __shfl_sync(ALL_LANES, static_cast<int>(tokens < TOKENS ? tokens : TOKENS), from);
+        at += shared_out ? out->pages : gridDim.x;
     }
 };
 
-/* Rows past the length become zeros: what lies there may be NaN. */
-__device__ void copy_page(const mla_arguments &a, const item &it, long long p,
-                          bf16 (*to)[WIDTH + 8])
-{
-    const long long id = a.block_table[it.n * a.B + p];
-    const long long left = it.length - p * TOKENS;
-    const bf16 *from = static_cast<const bf16 *>(a.pages) + id * TOKENS * WIDTH;
-#pragma unroll 6
-    for (int i = threadIdx.x; i < TOKENS * PIECES; i += THREADS) {
-        const int token = i / PIECES, piece = i % PIECES;
-        copy_async(&to[token][piece * 8], from + token * WIDTH + piece * 8, token < left);
-    }
-}
+/* ---- bringing pages, by one warp ------------------------------------------------------- */
 
-struct query_fragments {
-    uint32_t high[STEPS][2][4];
-};
-
-__device__ uint32_t lower_half(float2 x, uint32_t high)
+/* Page numbers are read 32 at a time, while the ones before are still brought. */
+__device__ void bring_pages(const mla_arguments &a, const CUtensorMap &map, shared_memory &s)
 {
-    const __nv_bfloat162 h = *reinterpret_cast<const __nv_bfloat162 *>(&high);
-    return pack_bf16(x.x - __low2float(h), x.y - __high2float(h));
-}
-
-/* The fragments of this warp's quarter; the lower half, which two warps share, to memory. */
-__device__ void load_query(const mla_arguments &a, long long n, long long h0,
-                           query_fragments &q, shared_memory &s)
-{
-    const int quarter = warp_id() % QUARTERS;
-#pragma unroll
-    for (int step = 0; step < STEPS; step++)
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            uint32_t low[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const long long h = h0 + m * 16 + i % 2 * 8 + lane_id() / 4;
-                const int k = (quarter * STEPS + step) * 16 + i / 2 * 8 + lane_id() % 4 * 2;
-                float2 x = {0, 0};
-                if (h < a.H)
-                    x = *reinterpret_cast<const float2 *>(a.query + (n * a.H + h) * WIDTH + k);
-                q.high[step][m][i] = pack_bf16(x.x, x.y);
-                low[i] = lower_half(x, q.high[step][m][i]);
-            }
-            if (warp_id() < QUARTERS)
-                s.query_low[quarter][step][m][lane_id()] = {low[0], low[1], low[2], low[3]};
+    ring_place<STAGES> at;
+    piece_walk walk(a);
+    for (piece it; walk.next(&it);) {
+        const int *table = a.block_table + it.n * a.B + it.first;
+        const auto number_of = [&](int i) { return i < it.pages ? table[i] : 0; };
+        int numbers = 0, coming = number_of(lane_id());
+        for (int i = 0; i < it.pages; i++) {
+            if (i % WARP == 0) numbers = coming, coming = number_of(i + WARP + lane_id());
+            const int id = __shfl_sync(ALL_LANES, numbers, i % WARP);
+            barrier_wait(s.empty + at.slot, at.phase ^ 1);
+            if (lane_id() == 0) barrier_arrive_expecting(s.full + at.slot, PAGE_BYTES);
+            __syncwarp();
+            if (lane_id() < BOXES)
+                copy_box(s.page[at.slot] + lane_id() * BOX_BYTES, &map, lane_id() * 64,
+                         id * TOKENS, s.full + at.slot);
+            at.advance();
         }
+    }
 }
 
-/* Scores of 32 heads and 32 tokens over a quarter of the channels. */
-__device__ void score_page(const bf16 (*page)[WIDTH + 8], const query_fragments &q,
-                           shared_memory &s)
+/* ---- scores and softmax, by a warpgroup ------------------------------------------------ */
+
+__device__ int warp_of_group()
 {
-    const int quarter = warp_id() % QUARTERS, lane = lane_id();
-    const int first = warp_id() / QUARTERS * SCORE_TOKENS;
-    const bf16 *from =
-        &page[first + lane / 16 * 8 + lane % 8][quarter * STEPS * 16 + lane / 8 % 2 * 8];
-    float acc[2][SCORE_TOKENS / 8][4] = {};
+    return warp_id() % (WARPGROUP / WARP);
+}
+
+/* This thread's head among the block's: of its rows of A and of the scores. */
+__device__ int head_of_thread()
+{
+    return warp_of_group() * 8 + lane_id() / 4;
+}
+
+/* Operand A, which mla_query_place() has in this order. */
+__device__ void load_query(const mla_arguments &a, long long n, long long h0,
+                           uint32_t (&q)[STEPS][4])
+{
+    const long long h = h0 + head_of_thread();
+    const uint4 *from = reinterpret_cast<const uint4 *>(a.query) +
+                        (n * mla_padded_heads(a.H) + h0) * (WIDTH / 4) +
+                        warp_of_group() * STEPS * WARP + lane_id();
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-        uint32_t low[2][4];
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            const uint4 l = s.query_low[quarter][step][m][lane];
-            low[m][0] = l.x, low[m][1] = l.y, low[m][2] = l.z, low[m][3] = l.w;
-        }
-#pragma unroll
-        for (int t = 0; t < SCORE_TOKENS / 16; t++) {
-            uint32_t r[4];
-            ldmatrix(r, from + t * 16 * (WIDTH + 8) + step * 16);
-            const uint32_t b[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    mma_bf16(acc[m][t * 2 + j], low[m], b[j]);
-                    mma_bf16(acc[m][t * 2 + j], q.high[step][m], b[j]);
-                }
-        }
+        uint4 x = {0, 0, 0, 0};
+        if (h < a.H) x = from[step * WARP];
+        q[step][0] = x.x, q[step][1] = x.y, q[step][2] = x.z, q[step][3] = x.w;
     }
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int t = 0; t < SCORE_TOKENS / 8; t++)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                *reinterpret_cast<float2 *>(&s.scores[quarter][m * 16 + i * 8 + lane / 4]
-                                                     [first + t * 8 + lane % 4 * 2]) =
-                    float2{acc[m][t][2 * i], acc[m][t][2 * i + 1]};
 }
 
-/* What the threads of a head carry from page to page, each of them the same. */
+/* scores[4 t + i]: of token 8 t + 2 (lane % 4) + i % 2 of the thread's head, i / 2 the half. */
+__device__ __forceinline__ void score_page(const uint8_t *page, const uint32_t (&q)[STEPS][4],
+                                           float (&scores)[TOKENS / 2])
+{
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) scores[i] = 0;
+    const uint64_t b = wgmma_descriptor(page);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+        wgmma<TOKENS>(scores, q[step], wgmma_moved(b, step / 4 * BOX_BYTES + step % 4 * 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_settle(scores);
+}
+
+/* A head's maximum, known to its four threads, and a thread's own part of its sum. */
 struct softmax_state {
     float max, sum;
 };
 
-/* A thread's tokens are 4 l .. 4 l + 3 and 32 more, l its place among the eight of its head. */
-__device__ void softmax_page(long long left, softmax_state &state, shared_memory &s)
+/* Adds the halves, forgets tokens past `left`, and writes the probabilities. */
+__device__ __forceinline__ void softmax_page(float (&scores)[TOKENS / 2], int left,
+                                             softmax_state &state, uint8_t *weights,
+                                             float *keeps)
 {
-    const int row = threadIdx.x / ROW_THREADS, l = threadIdx.x % ROW_THREADS;
-    float x[2][4];
-    float top = state.max;
+    const int c = lane_id() % 4, head = head_of_thread();
+    float x[TOKENS / 8][2], top = state.max;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-        const int token = j * 32 + l * 4;
-        float4 sum = {0, 0, 0, 0};
-#pragma unroll
-        for (int g = 0; g < QUARTERS; g++) {
-            const float4 y = *reinterpret_cast<const float4 *>(&s.scores[g][row][token]);
-            sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
-        }
-        x[j][0] = sum.x, x[j][1] = sum.y, x[j][2] = sum.z, x[j][3] = sum.w;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (token + i >= left) x[j][i] = -INFINITY;
-            top = fmaxf(top, x[j][i]);
-        }
-    }
-    top = warp_max<ROW_THREADS>(top);
-    const float keep = exp2f(state.max - top);
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            const __nv_bfloat162 w =
-                __floats2bfloat162_rn(exp2f(x[j][i] - top), exp2f(x[j][i + 1] - top));
-            *reinterpret_cast<__nv_bfloat162 *>(&s.weights[row][j * 32 + l * 4 + i]) = w;
-            sum += __low2float(w) + __high2float(w);
-        }
-    state.sum = state.sum * keep + warp_sum<ROW_THREADS>(sum);
-    state.max = top;
-    if (l == 0) s.keep[row] = keep;
-}
-
-typedef float context_sums[2][CONTEXT_COLS / 8][4];
-
-/* context = keep context + weights c, for 32 heads and this warp's 64 channels. */
-__device__ void add_context(const bf16 (*page)[WIDTH + 8], const shared_memory &s,
-                            context_sums &acc)
-{
-    const int lane = lane_id(), first = warp_id() * CONTEXT_COLS;
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-        const float keep[2] = {s.keep[m * 16 + lane / 4], s.keep[m * 16 + 8 + lane / 4]};
-#pragma unroll
-        for (int c = 0; c < CONTEXT_COLS / 8; c++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) acc[m][c][i] *= keep[i / 2];
-    }
-    const bf16 *latents = &page[lane % 16][first + lane / 16 * 8];
-    const bf16 *weights = &s.weights[lane % 16][lane / 16 * 8];
-#pragma unroll
-    for (int step = 0; step < TOKENS / 16; step++) {
-        uint32_t w[2][4];
-#pragma unroll
-        for (int m = 0; m < 2; m++) ldmatrix(w[m], weights + m * 16 * (TOKENS + 8) + step * 16);
-#pragma unroll
-        for (int c = 0; c < CONTEXT_COLS / 16; c++) {
-            uint32_t r[4];
-            ldmatrix_transposed(r, latents + step * 16 * (WIDTH + 8) + c * 16);
-            const uint32_t b[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) mma_bf16(acc[m][c * 2 + j], w[m], b[j]);
-        }
-    }
-}
-
-__device__ void store_results(const mla_arguments &a, const item &it, long long h0,
-                              const softmax_state &state, const context_sums &acc)
-{
-    const long long at = (it.n * a.splits + it.split) * a.H;
-    const long long mine = h0 + threadIdx.x / ROW_THREADS;
-    if (threadIdx.x % ROW_THREADS == 0 && mine < a.H)
-        a.max[at + mine] = state.max, a.sum[at + mine] = state.sum;
-    const int col = warp_id() * CONTEXT_COLS + lane_id() % 4 * 2;
-#pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int t = 0; t < TOKENS / 8; t++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const long long h = h0 + m * 16 + i * 8 + lane_id() / 4;
-            if (h >= a.H) continue;
-            float *to = a.context + (at + h) * RANK + col;
+            x[t][i] = scores[4 * t + i] + scores[4 * t + 2 + i];
+            if (8 * t + 2 * c + i >= left) x[t][i] = -INFINITY;
+            top = fmaxf(top, x[t][i]);
+        }
+    top = warp_max<4>(top);
+    const float keep = exp2f(state.max - top);
+    state.sum *= keep, state.max = top;
 #pragma unroll
-            for (int c = 0; c < CONTEXT_COLS / 8; c++)
-                *reinterpret_cast<float2 *>(to + c * 8) =
-                    float2{acc[m][c][2 * i], acc[m][c][2 * i + 1]};
+    for (int t = 0; t < TOKENS / 8; t++) {
+        const uint32_t w = pack_bf16(exp2f(x[t][0] - top), exp2f(x[t][1] - top));
+        *reinterpret_cast<uint32_t *>(weights + swizzled<ROW_BYTES>(head, t) + c * 4) = w;
+        state.sum += low_half(w) + high_half(w);
+    }
+    if (c == 0) keeps[head] = keep;
+}
+
+__device__ void make_weights(const mla_arguments &a, long long h0, shared_memory &s)
+{
+    ring_place<STAGES> at;
+    ring_place<WEIGHT_SLOTS> to;
+    uint32_t q[STEPS][4];
+    float scores[TOKENS / 2];
+    piece_walk walk(a);
+    for (piece it; walk.next(&it);) {
+        softmax_state state = {-INFINITY, 0};
+        load_query(a, it.n, h0, q);
+        for (int i = 0; i < it.pages; i++) {
+            barrier_wait(s.full + at.slot, at.phase);
+            score_page(s.page[at.slot], q, scores);
+            barrier_wait(s.taken + to.slot, to.phase ^ 1);
+            softmax_page(scores, it.tokens(i), state, s.weights[to.slot], s.keep[to.slot]);
+            fence_async_proxy();
+            __syncwarp();
+            if (lane_id() == 0) barrier_arrive(s.ready + to.slot);
+            at.advance(), to.advance();
+        }
+        const long long h = h0 + head_of_thread();
+        const float sum = warp_sum<4>(state.sum);
+        if (lane_id() % 4 == 0 && h < a.H)
+            a.max[it.slot * a.H + h] = state.max, a.sum[it.slot * a.H + h] = sum;
+    }
+}
+
+/* ---- the context, by a warpgroup ------------------------------------------------------- */
+
+typedef float context_sums[CONTEXT_BOXES][HEADS / 2];
+
+/* What lies past a sequence's length may be NaN, which a probability of zero would not stop. */
+__device__ void clear_rows(uint8_t *page, int left)
+{
+    constexpr int PIECES = ROW_BYTES / 16 * CONTEXT_BOXES;
+    for (int i = threadIdx.x % WARPGROUP; i < (TOKENS - left) * PIECES; i += WARPGROUP) {
+        const int row = left + i / PIECES, piece = i % PIECES;
+        uint8_t *at = page + piece / 8 * BOX_BYTES + row * ROW_BYTES + piece % 8 * 16;
+        *reinterpret_cast<uint4 *>(at) = {0, 0, 0, 0};
+    }
+    fence_async_proxy();
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUP) : "memory");
+}
+
+/* context = keep context + c^T weights. */
+__device__ __forceinline__ void add_page(const uint8_t *page, const uint8_t *weights,
+                                         const float *keeps, context_sums &acc)
+{
+    const int c = lane_id() % 4;
+#pragma unroll
+    for (int j = 0; j < HEADS / 8; j++) {
+        const float2 keep = *reinterpret_cast<const float2 *>(keeps + 8 * j + 2 * c);
+#pragma unroll
+        for (int m = 0; m < CONTEXT_BOXES; m++) {
+            acc[m][4 * j] *= keep.x, acc[m][4 * j + 1] *= keep.y;
+            acc[m][4 * j + 2] *= keep.x, acc[m][4 * j + 3] *= keep.y;
+        }
+    }
+    const uint64_t latents = wgmma_descriptor_transposed(page, BOX_BYTES);
+    const uint64_t b = wgmma_descriptor(weights);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < TOKENS / 16; step++)
+#pragma unroll
+        for (int m = 0; m < CONTEXT_BOXES; m++)
+            wgmma_of_transposed<HEADS>(
+                acc[m], wgmma_moved(latents, m * BOX_BYTES + step * 16 * ROW_BYTES),
+                wgmma_moved(b, step * 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(acc[m]);
+}
+
+/* acc[m][4 j + i]: channel 64 m + 16 warp + lane / 4 + 8 (i / 2) of head 8 j + 2 (lane % 4) +
+ * i % 2. */
+__device__ void store_context(const mla_arguments &a, long long slot, long long h0,
+                              const context_sums &acc)
+{
+    const int channel = warp_of_group() * 16 + lane_id() / 4;
+#pragma unroll
+    for (int j = 0; j < HEADS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const long long h = h0 + 8 * j + lane_id() % 4 * 2 + i;
+            if (h >= a.H) continue;
+            float *to = a.context + (slot * a.H + h) * RANK + channel;
+#pragma unroll
+            for (int m = 0; m < CONTEXT_BOXES; m++)
+                to[m * 64] = acc[m][4 * j + i], to[m * 64 + 8] = acc[m][4 * j + 2 + i];
         }
 }
 
-/* The first two pages are on their way while the query is made into fragments. A page's place
- * is filled again as soon as it is done with, while the other page may still be arriving. */
-__device__ void attend_item(const mla_arguments &a, const item &it, long long h0,
-                            shared_memory &s)
+__device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory &s)
 {
-    query_fragments q;
-    context_sums acc = {};
-    softmax_state state = {-INFINITY, 0};
-    for (int i = 0; i < 2; i++) {
-        if (it.first + i < it.end) copy_page(a, it, it.first + i, s.page[i]);
-        copy_commit();
+    ring_place<STAGES> at;
+    ring_place<WEIGHT_SLOTS> from;
+    context_sums acc;
+    piece_walk walk(a);
+    for (piece it; walk.next(&it);) {
+#pragma unroll
+        for (int m = 0; m < CONTEXT_BOXES; m++)
+#pragma unroll
+            for (int i = 0; i < HEADS / 2; i++) acc[m][i] = 0;
+        for (int i = 0; i < it.pages; i++) {
+            barrier_wait(s.ready + from.slot, from.phase);
+            barrier_wait(s.full + at.slot, at.phase);
+            if (it.tokens(i) < TOKENS) clear_rows(s.page[at.slot], it.tokens(i));
+            add_page(s.page[at.slot], s.weights[from.slot], s.keep[from.slot], acc);
+            if (lane_id() == 0)
+                barrier_arrive(s.empty + at.slot), barrier_arrive(s.taken + from.slot);
+            at.advance(), from.advance();
+        }
+        store_context(a, it.slot, h0, acc);
     }
-    load_query(a, it.n, h0, q, s);
-    for (long long p = it.first; p < it.end; p++) {
-        const int buffer = static_cast<int>(p - it.first) % 2;
-        copy_wait<1>();
-        __syncthreads(); /* the page is there for all */
-        score_page(s.page[buffer], q, s);
-        __syncthreads();
-        softmax_page(it.length - p * TOKENS, state, s);
-        __syncthreads();
-        add_context(s.page[buffer], s, acc);
-        __syncthreads(); /* nobody needs it any more */
-        if (p + 2 < it.end) copy_page(a, it, p + 2, s.page[buffer]);
-        copy_commit();
-    }
-    store_results(a, it, h0, state, acc);
+}
+
+/* ---- the kernel ------------------------------------------------------------------------ */
+
+__device__ void make_barriers(shared_memory &s)
+{
+    constexpr int WARPS = WARPGROUP / WARP;
+    for (int i = 0; i < STAGES; i++)
+        barrier_init(s.full + i, 1), barrier_init(s.empty + i, WARPS);
+    for (int i = 0; i < WEIGHT_SLOTS; i++)
+        barrier_init(s.ready + i, WARPS), barrier_init(s.taken + i, WARPS);
+    barrier_init_done();
 }
 
 __global__ __launch_bounds__(THREADS,
-                             1) void mla_attend_tensor(__grid_constant__ const mla_arguments a)
+                             1) void mla_attend_tensor(__grid_constant__ const mla_arguments a,
+                                                       __grid_constant__ const CUtensorMap map)
 {
-    extern __shared__ __align__(16) char memory[];
-    shared_memory &s = *reinterpret_cast<shared_memory *>(memory);
+    extern __shared__ char memory[];
+    shared_memory &s = *reinterpret_cast<shared_memory *>(
+        (reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);
     const long long h0 = static_cast<long long>(blockIdx.y) * HEADS;
-    item_search search = {0, 0};
-    item it;
     let_next_start();
+    if (threadIdx.x == 0) make_barriers(s);
+    __syncthreads();
     wait_for_inputs();
-    for (long long i = blockIdx.x; search.find(a, i, &it); i += gridDim.x)
-        attend_item(a, it, h0, s);
+    if (threadIdx.x < WARPGROUP) {
+        registers_down_to<BRING_REGISTERS>();
+        if (warp_id() == 0) bring_pages(a, map, s);
+    } else if (threadIdx.x < 2 * WARPGROUP) {
+        registers_up_to<SCORE_REGISTERS>();
+        make_weights(a, h0, s);
+    } else {
+        registers_up_to<CONTEXT_REGISTERS>();
+        add_contexts(a, h0, s);
+    }
+}
+
+/* Boxes of the matrix of latents that all pages are. */
+kl_status encode_map(const mla_arguments &a, CUtensorMap *map, kl_error *err)
+{
+    static const auto encode =
+        kl_cuda_driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+    const cuuint64_t sizes[2] = {WIDTH, static_cast<cuuint64_t>(a.P) * TOKENS};
+    const cuuint64_t strides[1] = {WIDTH * sizeof(bf16)};
+    const cuuint32_t box[2] = {64, TOKENS}, dense[2] = {1, 1};
+    if (encode == nullptr)
+        return kl_fail(err, KL_ERR_UNAVAILABLE,
+                       "cuda: the driver has no cuTensorMapEncodeTiled: it is too old");
+    const CUresult e =
+        encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(a.pages), sizes,
+               strides, box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (e == CUDA_SUCCESS) return KL_OK;
+    return kl_fail(err, KL_ERR_DEVICE,
+                   "mla_decode: cuTensorMapEncodeTiled: error %d for %lld pages",
+                   static_cast<int>(e), a.P);
 }
 
 } // namespace
 
-bool kl_cuda_mla_tensor_fits(const mla_arguments &a, kl_dtype act)
+bool kl_cuda_mla_tensor_fits(const mla_arguments &a)
 {
-    return act == KL_BF16 && a.rank == RANK && a.rope == ROPE && a.H <= 65535 * HEADS &&
-           is_aligned(a.pages, 0, sizeof(bf16), 16);
+    return a.act == KL_BF16 && a.rank == RANK && a.rope == ROPE && a.H <= 65535 * HEADS &&
+           a.P <= INT_MAX / TOKENS && is_aligned(a.pages, 0, sizeof(bf16), 16);
 }
 
-kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int multiprocessors,
-                                    cudaStream_t stream, kl_error *err)
+kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int blocks, cudaStream_t stream,
+                                    kl_error *err)
 {
-    const long long groups = mla_divide_up(a.H, HEADS), items = a.N * a.splits;
-    const long long share = mla_divide_up(multiprocessors, groups);
-    const dim3 grid(static_cast<unsigned>(items < share ? items : share),
-                    static_cast<unsigned>(groups));
-    constexpr int bytes = sizeof(shared_memory);
+    const long long items = a.shares > 0 ? a.shares : a.N * a.splits;
+    const dim3 grid(static_cast<unsigned>(items < blocks ? items : blocks),
+                    static_cast<unsigned>(mla_divide_up(a.H, HEADS)));
+    CUtensorMap map;
+    KL_TRY(encode_map(a, &map, err));
     KL_CUDA_TRY(cudaFuncSetAttribute(mla_attend_tensor,
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES),
                 err);
-    return kl_cuda_launch(mla_attend_tensor, grid, THREADS, bytes, stream, err, a);
+    return kl_cuda_launch(mla_attend_tensor, grid, THREADS, SHARED_BYTES, stream, err, a, map);
 }

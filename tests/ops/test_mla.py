@@ -362,6 +362,24 @@ def check_tiles(case):
 
 
 @every_device
+@pytest.mark.parametrize(
+    "heads,lengths",
+    [(2, [1]), (2, [12345]), (1, [1, 8449, 64, 65, 3000, 127]), (37, [64] * 40),
+     (3, [*range(3, 400, 9), 2000])],
+)  # fmt: skip
+def test_steps_whose_pages_are_shared_out(heads, lengths):
+    """CUDA gives each of its blocks as many pages, of one sequence or several."""
+    dims = (heads, *MODEL[1:])
+    case = make_case([(n - 1, 1) for n in lengths], dims, dtype=BF16, w_dtype=BF16)
+    latents = whole_latents(case)
+    got = decode(case, latents)
+    want = np.concatenate([expected_rows(case, n, [0]) for n in range(len(lengths))])
+    assert np.isfinite(got.astype(np.float32)).all()
+    assert rel(got, want) < ROUNDED
+    assert same_bits(decode(case, latents), got)
+
+
+@every_device
 def test_ragged_tiles():
     spans = [(0, n) for n in (1, 16, 17, 63, 64, 65, 128, 129)]
     spans += [(0, 0), (7, 0), (63, 2), (50, 17), (50, 16), (100, 30), (300, 200)]
