@@ -296,7 +296,7 @@ typedef struct {
     kl_tensor pages;       /* [P, 64, rank+rope] act, written            */
     kl_tensor block_table; /* [N, B] i32                                 */
     kl_tensor lengths;     /* [N] i32, context after these tokens        */
-    kl_tensor cu_seqlens;  /* [N+1] i32                                  */
+    kl_tensor cu_seqlens;  /* [N+1] i32; absent: a token each            */
     float eps;
 } kl_mla_append;
 
@@ -307,7 +307,8 @@ typedef struct {
  * Token i of sequence n stands at position lengths[n] - count(n) + i and sees positions up to
  * its own. Rows of a page past a sequence's length are never read.
  *
- * mla_decode: T = N, one token each, cu_seqlens absent. mla_prefill takes the arithmetic of
+ * mla_decode: T = N, one token each, cu_seqlens absent. With `raw` it first writes the tokens' own
+ * latents, as mla_append does; in mla_prefill raw is absent. mla_prefill takes the arithmetic of
  * mla_decode for the tokens of a tile of at most KL_MLA_FEW_TOKENS, where tiles are a
  * sequence's new tokens cut at absolute positions that are multiples of KL_PAGE_TOKENS. */
 typedef struct {
@@ -318,11 +319,26 @@ typedef struct {
     kl_tensor lengths;     /* [N] i32, context including these tokens    */
     kl_tensor cu_seqlens;  /* [N+1] i32; absent in mla_decode            */
     kl_tensor w_kv_b;      /* [H, nope+V, rank] f32 or bf16              */
+    kl_tensor raw;         /* [N, rank+rope] act, rows strided, or absent: then pages is written */
+    kl_tensor norm_weight; /* [rank] f32, of raw; or absent              */
     kl_tensor out;         /* [T, H, V] act                              */
-    float scale;
+    float norm_eps, scale;
 } kl_mla;
 typedef kl_mla kl_mla_prefill;
 typedef kl_mla kl_mla_decode;
+
+/* What mla_decode does with its `raw`. */
+static inline kl_mla_append kl_mla_append_of(const kl_mla_decode *a)
+{
+    kl_mla_append append = {0};
+    append.raw = a->raw;
+    append.norm_weight = a->norm_weight;
+    append.pages = a->pages;
+    append.block_table = a->block_table;
+    append.lengths = a->lengths;
+    append.eps = a->norm_eps;
+    return append;
+}
 
 typedef enum { KL_SCORE_SIGMOID, KL_SCORE_SOFTMAX, KL_N_SCORES } kl_score;
 

@@ -221,13 +221,14 @@ kl_status kl_check_mla_append(const kl_mla_append *a, kl_error *err)
 {
     static const char op[] = "mla_append";
     const int64_t T = a->raw.shape[0], width = a->raw.shape[1], P = a->pages.shape[0];
-    const int64_t N = ragged_count(&a->cu_seqlens), B = a->block_table.shape[1];
+    const bool ragged = !kl_tensor_absent(&a->cu_seqlens);
+    const int64_t N = ragged ? ragged_count(&a->cu_seqlens) : T, B = a->block_table.shape[1];
     const int64_t rank = a->norm_weight.shape[0];
-    KL_TRY(check_ragged(op, &a->cu_seqlens, T, err));
+    if (ragged) KL_TRY(check_ragged(op, &a->cu_seqlens, T, err));
     const kl_rule rules[] = {
         {&a->raw, "raw", KL_ANY_FLOAT, KL_ROWS, 2, {T, width}, NULL},
         {&a->norm_weight, "norm_weight", F32, KL_OPT, 1, {rank}, NULL},
-        {&a->cu_seqlens, "cu_seqlens", I32, 0, 1, {N + 1}, NULL},
+        {&a->cu_seqlens, "cu_seqlens", I32, KL_OPT, 1, {N + 1}, NULL},
         {&a->block_table, "block_table", I32, KL_EMPTY, 2, {N, B}, NULL},
         {&a->lengths, "lengths", I32, 0, 1, {N}, NULL},
         {&a->pages, "pages", kl_act_bit(&a->raw), KL_OUT, 3, {P, KL_PAGE_TOKENS, width}, NULL},
@@ -248,10 +249,13 @@ static kl_status check_mla(const char *op, const kl_mla *a, int64_t N, kl_error 
     const int64_t head =
         (int64_t)((uint64_t)both - (uint64_t)V + (uint64_t)width - (uint64_t)rank);
     const unsigned act = kl_act_bit(&a->q);
+    const unsigned written = kl_tensor_absent(&a->raw) ? 0 : KL_OUT;
     const kl_rule rules[] = {
         {&a->w_kv_b, "w_kv_b", KL_ANY_FLOAT, 0, 3, {H, both, rank}, NULL},
         {&a->out, "out", act, KL_OUT, 3, {T, H, V}, NULL},
-        {&a->pages, "pages", act, 0, 3, {P, KL_PAGE_TOKENS, width}, NULL},
+        {&a->pages, "pages", act, written, 3, {P, KL_PAGE_TOKENS, width}, NULL},
+        {&a->raw, "raw", act, KL_ROWS | KL_OPT, 2, {T, width}, NULL},
+        {&a->norm_weight, "norm_weight", F32, KL_OPT, 1, {rank}, NULL},
         {&a->q, "q", KL_ANY_FLOAT, KL_ROWS, 3, {T, H, head}, NULL},
         {&a->cu_seqlens, "cu_seqlens", I32, KL_OPT, 1, {N + 1}, NULL},
         {&a->block_table, "block_table", I32, KL_EMPTY, 2, {N, B}, NULL},
@@ -268,6 +272,8 @@ kl_status kl_check_mla_prefill(const kl_mla_prefill *a, kl_error *err)
 {
     static const char op[] = "mla_prefill";
     KL_TRY(check_ragged(op, &a->cu_seqlens, a->q.shape[0], err));
+    if (!kl_tensor_absent(&a->raw))
+        return kl_fail(err, KL_ERR_VALUE, "%s: raw must be absent", op);
     return check_mla(op, a, ragged_count(&a->cu_seqlens), err);
 }
 
@@ -276,5 +282,10 @@ kl_status kl_check_mla_decode(const kl_mla_decode *a, kl_error *err)
     static const char op[] = "mla_decode";
     if (!kl_tensor_absent(&a->cu_seqlens))
         return kl_fail(err, KL_ERR_VALUE, "%s: cu_seqlens must be absent", op);
+    if (!kl_tensor_absent(&a->norm_weight)) {
+        if (kl_tensor_absent(&a->raw))
+            return kl_fail(err, KL_ERR_VALUE, "%s: raw must be given with a norm_weight", op);
+        KL_TRY(kl_require_positive(op, "norm_eps", a->norm_eps, err));
+    }
     return check_mla(op, a, a->q.shape[0], err);
 }

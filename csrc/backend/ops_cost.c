@@ -223,7 +223,7 @@ static double mla_bytes(const kl_mla *a, double N)
     const double row = dim(&a->pages, 2) * (double)kl_dtype_bytes(a->pages.dtype);
     return tensor_bytes(&a->q) + N * mla_context(a) * row + tensor_bytes(&a->block_table) +
            tensor_bytes(&a->lengths) + tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->w_kv_b) +
-           tensor_bytes(&a->out);
+           2 * tensor_bytes(&a->raw) + tensor_bytes(&a->norm_weight) + tensor_bytes(&a->out);
 }
 
 /* The plain form, causal: keys and values of the context, then each visible pair. */

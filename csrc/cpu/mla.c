@@ -51,8 +51,8 @@ static void append_token(const append_run *run, int64_t token)
     const kl_mla_append *a = run->a;
     const int32_t *cu = a->cu_seqlens.data, *lengths = a->lengths.data;
     const int32_t *table = a->block_table.data;
-    const int64_t n = find_sequence(cu, a->lengths.shape[0], token);
-    const int64_t position = (int64_t)lengths[n] - (cu[n + 1] - token);
+    const int64_t n = cu == NULL ? token : find_sequence(cu, a->lengths.shape[0], token);
+    const int64_t position = (int64_t)lengths[n] - (cu == NULL ? 1 : cu[n + 1] - token);
     const int64_t page = table[n * a->block_table.shape[1] + position / KL_PAGE_TOKENS];
     const int64_t row = page * KL_PAGE_TOKENS + position % KL_PAGE_TOKENS;
 

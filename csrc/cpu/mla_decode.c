@@ -317,7 +317,10 @@ size_t kl_cpu_mla_decode_workspace(kl_backend *be, const kl_mla_decode *a)
 
 kl_status kl_cpu_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *err)
 {
-    (void)err;
+    if (!kl_tensor_absent(&a->raw)) {
+        const kl_mla_append append = kl_mla_append_of(a);
+        KL_TRY(kl_cpu_mla_append(be, &append, err));
+    }
     const kl_mla_view v = kl_mla_view_of(be, a);
     const int32_t *lengths = a->lengths.data;
     kl_mla_absorbed ws;

@@ -42,8 +42,9 @@ static kl_status append(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_t
     return kl_pass_mla_append(p, &a, err);
 }
 
+/* A step's tokens are appended by mla_decode itself. */
 static kl_status attend(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_tensor q,
-                        kl_tensor out, kl_error *err)
+                        kl_tensor raw, kl_tensor out, kl_error *err)
 {
     const kl_config *c = p->config;
     const int64_t H = c->mla_heads, qk = c->nope_dim + c->rope_dim, kv = c->nope_dim + c->v_dim;
@@ -55,7 +56,13 @@ static kl_status attend(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_t
                 .w_kv_b = kl_tensor_3d(w->kv_b.data, dtype, H, kv, c->kv_rank),
                 .out = kl_heads(out, H, c->v_dim),
                 .scale = 1.0f / sqrtf((float)qk)};
-    if (p->shape.decode) return kl_pass_mla_decode(p, &a, err);
+    if (p->shape.decode) {
+        a.raw = raw;
+        a.norm_weight = kl_vector_of(&w->kv_norm);
+        a.norm_eps = c->kv_norm_eps;
+        return kl_pass_mla_decode(p, &a, err);
+    }
+    KL_TRY(append(p, w, index, raw, err));
     a.cu_seqlens = p->in.cu_seqlens;
     return kl_pass_mla_prefill(p, &a, err);
 }
@@ -66,8 +73,7 @@ kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_er
     const kl_tensor q = kl_pass_take(p, p->act, T, w->q.rows);
     const kl_tensor raw = kl_pass_take(p, p->act, T, w->kv_a.rows);
     KL_TRY(project(p, w, q, raw, err));
-    KL_TRY(append(p, w, index, raw, err));
     const kl_tensor o = kl_pass_take(p, p->act, T, p->config->mla_heads * p->config->v_dim);
-    KL_TRY(attend(p, w, index, q, o, err));
+    KL_TRY(attend(p, w, index, q, raw, o, err));
     return kl_pass_last_map(p, o, &w->o, err);
 }

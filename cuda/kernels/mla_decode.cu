@@ -8,12 +8,14 @@
  *              out [N, H, V]
  * Layout       q's rows strided, the others dense
  * Precision    f32 or bf16 in and out, f32 between the kernels, rounded once
- * Grid         64 channels of a head, for 8 rows
+ * Grid         64 channels of a head, for 8 rows; before these blocks those that write the new
+ *              tokens' latents, a warp each
  * Order        sums over channels in slices by warp; the cut into pieces follows from all lengths,
  *              on a batch-invariant backend from the row's own
  * Roofline     half of w_kv_b once for all rows: 4.2 MB with the model's shapes, 1.4 us at 3.0 TB/s
  * Measured     H100 beside another job, N = 1: 5.8 us (2026-11-22)
  */
+#include "../device/latents.cuh"
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"
 #include "../device/warp.cuh"
@@ -31,29 +33,50 @@ static_assert(MAX_SLOTS >= MLA_MAX_SPLITS && MAX_SLOTS > MLA_MAX_SHARES);
 
 /* ---- q' -------------------------------------------------------------------------------- */
 
-constexpr int ABSORB_COLS = 2 * WARP; /* of a block: two a lane */
+constexpr int ABSORB_COLS = 2 * WARP; /* of a block: two neighbours a lane */
 constexpr int ABSORB_STEP = 128;      /* channels of q_nope in shared memory at a time */
+constexpr int ABSORB_EACH = ABSORB_STEP / WARPS; /* of a warp: every eighth */
 
 template <int ROWS> struct absorb_memory {
     float q[ROWS][ABSORB_STEP];
     float parts[WARPS][ROWS][ABSORB_COLS];
 };
 
-template <int ROWS, class W>
-__device__ void absorb_step(const W *w, long long rank, int channels, bool first_inside,
-                            bool second_inside, const absorb_memory<ROWS> &s,
-                            float (&acc)[ROWS][2])
-{
-#pragma unroll(ROWS == 1 ? 16 : 4)
-    for (int i = warp_id(); i < channels; i += WARPS) {
-        const float w0 = first_inside ? to_float(w[i * rank]) : 0.0f;
-        const float w1 = second_inside ? to_float(w[i * rank + WARP]) : 0.0f;
+/* A step's weights of a lane, as they are stored; zeros outside. */
+template <class W> struct absorb_weights {
+    vec<W, 2> x[ABSORB_EACH];
+
+    /* From the lane's first column on, of which `cols` are there. */
+    __device__ void load(const W *w, long long rank, long long channels, int cols, bool pairs)
+    {
 #pragma unroll
-        for (int n = 0; n < ROWS; n++) {
-            acc[n][0] = fmaf(s.q[n][i], w0, acc[n][0]);
-            acc[n][1] = fmaf(s.q[n][i], w1, acc[n][1]);
+        for (int k = 0; k < ABSORB_EACH; k++) {
+            const int i = warp_id() + k * WARPS;
+            const W *from = w + i * rank;
+            x[k] = {};
+            if (i >= channels) continue;
+            if (pairs && cols == 2) {
+                x[k] = *reinterpret_cast<const vec<W, 2> *>(from);
+            } else {
+                if (cols > 0) x[k].x[0] = from[0];
+                if (cols > 1) x[k].x[1] = from[1];
+            }
         }
     }
+};
+
+template <int ROWS, class W>
+__device__ void absorb_step(const absorb_weights<W> &w, const absorb_memory<ROWS> &s,
+                            float (&acc)[ROWS][2])
+{
+#pragma unroll
+    for (int k = 0; k < ABSORB_EACH; k++)
+#pragma unroll
+        for (int n = 0; n < ROWS; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                acc[n][j] =
+                    fmaf(s.q[n][warp_id() + k * WARPS], to_float(w.x[k].x[j]), acc[n][j]);
 }
 
 __device__ void store_query(const mla_arguments &a, long long n, long long h, long long channel,
@@ -81,38 +104,46 @@ __device__ void copy_rope(const mla_arguments &a, long long h, long long n0, int
     }
 }
 
+/* The last token of each sequence. */
+template <class T>
+__device__ void append_rows(const mla_arguments &a, const new_latents &latents)
+{
+    const long long n = static_cast<long long>(blockIdx.x) * WARPS + warp_id();
+    if (n < a.N) write_latents<T>(latents, n, n, a.lengths[n] - 1);
+}
+
 template <int ROWS, class T, class W>
-__global__ __launch_bounds__(THREADS) void mla_absorb(__grid_constant__ const mla_arguments a)
+__device__ void absorb_rows(const mla_arguments &a, long long block)
 {
     __shared__ absorb_memory<ROWS> s;
     const long long tiles = mla_divide_up(a.rank, ABSORB_COLS);
-    const long long tile = blockIdx.x % tiles, unit = blockIdx.x / tiles;
+    const long long tile = block % tiles, unit = block / tiles;
     const long long h = unit % a.H, n0 = unit / a.H * ROWS;
     const int rows = static_cast<int>(a.N - n0 < ROWS ? a.N - n0 : ROWS);
-    const long long col = tile * ABSORB_COLS + lane_id();
+    const long long col = tile * ABSORB_COLS + 2 * lane_id(), left = a.rank - col;
+    const int cols = left < 0 ? 0 : static_cast<int>(left < 2 ? left : 2);
     const W *w = static_cast<const W *>(a.w_kv_b) + h * (a.nope + a.V) * a.rank + col;
     const T *q = static_cast<const T *>(a.q) + n0 * a.q_stride + h * (a.nope + a.rope);
+    const bool pairs =
+        a.rank % 2 == 0 && reinterpret_cast<uintptr_t>(a.w_kv_b) % (2 * sizeof(W)) == 0;
     float acc[ROWS][2] = {};
-    let_next_start();
-    for (long long i = threadIdx.x; i < a.nope; i += THREADS)
-        if (col < a.rank) prefetch_line(w + i * a.rank);
+    absorb_weights<W> weights; /* the first of them before q is there */
+    weights.load(w, a.rank, a.nope, cols, pairs);
     wait_for_inputs();
 
     for (long long i0 = 0; i0 < a.nope; i0 += ABSORB_STEP) {
-        const int channels =
-            static_cast<int>(a.nope - i0 < ABSORB_STEP ? a.nope - i0 : ABSORB_STEP);
+        if (i0 > 0) weights.load(w + i0 * a.rank, a.rank, a.nope - i0, cols, pairs);
         __syncthreads();
         for (int i = threadIdx.x; i < ROWS * ABSORB_STEP; i += THREADS) {
             const int n = i / ABSORB_STEP, c = i % ABSORB_STEP;
-            const bool inside = n < rows && c < channels;
+            const bool inside = n < rows && i0 + c < a.nope;
             s.q[n][c] = inside ? to_float(q[n * a.q_stride + i0 + c]) : 0.0f;
         }
         __syncthreads();
-        absorb_step(w + i0 * a.rank, a.rank, channels, col < a.rank, col + WARP < a.rank, s,
-                    acc);
+        absorb_step(weights, s, acc);
     }
     for (int n = 0; n < ROWS; n++)
-        for (int j = 0; j < 2; j++) s.parts[warp_id()][n][lane_id() + j * WARP] = acc[n][j];
+        for (int j = 0; j < 2; j++) s.parts[warp_id()][n][2 * lane_id() + j] = acc[n][j];
     __syncthreads();
     for (int i = threadIdx.x; i < rows * ABSORB_COLS; i += THREADS) {
         const int n = i / ABSORB_COLS, c = i % ABSORB_COLS;
@@ -122,6 +153,21 @@ __global__ __launch_bounds__(THREADS) void mla_absorb(__grid_constant__ const ml
             store_query(a, n0 + n, h, tile * ABSORB_COLS + c, sum * (a.scale * LOG2_E));
     }
     if (tile == 0) copy_rope<T>(a, h, n0, rows);
+}
+
+/* append_blocks: 0 where nothing is appended. */
+template <int ROWS, class T, class W>
+__global__ __launch_bounds__(THREADS, ROWS == 1 ? 4 : 2) void mla_absorb(
+    __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
+    unsigned append_blocks)
+{
+    let_next_start();
+    if (blockIdx.x >= append_blocks) {
+        absorb_rows<ROWS, T, W>(a, blockIdx.x - append_blocks);
+    } else {
+        wait_for_inputs();
+        append_rows<T>(a, latents);
+    }
 }
 
 /* ---- launching ------------------------------------------------------------------------- */
@@ -137,15 +183,24 @@ long long absorb_blocks(const mla_arguments &a)
     return mla_divide_up(a.N, rows_of(a)) * a.H * mla_divide_up(a.rank, ABSORB_COLS);
 }
 
-template <class T>
-kl_status launch_absorb(const mla_arguments &a, kl_dtype w, cudaStream_t stream, kl_error *err)
+long long append_blocks(const kl_mla *a)
 {
-    const unsigned blocks = static_cast<unsigned>(absorb_blocks(a));
-    return with_float_type(w, [&](auto t) {
+    return kl_tensor_absent(&a->raw) ? 0 : mla_divide_up(a->raw.shape[0], WARPS);
+}
+
+template <class T>
+kl_status launch_absorb(const mla_arguments &a, const kl_mla *call, cudaStream_t stream,
+                        kl_error *err)
+{
+    const kl_mla_append append = kl_mla_append_of(call);
+    const unsigned first = static_cast<unsigned>(append_blocks(call));
+    const unsigned blocks = first + static_cast<unsigned>(absorb_blocks(a));
+    const new_latents latents = first > 0 ? new_latents_of(&append) : new_latents{};
+    return with_float_type(call->w_kv_b.dtype, [&](auto t) {
         using W = decltype(t);
         return kl_cuda_launch(rows_of(a) == 1 ? mla_absorb<1, T, W>
                                               : mla_absorb<MAX_ROWS, T, W>,
-                              blocks, THREADS, 0, stream, err, a);
+                              blocks, THREADS, 0, stream, err, a, latents, first);
     });
 }
 
@@ -271,13 +326,12 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
     int blocks = 0;
     layout(&memory, &args);
     if (args.N == 0) return KL_OK;
-    if (absorb_blocks(args) > MAX_BLOCKS)
+    if (absorb_blocks(args) + append_blocks(a) > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_decode: N * H must be <= %lld / (rank / %d), got N %lld, H %lld",
                        MAX_BLOCKS, ABSORB_COLS, args.N, args.H);
     KL_TRY(choose(be, &args, &blocks, err));
-    KL_TRY(with_float_type(args.act, [&](auto t) {
-        return launch_absorb<decltype(t)>(args, weight, stream, err);
-    }));
+    KL_TRY(with_float_type(
+        args.act, [&](auto t) { return launch_absorb<decltype(t)>(args, a, stream, err); }));
     return attend_in_waves(args, weight, blocks, stream, err);
 }

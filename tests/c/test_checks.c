@@ -514,6 +514,8 @@ static void mla_append(void)
                        .eps = 1e-5f};
     ACCEPTED(mla_append, a, NOTHING);
     ACCEPTED(mla_append, a, (a.norm_weight = none, a.eps = 0));
+    ACCEPTED(mla_append, a,
+             (a.cu_seqlens = none, a.lengths = i32(1, T, 1), a.block_table = i32(2, T, B)));
     BAD_VALUE(mla_append, a, a.eps = -1, "mla_append: eps must be finite and > 0, got -1");
     BAD_VALUE(mla_append, a, a.norm_weight = f32(1, RANK + ROPE + 1, 1, 1, 1),
               "mla_append: norm_weight.shape[0] must be in 1 .. 12, got 13");
@@ -562,7 +564,18 @@ static void mla(void)
     BAD_VALUE(mla_decode, a, a.scale = NAN, "mla_decode: scale must be finite, got nan");
     BAD_VALUE(mla_decode, a, a.cu_seqlens = i32(1, N + 1, 1),
               "mla_decode: cu_seqlens must be absent");
+    ACCEPTED(mla_decode, a, a.raw = f32(2, N, RANK + ROPE, 1, 1));
+    BAD_VALUE(mla_decode, a, a.raw = f32(2, N, RANK, 1, 1),
+              "mla_decode: raw.shape[1] must be 12, got 9");
+    BAD_VALUE(mla_decode, a, a.norm_weight = f32(1, RANK, 1, 1, 1),
+              "mla_decode: raw must be given with a norm_weight");
+    BAD_VALUE(mla_decode, a,
+              (a.raw = f32(2, N, RANK + ROPE, 1, 1), a.norm_weight = f32(1, RANK, 1, 1, 1)),
+              "mla_decode: norm_eps must be finite and > 0, got 0");
     BAD_VALUE(mla_prefill, a, NOTHING, "mla_prefill: cu_seqlens must be given");
+    BAD_VALUE(mla_prefill, a,
+              (a.cu_seqlens = i32(1, N + 1, 1), a.raw = f32(2, N, RANK + ROPE, 1, 1)),
+              "mla_prefill: raw must be absent");
     ACCEPTED(mla_prefill, a, a.cu_seqlens = i32(1, N + 1, 1));
     BAD_TYPE(mla_prefill, a, (a.cu_seqlens = i32(1, N + 1, 1), a.pages.dtype = KL_BF16),
              "mla_prefill: pages must be float32, got bfloat16");

@@ -1,0 +1,84 @@
+/*
+ * test_mla_step.c -- mla_decode that writes its tokens' latents has the bits of mla_append and
+ * mla_decode: on the CPU and, where KL_CUDA_LIBRARY finds a device, on CUDA, beside the CPU's.
+ */
+#include "pieces.h"
+
+static void decode_whole(kl_backend *be, void *call)
+{
+    kl_mla_decode *const a = call;
+    RUN_THERE(mla_decode, be, a);
+}
+
+static void decode_pieces(kl_backend *be, void *call)
+{
+    kl_mla_decode rest = *(kl_mla_decode *)call;
+    const kl_tensor none = {0};
+    kl_mla_append append = kl_mla_append_of(&rest);
+    RUN_THERE(mla_append, be, &append);
+    rest.raw = rest.norm_weight = none;
+    RUN_THERE(mla_decode, be, &rest);
+}
+
+/* Four sequences, one of which begins a page; each has pages of its own, the last first. */
+static void check_decode(kl_dtype act, int64_t H, int64_t nope, int64_t rope, int64_t rank,
+                         bool norm)
+{
+    enum { ROWS = 4, B = 4, P = ROWS * B, V = 24 };
+    static const int32_t lengths[ROWS] = {1, 193, 64, 150};
+    int32_t table[ROWS * B];
+    for (int32_t i = 0; i < ROWS * B; i++) table[i] = P - 1 - i;
+    parts p = {0};
+    const int64_t width = rank + rope;
+    kl_tensor raw = tensor(act, false, 2, ROWS, width + 8, 1, 1);
+    kl_mla_decode a = {.q = tensor(act, false, 3, ROWS, H, nope + rope, 1),
+                       .pages = tensor(act, false, 3, P, KL_PAGE_TOKENS, width, 1),
+                       .block_table = integers(ROWS * B, table),
+                       .lengths = integers(ROWS, lengths),
+                       .w_kv_b = tensor(act, false, 3, H, nope + V, rank, 1),
+                       .raw = kl_columns(&raw, 8, width),
+                       .out = tensor(act, true, 3, ROWS, H, V, 1),
+                       .norm_eps = 1e-5f,
+                       .scale = 0.02f};
+    a.block_table = kl_tensor_2d(a.block_table.data, KL_I32, ROWS, B);
+    if (norm) a.norm_weight = tensor(KL_F32, false, 1, rank, 1, 1, 1);
+    char name[64];
+    snprintf(name, sizeof name, "mla_decode: act %d, H %lld, rank %lld, norm %d", act,
+             (long long)H, (long long)rank, norm);
+    IN(a.q);
+    IN(a.block_table);
+    IN(a.lengths);
+    IN(a.w_kv_b);
+    IN(a.raw);
+    IN(a.norm_weight);
+    OUT(a.pages, norm ? bound_of(act) : 0);
+    OUT(a.out, act == KL_F32 ? 5e-6 : 6e-3);
+    same_bits(cpu, &p, &a, sizeof a, decode_whole, decode_pieces, name);
+    if (cuda != NULL) {
+        same_bits(cuda, &p, &a, sizeof a, decode_whole, decode_pieces, name);
+        ON_BOTH(mla_decode, name);
+    }
+    used = 0;
+}
+
+static void steps_of_attention(void)
+{
+    for (int i = 0; i < 4; i++) {
+        check_decode(ACTS[i % 2], 3, 128, 64, 512, i / 2 == 0);
+        check_decode(ACTS[i % 2], 5, 17, 5, 33, i / 2 == 0);
+    }
+}
+
+int main(void)
+{
+    const kl_backend_options options = {.threads = 2};
+    kl_error err;
+    EXPECT(kl_backend_open("cpu", NULL, &options, &cpu, &err) == KL_OK);
+    if (kl_backend_open("cuda", getenv("KL_CUDA_LIBRARY"), &options, &cuda, &err) != KL_OK)
+        cuda = NULL;
+    RUN(steps_of_attention);
+    if (cuda == NULL) printf("     CUDA skipped: %s\n", err.message);
+    kl_backend_close(cuda);
+    kl_backend_close(cpu);
+    return test_failures != 0;
+}
