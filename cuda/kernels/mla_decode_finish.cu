@@ -38,8 +38,8 @@ template <int ROWS> struct shared_memory {
     long long first[ROWS]; /* slot of a row's first piece */
     int count[ROWS];
     float weights[ROWS][MOST_PIECES];
-    float parts[WARPS][ROWS][MERGE_COLS];
-    float merged[4]; /* [ROWS][rank] */
+    alignas(16) float parts[WARPS][ROWS][MERGE_COLS];
+    alignas(16) float merged[4]; /* [ROWS][rank] */
 };
 
 __device__ cooperative_groups::cluster_group cluster()
