@@ -13,7 +13,8 @@
  * Order        pieces in eight interleaved runs; channels in slices by lane, then the lanes
  * Roofline     half of w_kv_b once for all rows, 4.2 MB with the model's shapes: 1.4 us at 3.0
  *              TB/s; 66 KB a piece, out of the L2
- * Measured     not timed yet
+ * Measured     H200, traced: 12 to 15 us, 61 for 32 rows of 8K tokens, 101 for 64 (2026-11-22,
+ *              062dbec)
  */
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"

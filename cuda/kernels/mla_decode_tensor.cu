@@ -16,7 +16,8 @@
  * Order        pages of a piece in turn, within a page the channels, or the tokens, in order
  * Roofline     1152 bytes a token at 2 * 32 * (2 * 576 + 512) flops, 92 flop/byte: memory-bound,
  *              50 us for 128K tokens at 3.0 TB/s
- * Measured     not timed yet
+ * Measured     H200, traced: 14 to 18 us up to 8K tokens, 128K 63, 32 rows of 8K 101, 64 rows 173
+ *              (3.5 TB/s); errors 1.7e-3 to 2.1e-3 of the result (2026-11-22, 062dbec)
  */
 #include "../device/barrier.cuh"
 #include "../device/launch.cuh"
