@@ -84,7 +84,7 @@ static kl_weight fp8_weight(kl_weight w)
     return w;
 }
 
-static kl_weight weight(kl_weight_format format, int64_t rows, int64_t cols)
+static inline kl_weight weight(kl_weight_format format, int64_t rows, int64_t cols)
 {
     kl_weight w = {.format = format, .count = 1, .rows = rows, .cols = cols};
     w.data = memory_of(kl_weight_data_bytes(&w));
@@ -107,7 +107,7 @@ static float e4m3(uint8_t bits)
 }
 
 /* The same weight in float32, if the CPU does not read its format. */
-static kl_weight widened(const kl_weight *w)
+static inline kl_weight widened(const kl_weight *w)
 {
     if ((cpu->vt->formats & 1u << w->format) != 0) return *w;
     kl_weight wide = {.format = KL_W_F32, .count = 1, .rows = w->rows, .cols = w->cols};
