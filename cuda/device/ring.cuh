@@ -357,16 +357,26 @@ template <int threads> __device__ void prefetch_rows(const row_source &s)
         prefetch_line(s.norm_weight + i);
 }
 
+/* All of a thread's loads, up to AT_ONCE, are under way before it waits for one. */
 template <int threads> __device__ void copy_rows(const shared_rows &to, const row_source &s)
 {
+    constexpr unsigned AT_ONCE = 4;
+    const unsigned units = to.pitch / 16, all = s.T * units;
 #pragma unroll 1
-    for (int u = threadIdx.x; u < to.pitch / 16; u += threads) {
-        const bf16 *const from = static_cast<const bf16 *>(s.x) + 8 * u;
-#pragma unroll 4
-        for (int t = 0; t < s.T; t++)
-            *to.unit(t, u) = 8 * u < s.cols
-                                 ? *reinterpret_cast<const uint4 *>(from + t * s.stride)
-                                 : uint4{};
+    for (unsigned first = threadIdx.x; first < all; first += AT_ONCE * threads) {
+        uint4 v[AT_ONCE];
+#pragma unroll
+        for (unsigned i = 0; i < AT_ONCE; i++) {
+            const unsigned at = first + i * threads, t = at / units, u = at % units;
+            const bf16 *const from = static_cast<const bf16 *>(s.x) + t * s.stride + 8 * u;
+            v[i] = uint4{};
+            if (at < all && 8 * u < s.cols) v[i] = *reinterpret_cast<const uint4 *>(from);
+        }
+#pragma unroll
+        for (unsigned i = 0; i < AT_ONCE; i++) {
+            const unsigned at = first + i * threads;
+            if (at < all) *to.unit(at / units, at % units) = v[i];
+        }
     }
 }
 
