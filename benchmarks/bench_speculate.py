@@ -4,12 +4,13 @@ where it does not.
     python benchmarks/bench_speculate.py                               # the small model, on the CPU
     python benchmarks/bench_speculate.py --device cuda --shape 48b --dtype int8
 
-Texts are the small model's own: numbers and lists that it goes on repeating, and stories. Random
-weights write none, and there, as here, the limits are measured: an oracle, whose guesses are all
-right, and an adversary, whose guesses are wrong wherever the answer is new. Both are text that the model
-has not read, put where guesses are looked up. Every answer must be the one without guesses, to
-the bit of each log-probability, on the CPU and with --batch-invariant; else the line says how
-many tokens are the same before the first other one.
+Texts are the small model's own: numbers and lists that it goes on repeating, and stories that are
+drawn at temperature 1, for its likeliest ones go round, too. Random weights write none, and
+there, as here, the limits are measured: an oracle, whose guesses are all right, and an adversary,
+whose guesses are wrong wherever the answer is new. Both are text that the model has not read, put
+where guesses are looked up. Every answer must be the one without guesses, to the bit of each log-
+probability, on the CPU and with --batch-invariant; else the line says how many tokens are the
+same before the first other one.
 """
 
 import dataclasses
@@ -70,10 +71,11 @@ def open_model(options: Any) -> kl.Model:
 
 def measure_texts(model: kl.Model, options: Any, results: Results) -> None:
     for kind, prompts in TEXTS.items():
-        n = 4 * options.new_tokens
+        way = ANSWER | {"max_new_tokens": 4 * options.new_tokens, "seed": 1}
+        way["temperature"] = 1.0 if kind == "plain" else 0.0
 
-        def ask(prompt: str, guesses: int, n: int = n) -> kl.Completion:
-            return model.generate(prompt, max_new_tokens=n, speculate=guesses, **ANSWER)
+        def ask(prompt: str, guesses: int, way: Any = way) -> kl.Completion:
+            return model.generate(prompt, speculate=guesses, **way)
 
         plain = [best(options, lambda p=p: ask(p, 0)) for p in prompts]
         for guesses in options.guesses:

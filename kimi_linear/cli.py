@@ -176,6 +176,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     group.add_argument("--ignore-eos", action="store_true")
+    text = "tokens guessed at a time, from what repeats itself; the answer stays the same"
+    group.add_argument("--speculate", type=int, default=0, metavar="N", help=text)
 
 
 _MODEL_OPTIONS = (
@@ -183,7 +185,7 @@ _MODEL_OPTIONS = (
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
-    "stop", "ignore_eos",
+    "stop", "ignore_eos", "speculate",
 )  # fmt: skip
 
 

@@ -35,21 +35,17 @@ static void fill_row(kl_generation *g, int64_t row, kl_request_state *q, int64_t
     if (q->r.top > g->top) g->top = q->r.top;
 }
 
-/* What a guess is drawn after has been seen, too. */
+/* Guesses add nothing: they are tokens of the text. */
 static void fill_seen(kl_generation *g, int64_t n_rows)
 {
     const size_t bytes = (size_t)g->words * sizeof *g->seen;
-    int64_t ahead = 0;
     for (int64_t row = 0; g->penalties && row < n_rows; row++) {
         int32_t *seen = g->seen + row * g->words;
         const kl_request_state *q = g->of_row[row];
-        ahead = row > 0 && g->of_row[row - 1] == q ? ahead + 1 : 0;
         if (q->seen != NULL)
             memcpy(seen, q->seen, bytes);
         else
             memset(seen, 0, bytes);
-        for (int64_t i = 0; q->seen != NULL && i < ahead; i++)
-            kl_mark_seen(seen, q->ids[q->r.n_prompt + q->n_new + i]);
     }
 }
 

@@ -6,6 +6,7 @@
 
 #include "base/memory.h"
 #include "model/engine_struct.h"
+#include "model/plan.h"
 #include "model/prompt.h"
 #include "tiny_model.h"
 
@@ -185,6 +186,11 @@ static kl_pass_shape random_shape(const kl_plan *plan, const kl_config *c, uint6
     s.logits = up_to(seed, &i, 2) == 1;
     s.R = s.targets || s.logits || s.sampling ? up_to(seed, &i, s.sampling ? s.N : s.T) : 0;
     s.top = (int)up_to(seed, &i, kl_min_i64(KL_MAX_TOP, c->vocab_size));
+    s.verify = s.sampling && up_to(seed, &i, 2) == 1;
+    if (!s.verify) return s;
+    s.decode = s.targets = false;
+    s.T = s.R = up_to(seed, &i, kl_plan_guessing(plan));
+    s.N = up_to(seed, &i, kl_min_i64(s.T, plan->max_batch));
     return s;
 }
 
