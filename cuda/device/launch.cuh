@@ -47,18 +47,17 @@ __device__ inline void prefetch_line(const void *at)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
-/* Host: kernel<<<blocks, threads, shared, stream>>>(arguments...), started early. split: how much
- * of a multiprocessor's memory is to be shared memory, not L1.
+/* Host: kernel<<<blocks, threads, shared, stream>>>(arguments...), started early. split: how many
+ * hundredths of what can be shared memory are to be that, and not L1.
  *
  * That changes only while a multiprocessor has nothing to do. Left to each kernel's own needs, it
  * would keep the next kernel's blocks out until the last of this one's had left; so all ask for the
  * largest shared memory, but those that read the same rows again and again through the L1: on an
  * H200 8 tokens' experts take a third longer with the smallest one. */
 template <class... Parameters, class... Arguments>
-kl_status kl_cuda_launch_split(cudaSharedCarveout split, void (*kernel)(Parameters...),
-                               dim3 blocks, unsigned threads, size_t shared,
-                               cudaStream_t stream, kl_error *err,
-                               const Arguments &...arguments)
+kl_status kl_cuda_launch_split(unsigned split, void (*kernel)(Parameters...), dim3 blocks,
+                               unsigned threads, size_t shared, cudaStream_t stream,
+                               kl_error *err, const Arguments &...arguments)
 {
     cudaLaunchAttribute wanted[2] = {};
     wanted[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -82,17 +81,17 @@ kl_status kl_cuda_launch(void (*kernel)(Parameters...), dim3 blocks, unsigned th
                          size_t shared, cudaStream_t stream, kl_error *err,
                          const Arguments &...arguments)
 {
-    return kl_cuda_launch_split(cudaSharedmemCarveoutMaxShared, kernel, blocks, threads, shared,
-                                stream, err, arguments...);
+    return kl_cuda_launch_split(100, kernel, blocks, threads, shared, stream, err,
+                                arguments...);
 }
 
+/* For a kernel with a few KB of shared memory. */
 template <class... Parameters, class... Arguments>
 kl_status kl_cuda_launch_with_l1(void (*kernel)(Parameters...), dim3 blocks, unsigned threads,
                                  cudaStream_t stream, kl_error *err,
                                  const Arguments &...arguments)
 {
-    return kl_cuda_launch_split(cudaSharedmemCarveoutDefault, kernel, blocks, threads, 0,
-                                stream, err, arguments...);
+    return kl_cuda_launch_split(10, kernel, blocks, threads, 0, stream, err, arguments...);
 }
 
 #endif
