@@ -107,7 +107,7 @@ class Bench:
         # The tokens of the rows that are done with theirs leave a little less room in a step.
         steps = -(-case.tokens // self.step_tokens) + 1
         waiting = case.batch * steps if case.batch > 1 else 0
-        return waiting + case.batch + BLOCK * (self.options.blocks + 2)
+        return waiting + case.batch + 2 * BLOCK * (self.options.blocks + 2)
 
     def construct(self) -> kl.Model:
         options = self.options
@@ -198,20 +198,22 @@ class Bench:
                 begun |= {row.id for row, _ in run.step(1, None)}
             read_s = time.perf_counter() - start
             self.block(run, case)
-            blocks = [self.seconds(lambda: self.block(run, case)) / BLOCK
-                      for _ in range(self.options.blocks)]  # fmt: skip
+            blocks = [self.block(run, case) for _ in range(self.options.blocks)]
         finally:
             run.close()
         self.add_decode(case, blocks, read_s)
         return read_s
 
-    def block(self, run, case: Case) -> None:  # noqa: ANN001
-        """BLOCK tokens of each row; a call brings a limited number of them."""
-        calls: list[int] = []
-        while sum(calls) < BLOCK * case.batch:
-            calls.append(len(run.step(BLOCK - sum(calls) // case.batch, None)))
-        if sum(calls) != BLOCK * case.batch:
-            raise ValueError(f"calls of {calls} tokens, {BLOCK} steps of {case.batch} rows asked")
+    def block(self, run, case: Case) -> float:  # noqa: ANN001
+        """Seconds a step: BLOCK steps of each row, or a few more; a call brings a limited number
+        of tokens, not always whole steps."""
+        tokens, start = 0, time.perf_counter()
+        while tokens < BLOCK * case.batch:
+            found = len(run.step(BLOCK, None))
+            if found == 0:
+                raise ValueError(f"{tokens} tokens and no more, {BLOCK * case.batch} asked for")
+            tokens += found
+        return (time.perf_counter() - start) * case.batch / tokens
 
     def add_decode(self, case: Case, blocks: list[float], read_s: float) -> None:
         median = statistics.median(blocks)

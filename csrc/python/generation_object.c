@@ -9,6 +9,9 @@
 
 #define KL_FASTCALL(function) (PyCFunction)(void (*)(void))(function)
 
+/* Tokens of each row that a call has room for: those of as many steps as generate() asks for. */
+#define STEPS_A_CALL 16
+
 typedef struct {
     PyObject_HEAD
     EngineObject *engine; /* strong */
@@ -183,7 +186,8 @@ static int fill_object(GenerationObject *self, const kl_module *m, const request
 {
     kl_error err = {KL_OK, ""};
     if (kl_engine_enter(self->engine) < 0) return -1;
-    self->n_events = kl_engine_plan(self->engine->engine)->max_batch + KL_MAX_GUESSES;
+    const int64_t rows = kl_engine_plan(self->engine->engine)->max_batch;
+    self->n_events = rows * STEPS_A_CALL + KL_MAX_GUESSES;
     self->vocab = kl_engine_config(self->engine->engine)->vocab_size;
     kl_status status = make_node(self->engine, a, &self->node, &err);
     kl_engine_leave(self->engine);
