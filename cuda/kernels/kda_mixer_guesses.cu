@@ -30,8 +30,9 @@ struct arguments {
     long long z_stride;
 };
 
-/* What the block knows of a token. Channels past K and rows past V are zero. */
-struct head {
+/* What the block knows of a token. Channels past K and rows past V are zero. Lanes read four
+ * neighbours at once, of either of two. */
+struct alignas(16) head {
     float q[SIDE], k[SIDE], decay[SIDE], decay_low[SIDE]; /* the decay is the sum of both */
     float v[SIDE], o[SIDE], gate[SIDE];
     float beta;
@@ -141,7 +142,7 @@ __device__ inline int end_of_right(const arguments &p, int t, int end)
 template <class A>
 __global__ __launch_bounds__(THREADS) void guesses_kernel(__grid_constant__ const arguments p)
 {
-    __shared__ __align__(16) head heads[2];
+    __shared__ head heads[2];
     const mixer_arguments &a = p.mixer;
     const unsigned H = static_cast<unsigned>(a.kda.H), n = blockIdx.x / H, h = blockIdx.x % H;
     const int K = a.kda.K, first = warp_id() * ROWS;
