@@ -20,6 +20,7 @@ typedef struct {
     const float *norm_weight; /* [w.cols], if it norms; else x is h */
     float norm_eps;
     float *residual; /* [T, O] dense, if it adds; not with an `up` */
+    void *h;         /* [T, w.cols] act: h is stored, too; or NULL, but for ..._single() */
 } kl_cuda_product;
 
 /* Enqueue it, with at least kl_cuda_product_workspace() bytes of scratch memory. What the kernel

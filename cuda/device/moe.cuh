@@ -6,7 +6,12 @@
 #define KL_CUDA_DEVICE_MOE_H
 
 #include "../tiles.h"
+#include "route.cuh"
 #include "weight.cuh"
+
+extern "C" {
+#include "backend/moe.h"
+}
 
 /* out = x w^T, or silu(x w^T) * (x up^T) in the gated product, for rows [first, first + n) of
  * each matrix: column i of out is row first + i. */
@@ -91,10 +96,19 @@ struct moe_path {
                      kl_error *err);
 };
 
-/* A single token's experts, without a plan: a call that the tensor cores' paths take, and that
- * kl_cuda_moe_step_takes(). */
-bool kl_cuda_moe_step_takes(const kl_moe_experts *a);
-kl_status kl_cuda_moe_step_run(const kl_moe_experts *a, cudaStream_t stream, kl_error *err);
+/* A single token's experts, without a plan. Their ids and weights come from the call, or where
+ * there are logits, of at most FEW_EXPERTS experts in one group whose scores are sigmoids, from
+ * these by the kernels' own choice; the result goes out or to a residual. */
+struct moe_step {
+    const kl_moe_experts *experts;
+    const float *logits; /* or null */
+    route_rule rule;
+    float *residual; /* or null */
+};
+
+bool kl_cuda_moe_is_step(kl_backend *be, const kl_moe_experts *a); /* whether they are for it */
+bool kl_cuda_moe_step_takes(const kl_moe_experts *a); /* of what tensor cores take */
+kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err);
 
 extern const moe_path kl_moe_general, kl_moe_few, kl_moe_many;
 

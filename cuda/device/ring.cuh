@@ -192,11 +192,18 @@ template <kl_weight_format format> struct weight_ring {
     template <kl_weight_format f> __device__ void put(const ring_feed<f> &feed)
     {
         const bool inside = feed.left > 0;
+        put<f>(feed.row, {inside, inside});
+    }
+
+    /* The same of two rows that have nothing in common, with the words of their scales. */
+    template <kl_weight_format f>
+    __device__ void put(const weight_row (&row)[2], const bool (&inside)[2])
+    {
 #pragma unroll
-        for (int i = 0; i < 2; i++) copy_once(piece(i), feed.row[i].data, inside);
+        for (int i = 0; i < 2; i++) copy_once(piece(i), row[i].data, inside[i]);
         if constexpr (ring_feed<f>::SCALED)
 #pragma unroll
-            for (int i = 0; i < 2; i++) copy_word(scales() + i, feed.row[i].scales, inside);
+            for (int i = 0; i < 2; i++) copy_word(scales() + i, row[i].scales, inside[i]);
         put_none();
     }
 

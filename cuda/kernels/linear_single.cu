@@ -1,6 +1,6 @@
 /*
  * linear_single.cu -- a float32 matrix by one row: the router of a token step.
- * Computes     out = h w^T, h being x or norm(x)
+ * Computes     out = h w^T, h being x or norm(x), and stored if somebody wants it
  * Shapes       x [1, in]; w [O, in]; out [1, O]; in a multiple of 8
  * Layout       dense, 16-byte aligned rows
  * Precision    x bf16, before a norm also f32; f32 fma; f32 or bf16 out
@@ -28,6 +28,7 @@ struct single_arguments {
     row_source x;
     weight_view w;
     void *out;
+    uint4 *h;                    /* or null */
     bool out_is_bf16, unsettled; /* the weight may still be written */
 };
 
@@ -42,6 +43,12 @@ __device__ void copy_pieces(uint4 *own, const single_arguments &a, int64_t row, 
         copy_once(own + i * WARP, w.data + k * sizeof(float), row < a.w.rows && k < a.x.cols);
     }
     copy_commit();
+}
+
+/* For others who need h. */
+__device__ void store_row(uint4 *to, const shared_rows &x, int cols)
+{
+    for (int u = threadIdx.x; 8 * u < cols; u += THREADS) to[u] = *x.unit(0, u);
 }
 
 /* sum + the products of as many pieces. */
@@ -77,6 +84,7 @@ __global__ __launch_bounds__(THREADS) void product_single_kernel(
     wait_for_inputs();
     bring_rows<THREADS>(x, a.x, sums);
     __syncthreads();
+    if (a.h != nullptr && blockIdx.x == 0) store_row(a.h, x, a.x.cols);
     float sum = 0;
     for (int first = 0; first < a.x.cols; first += PIECES * STEP) {
         if (first > 0) copy_pieces(own, a, row, first);
@@ -106,8 +114,9 @@ bool kl_cuda_product_single_takes(const kl_cuda_product *p)
 
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
-    const single_arguments a = {row_source_of(p), weight_view_of(p->w), p->out,
-                                p->out_dtype == KL_BF16, p->w.unsettled};
+    const single_arguments a = {
+        row_source_of(p),           weight_view_of(p->w),    p->out,
+        static_cast<uint4 *>(p->h), p->out_dtype == KL_BF16, p->w.unsettled};
     const int64_t blocks = (p->w.rows + WARPS - 1) / WARPS;
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "linear: %lld outputs are too many",

@@ -5,15 +5,12 @@
  * Shapes       x, out, residual [T, D]; router [E, D]; the others those of moe_experts
  * Layout       dense; what one operation hands to the next lies in the workspace
  * Precision    that of the operations; logits in f32
- * Grid         theirs
+ * Grid         theirs. A single token: linear_single.cu, then moe_experts_step.cu, which chooses
  * Roofline     theirs
  * Measured     those of the kernels
  */
-#include "../cuda_backend.h"
-
-extern "C" {
-#include "backend/moe.h"
-}
+#include "../device/moe.cuh"
+#include "../product.h"
 
 namespace {
 
@@ -22,16 +19,67 @@ size_t largest(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-kl_status run_parts(kl_backend *be, const kl_moe *a, kl_error *err)
+/* Whether the kernels of a single token's experts may choose them. */
+bool chooses(const kl_moe *a)
 {
-    char *const scratch = static_cast<char *>(a->ws.data);
-    kl_moe_parts p = kl_moe_parts_of(a, scratch);
-    p.router.ws = p.experts.ws = {scratch + p.bytes, a->ws.bytes - p.bytes};
+    return a->score == KL_SCORE_SIGMOID && a->groups == 1 && a->w1.count <= FEW_EXPERTS &&
+           a->top_k <= WARP;
+}
+
+/* The router's product with the norm before it, of a single token. */
+kl_cuda_product router_of(const kl_moe *a, const kl_moe_parts &p)
+{
+    const bool norms = !kl_tensor_absent(&a->norm_weight);
+    return {
+        .x = a->x.data,
+        .act = kl_moe_act(a),
+        .x_dtype = a->x.dtype,
+        .T = 1,
+        .x_stride = a->x.shape[1],
+        .w = a->router,
+        .up = {},
+        .out = p.route.logits.data,
+        .out_dtype = KL_F32,
+        .out_stride = a->router.rows,
+        .norms = norms,
+        .adds = false,
+        .norm_weight = static_cast<const float *>(a->norm_weight.data),
+        .norm_eps = a->norm_eps,
+        .residual = nullptr,
+        .h = norms ? p.experts.x.data : nullptr,
+    };
+}
+
+bool is_single(kl_backend *be, const kl_moe *a, const kl_cuda_product &router)
+{
+    return a->x.shape[0] == 1 && router.act == KL_BF16 && router.w.cols % 8 == 0 &&
+           !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant &&
+           is_aligned(router.x, 0, 1, 16) && is_aligned(router.norm_weight, 0, 1, 16) &&
+           has_pieces(weight_view_of(router.w)) && kl_cuda_product_single_takes(&router);
+}
+
+kl_status run_router(kl_backend *be, const kl_moe *a, const kl_moe_parts &p, kl_error *err)
+{
+    const kl_cuda_product router = router_of(a, p);
+    if (is_single(be, a, router)) return kl_cuda_product_single(be, &router, err);
     if (!kl_tensor_absent(&a->norm_weight)) KL_TRY(kl_cuda_rms_norm(be, &p.norm, err));
-    KL_TRY(kl_cuda_linear(be, &p.router, err));
-    KL_TRY(kl_cuda_moe_route(be, &p.route, err));
-    KL_TRY(kl_cuda_moe_experts(be, &p.experts, err));
-    return kl_tensor_absent(&a->residual) ? KL_OK : kl_cuda_rms_norm(be, &p.add, err);
+    return kl_cuda_linear(be, &p.router, err);
+}
+
+kl_status run_step(kl_backend *be, const kl_moe *a, const kl_moe_parts &p, kl_error *err)
+{
+    const moe_step step = {
+        .experts = &p.experts,
+        .logits = static_cast<const float *>(p.route.logits.data),
+        .rule = {.bias = static_cast<const float *>(a->bias.data),
+                 .E = static_cast<int>(a->w1.count),
+                 .top_k = a->top_k,
+                 .score = a->score,
+                 .scaling = a->scaling,
+                 .renormalize = a->renormalize},
+        .residual = static_cast<float *>(a->residual.data),
+    };
+    return kl_cuda_moe_step_run(step, kl_cuda_stream(be), err);
 }
 
 } // namespace
@@ -45,5 +93,13 @@ size_t kl_cuda_moe_workspace(kl_backend *be, const kl_moe *a)
 
 kl_status kl_cuda_moe(kl_backend *be, const kl_moe *a, kl_error *err)
 {
-    return run_parts(be, a, err);
+    if (a->x.shape[0] == 0) return KL_OK;
+    char *const scratch = static_cast<char *>(a->ws.data);
+    kl_moe_parts p = kl_moe_parts_of(a, scratch);
+    p.router.ws = p.experts.ws = {scratch + p.bytes, a->ws.bytes - p.bytes};
+    KL_TRY(run_router(be, a, p, err));
+    if (chooses(a) && kl_cuda_moe_is_step(be, &p.experts)) return run_step(be, a, p, err);
+    KL_TRY(kl_cuda_moe_route(be, &p.route, err));
+    KL_TRY(kl_cuda_moe_experts(be, &p.experts, err));
+    return kl_tensor_absent(&a->residual) ? KL_OK : kl_cuda_rms_norm(be, &p.add, err);
 }

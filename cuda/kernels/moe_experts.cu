@@ -296,6 +296,12 @@ kl_status run_window(window &w, kl_error *err)
 
 } // namespace
 
+bool kl_cuda_moe_is_step(kl_backend *be, const kl_moe_experts *a)
+{
+    return !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant && is_fast(a) &&
+           kl_cuda_moe_step_takes(a);
+}
+
 size_t kl_cuda_moe_experts_workspace(kl_backend *, const kl_moe_experts *a)
 {
     return sizes_of(a).end;
@@ -312,9 +318,9 @@ kl_status kl_cuda_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error 
                        static_cast<long long>(WINDOW_PAIRS),
                        static_cast<long long>(0xffff * COMBINE_THREADS),
                        static_cast<long long>(s.top_k), static_cast<long long>(s.D));
+    if (kl_cuda_moe_is_step(be, a))
+        return kl_cuda_moe_step_run({a, nullptr, {}, nullptr}, kl_cuda_stream(be), err);
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
-    if (!invariant && is_fast(a) && kl_cuda_moe_step_takes(a))
-        return kl_cuda_moe_step_run(a, kl_cuda_stream(be), err);
     window w = window_of(a, s, invariant, kl_cuda_stream(be));
     for (; w.first < T; w.first += s.n) KL_TRY(run_window(w, err));
     return KL_OK;

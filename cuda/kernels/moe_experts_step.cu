@@ -1,224 +1,210 @@
 /*
- * moe_experts_step.cu -- moe_experts for a single token: a decode step of one sequence.
+ * moe_experts_step.cu -- the experts of a single token: a decode step of one sequence.
  *
- * Computes     inner_v = silu(w1_v x) * (w3_v x) for each expert v of the token, the shared one
- *              first;  out = sum_v weight_v (w2_v inner_v), the shared one's weight being 1
- * Shapes       x, out [D]; w1, w3 [E, I, D]; w2 [E, D, I]; D and I multiples of 64
+ * Computes     y = sum_v weight_v (w2_v inner_v) over the experts v of the token, the shared one
+ *              first, whose weight is 1;  out = y, or residual += y. The inner products:
+ *              moe_experts_step_inner.cu. Ids and weights: given, or moe_route of the logits
+ * Shapes       inner [I', top_k * I]; w2 [E, D, I]; out, residual [D]; D and I multiples of 64
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
- * Precision    bf16 in and out; int4 weights to bf16, the others exact; f32 sums, inner products
- *              rounded to bf16
- * Grid         inner: a block for each expert and 8 rows of w1 and of w3. out: a block for each
- *              16 rows, which goes through all experts, so that no results of single experts
- *              cross memory. Both stream weights into the fragments of the tensor cores; before
- *              the experts are known they ask for the shared one's
- * Order        out: the columns of all experts one behind the other are cut into a run for each
- *              warp; then warps in order
- * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for the model in bf16, 42 us
- *              at 3.0 TB/s
- * Measured     H100, 256 experts, 8 chosen and a shared one: bf16 51.8 us, 82 % of roofline; int8
- *              33.1, fp8 34.7, int4 26.7 (benchmarks/bench_ops.py, 2026-11-22)
+ * Precision    bf16 in and out, the residual f32; int4 weights to bf16, the others exact; f32 sums,
+ *              y rounded to bf16
+ * Grid         a block for each 8 rows, which goes through all experts, so that no results of single
+ *              experts cross memory. It knows them before the inner products are there, and has
+ *              their first weights on the way
+ * Order        the columns of an expert are cut in halves, of as many steps, and the steps of all
+ *              experts' halves dealt out to the warps in turn; a warp adds up its first halves, its
+ *              second halves, both; then warps in order
+ * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
+ *              3.0 TB/s
+ * Measured     not timed yet
  */
-#include "../device/math.cuh"
-#include "../device/moe.cuh"
-#include "../device/stream.cuh"
+#include "../device/moe_step.cuh"
 
 namespace {
 
-constexpr int MAX_EXPERTS = 64;       /* of a token, with the shared one */
-constexpr int64_t MAX_COLS = 1 << 28; /* of a token's experts together: an int counts them */
-constexpr int EACH = STREAM_ROWS / 2;
-
-/* Experts are numbered as they are visited: the shared one, if any, then the token's choices. */
-struct step_arguments {
-    const bf16 *x;
-    const int *ids;       /* [top_k] */
-    const float *weights; /* [top_k] */
-    weight_view w1, w3, w2, shared_w1, shared_w3, shared_w2;
-    bf16 *inner; /* [shared I', then top_k times I] */
-    bf16 *out;
-    int n_shared, top_k; /* n_shared: 0 or 1 */
-    int64_t groups;      /* blocks for an expert, in the inner kernel */
-    int64_t ahead;       /* bytes of a row asked for before the inputs are there */
-};
-
-__device__ bool is_shared(const step_arguments &a, int v)
-{
-    return v < a.n_shared;
-}
-
-/* First row of the stack that belongs to the expert, of matrices with so many rows. */
-__device__ int64_t first_row_of(const step_arguments &a, int v, int64_t rows)
-{
-    return is_shared(a, v) ? 0 : a.ids[v - a.n_shared] * rows;
-}
-
-__device__ int64_t inner_of(const step_arguments &a, int v)
-{
-    return is_shared(a, v) ? 0 : a.n_shared * a.shared_w1.rows + (v - a.n_shared) * a.w1.rows;
-}
-
-/* ---- inner ----------------------------------------------------------------------------- */
-
-template <kl_weight_format format>
-__global__
-__launch_bounds__(STREAM_THREADS,
-                  2) void moe_step_inner_kernel(__grid_constant__ const step_arguments a)
-{
-    __shared__ float shared[STREAM_FLOATS<1>];
-    const int v = static_cast<int>(blockIdx.x / a.groups);
-    const int64_t row = blockIdx.x % a.groups * EACH;
-    const weight_view &gate = is_shared(a, v) ? a.shared_w1 : a.w1;
-    const weight_view &up = is_shared(a, v) ? a.shared_w3 : a.w3;
-    let_next_start();
-    if (is_shared(a, v) && row < gate.rows && threadIdx.x < STREAM_ROWS)
-        stream_prefetch(row_of(threadIdx.x < EACH ? gate : up, row + threadIdx.x % EACH),
-                        gate.row_bytes, a.ahead);
-    wait_for_inputs();
-    if (row >= gate.rows) return;
-
-    const int r = lane_id() / STREAM_LANES;
-    const int64_t first = first_row_of(a, v, gate.rows) + row;
-    float acc[1][4];
-    stream_multiply<format, 1>(acc, {{row_of(gate, first + r), row_of(up, first + r)},
-                                     {r == 0 ? a.x : nullptr},
-                                     static_cast<int>(gate.cols)});
-    stream_share<1>(shared, acc);
-    __syncthreads();
-    const int i = threadIdx.x;
-    if (i < EACH)
-        a.inner[inner_of(a, v) + row + i] = from_float<bf16>(
-            silu(stream_sum<1>(shared, 0, i)) * stream_sum<1>(shared, 0, i + EACH));
-}
-
-/* ---- out ------------------------------------------------------------------------------- */
+constexpr int64_t MAX_COLS = 1 << 20; /* products of sizes stay within an int */
 
 /* An expert as a block of the out kernel visits it. */
 struct visit {
-    weight_row first; /* of the block's 16 */
-    const bf16 *x;
+    weight_row first; /* of the block's 8 */
     float weight;
+    int start; /* the first of its half's steps among those of all experts */
 };
 
-/* A warp's way through the columns of all experts as if they lay one behind the other, each
- * filled up to a whole step. */
-template <kl_weight_format format> struct out_walk {
-    using F = stream_format<format, 1>;
-
-    const step_arguments &a;
-    const visit *visits;
-    int v = 0, left = 0; /* columns of expert v, from the warp's next one on */
-    float weight = 0;
-    stream_place<format, 1> at = {};
-
-    __device__ const weight_view &view() const { return is_shared(a, v) ? a.shared_w2 : a.w2; }
-
-    __device__ static int padded(const weight_view &w)
-    {
-        return static_cast<int>((w.cols + F::STEP - 1) / F::STEP) * F::STEP;
-    }
-
-    /* Where the steps of warp `warp` begin: each has a run of its own, which crosses from one
-     * expert to the next as seldom as can be. */
-    __device__ static int first_step(const step_arguments &a, int warp)
-    {
-        const int all = a.n_shared * padded(a.shared_w2) + a.top_k * padded(a.w2);
-        return all / F::STEP * warp / STREAM_WARPS;
-    }
-
-    /* To column `col` from the start of expert v on. */
-    __device__ void go_to(int col)
-    {
-        for (; v < a.n_shared + a.top_k; v++) {
-            left = padded(view()) - col;
-            if (left > 0) break;
-            col = -left;
-        }
-        if (v == a.n_shared + a.top_k) return;
-        const visit &here = visits[v];
-        const weight_view &w = view();
-        const int r = lane_id() / STREAM_LANES;
-        const weight_row top = {here.first.data + r * w.row_bytes,
-                                here.first.scales + r * w.groups};
-        const weight_row bottom = {top.data + 8 * w.row_bytes, top.scales + 8 * w.groups};
-        at = {{top, bottom}, {r == 0 ? here.x : nullptr}, static_cast<int>(w.cols)};
-        at.advance(col + lane_id() % STREAM_LANES * F::PIECE);
-        weight = here.weight;
-    }
-
-    __device__ void load(stream_step<format, 1> &step, float &its_weight)
-    {
-        step.load(at, 0);
-        its_weight = weight;
-        at.advance(F::STEP);
-        left -= F::STEP;
-        if (left > 0) return;
-        v++;
-        go_to(-left);
-    }
-};
-
-/* This warp's share of the 16 sums; column 0 of the fragments is the token. */
-template <kl_weight_format format>
-__device__ void multiply_experts(float (&acc)[1][4], const step_arguments &a,
-                                 const visit *visits)
+__device__ inline const weight_view &down_of(const moe_step_arguments &a, int v)
 {
-    using walk = out_walk<format>;
-    constexpr int DEPTH = walk::F::DEPTH;
-    stream_step<format, 1> steps[DEPTH];
-    float weights[DEPTH];
-    walk next = {a, visits};
-    const int first = walk::first_step(a, warp_id());
-    const int n = walk::first_step(a, warp_id() + 1) - first;
-    next.go_to(first * walk::F::STEP);
-#pragma unroll
-    for (int e = 0; e < 4; e++) acc[0][e] = 0;
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++)
-        if (d < n) next.load(steps[d], weights[d]);
-    for (int i = 0; i < n; i += DEPTH)
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            if (i + d >= n) break;
-            float part[1][4] = {};
-            steps[d].multiply(part);
-#pragma unroll
-            for (int e = 0; e < 4; e++) acc[0][e] = fmaf(weights[d], part[0][e], acc[0][e]);
-            if (i + d + DEPTH < n) next.load(steps[d], weights[d]);
-        }
+    return v < a.n_shared ? a.shared_w2 : a.w2;
+}
+
+/* Steps in half of a row. */
+__host__ __device__ inline int half_steps(const weight_view &w)
+{
+    return static_cast<int>((w.row_bytes + 2 * RING_STEP - 1) / (2 * RING_STEP));
+}
+
+__host__ __device__ inline int steps_of_halves(const moe_step_arguments &a)
+{
+    return (a.n_shared > 0 ? half_steps(a.shared_w2) : 0) + a.top_k * half_steps(a.w2);
+}
+
+/* Steps of all experts' first halves one behind the other; those of the second halves lie in the
+ * other rows of the same products. */
+template <kl_weight_format format> struct out_walk {
+    using feed_type = ring_feed<format>;
+
+    const moe_step_arguments &a;
+    const visit *visits;
+    const uint8_t *experts; /* of each step */
+    int steps;
+
+    /* Where this lane's pieces of step s lie, and whether their rows have them. */
+    __device__ void find(weight_row (&rows)[2], bool (&inside)[2], int s) const
+    {
+        const int v = experts[s], lane = lane_id();
+        const weight_view &w = down_of(a, v);
+        const int at = (s - visits[v].start) * RING_STEP + lane % STREAM_LANES * 16;
+        const int r = lane / STREAM_LANES, half = half_steps(w) * RING_STEP;
+        const weight_row first = visits[v].first;
+        rows[0] = {first.data + r * w.row_bytes + at, first.scales};
+        if constexpr (feed_type::SCALED) rows[0].scales += r * w.groups + feed_type::groups(at);
+        rows[1] = {rows[0].data + half, rows[0].scales};
+        if constexpr (feed_type::SCALED) rows[1].scales += feed_type::groups(half);
+        inside[0] = at < w.row_bytes;
+        inside[1] = at + half < w.row_bytes;
+    }
+
+    __device__ void put(weight_ring<format> &ring, int s) const
+    {
+        if (s >= steps) return ring.put_none();
+        weight_row rows[2];
+        bool inside[2];
+        find(rows, inside, s);
+        if constexpr (feed_type::SCALED)
+            for (weight_row &row : rows) row.scales -= is_odd(row.scales);
+        ring.template put<format>(rows, inside);
+    }
+
+    __device__ ring_pieces take(const weight_ring<format> &ring, int s) const
+    {
+        if constexpr (!feed_type::SCALED) return ring.template take<format>({false, false});
+        weight_row rows[2];
+        bool inside[2];
+        find(rows, inside, s);
+        return ring.template take<format>({is_odd(rows[0].scales), is_odd(rows[1].scales)});
+    }
+};
+
+/* By all threads; a barrier follows. */
+__device__ void list_visits(const moe_step_arguments &a, const chosen_experts &chosen,
+                            visit *visits, uint8_t *experts, int steps)
+{
+    const int before = a.n_shared > 0 ? half_steps(a.shared_w2) : 0, each = half_steps(a.w2);
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * EACH;
+    for (int v = threadIdx.x; v < a.n_shared + a.top_k; v += STREAM_THREADS) {
+        const int j = v - a.n_shared;
+        if (j < 0)
+            visits[v] = {row_of(a.shared_w2, row), 1.0f, 0};
+        else
+            visits[v] = {row_of(a.w2, chosen.ids[j] * a.w2.rows + row), chosen.weights[j],
+                         before + j * each};
+    }
+    for (int s = threadIdx.x; s < steps; s += STREAM_THREADS)
+        experts[s] = static_cast<uint8_t>(s < before ? 0 : a.n_shared + (s - before) / each);
+}
+
+/* The inner products as two rows of x: the experts' first halves and their second ones, each of
+ * whole steps. `units` of 16 bytes are in a step. */
+__device__ void copy_inner(const shared_rows &to, const moe_step_arguments &a,
+                           const visit *visits, const uint8_t *experts, int steps, int units)
+{
+    for (int i = threadIdx.x; i < 2 * steps * units; i += STREAM_THREADS) {
+        const int token = i >= steps * units, at = i - token * steps * units, s = at / units;
+        const int v = experts[s], j = v - a.n_shared;
+        const weight_view &w = down_of(a, v);
+        const int own = at - visits[v].start * units + token * half_steps(w) * units;
+        const int64_t first = j < 0 ? 0 : a.n_shared * a.shared_w2.cols + j * a.w2.cols;
+        const auto *const from = reinterpret_cast<const uint4 *>(a.inner + first);
+        *to.unit(token, at) = 8 * own < w.cols ? from[own] : uint4{};
+    }
+}
+
+/* This warp's share of the sum of row lane / 4, in the lanes that are multiples of 4. */
+template <kl_weight_format format>
+__device__ float multiply_experts(const out_walk<format> &walk, weight_ring<format> &ring,
+                                  const shared_rows &inner)
+{
+    float top = 0, bottom = 0;
+    ring_x<format, 1> columns(inner, 2);
+    for (int s = warp_id(); s < walk.steps; s += STREAM_WARPS) {
+        const float weight = walk.visits[walk.experts[s]].weight;
+        float part[1][4] = {};
+        ring_multiply<format, 1>(part, walk.take(ring, s), columns);
+        columns.advance();
+        walk.put(ring, s + RING_DEPTH * STREAM_WARPS);
+        top = fmaf(weight, part[0][0], top); /* of the first half, rows 0 to 7 by row 0 of x */
+        bottom = fmaf(weight, part[0][3], bottom);
+    }
+    return top + bottom;
 }
 
 template <kl_weight_format format>
-__global__
-__launch_bounds__(STREAM_THREADS,
-                  2) void moe_step_out_kernel(__grid_constant__ const step_arguments a)
+__global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_out_kernel(
+    __grid_constant__ const moe_step_arguments a)
 {
-    __shared__ float shared[STREAM_FLOATS<1>];
-    __shared__ visit visits[MAX_EXPERTS];
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * STREAM_ROWS;
+    constexpr int UNITS = RING_STEP / 16 * weight_codec<format>::PIECE / 8;
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ float sums[STREAM_WARPS * EACH];
+    __shared__ chosen_experts chosen;
+    __shared__ visit visits[MAX_STEP_EXPERTS];
+    const int steps = steps_of_halves(a);
+    const shared_rows inner = {shared + weight_ring<format>::BYTES,
+                               shared_rows::pitch_of(int64_t{steps} * UNITS * 8)};
+    uint8_t *const experts = inner.data + 2 * inner.pitch;
+    const out_walk<format> walk = {a, visits, experts, steps};
+    weight_ring<format> ring(shared);
     let_next_start();
-    if (a.n_shared > 0 && threadIdx.x < STREAM_ROWS)
-        stream_prefetch(row_of(a.shared_w2, row + threadIdx.x), a.shared_w2.row_bytes, a.ahead);
+    load_choice(a, chosen);
+    __syncthreads();
+    if (warp_id() == 0) choose(a, chosen);
+    __syncthreads();
+    list_visits(a, chosen, visits, experts, steps);
+    __syncthreads();
+    for (int d = 0; d < RING_DEPTH; d++) walk.put(ring, warp_id() + d * STREAM_WARPS);
+
     wait_for_inputs();
-    for (int v = threadIdx.x; v < a.n_shared + a.top_k; v += STREAM_THREADS) {
-        const weight_view &w = is_shared(a, v) ? a.shared_w2 : a.w2;
-        visits[v] = {row_of(w, first_row_of(a, v, w.rows) + row), a.inner + inner_of(a, v),
-                     is_shared(a, v) ? 1.0f : a.weights[v - a.n_shared]};
-    }
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * EACH + threadIdx.x;
+    const bool stores = threadIdx.x < EACH;
+    const float before = stores && a.residual != nullptr ? a.residual[row] : 0;
+    copy_inner(inner, a, visits, experts, steps, UNITS);
     __syncthreads();
-    float acc[1][4];
-    multiply_experts<format>(acc, a, visits);
-    stream_share<1>(shared, acc);
+    const float sum = multiply_experts(walk, ring, inner);
+    if (lane_id() % STREAM_LANES == 0) sums[warp_id() * EACH + lane_id() / STREAM_LANES] = sum;
     __syncthreads();
-    if (threadIdx.x < STREAM_ROWS)
-        a.out[row + threadIdx.x] = from_float<bf16>(stream_sum<1>(shared, 0, threadIdx.x));
+    if (!stores) return;
+    const bf16 y = from_float<bf16>(sum_of_warps<EACH>(sums, threadIdx.x));
+    if (a.residual != nullptr)
+        a.residual[row] = before + to_float(y);
+    else
+        a.out[row] = y;
 }
 
 /* ---- host ------------------------------------------------------------------------------ */
 
-step_arguments arguments_of(const kl_moe_experts *a)
+moe_step_arguments arguments_of(const moe_step &s)
 {
+    const kl_moe_experts *a = s.experts;
+    const int n_shared = kl_moe_has_shared(a) ? 1 : 0;
+    const int64_t top_k = a->ids.shape[1], shared_rows = n_shared * a->shared_w1.rows;
     return {
-        .x = static_cast<const bf16 *>(a->x.data),
+        .h = {.x = a->x.data,
+              .norm_weight = nullptr,
+              .stride = 0,
+              .T = 1,
+              .cols = static_cast<int>(a->x.shape[1]),
+              .eps = 0,
+              .is_float = false},
+        .rule = s.rule,
+        .logits = s.logits,
         .ids = static_cast<const int *>(a->ids.data),
         .weights = static_cast<const float *>(a->weights.data),
         .w1 = weight_view_of(a->w1),
@@ -229,54 +215,60 @@ step_arguments arguments_of(const kl_moe_experts *a)
         .shared_w2 = weight_view_of(a->shared_w2),
         .inner = static_cast<bf16 *>(a->ws.data),
         .out = static_cast<bf16 *>(a->out.data),
-        .n_shared = kl_moe_has_shared(a) ? 1 : 0,
-        .top_k = static_cast<int>(a->ids.shape[1]),
-        .groups = 0,
-        .ahead = 0,
+        .residual = s.residual,
+        .n_shared = n_shared,
+        .top_k = static_cast<int>(top_k),
+        .row_bytes = static_cast<int>(weight_view_of(a->w1).row_bytes),
+        .groups = static_cast<int>(weight_view_of(a->w1).groups),
+        .shared_tiles = static_cast<unsigned>(shared_rows / EACH),
+        .expert_tiles = static_cast<unsigned>(a->w1.rows / EACH),
+        .tiles = static_cast<unsigned>((shared_rows + top_k * a->w1.rows) / EACH),
+        .unsettled = a->shared_w1.unsettled || a->shared_w3.unsettled,
     };
 }
 
-kl_status run_inner(step_arguments a, kl_weight_format format, cudaStream_t stream,
-                    kl_error *err)
+template <kl_weight_format format> size_t out_bytes(int64_t steps)
 {
-    const int64_t rows = a.w1.rows > a.shared_w1.rows ? a.w1.rows : a.shared_w1.rows;
-    a.groups = rows / EACH;
-    a.ahead = stream_ahead(a.groups);
-    const int64_t blocks = a.groups * (a.n_shared + a.top_k);
-    if (blocks > MAX_BLOCKS)
-        return kl_fail(err, KL_ERR_VALUE, "moe_experts: top_k * I must be <= %lld, got %lld",
-                       MAX_BLOCKS * EACH, static_cast<long long>(blocks * EACH));
+    const int64_t cols = steps * STREAM_LANES * weight_codec<format>::PIECE;
+    return weight_ring<format>::BYTES + 2 * static_cast<size_t>(shared_rows::pitch_of(cols)) +
+           static_cast<size_t>(steps);
+}
+
+kl_status run_out(const moe_step_arguments &a, kl_weight_format format, cudaStream_t stream,
+                  kl_error *err)
+{
     return with_format(format, [&](auto f) {
-        return kl_cuda_launch(moe_step_inner_kernel<f.value>, static_cast<unsigned>(blocks),
-                              STREAM_THREADS, 0, stream, err, a);
+        return launch_step(moe_step_out_kernel<f.value>,
+                           static_cast<unsigned>(a.w2.rows / EACH),
+                           out_bytes<f.value>(steps_of_halves(a)), a, stream, err);
     });
 }
 
-kl_status run_out(step_arguments a, kl_weight_format format, cudaStream_t stream, kl_error *err)
+bool same_formats(const kl_moe_experts *a)
 {
-    const int64_t blocks = a.w2.rows / STREAM_ROWS;
-    a.ahead = stream_ahead(blocks);
-    return with_format(format, [&](auto f) {
-        return kl_cuda_launch(moe_step_out_kernel<f.value>, static_cast<unsigned>(blocks),
-                              STREAM_THREADS, 0, stream, err, a);
-    });
+    return !kl_moe_has_shared(a) ||
+           (a->shared_w1.format == a->w1.format && a->shared_w2.format == a->w2.format);
 }
 
 } // namespace
 
+/* Of calls that the tensor cores' paths take. */
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
 {
     const int64_t experts = a->ids.shape[1] + kl_moe_has_shared(a);
-    const int64_t inner = a->w1.rows > a->shared_w1.rows ? a->w1.rows : a->shared_w1.rows;
-    return a->x.shape[0] == 1 && experts <= MAX_EXPERTS && a->w1.cols <= MAX_COLS &&
-           inner <= MAX_COLS / experts &&
-           (!kl_moe_has_shared(a) ||
-            (a->shared_w1.format == a->w1.format && a->shared_w2.format == a->w2.format));
+    const int64_t widest = a->w1.rows > a->shared_w1.rows ? a->w1.rows : a->shared_w1.rows;
+    if (a->x.shape[0] != 1 || experts > MAX_STEP_EXPERTS || a->w1.cols > MAX_COLS ||
+        widest > MAX_COLS || !same_formats(a))
+        return false;
+    const int64_t steps = steps_of_halves(arguments_of({a, nullptr, {}, nullptr}));
+    return kl_cuda_moe_step_inner_takes(a->w1.format, a->w1.cols) &&
+           with_format(a->w2.format,
+                       [&](auto f) { return out_bytes<f.value>(steps) <= RING_MOST_SHARED; });
 }
 
-kl_status kl_cuda_moe_step_run(const kl_moe_experts *a, cudaStream_t stream, kl_error *err)
+kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err)
 {
-    const step_arguments args = arguments_of(a);
-    KL_TRY(run_inner(args, a->w1.format, stream, err));
-    return run_out(args, a->w2.format, stream, err);
+    const moe_step_arguments args = arguments_of(s);
+    KL_TRY(kl_cuda_moe_step_inner(args, s.experts->w1.format, stream, err));
+    return run_out(args, s.experts->w2.format, stream, err);
 }

@@ -14,26 +14,21 @@
  * Measured     H200, T = 1, 256 experts: 2.2 us; T = 8192: 13.8 us (2026-11-22)
  */
 #include "../device/launch.cuh"
-#include "../device/math.cuh"
+#include "../device/route.cuh"
 #include "../device/types.cuh"
-#include "../device/warp.cuh"
 
 namespace {
 
 constexpr int MAX_WARPS = 4;
 constexpr size_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
-constexpr unsigned TAKEN = 0;               /* below the key of every float */
-constexpr float SUM_FLOOR = 1e-20f;         /* ops.h, under `renormalize` */
 
 struct arguments {
-    const float *logits, *bias; /* bias may be null */
+    route_rule rule;
+    const float *logits;
     int *ids;
     float *weights;
     int64_t T;
-    int E, top_k, groups, top_groups;
-    kl_score score;
-    float scaling;
-    bool renormalize;
+    int groups, top_groups;
 };
 
 /* What a warp keeps in shared memory. */
@@ -46,23 +41,15 @@ struct scratch {
 
 __host__ __device__ inline int64_t scratch_words(const arguments &a)
 {
-    return 2 * static_cast<int64_t>(a.E) + a.groups + a.top_k;
+    return 2 * static_cast<int64_t>(a.rule.E) + a.groups + a.rule.top_k;
 }
 
 __device__ scratch scratch_of_warp(const arguments &a)
 {
     extern __shared__ unsigned words[];
     unsigned *mine = words + warp_id() * scratch_words(a);
-    return {reinterpret_cast<float *>(mine), mine + a.E, mine + 2 * a.E,
-            reinterpret_cast<int *>(mine + 2 * a.E + a.groups)};
-}
-
-/* Unsigned numbers in the order of the floats, NaN at the top with +infinity, zeros equal. */
-__device__ unsigned key_of(float x)
-{
-    if (!(x == x)) x = INFINITY;
-    const unsigned bits = __float_as_uint(x + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return {reinterpret_cast<float *>(mine), mine + a.rule.E, mine + 2 * a.rule.E,
+            reinterpret_cast<int *>(mine + 2 * a.rule.E + a.groups)};
 }
 
 __device__ float value_of(unsigned key)
@@ -108,13 +95,13 @@ __device__ void softmax(const float *logits, int E, float *scores)
 
 __device__ void score_experts(const arguments &a, int64_t t, const scratch &s)
 {
-    const float *logits = a.logits + t * a.E;
-    if (a.score == KL_SCORE_SIGMOID)
-        for (int e = lane_id(); e < a.E; e += WARP) s.scores[e] = sigmoid(logits[e]);
+    const float *logits = a.logits + t * a.rule.E;
+    if (a.rule.score == KL_SCORE_SIGMOID)
+        for (int e = lane_id(); e < a.rule.E; e += WARP) s.scores[e] = sigmoid(logits[e]);
     else
-        softmax(logits, a.E, s.scores);
-    for (int e = lane_id(); e < a.E; e += WARP)
-        s.keys[e] = key_of(a.bias == nullptr ? s.scores[e] : s.scores[e] + a.bias[e]);
+        softmax(logits, a.rule.E, s.scores);
+    for (int e = lane_id(); e < a.rule.E; e += WARP)
+        s.keys[e] = key_of(a.rule.bias == nullptr ? s.scores[e] : s.scores[e] + a.rule.bias[e]);
     __syncwarp();
 }
 
@@ -134,7 +121,7 @@ __device__ unsigned total_of(const unsigned *keys, int size)
 /* Take the experts of all but the best groups out of the choice. */
 __device__ void allow_groups(const arguments &a, const scratch &s)
 {
-    const int size = a.E / a.groups;
+    const int size = a.rule.E / a.groups;
     for (int g = lane_id(); g < a.groups; g += WARP)
         s.totals[g] = total_of(s.keys + g * size, size);
     __syncwarp();
@@ -142,7 +129,7 @@ __device__ void allow_groups(const arguments &a, const scratch &s)
     mine.search(s.totals, a.groups);
     for (int i = 0; i < a.top_groups; i++) take_best(s.totals, a.groups, mine);
     __syncwarp();
-    for (int e = lane_id(); e < a.E; e += WARP)
+    for (int e = lane_id(); e < a.rule.E; e += WARP)
         if (s.totals[e / size] != TAKEN) s.keys[e] = TAKEN;
     __syncwarp();
 }
@@ -159,29 +146,45 @@ __launch_bounds__(MAX_WARPS *WARP) void moe_route_kernel(__grid_constant__ const
     if (a.groups > 1) allow_groups(a, s);
 
     candidate mine;
-    mine.search(s.keys, a.E);
+    mine.search(s.keys, a.rule.E);
     float sum = 0;
-    for (int j = 0; j < a.top_k; j++) {
-        const int e = take_best(s.keys, a.E, mine);
+    for (int j = 0; j < a.rule.top_k; j++) {
+        const int e = take_best(s.keys, a.rule.E, mine);
         sum += s.scores[e];
         if (lane_id() == 0) s.ids[j] = e;
     }
     __syncwarp();
-    const float whole = a.renormalize ? sum + SUM_FLOOR : 1.0f;
-    for (int j = lane_id(); j < a.top_k; j += WARP) {
-        a.ids[t * a.top_k + j] = s.ids[j];
-        a.weights[t * a.top_k + j] = s.scores[s.ids[j]] / whole * a.scaling;
+    const float whole = a.rule.renormalize ? sum + SUM_FLOOR : 1.0f;
+    for (int j = lane_id(); j < a.rule.top_k; j += WARP) {
+        a.ids[t * a.rule.top_k + j] = s.ids[j];
+        a.weights[t * a.rule.top_k + j] = s.scores[s.ids[j]] / whole * a.rule.scaling;
     }
 }
 
 /* ---- up to 256 experts in one group ------------------------------------------------------ */
 
-constexpr int LANE_EXPERTS = 8, FEW_EXPERTS = LANE_EXPERTS * WARP;
-
-/* A lane's experts in registers, e = i * 32 + lane. */
+/* A lane's experts in registers. */
 struct lane_scores {
     float score[LANE_EXPERTS];
-    unsigned key[LANE_EXPERTS];
+
+    __device__ void load(const arguments &a, int64_t t, lane_keys &keys)
+    {
+        const route_rule &r = a.rule;
+        float bias[LANE_EXPERTS];
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; i++) {
+            const int e = lane_keys::number(i);
+            score[i] = e < r.E ? a.logits[t * r.E + e] : -INFINITY;
+            bias[i] = e < r.E && r.bias != nullptr ? r.bias[e] : 0.0f;
+        }
+        if (r.score == KL_SCORE_SOFTMAX) take_softmax(r.E);
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; i++) {
+            if (r.score == KL_SCORE_SIGMOID) score[i] = sigmoid(score[i]);
+            keys.key[i] = key_of(r.bias != nullptr ? score[i] + bias[i] : score[i]);
+            if (lane_keys::number(i) >= r.E) keys.key[i] = TAKEN;
+        }
+    }
 
     /* In the order of sums and with the bits of softmax() above. */
     __device__ void take_softmax(int E)
@@ -193,78 +196,42 @@ struct lane_scores {
 #pragma unroll
         for (int i = 0; i < LANE_EXPERTS; i++) {
             score[i] = expf(score[i] - top);
-            if (i * WARP + lane_id() < E) sum += score[i];
+            if (lane_keys::number(i) < E) sum += score[i];
         }
         sum = warp_sum(sum);
 #pragma unroll
         for (int i = 0; i < LANE_EXPERTS; i++) score[i] /= sum;
     }
 
-    __device__ void load(const arguments &a, int64_t t)
+    /* Of an expert of each lane's own. */
+    __device__ float of(int e) const
     {
-        float bias[LANE_EXPERTS];
+        float found = 0;
 #pragma unroll
         for (int i = 0; i < LANE_EXPERTS; i++) {
-            const int e = i * WARP + lane_id();
-            score[i] = e < a.E ? a.logits[t * a.E + e] : -INFINITY;
-            bias[i] = e < a.E && a.bias != nullptr ? a.bias[e] : 0.0f;
+            const float x = __shfl_sync(ALL_LANES, score[i], e % WARP);
+            if (e / WARP == i) found = x;
         }
-        if (a.score == KL_SCORE_SOFTMAX) take_softmax(a.E);
-#pragma unroll
-        for (int i = 0; i < LANE_EXPERTS; i++) {
-            if (a.score == KL_SCORE_SIGMOID) score[i] = sigmoid(score[i]);
-            const bool biased = a.bias != nullptr;
-            key[i] = key_of(biased ? score[i] + bias[i] : score[i]);
-            if (i * WARP + lane_id() >= a.E) key[i] = TAKEN;
-        }
-    }
-
-    /* Take the warp's best out of the choice: its number, and its score in every lane. */
-    __device__ int take(float *its_score)
-    {
-        unsigned mine = TAKEN;
-        int at = 0;
-        float value = 0;
-#pragma unroll
-        for (int i = 0; i < LANE_EXPERTS; i++)
-            if (key[i] > mine) mine = key[i], at = i, value = score[i];
-        const unsigned best = __reduce_max_sync(ALL_LANES, mine);
-        const int e = at * WARP + lane_id();
-        const int first = static_cast<int>(
-            __reduce_min_sync(ALL_LANES, mine == best ? static_cast<unsigned>(e) : ~0u));
-#pragma unroll
-        for (int i = 0; i < LANE_EXPERTS; i++)
-            if (first == i * WARP + lane_id()) key[i] = TAKEN;
-        *its_score = __shfl_sync(ALL_LANES, value, first % WARP);
-        return first;
+        return found;
     }
 };
 
-/* The same results as moe_route_kernel's. Little code: it comes from memory for every call. */
+/* The same results as moe_route_kernel's. */
 __global__ __launch_bounds__(MAX_WARPS *WARP) void moe_route_few_kernel(
     __grid_constant__ const arguments a)
 {
     const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp_id();
     let_next_start();
-    if (a.bias != nullptr && threadIdx.x * WARP < a.E)
-        prefetch_line(a.bias + threadIdx.x * WARP);
+    if (a.rule.bias != nullptr && threadIdx.x * WARP < a.rule.E)
+        prefetch_line(a.rule.bias + threadIdx.x * WARP);
     wait_for_inputs();
     if (t >= a.T) return;
-    lane_scores s;
-    s.load(a, t);
-    float sum = 0, mine = 0; /* lane j keeps choice j */
-    int id = 0;
-#pragma unroll 1
-    for (int j = 0; j < a.top_k; j++) {
-        float score;
-        const int e = s.take(&score);
-        sum += score;
-        if (j == lane_id()) id = e, mine = score;
-    }
-    const float whole = a.renormalize ? sum + SUM_FLOOR : 1.0f;
-    if (lane_id() >= a.top_k) return;
-    a.ids[t * a.top_k + lane_id()] = id;
-    a.weights[t * a.top_k + lane_id()] = mine / whole * a.scaling;
+    lane_keys keys;
+    lane_scores scores;
+    scores.load(a, t, keys);
+    choose_experts(
+        keys, a.rule, [&](int e) { return scores.of(e); }, a.ids + t * a.rule.top_k,
+        a.weights + t * a.rule.top_k);
 }
 
 kl_status launch_few(kl_backend *be, const arguments &args, kl_error *err)
@@ -286,18 +253,18 @@ kl_status kl_cuda_moe_route(kl_backend *be, const kl_moe_route *a, kl_error *err
         return kl_fail(err, KL_ERR_VALUE, "moe_route: E must be <= %lld, got %lld",
                        static_cast<long long>(most), static_cast<long long>(E));
     const arguments args = {
+        .rule = {.bias = static_cast<const float *>(a->bias.data),
+                 .E = static_cast<int>(E),
+                 .top_k = static_cast<int>(a->ids.shape[1]),
+                 .score = a->score,
+                 .scaling = a->scaling,
+                 .renormalize = a->renormalize},
         .logits = static_cast<const float *>(a->logits.data),
-        .bias = static_cast<const float *>(a->bias.data),
         .ids = static_cast<int *>(a->ids.data),
         .weights = static_cast<float *>(a->weights.data),
         .T = a->logits.shape[0],
-        .E = static_cast<int>(E),
-        .top_k = static_cast<int>(a->ids.shape[1]),
         .groups = a->groups,
         .top_groups = a->top_groups,
-        .score = a->score,
-        .scaling = a->scaling,
-        .renormalize = a->renormalize,
     };
     if (args.T == 0) return KL_OK;
     const size_t bytes = static_cast<size_t>(scratch_words(args)) * sizeof(float);
@@ -309,7 +276,7 @@ kl_status kl_cuda_moe_route(kl_backend *be, const kl_moe_route *a, kl_error *err
                        "and %lld",
                        SHARED_LIMIT / sizeof(float), static_cast<long long>(MAX_BLOCKS * warps),
                        bytes / sizeof(float), static_cast<long long>(args.T));
-    if (E <= FEW_EXPERTS && args.groups == 1 && args.top_k <= WARP)
+    if (E <= FEW_EXPERTS && args.groups == 1 && args.rule.top_k <= WARP)
         return launch_few(be, args, err);
     const int shared = static_cast<int>(bytes * static_cast<size_t>(warps));
     KL_CUDA_TRY(cudaFuncSetAttribute(moe_route_kernel,

@@ -423,11 +423,33 @@ static kl_moe moe_of(const moe_case *c, kl_dtype act, bool step)
     return a;
 }
 
-/* step: with the norm before and the sum after, as a step of few tokens has it. */
+static kl_weight widened_stack(const kl_weight *w)
+{
+    kl_weight flat = *w;
+    flat.rows *= flat.count, flat.count = 1;
+    flat = widened(&flat);
+    flat.rows = w->rows, flat.count = w->count;
+    return flat;
+}
+
+static kl_moe widened_moe(const kl_moe *a, bool shared)
+{
+    kl_moe wide = *a;
+    wide.w1 = widened_stack(&a->w1), wide.w3 = widened_stack(&a->w3);
+    wide.w2 = widened_stack(&a->w2);
+    if (!shared) return wide;
+    wide.shared_w1 = widened(&a->shared_w1), wide.shared_w3 = widened(&a->shared_w3);
+    wide.shared_w2 = widened(&a->shared_w2);
+    return wide;
+}
+
+/* step: with the norm before and the sum after, as a step of few tokens has it. CUDA's kernel for
+ * a single token sums the squares of the norm in an order of its own. */
 static void check_moe(const moe_case *c, kl_dtype act, bool step)
 {
     parts p = {0};
     kl_moe a = moe_of(c, act, step);
+    kl_moe wide = widened_moe(&a, c->shared > 0);
     char name[96];
     snprintf(name, sizeof name, "moe: act %d, step %d, T %lld, D %lld, E %lld, format %d", act,
              step, (long long)c->T, (long long)c->D, (long long)c->E, c->format);
@@ -445,22 +467,42 @@ static void check_moe(const moe_case *c, kl_dtype act, bool step)
         WEIGHT(a.shared_w3);
         WEIGHT(a.shared_w2);
     }
-    if ((cpu->vt->formats & 1u << c->format) != 0)
+    if (wide.w1.data == a.w1.data)
         same_bits(cpu, &p, &a, sizeof a, moe_whole, moe_pieces, name);
-    if (cuda != NULL) same_bits(cuda, &p, &a, sizeof a, moe_whole, moe_pieces, name);
+    if (cuda != NULL) {
+        if (!step || c->T > 1 || act == KL_F32)
+            same_bits(cuda, &p, &a, sizeof a, moe_whole, moe_pieces, name);
+        ON_BOTH_AS(moe, wide, a, name);
+    }
     used = 0;
 }
 
+/* Any shape; then a single token in multiples of 64, which CUDA has kernels for: without a shared
+ * expert, with a narrower and a wider one, an odd number of 64-byte steps a row, all of 256 experts,
+ * more columns than all warps have at a time. */
 static void moes(void)
 {
     static const moe_case cases[] = {
         {1, 33, 7, 9, 5, 2, 1, KL_W_F32, KL_W_F32},
         {5, 64, 31, 0, 8, 3, 4, KL_W_INT8, KL_W_BF16},
         {40, 24, 10, 20, 6, 4, 1, KL_W_BF16, KL_W_F32},
+        {1, 192, 64, 128, 12, 4, 2, KL_W_BF16, KL_W_F32},
+    };
+    static const moe_case single[] = {
+        {1, 192, 192, 64, 12, 4, 1, 0, KL_W_F32}, {1, 64, 64, 128, 12, 3, 1, 0, KL_W_F32},
+        {1, 64, 64, 0, 256, 8, 1, 0, KL_W_F32},   {1, 320, 128, 128, 9, 8, 1, 0, KL_W_BF16},
+        {1, 1408, 64, 64, 4, 4, 1, 0, KL_W_F32},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int j = 0; j < 2; j++)
             for (int step = 0; step < 2; step++) check_moe(&cases[i], ACTS[j], step == 1);
+    for (size_t i = 0; i < sizeof single / sizeof *single; i++)
+        for (kl_weight_format f = KL_W_F32; f < KL_N_WEIGHT_FORMATS; f++)
+            for (int step = 0; step < 2; step++) {
+                moe_case c = single[i];
+                c.format = f;
+                check_moe(&c, KL_BF16, step == 1);
+            }
 }
 
 int main(void)

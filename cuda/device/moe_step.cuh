@@ -1,0 +1,95 @@
+/*
+ * moe_step.cuh -- what the two kernels of a single token's experts share: their arguments, and the
+ * choice of the experts, which each block makes for itself.
+ */
+#ifndef KL_CUDA_DEVICE_MOE_STEP_H
+#define KL_CUDA_DEVICE_MOE_STEP_H
+
+#include "moe.cuh"
+#include "ring.cuh"
+
+constexpr int MAX_STEP_EXPERTS = 64;  /* of a token, with the shared one */
+constexpr int EACH = STREAM_ROWS / 2; /* rows of a gate or an up in a tile; of w2 in a block */
+
+/* Experts are numbered as they are visited: the shared one, if any, then the token's choices. */
+struct moe_step_arguments {
+    row_source h;
+    route_rule rule;
+    const float *logits; /* [E], or null: then ids and weights [top_k] are given */
+    const int *ids;
+    const float *weights;
+    weight_view w1, w3, w2, shared_w1, shared_w3, shared_w2;
+    bf16 *inner; /* [shared I', then top_k times I] */
+    bf16 *out;
+    float *residual; /* or null */
+    int n_shared, top_k;
+    int row_bytes, groups;                      /* of w1 and w3, the shared expert's too */
+    unsigned shared_tiles, expert_tiles, tiles; /* of the inner kernel: an expert's, all */
+    bool unsettled; /* the shared expert's w1 or w3: see kl_weight */
+};
+
+/* ---- the choice ------------------------------------------------------------------------ */
+
+/* What a block has in shared memory. */
+struct chosen_experts {
+    int ids[MAX_STEP_EXPERTS];
+    float weights[MAX_STEP_EXPERTS];
+    float scores[FEW_EXPERTS];  /* of all, where the block chooses, */
+    unsigned keys[FEW_EXPERTS]; /* and what they are chosen by */
+};
+
+/* What the choice is made from, by all threads. The out kernel starts when all blocks of the inner
+ * one have waited for what came before: that is complete then, and the out kernel may read it
+ * before its own wait, past the L1, which that wait alone would clean. */
+__device__ inline void load_choice(const moe_step_arguments &a, chosen_experts &to)
+{
+    static_assert(FEW_EXPERTS == STREAM_THREADS && MAX_STEP_EXPERTS <= STREAM_THREADS);
+    const int i = threadIdx.x;
+    if (a.logits != nullptr) {
+        const bool inside = i < a.rule.E;
+        const float score = inside ? sigmoid(__ldcg(a.logits + i)) : 0;
+        const float bias = inside && a.rule.bias != nullptr ? a.rule.bias[i] : 0;
+        to.scores[i] = score;
+        to.keys[i] = inside ? key_of(a.rule.bias != nullptr ? score + bias : score) : TAKEN;
+    } else if (i < a.top_k) {
+        to.ids[i] = __ldcg(a.ids + i);
+        to.weights[i] = __ldcg(a.weights + i);
+    }
+}
+
+/* After a barrier, by one warp. */
+__device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
+{
+    if (a.logits == nullptr) return;
+    lane_keys keys;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++) keys.key[i] = to.keys[lane_keys::number(i)];
+    choose_experts(
+        keys, a.rule, [&](int e) { return to.scores[e]; }, to.ids, to.weights);
+}
+
+/* The sum of a tile's row over the warps. */
+template <int ROWS> __device__ float sum_of_warps(const float *sums, int row)
+{
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < STREAM_WARPS; w++) sum += sums[w * ROWS + row];
+    return sum;
+}
+
+/* Host. */
+
+template <class K>
+kl_status launch_step(K kernel, unsigned blocks, size_t shared, const moe_step_arguments &a,
+                      cudaStream_t stream, kl_error *err)
+{
+    KL_TRY(ring_allow_shared(kernel, err));
+    return kl_cuda_launch(kernel, blocks, STREAM_THREADS, shared, stream, err, a);
+}
+
+/* The inner products of all experts, if a block of it finds the shared memory. */
+bool kl_cuda_moe_step_inner_takes(kl_weight_format format, int64_t D);
+kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format format,
+                                 cudaStream_t stream, kl_error *err);
+
+#endif

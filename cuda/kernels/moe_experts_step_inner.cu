@@ -1,0 +1,205 @@
+/*
+ * moe_experts_step_inner.cu -- the first product of a single token's experts.
+ *
+ * Computes     inner_v = silu(w1_v h) * (w3_v h) for each expert v of the token, the shared one
+ *              first. Which they are: given, or moe_route of the token's logits
+ * Shapes       h [D]; w1, w3 [E, I, D]; D and I multiples of 64
+ * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
+ * Precision    bf16 in and out; int4 weights to bf16, the others exact; f32 sums
+ * Grid         blocks that stay, two a multiprocessor, take tiles of 8 rows of w1 and of w3 in turn,
+ *              the shared expert's before all others: these are on their way before h and the
+ *              logits are there
+ * Order        a warp's columns in rising order, then warps in order
+ * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
+ *              3.0 TB/s
+ * Measured     not timed yet
+ */
+#include "../device/barrier.cuh"
+#include "../device/moe_step.cuh"
+
+namespace {
+
+/* Where an expert's gate and up begin. */
+struct gated_expert {
+    weight_row gate, up;
+};
+
+__device__ void list_expert(const moe_step_arguments &a, const chosen_experts &chosen,
+                            gated_expert *experts, int v)
+{
+    const int j = v - a.n_shared;
+    if (j < 0)
+        experts[v] = {row_of(a.shared_w1, 0), row_of(a.shared_w3, 0)};
+    else
+        experts[v] = {row_of(a.w1, chosen.ids[j] * a.w1.rows),
+                      row_of(a.w3, chosen.ids[j] * a.w3.rows)};
+}
+
+/* A tile of the block: the g-th of expert v. */
+struct tile_place {
+    int v;
+    unsigned g;
+
+    /* On by so many tiles, from a place or the start; v is past the last expert after the end. */
+    __device__ void advance(const moe_step_arguments &a, unsigned tiles)
+    {
+        for (g += tiles; v < a.n_shared + a.top_k; v++) {
+            const unsigned n = v < a.n_shared ? a.shared_tiles : a.expert_tiles;
+            if (g < n) return;
+            g -= n;
+        }
+    }
+
+    /* Rows r and r + 8 of the tile: row r of its gate and of its up. */
+    __device__ void find(weight_row (&rows)[2], const moe_step_arguments &a,
+                         const gated_expert *experts) const
+    {
+        const gated_expert e = experts[v];
+        const int64_t row = g * EACH + lane_id() / STREAM_LANES;
+        rows[0] = {e.gate.data + row * a.row_bytes, e.gate.scales + row * a.groups};
+        rows[1] = {e.up.data + row * a.row_bytes, e.up.scales + row * a.groups};
+    }
+};
+
+/* What the ring is to hold next: this warp's steps of the block's tiles. */
+template <kl_weight_format format> struct inner_walk {
+    const moe_step_arguments &a;
+    const gated_expert *experts;
+    barrier *listed; /* the chosen ones among them */
+    int steps;       /* of this warp in a tile */
+    int left = 0;    /* of its steps; 0: the tile has not been entered */
+    bool knows = false;
+    tile_place tile = {};
+    ring_feed<format> feed;
+
+    __device__ inner_walk(const moe_step_arguments &args, const gated_expert *list,
+                          barrier *known)
+        : a(args), experts(list), listed(known), steps(ring_steps(args.row_bytes))
+    {
+        tile.advance(a, blockIdx.x);
+    }
+
+    /* Whether the next step needs no choice. */
+    __device__ bool is_shared() const { return steps > 0 && tile.v < a.n_shared; }
+
+    /* The tile, unless there is none for this warp. */
+    __device__ void enter()
+    {
+        if (steps == 0 || tile.v == a.n_shared + a.top_k) return;
+        if (tile.v >= a.n_shared && !knows) {
+            barrier_wait(listed, 0);
+            knows = true;
+        }
+        weight_row rows[2];
+        tile.find(rows, a, experts);
+        feed.start(rows[0], rows[1], a.row_bytes);
+        left = steps;
+    }
+
+    __device__ void put(weight_ring<format> &ring)
+    {
+        if (left == 0) enter();
+        if (left == 0) return ring.put_none();
+        ring.put(feed);
+        feed.advance();
+        if (--left == 0) tile.advance(a, gridDim.x);
+    }
+};
+
+template <kl_weight_format format>
+__device__ void multiply_tile(const moe_step_arguments &a, const tile_place &tile,
+                              const shared_rows &h, float *sums, weight_ring<format> &ring,
+                              inner_walk<format> &walk)
+{
+    weight_row rows[2];
+    tile.find(rows, a, walk.experts);
+    const bool odd[2] = {ring_feed<format>::odd(rows[0]), ring_feed<format>::odd(rows[1])};
+    float acc[1][4] = {};
+    ring_x<format, 1> columns(h, 1);
+    for (int n = walk.steps; n > 0; n--) {
+        ring_multiply<format, 1>(acc, ring.template take<format>(odd), columns);
+        columns.advance();
+        walk.put(ring);
+    }
+    if (lane_id() % STREAM_LANES == 0) {
+        float *const own = sums + warp_id() * STREAM_ROWS + lane_id() / STREAM_LANES;
+        own[0] = acc[0][0];
+        own[EACH] = acc[0][2];
+    }
+}
+
+template <kl_weight_format format>
+__global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_inner_kernel(
+    __grid_constant__ const moe_step_arguments a)
+{
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ float sums[2][STREAM_WARPS * STREAM_ROWS]; /* of this tile and the one before */
+    __shared__ chosen_experts chosen;
+    __shared__ gated_expert experts[MAX_STEP_EXPERTS];
+    __shared__ barrier listed; /* the first warp chooses while the others are at shared tiles */
+    const shared_rows h = {shared + weight_ring<format>::BYTES,
+                           shared_rows::pitch_of(a.h.cols)};
+    weight_ring<format> ring(shared);
+    inner_walk<format> walk(a, experts, &listed);
+    if (threadIdx.x == 0) {
+        barrier_init(&listed, 1);
+        if (a.n_shared > 0) list_expert(a, chosen, experts, 0);
+    }
+    __syncthreads();
+    if (a.unsettled) wait_for_inputs();
+    int put = 0;
+    for (; put < RING_DEPTH && walk.is_shared(); put++) walk.put(ring);
+    wait_for_inputs();
+    let_next_start(); /* not before: see load_choice() */
+    load_choice(a, chosen);
+    copy_rows<STREAM_THREADS>(h, a.h);
+    __syncthreads();
+    if (warp_id() == 0) {
+        choose(a, chosen);
+        __syncwarp();
+        for (int v = a.n_shared + lane_id(); v < a.n_shared + a.top_k; v += WARP)
+            list_expert(a, chosen, experts, v);
+        __syncwarp();
+        if (lane_id() == 0) barrier_arrive(&listed);
+    }
+    for (; put < RING_DEPTH; put++) walk.put(ring);
+
+    int turn = 0;
+    tile_place place = {};
+    place.advance(a, blockIdx.x);
+    for (unsigned tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, turn ^= 1) {
+        multiply_tile(a, place, h, sums[turn], ring, walk);
+        place.advance(a, gridDim.x);
+        __syncthreads();
+        const int row = threadIdx.x;
+        if (row < EACH)
+            a.inner[int64_t{tile} * EACH + row] =
+                from_float<bf16>(silu(sum_of_warps<STREAM_ROWS>(sums[turn], row)) *
+                                 sum_of_warps<STREAM_ROWS>(sums[turn], row + EACH));
+    }
+}
+
+template <kl_weight_format format> size_t inner_bytes(int64_t D)
+{
+    return weight_ring<format>::BYTES + static_cast<size_t>(shared_rows::pitch_of(D));
+}
+
+} // namespace
+
+bool kl_cuda_moe_step_inner_takes(kl_weight_format format, int64_t D)
+{
+    return with_format(format,
+                       [&](auto f) { return inner_bytes<f.value>(D) <= RING_MOST_SHARED; });
+}
+
+kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format format,
+                                 cudaStream_t stream, kl_error *err)
+{
+    int multiprocessors;
+    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
+    const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
+    return with_format(format, [&](auto f) {
+        return launch_step(moe_step_inner_kernel<f.value>, a.tiles < most ? a.tiles : most,
+                           inner_bytes<f.value>(a.h.cols), a, stream, err);
+    });
+}
