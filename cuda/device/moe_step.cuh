@@ -13,7 +13,7 @@ constexpr int EACH = STREAM_ROWS / 2; /* rows of a gate or an up in a tile; of w
 
 /* Experts are numbered as they are visited: the shared one, if any, then the token's choices. */
 struct moe_step_arguments {
-    row_source h;
+    const bf16 *h;
     route_rule rule;
     const float *logits; /* [E], or null: then ids and weights [top_k] are given */
     const int *ids;
@@ -22,7 +22,7 @@ struct moe_step_arguments {
     bf16 *inner; /* [shared I', then top_k times I] */
     bf16 *out;
     float *residual; /* or null */
-    int n_shared, top_k;
+    int D, n_shared, top_k;
     int row_bytes, groups;                      /* of w1 and w3, the shared expert's too */
     unsigned shared_tiles, expert_tiles, tiles; /* of the inner kernel: an expert's, all */
     bool unsettled; /* the shared expert's w1 or w3: see kl_weight */

@@ -108,25 +108,63 @@ __device__ void list_visits(const moe_step_arguments &a, const chosen_experts &c
             visits[v] = {row_of(a.w2, chosen.ids[j] * a.w2.rows + row), chosen.weights[j],
                          before + j * each};
     }
+#pragma unroll 1
     for (int s = threadIdx.x; s < steps; s += STREAM_THREADS)
         experts[s] = static_cast<uint8_t>(s < before ? 0 : a.n_shared + (s - before) / each);
 }
 
 /* The inner products as two rows of x: the experts' first halves and their second ones, each of
- * whole steps. `units` of 16 bytes are in a step. */
-__device__ void copy_inner(const shared_rows &to, const moe_step_arguments &a,
-                           const visit *visits, const uint8_t *experts, int steps, int units)
-{
-    for (int i = threadIdx.x; i < 2 * steps * units; i += STREAM_THREADS) {
-        const int token = i >= steps * units, at = i - token * steps * units, s = at / units;
-        const int v = experts[s], j = v - a.n_shared;
+ * whole steps, UNITS times 16 bytes of x. Where they come from is found out before they are there,
+ * for a thread's first ones. */
+template <int UNITS> struct inner_copy {
+    static constexpr int BATCH =
+        5; /* with 256 threads all of the model's 9 times 1024 columns */
+    const moe_step_arguments &a;
+    const visit *visits;
+    const uint8_t *experts;
+    const int steps;
+    int from[BATCH]; /* column; -1: zeros, past the end of an expert's */
+
+    __device__ int find(int i) const
+    {
+        const int token = i >= steps * UNITS, at = i - token * steps * UNITS;
+        const int v = experts[at / UNITS], j = v - a.n_shared;
         const weight_view &w = down_of(a, v);
-        const int own = at - visits[v].start * units + token * half_steps(w) * units;
-        const int64_t first = j < 0 ? 0 : a.n_shared * a.shared_w2.cols + j * a.w2.cols;
-        const auto *const from = reinterpret_cast<const uint4 *>(a.inner + first);
-        *to.unit(token, at) = 8 * own < w.cols ? from[own] : uint4{};
+        const int own = at - (visits[v].start - token * half_steps(w)) * UNITS;
+        const int cols = static_cast<int>(w.cols);
+        const int before = a.n_shared * static_cast<int>(a.shared_w2.cols);
+        return 8 * own < cols ? (j < 0 ? 0 : before + j * cols) + 8 * own : -1;
     }
-}
+
+    __device__ void prepare()
+    {
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            const int i = b * STREAM_THREADS + threadIdx.x;
+            from[b] = i < 2 * steps * UNITS ? find(i) : -1;
+        }
+    }
+
+    __device__ void copy(const shared_rows &to, int i, int column) const
+    {
+        const int token = i >= steps * UNITS;
+        copy_async(to.unit(token, i - token * steps * UNITS), a.inner + max(column, 0),
+                   column >= 0);
+    }
+
+    /* All on their way at once; then wait for the copies, the ring's among them. */
+    __device__ void start(const shared_rows &to) const
+    {
+        const int all = 2 * steps * UNITS;
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+            if (const int i = b * STREAM_THREADS + threadIdx.x; i < all) copy(to, i, from[b]);
+#pragma unroll 1
+        for (int i = BATCH * STREAM_THREADS + threadIdx.x; i < all; i += STREAM_THREADS)
+            copy(to, i, find(i));
+        copy_commit();
+    }
+};
 
 /* This warp's share of the sum of row lane / 4, in the lanes that are multiples of 4. */
 template <kl_weight_format format>
@@ -135,6 +173,7 @@ __device__ float multiply_experts(const out_walk<format> &walk, weight_ring<form
 {
     float top = 0, bottom = 0;
     ring_x<format, 1> columns(inner, 2);
+#pragma unroll 1
     for (int s = warp_id(); s < walk.steps; s += STREAM_WARPS) {
         const float weight = walk.visits[walk.experts[s]].weight;
         float part[1][4] = {};
@@ -169,13 +208,17 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_out_
     __syncthreads();
     list_visits(a, chosen, visits, experts, steps);
     __syncthreads();
+#pragma unroll 1
     for (int d = 0; d < RING_DEPTH; d++) walk.put(ring, warp_id() + d * STREAM_WARPS);
+    inner_copy<UNITS> products = {a, visits, experts, steps, {}};
+    products.prepare();
 
     wait_for_inputs();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * EACH + threadIdx.x;
     const bool stores = threadIdx.x < EACH;
     const float before = stores && a.residual != nullptr ? a.residual[row] : 0;
-    copy_inner(inner, a, visits, experts, steps, UNITS);
+    products.start(inner);
+    copy_wait<0>();
     __syncthreads();
     const float sum = multiply_experts(walk, ring, inner);
     if (lane_id() % STREAM_LANES == 0) sums[warp_id() * EACH + lane_id() / STREAM_LANES] = sum;
@@ -196,13 +239,7 @@ moe_step_arguments arguments_of(const moe_step &s)
     const int n_shared = kl_moe_has_shared(a) ? 1 : 0;
     const int64_t top_k = a->ids.shape[1], shared_rows = n_shared * a->shared_w1.rows;
     return {
-        .h = {.x = a->x.data,
-              .norm_weight = nullptr,
-              .stride = 0,
-              .T = 1,
-              .cols = static_cast<int>(a->x.shape[1]),
-              .eps = 0,
-              .is_float = false},
+        .h = static_cast<const bf16 *>(a->x.data),
         .rule = s.rule,
         .logits = s.logits,
         .ids = static_cast<const int *>(a->ids.data),
@@ -216,6 +253,7 @@ moe_step_arguments arguments_of(const moe_step &s)
         .inner = static_cast<bf16 *>(a->ws.data),
         .out = static_cast<bf16 *>(a->out.data),
         .residual = s.residual,
+        .D = static_cast<int>(a->x.shape[1]),
         .n_shared = n_shared,
         .top_k = static_cast<int>(top_k),
         .row_bytes = static_cast<int>(weight_view_of(a->w1).row_bytes),

@@ -106,6 +106,16 @@ template <kl_weight_format format> struct inner_walk {
     }
 };
 
+/* h on its way to shared memory, zeros behind it. */
+__device__ void copy_row(const shared_rows &to, const moe_step_arguments &a)
+{
+    for (int u = threadIdx.x; u < to.pitch / 16; u += STREAM_THREADS) {
+        const bool inside = 8 * u < a.D;
+        copy_async(to.unit(0, u), a.h + (inside ? 8 * u : 0), inside);
+    }
+    copy_commit();
+}
+
 template <kl_weight_format format>
 __device__ void multiply_tile(const moe_step_arguments &a, const tile_place &tile,
                               const shared_rows &h, float *sums, weight_ring<format> &ring,
@@ -137,8 +147,7 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_inne
     __shared__ chosen_experts chosen;
     __shared__ gated_expert experts[MAX_STEP_EXPERTS];
     __shared__ barrier listed; /* the first warp chooses while the others are at shared tiles */
-    const shared_rows h = {shared + weight_ring<format>::BYTES,
-                           shared_rows::pitch_of(a.h.cols)};
+    const shared_rows h = {shared + weight_ring<format>::BYTES, shared_rows::pitch_of(a.D)};
     weight_ring<format> ring(shared);
     inner_walk<format> walk(a, experts, &listed);
     if (threadIdx.x == 0) {
@@ -148,11 +157,13 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_inne
     __syncthreads();
     if (a.unsettled) wait_for_inputs();
     int put = 0;
+#pragma unroll 1
     for (; put < RING_DEPTH && walk.is_shared(); put++) walk.put(ring);
     wait_for_inputs();
     let_next_start(); /* not before: see load_choice() */
+    copy_row(h, a);
     load_choice(a, chosen);
-    copy_rows<STREAM_THREADS>(h, a.h);
+    copy_wait<0>();
     __syncthreads();
     if (warp_id() == 0) {
         choose(a, chosen);
@@ -162,6 +173,7 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_inne
         __syncwarp();
         if (lane_id() == 0) barrier_arrive(&listed);
     }
+#pragma unroll 1
     for (; put < RING_DEPTH; put++) walk.put(ring);
 
     int turn = 0;
@@ -200,6 +212,6 @@ kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format f
     const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
     return with_format(format, [&](auto f) {
         return launch_step(moe_step_inner_kernel<f.value>, a.tiles < most ? a.tiles : most,
-                           inner_bytes<f.value>(a.h.cols), a, stream, err);
+                           inner_bytes<f.value>(a.D), a, stream, err);
     });
 }
