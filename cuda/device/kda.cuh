@@ -77,7 +77,13 @@ __device__ inline float kda_decay_low(float log_decay, float decay)
     return log_decay > -0.5f ? expm1f(log_decay) - (decay - 1) : 0.0f;
 }
 
-/* What brings a vector of K channels to unit length; called by one warp. */
+/* What brings a vector to unit length, from the sum of its squares. */
+__device__ inline float kda_unit_factor(float squares)
+{
+    return reciprocal_root(squares + KDA_NORM_EPS);
+}
+
+/* The same of a vector of K channels, by one warp. */
 __device__ inline float kda_norm_factor(const float *x, int K)
 {
     float sum = 0;

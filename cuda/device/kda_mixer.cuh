@@ -91,7 +91,7 @@ template <class A> struct mixer_channel {
 #pragma unroll
         for (int j = 0; j < MIXER_PAST; j++) y = fmaf(taps[j], to_float(past[j]), y);
         y = fmaf(taps[MIXER_PAST], to_float(input), y);
-        return to_float(from_float<A>(silu(y)));
+        return to_float(from_float<A>(silu_for<A>(y)));
     }
 };
 

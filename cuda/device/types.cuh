@@ -7,6 +7,7 @@
 #include "../cuda_backend.h"
 
 #include <cuda_bf16.h>
+#include <string.h>
 
 using bf16 = __nv_bfloat16;
 
@@ -46,19 +47,48 @@ template <class T, int N> struct alignas(N * sizeof(T)) vec {
     T x[N];
 };
 
+/* A pair of bf16 is a shift and a mask. */
+template <class T, int N> __device__ void to_floats(const vec<T, N> &v, float (&to)[N])
+{
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            uint32_t pair;
+            memcpy(&pair, &v.x[i], sizeof pair);
+            to[i] = low_half(pair), to[i + 1] = high_half(pair);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) to[i] = to_float(v.x[i]);
+    }
+}
+
 template <int N, class T> __device__ void load_floats(const T *from, float (&to)[N])
 {
     const vec<T, N> v = *reinterpret_cast<const vec<T, N> *>(from);
+    to_floats(v, to);
+}
+
+/* Rounded: a pair of bf16 is one instruction. */
+template <class T, int N> __device__ vec<T, N> rounded(const float (&from)[N])
+{
+    vec<T, N> v;
+    if constexpr (sizeof(T) == 2 && N % 2 == 0) {
 #pragma unroll
-    for (int i = 0; i < N; i++) to[i] = to_float(v.x[i]);
+        for (int i = 0; i < N; i += 2) {
+            const __nv_bfloat162 pair = __floats2bfloat162_rn(from[i], from[i + 1]);
+            memcpy(&v.x[i], &pair, sizeof pair);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) v.x[i] = from_float<T>(from[i]);
+    }
+    return v;
 }
 
 template <int N, class T> __device__ void store_floats(T *to, const float (&from)[N])
 {
-    vec<T, N> v;
-#pragma unroll
-    for (int i = 0; i < N; i++) v.x[i] = from_float<T>(from[i]);
-    *reinterpret_cast<vec<T, N> *>(to) = v;
+    *reinterpret_cast<vec<T, N> *>(to) = rounded<T>(from);
 }
 
 /* Host: whether a base address and a stride of elements allow vectors of `bytes`. */

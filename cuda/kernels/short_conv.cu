@@ -14,6 +14,9 @@
  *              134 us on an H100 (3.0 TB/s)
  * Measured     not timed yet; right on an H100, beside the CPU's results (2026-11-22)
  */
+#include "short_conv.cuh"
+
+#include "../device/kda.cuh"
 #include "../device/launch.cuh"
 #include "../device/math.cuh"
 #include "../device/warp.cuh"
@@ -35,6 +38,7 @@ struct arguments {
     int64_t x_stride, C, N;
     int W;
     bool silu;
+    short_conv_units units;
 };
 
 /* Runs of sequence n are numbered from here on: it leaves room for len / RUN, rounded up, and
@@ -59,7 +63,7 @@ __device__ int64_t find_sequence(const arguments &a, int64_t run)
 }
 
 /* A thread's channels of one sequence. Fewer taps than WIDTH stand at the end; with VEC > 1 there
- * are as many. */
+ * are as many. AHEAD: tokens asked for before the first is used. */
 template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
     static constexpr int PAST = WIDTH - 1;
     const A *x; /* of the sequence's first token */
@@ -67,7 +71,10 @@ template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
     int64_t x_stride, out_stride;
     int past; /* inputs that the state holds: W - 1 */
     float taps[WIDTH][VEC];
-    float window[PAST][VEC]; /* inputs before the next token, oldest first */
+    float window[PAST + AHEAD]
+                [VEC]; /* inputs before the next token, oldest first, and from it */
+    float *factors;    /* of the head's first token, or null */
+    int64_t heads;
 
     /* Whether an entry of the window lies under one of the W taps: those before hold inputs that
      * the convolution has left behind, which may be NaN. */
@@ -135,7 +142,20 @@ template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
         }
     }
 
-    __device__ void step(const float (&input)[VEC], int64_t t, bool with_silu)
+    /* Of the results as they are stored, by 16 lanes: in kda_prefill's order, so to its bits. */
+    __device__ void write_factor(const vec<A, VEC> &stored, int64_t t) const
+    {
+        float y[VEC], sum = 0;
+        to_floats(stored, y);
+#pragma unroll
+        for (int v = 0; v < VEC; v++) sum = fmaf(y[v], y[v], sum);
+        const unsigned lanes = 0xffffu << (lane_id() & 16);
+        for (const int d : {2, 1, 4, 8}) sum += __shfl_xor_sync(lanes, sum, d);
+        if (lane_id() % 16 == 0) factors[t * heads] = kda_unit_factor(sum);
+    }
+
+    /* Token t, whose input is number i of those ahead. */
+    __device__ void step(int i, int64_t t, bool with_silu)
     {
         float y[VEC];
 #pragma unroll
@@ -143,31 +163,37 @@ template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
             y[v] = 0;
 #pragma unroll
             for (int j = 0; j < PAST; j++)
-                if (is_used(j)) y[v] = fmaf(taps[j][v], window[j][v], y[v]);
-            y[v] = fmaf(taps[PAST][v], input[v], y[v]);
-            if (with_silu) y[v] = silu(y[v]);
-#pragma unroll
-            for (int j = 0; j + 1 < PAST; j++) window[j][v] = window[j + 1][v];
-            window[PAST - 1][v] = input[v];
+                if (is_used(j)) y[v] = fmaf(taps[j][v], window[i + j][v], y[v]);
+            y[v] = fmaf(taps[PAST][v], window[i + PAST][v], y[v]);
+            if (with_silu) y[v] = silu_for<A>(y[v]);
         }
-        store_wide(out + t * out_stride, y);
+        const vec<A, VEC> stored = rounded<A>(y);
+        *reinterpret_cast<vec<A, VEC> *>(out + t * out_stride) = stored;
+        if constexpr (VEC == 8)
+            if (factors != nullptr) write_factor(stored, t);
     }
 
-    __device__ void run(int64_t first, int64_t end, bool with_silu)
+    /* N tokens from t on. */
+    template <int N> __device__ void steps(int64_t t, bool with_silu)
     {
-        for (int64_t t = first; t < end; t += AHEAD) {
-            float ahead[AHEAD][VEC];
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (t + i < end) load_wide(x + (t + i) * x_stride, ahead[i]);
+        for (int i = 0; i < N; i++) load_wide(x + (t + i) * x_stride, window[PAST + i]);
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (t + i < end) step(ahead[i], t + i, with_silu);
-        }
+        for (int i = 0; i < N; i++) step(i, t + i, with_silu);
+#pragma unroll
+        for (int j = 0; j < PAST; j++)
+#pragma unroll
+            for (int v = 0; v < VEC; v++) window[j][v] = window[N + j][v];
+    }
+
+    __device__ void run(int64_t t, int64_t end, bool with_silu)
+    {
+        if constexpr (AHEAD > 1)
+            for (; t + AHEAD <= end; t += AHEAD) steps<AHEAD>(t, with_silu);
+        for (; t < end; t++) steps<1>(t, with_silu);
     }
 };
 
-/* AHEAD: tokens asked for before the first is used. */
 template <class A, int VEC, int WIDTH, int AHEAD>
 __global__
 __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const arguments a)
@@ -188,6 +214,9 @@ __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const argume
     s.state = static_cast<A *>(a.state) + (slot * a.C + c) * (a.W - 1);
     s.x_stride = a.x_stride, s.out_stride = a.C;
     s.past = a.W - 1;
+    s.heads = a.units.heads;
+    const int64_t head = c / KDA_UNIT_CHANNELS;
+    s.factors = head < s.heads ? a.units.factors + start * s.heads + head : nullptr;
     s.read_taps(a.weight + c * a.W);
     if (first == 0)
         s.read_state();
@@ -218,7 +247,16 @@ kl_status launch(const arguments &a, int64_t T, cudaStream_t stream, kl_error *e
 
 } // namespace
 
-kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *err)
+bool short_conv_is_wide(const kl_short_conv *a)
+{
+    const int VEC = 16 / static_cast<int>(kl_dtype_bytes(a->x.dtype));
+    const int64_t C = a->x.shape[1];
+    return a->weight.shape[1] == 4 && is_wide(a->x, C, VEC) && is_wide(a->out, C, VEC) &&
+           is_aligned(a->weight.data, 0, 4, 16) && is_aligned(a->state.data, 0, 2, 16);
+}
+
+kl_status short_conv_with_units(kl_backend *be, const kl_short_conv *a,
+                                const short_conv_units &units, kl_error *err)
 {
     const int64_t T = a->x.shape[0], C = a->x.shape[1];
     const arguments args = {
@@ -233,15 +271,18 @@ kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *e
         .N = a->cu_seqlens.shape[0] - 1,
         .W = static_cast<int>(a->weight.shape[1]),
         .silu = a->silu,
+        .units = units,
     };
     if (T == 0) return KL_OK;
     return with_float_type(a->x.dtype, [&](auto t) {
         using A = decltype(t);
-        constexpr int VEC = 16 / sizeof(A);
-        const bool wide = args.W == 4 && is_wide(a->x, C, VEC) && is_wide(a->out, C, VEC) &&
-                          reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 &&
-                          reinterpret_cast<uintptr_t>(args.state) % 16 == 0;
-        return wide ? launch<A, VEC, 4>(args, T, kl_cuda_stream(be), err)
-                    : launch<A, 1, MAX_WIDTH>(args, T, kl_cuda_stream(be), err);
+        return short_conv_is_wide(a)
+                   ? launch<A, 16 / sizeof(A), 4>(args, T, kl_cuda_stream(be), err)
+                   : launch<A, 1, MAX_WIDTH>(args, T, kl_cuda_stream(be), err);
     });
+}
+
+kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *err)
+{
+    return short_conv_with_units(be, a, {}, err);
 }
