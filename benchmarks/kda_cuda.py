@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from bench_ops import DEVICE, L2_BYTES, seconds_of
 from common import Results, rates
+from kda_fused import fused
 from kda_truth import (
     BF16,
     Inputs,
@@ -309,11 +310,19 @@ def long_run(name: str, x: Inputs, results: Results, options: Namespace) -> None
     )  # fmt: skip
 
 
+def recurrence(T: int) -> Ours:
+    """As the fused operation has it."""
+    return Ours(Case("", [T], g_dtype=torch.float32).make())
+
+
 def jobs(options: Namespace, results: Results) -> Iterator[tuple[str, Callable[[], None]]]:
     """What there is to do, most important first."""
     everything = [c for c in cases(options.small) if not options.quick or c.name in QUICK]
     for case in everything[:1]:
         yield case.name, lambda c=case: time_case(c, results, options)
+    if DEVICE == "cuda":
+        T = 70 if options.small else 8192
+        yield "fused", lambda: fused(T, recurrence(T), results, options.repeat)
     for profile in PROFILES:
         yield f"error-{profile}", lambda p=profile: accuracy(p, results, options)
     for case in everything[1:]:

@@ -21,6 +21,7 @@
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"
+#include "kda_mixer_prefill.cuh"
 
 namespace {
 
@@ -187,7 +188,8 @@ kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p
 size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
 {
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
-    const size_t kda = a->single || a->guesses ? 0 : kl_cuda_kda_prefill_workspace(be, &p.kda);
+    const bool reads = a->single || a->guesses; /* token by token */
+    const size_t kda = reads ? 0 : kda_mixer_prefill_workspace(be, p);
     return kl_kda_mixer_bytes(a, kl_cuda_linear_pair_workspace(be, &p.gates), kda);
 }
 
@@ -199,8 +201,8 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
     if (kl_cuda_kda_mixer_step_takes(be, a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
+    if (!a->single) return kda_mixer_prefill(be, p, err);
     KL_TRY(kl_cuda_short_conv(be, &p.conv, err));
-    KL_TRY(a->single ? kl_cuda_kda_decode(be, &p.kda, err)
-                     : kl_cuda_kda_prefill(be, &p.kda, err));
+    KL_TRY(kl_cuda_kda_decode(be, &p.kda, err));
     return kl_cuda_gated_rms_norm(be, &p.norm, err);
 }

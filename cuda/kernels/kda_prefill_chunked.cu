@@ -1,7 +1,8 @@
 /*
  * kda_prefill_chunked.cu -- chunked KDA prefill of bf16 with K = 128, as one kernel.
  *
- * Computes     what kda_prefill.cuh says: for each chunk of 32 tokens U, O and the next state
+ * Computes     what kda_prefill.cuh says: for each chunk of 32 tokens U, O and the next state; in
+ *              a fused call the gated norm of O as well (kda_prefill_finish.cuh)
  * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; v, out [T, H, V]; 32 | V
  *              <= 1,024; state [S, H, V, 128] f32
  * Layout       first axes may be strided; rows in pieces of 16 bytes
@@ -14,11 +15,12 @@
  *              stays in the L2. A block waits only for what earlier chunks need: see
  *              wait_until_ready() and wait_for_room().
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
- *              an H100; bound by instructions, about 12,000 a chunk to prepare, 2,300 a tile
+ *              an H100; bound by what preparing takes, most of the instructions
  * Measured     H100, 8,192 tokens of 32 heads: 398 us (28 % of the roofline), with the softplus
- *              gate 453; H200 366 and 428 (benchmarks/bench_kda.py, 2026-11-22)
+ *              gate 453; H200 366 and 428 (benchmarks/bench_kda.py, 2026-11-22), all of them
+ *              before preparing shed a fifth of its instructions
  */
-#include "kda_prefill_scan.cuh"
+#include "kda_prefill_finish.cuh"
 
 namespace {
 
@@ -69,6 +71,10 @@ __device__ void init_barriers(scan_memory &m)
         barrier_init(&m.full[i], WARP + 1);
         barrier_init(&m.empty[i], 2 * SCANNERS);
     }
+    for (int i = 0; i < OUTPUTS; i++) {
+        barrier_init(&m.has_output[i], SCANNERS);
+        barrier_init(&m.took_output[i], FINISHERS);
+    }
     for (int w = 0; w < SCANNERS; w++) {
         barrier_init(&m.has_state[w], 1);
         barrier_init(&m.has_update[w], 1);
@@ -80,7 +86,8 @@ __device__ void init_barriers(scan_memory &m)
 
 __global__ __launch_bounds__(THREADS,
                              1) void kda_chunked_kernel(__grid_constant__ const kda_arguments a,
-                                                        __grid_constant__ const kda_plan p)
+                                                        __grid_constant__ const kda_plan p,
+                                                        __grid_constant__ const kda_fused f)
 {
     extern __shared__ __align__(1024) unsigned char bytes[];
     block_memory &m = *reinterpret_cast<block_memory *>(bytes);
@@ -97,6 +104,7 @@ __global__ __launch_bounds__(THREADS,
     const kda_lane none = {};
     const scanner s = {a,
                        p,
+                       f,
                        scans ? m.lanes.lane[l] : none,
                        scans ? m.lanes.lane[l + 1] : none,
                        m.lanes.longest,
@@ -110,9 +118,12 @@ __global__ __launch_bounds__(THREADS,
         if (scans && group == OUTPUT)
             run_output(s, w % PREPARERS, m.scan);
         else if (!scans || group == PREPARE)
-            prepare_chunks(a, p, m.lanes, group, group == PREPARE ? m.prepare : m.more[group]);
+            prepare_chunks(a, p, f, m.lanes, group,
+                           group == PREPARE ? m.prepare : m.more[group]);
         else if (w % PREPARERS == 0)
             bring_chunks(s, m.scan);
+        else if (f.weight != nullptr)
+            run_finish(s, w % PREPARERS - 1, m.scan);
     }
 }
 
@@ -121,6 +132,12 @@ __global__ __launch_bounds__(THREADS,
 size_t flag_bytes(const kda_plan &p)
 {
     return sizeof(unsigned) * KDA_FLAG * (1 + p.pairs * (p.slots + p.tiles));
+}
+
+/* Behind the flags. */
+size_t sum_bytes(const kda_plan &p)
+{
+    return p.tiles == 2 ? sizeof(uint64_t) * p.pairs * 2 * KDA_SUMS_KEPT * KDA_SUMS : 0;
 }
 
 kl_status plan_of(long long N, long long H, long long V, kda_plan *p, kl_error *err)
@@ -151,11 +168,12 @@ size_t kda_chunked_workspace(const kl_kda *a)
     const long long N = a->cu_seqlens.shape[0] - 1;
     if (N <= 0 || plan_of(N, a->state.shape[1], a->state.shape[2], &p, &ignored) != KL_OK)
         return 0;
-    return static_cast<size_t>(p.pairs) * p.slots * sizeof(kda_chunk) + flag_bytes(p);
+    return static_cast<size_t>(p.pairs) * p.slots * sizeof(kda_chunk) + flag_bytes(p) +
+           sum_bytes(p);
 }
 
-kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, cudaStream_t stream,
-                      kl_error *err)
+kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *op,
+                      cudaStream_t stream, kl_error *err)
 {
     constexpr int bytes = static_cast<int>(sizeof(block_memory));
     const auto kernel = kda_chunked_kernel;
@@ -164,7 +182,9 @@ kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, cudaStream_t str
     p.ring = static_cast<kda_chunk *>(op->ws.data);
     p.ticket = reinterpret_cast<unsigned *>(p.ring + static_cast<size_t>(p.pairs) * p.slots);
     p.taken = p.ticket + KDA_FLAG, p.ready = p.taken + p.pairs * p.tiles * KDA_FLAG;
-    KL_CUDA_TRY(cudaMemsetAsync(p.ticket, 0, flag_bytes(p), stream), err);
+    p.sums = reinterpret_cast<uint64_t *>(p.ticket + flag_bytes(p) / sizeof(unsigned));
+    const size_t zeros = flag_bytes(p) + (f.weight == nullptr ? 0 : sum_bytes(p));
+    KL_CUDA_TRY(cudaMemsetAsync(p.ticket, 0, zeros, stream), err);
 
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
@@ -180,6 +200,6 @@ kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, cudaStream_t str
     config.stream = stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p), err);
+    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p, f), err);
     return KL_OK;
 }

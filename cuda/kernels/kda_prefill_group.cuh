@@ -10,6 +10,7 @@
 
 #include "../device/launch.cuh"
 #include "../device/wgmma.cuh"
+#include "../device/wide.cuh"
 #include "kda_prefill.cuh"
 
 #include <stddef.h>
@@ -44,6 +45,15 @@ struct inverse_memory {
     float X[KDA_TOKENS][KDA_TOKENS + 4]; /* (1 + A)^-1 */
 };
 
+/* A chunk to prepare. */
+struct item {
+    long long token; /* its first */
+    int tokens;      /* 0: there is no such chunk; -1: nor any later one */
+    int h, hk;
+    int pair, slot; /* of the ring */
+    unsigned serial;
+};
+
 /* Shared memory of a group. */
 struct alignas(128) prepare_memory {
     float part[PREPARERS][TILES][2][OCTET][OCTET]; /* A and M over a warp's channels */
@@ -51,31 +61,17 @@ struct alignas(128) prepare_memory {
         float4 left[OCTETS][2][GROUP]; /* a lane's k times its decays up to the octet's end */
         inverse_memory inverse;        /* afterwards */
     };
-    float squares[2][KDA_TOKENS][PREPARERS]; /* sums of k^2 and q^2 */
+    float squares[2][KDA_TOKENS][PREPARERS]; /* sums of k^2 and q^2, or their factors first */
     bf16 M[KDA_TOKENS][KDA_TOKENS];
     float total[KDA_K]; /* log2 of the chunk's decays */
     float beta[KDA_TOKENS];
-    unsigned ticket[2];
-};
-
-/* A chunk to prepare. */
-struct item {
-    long long token; /* its first */
-    int tokens;      /* none: there is no such chunk */
-    int pair, h;
-    unsigned serial;
+    float bias[KDA_K]; /* of the gate */
+    item items[2];     /* the group's and its next */
 };
 
 __device__ inline void group_barrier(int group)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(GROUP) : "memory");
-}
-
-__device__ inline float exp2_approx(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 __device__ inline void unpack(const uint4 &from, float factor, float (&to)[CHANNELS])
@@ -98,17 +94,16 @@ __device__ inline uint4 pack(const float (&x)[CHANNELS], const float (&factor)[C
 
 /* ---- the gate ---------------------------------------------------------------------------- */
 
-/* log(1 + e) / e on [0, 1], to 3e-7 in f32 (Chebyshev, degree 7). */
+/* log(1 + e) / e on [0, 1], to 9e-6 (Chebyshev, degree 5): a decay enters products with as many
+ * bits as bf16 and tf32 leave it. */
 __device__ inline float log1p_quotient(float e)
 {
-    float p = -0.008574675768613815f;
-    p = fmaf(p, e, 0.044214192777872086f);
-    p = fmaf(p, e, -0.10785368084907532f);
-    p = fmaf(p, e, 0.17757023870944977f);
-    p = fmaf(p, e, -0.2449961155653f);
-    p = fmaf(p, e, 0.3327617645263672f);
-    p = fmaf(p, e, -0.49997448921203613f);
-    return fmaf(p, e, 0.9999998211860657f);
+    float p = -0.02397957f;
+    p = fmaf(p, e, 0.10150005f);
+    p = fmaf(p, e, -0.21029369f);
+    p = fmaf(p, e, 0.32529514f);
+    p = fmaf(p, e, -0.4993726f);
+    return fmaf(p, e, 0.99999183f);
 }
 
 /* What one head's gate holds for all tokens. */
@@ -132,42 +127,67 @@ __device__ inline float at_least(float x, float least)
     return x;
 }
 
-/* Raw gates to log2-decays. */
-__device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate, float outer,
-                                  const float *bias, float (&x)[CHANNELS])
+/* Gates are loaded and applied where the right operand of an m16n8k8 product over tokens has them:
+ * lane 4 c + t has tokens t and t + 4 of an octet, and channels 4 c .. 4 c + 3 of its warp. */
+using lane_gates = float[2][CHANNELS / 2];
+
+__device__ inline int gate_channel()
 {
-    if (a.gate != KL_GATE_DIRECT && bias != nullptr) {
-        float b[CHANNELS];
+    return warp_id() % PREPARERS * 32 + lane_id() / 4 * (CHANNELS / 2);
+}
+
+/* Raw gates to log2-decays; those past the last of `tokens` are 0. */
+__device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate, int tokens,
+                                  const float *bias, lane_gates &x)
+{
+    float *const y = x[0]; /* all eight: a loop a gate, so that they go side by side */
+    if (a.gate != KL_GATE_DIRECT) {
+        float b[CHANNELS / 2];
+        load_floats(bias, b);
 #pragma unroll
-        for (int i = 0; i < CHANNELS; i++) b[i] = bias[i];
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) x[i] += b[i];
+        for (int i = 0; i < CHANNELS; i++) y[i] += b[i % 4];
     }
     if (a.gate == KL_GATE_SOFTPLUS) {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
-            const float e = exp2_approx(-LOG2_E * fabsf(x[i]));
-            x[i] = fmaf(e, log1p_quotient(e), fmaxf(x[i], 0.0f));
+            const float e = exp2_approx(-LOG2_E * fabsf(y[i]));
+            y[i] = fmaf(e, log1p_quotient(e), fmaxf(y[i], 0.0f));
         }
     } else if (a.gate == KL_GATE_BOUNDED) {
 #pragma unroll
-        for (int i = 0; i < CHANNELS; i++) x[i] = sigmoid(gate.rate * x[i]);
+        for (int i = 0; i < CHANNELS; i++) y[i] = sigmoid(gate.rate * y[i]);
     }
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) x[i] = at_least(x[i] * outer, LEAST);
+    for (int i = 0; i < CHANNELS; i++) {
+        const bool inside = lane_id() % 4 + i / 4 * 4 < tokens;
+        y[i] = at_least(y[i] * (inside ? gate.outer : 0.0f), LEAST);
+    }
 }
 
-/* From a token's values to their sums from the octet's first token on. */
-__device__ inline void sum_over_octet(float (&x)[CHANNELS])
+/* Sums L of an octet's log2-decays from its first token to the lane's, and the same less the sum
+ * to the octet's middle. By a product with ones and zeros, in which a decay travels as two tf32;
+ * they keep 22 bits of it. */
+__device__ inline void sum_over_octet(const lane_gates &x, float (&L)[CHANNELS],
+                                      float (&above)[CHANNELS])
 {
-    const int token = lane_id() / 4;
+    const int token = lane_id() / 4, other = lane_id() % 4;
+    const float first = token >= other ? 1.0f : 0.0f, second = token >= other + 4 ? 1.0f : 0.0f;
+    const uint32_t rows[4] = {__float_as_uint(first), __float_as_uint(first - 1),
+                              __float_as_uint(second), __float_as_uint(second)};
 #pragma unroll
-    for (int d = 1; d < OCTET; d *= 2)
+    for (int i = 0; i < CHANNELS / 2; i++) {
+        uint32_t high[2], low[2];
+        float sum[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < CHANNELS; i++) {
-            const float y = __shfl_up_sync(ALL_LANES, x[i], 4 * d);
-            if (token >= d) x[i] += y;
+        for (int t = 0; t < 2; t++) {
+            high[t] = __float_as_uint(x[t][i]) & 0xffffe000u;
+            low[t] = __float_as_uint(x[t][i] - __uint_as_float(high[t]));
         }
+        mma_tf32(sum, rows, low);
+        mma_tf32(sum, rows, high);
+        L[i] = sum[0], L[4 + i] = sum[1];
+        above[i] = sum[2], above[4 + i] = sum[3];
+    }
 }
 
 /* ---- inputs ------------------------------------------------------------------------------ */
@@ -181,40 +201,32 @@ __device__ inline uint4 load_piece(const kda_operand &x, const item &c, long lon
                                             (c.token + row) * x.stride + column);
 }
 
-/* The same of the gates, as they are given. */
+/* Gates of two tokens, as they are given. */
 struct raw_gates {
     uint4 x[2];
 };
 
-__device__ inline raw_gates load_gates(const kda_operand &x, const item &c, long long column,
-                                       int o)
+__device__ inline void unpack_gates(const raw_gates &g, bool is_bf16, lane_gates &to)
 {
-    const int row = OCTET * o + lane_id() / 4;
-    const long long at = (c.token + row) * x.stride + column;
-    raw_gates g = {};
-    if (row >= c.tokens) return g;
-    if (x.is_bf16) {
-        g.x[0] =
-            __ldcs(reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(x.data) + at));
-    } else {
-        const uint4 *from =
-            reinterpret_cast<const uint4 *>(static_cast<const float *>(x.data) + at);
-        g.x[0] = __ldcs(from), g.x[1] = __ldcs(from + 1);
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        const uint4 &x = g.x[t];
+        if (is_bf16) {
+            to[t][0] = low_half(x.x), to[t][1] = high_half(x.x);
+            to[t][2] = low_half(x.y), to[t][3] = high_half(x.y);
+        } else {
+            to[t][0] = __uint_as_float(x.x), to[t][1] = __uint_as_float(x.y);
+            to[t][2] = __uint_as_float(x.z), to[t][3] = __uint_as_float(x.w);
+        }
     }
-    return g;
 }
 
-__device__ inline void unpack_gates(const raw_gates &g, bool is_bf16, float (&to)[CHANNELS])
+/* A channel a thread. */
+__device__ inline void load_bias(const kda_arguments &a, const item &c, prepare_memory &m)
 {
-    if (is_bf16) {
-        unpack(g.x[0], 1.0f, to);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        to[4 * i] = __uint_as_float(g.x[i].x), to[4 * i + 1] = __uint_as_float(g.x[i].y);
-        to[4 * i + 2] = __uint_as_float(g.x[i].z), to[4 * i + 3] = __uint_as_float(g.x[i].w);
-    }
+    const int i = threadIdx.x % GROUP;
+    if (a.gate == KL_GATE_DIRECT) return;
+    m.bias[i] = a.dt_bias == nullptr ? 0.0f : a.dt_bias[c.h * KDA_K + i];
 }
 
 __device__ inline void load_beta(const kda_arguments &a, const item &c, prepare_memory &m)
@@ -229,7 +241,7 @@ __device__ inline float norm_factor(const float (&squares)[PREPARERS])
 {
     float s[PREPARERS];
     load_floats(squares, s);
-    return 1 / sqrtf(((s[0] + s[1]) + (s[2] + s[3])) + KDA_NORM_EPS);
+    return kda_unit_factor((s[0] + s[1]) + (s[2] + s[3]));
 }
 
 __device__ constexpr int tile_of(int row, int column)

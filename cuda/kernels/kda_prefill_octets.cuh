@@ -137,18 +137,17 @@ __device__ inline void meet_earlier(const uint32_t (&rows)[CHANNELS / 2][4], int
 }
 
 /* Octet o, given its log2-decays; `before` are the sums of those of the octets before it. */
-__device__ inline void prepare_octet(int o, const uint4 &raw_k, const uint4 &raw_q,
-                                     float (&L)[CHANNELS], float k_factor, float q_factor,
-                                     float (&before)[CHANNELS], prepare_memory &m, char *out)
+__device__ inline void prepare_octet(int o, float (&k)[CHANNELS], const float (&q)[CHANNELS],
+                                     const lane_gates &decays, float (&before)[CHANNELS],
+                                     prepare_memory &m, char *out)
 {
-    float k[CHANNELS], q[CHANNELS], middle[CHANNELS], total[CHANNELS], f[CHANNELS];
+    float L[CHANNELS], above[CHANNELS]; /* sums of log2-decays; the same over the middle's */
+    float middle[CHANNELS], total[CHANNELS], f[CHANNELS];
     float(*own)[OCTET][OCTET] = m.part[warp_id() % PREPARERS][tile_of(o, o)];
-    unpack(raw_k, k_factor, k);
-    unpack(raw_q, q_factor, q);
-    sum_over_octet(L);
+    sum_over_octet(decays, L, above);
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) {
-        middle[i] = __shfl_sync(ALL_LANES, L[i], 4 * (OCTET / 2 - 1) + lane_id() % 4);
+        middle[i] = L[i] - above[i];
         total[i] = __shfl_sync(ALL_LANES, L[i], 4 * (OCTET - 1) + lane_id() % 4);
         f[i] = exp2_approx(L[i] + before[i]);
         before[i] += total[i];
@@ -157,13 +156,9 @@ __device__ inline void prepare_octet(int o, const uint4 &raw_k, const uint4 &raw
     write_piece(out, Q_DECAYED, o, pack(q, f));
 
     bool steep = false;
-    float above[CHANNELS]; /* L over the middle */
     uint32_t rows[CHANNELS / 2][4];
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-        above[i] = L[i] - middle[i];
-        steep |= fabsf(above[i]) > STEEPEST;
-    }
+    for (int i = 0; i < CHANNELS; i++) steep |= fabsf(above[i]) > STEEPEST;
     steep = __any_sync(ALL_LANES, steep);
     if (steep) {
         steep_octet(k, q, L, own);
@@ -199,44 +194,109 @@ struct lane_columns {
     int channel;
 };
 
-__device__ inline lane_columns columns_of(const kda_arguments &a, const item &c)
+__device__ inline lane_columns columns_of(const item &c)
 {
     const int channel = warp_id() % PREPARERS * 32 + lane_id() % 4 * CHANNELS;
-    const int hk = c.h / static_cast<int>(a.H / a.Hk);
-    return {static_cast<long long>(hk) * KDA_K + channel,
-            static_cast<long long>(c.h) * KDA_K + channel, channel};
+    return {static_cast<long long>(c.hk) * KDA_K + channel,
+            static_cast<long long>(c.h) * KDA_K + gate_channel(), channel};
 }
 
-/* What an octet needs from device memory. */
+/* What an octet needs from device memory: the lane's pieces of its row. */
 struct raw_octet {
     uint4 k, q;
     raw_gates g;
+};
 
-    __device__ raw_octet(const kda_arguments &a, const item &c, const lane_columns &at, int o)
-        : k(load_piece(a.k, c, at.qk, o)), q(load_piece(a.q, c, at.qk, o)),
-          g(load_gates(a.g, c, at.g, o))
+/* Goes through the octets of a chunk. */
+struct octet_reader {
+    const kda_arguments &a;
+    const char *k, *q, *g;
+    long long g_stride; /* in bytes */
+    int left;           /* tokens from the octet's first on */
+
+    __device__ octet_reader(const kda_arguments &a, const item &c, const lane_columns &at)
+        : a(a), k(piece(a.k, c, lane_id() / 4, at.qk)), q(piece(a.q, c, lane_id() / 4, at.qk)),
+          g(piece(a.g, c, lane_id() % 4, at.g)), g_stride(a.g.stride * bytes_of(a.g)),
+          left(c.tokens)
     {
+    }
+
+    __device__ static int bytes_of(const kda_operand &x) { return x.is_bf16 ? 2 : 4; }
+
+    __device__ static const char *piece(const kda_operand &x, const item &c, int row,
+                                        long long column)
+    {
+        return static_cast<const char *>(x.data) +
+               ((c.token + row) * x.stride + column) * bytes_of(x);
+    }
+
+    /* whole: the octet has all its tokens. */
+    template <class T, bool whole> __device__ void read_gates(raw_gates &to) const
+    {
+        constexpr int HALF = OCTET / 2;
+        const int first = lane_id() % 4;
+        const auto read = [](uint4 &x, const char *from) {
+            *reinterpret_cast<T *>(&x) = __ldcs(reinterpret_cast<const T *>(from));
+        };
+        if (whole || first < left) read(to.x[0], g);
+        if (whole || first + HALF < left) read(to.x[1], g + HALF * g_stride);
+    }
+
+    template <bool whole> __device__ void read_octet(raw_octet &to) const
+    {
+        if (whole || lane_id() / 4 < left) {
+            to.k = *reinterpret_cast<const uint4 *>(k);
+            to.q = *reinterpret_cast<const uint4 *>(q);
+        }
+        if (a.g.is_bf16)
+            read_gates<uint2, whole>(to.g);
+        else
+            read_gates<uint4, whole>(to.g);
+    }
+
+    /* Zeros past the last token. */
+    __device__ void read(raw_octet &to)
+    {
+        if (left >= OCTET) {
+            read_octet<true>(to);
+        } else {
+            to = {};
+            read_octet<false>(to);
+        }
+        left -= OCTET;
+        k += OCTET * 2 * a.k.stride, q += OCTET * 2 * a.q.stride, g += OCTET * g_stride;
     }
 };
 
-__device__ inline void prepare_octets(const kda_arguments &a, const item &c,
+/* What brings a row of k, and of q, to unit length. */
+__device__ inline float2 factors_of(const prepare_memory &m, int row, bool normalize,
+                                    bool are_given)
+{
+    if (!normalize) return float2{1.0f, 1.0f};
+    if (are_given) return float2{m.squares[0][row][0], m.squares[1][row][0]};
+    return float2{norm_factor(m.squares[0][row]), norm_factor(m.squares[1][row])};
+}
+
+__device__ inline void prepare_octets(const kda_arguments &a, bool units_given, const item &c,
                                       const lane_columns &at, prepare_memory &m, kda_chunk &out)
 {
-    const float *bias = a.dt_bias == nullptr ? nullptr : a.dt_bias + at.g;
     const head_gate gate = gate_of(a, c.h);
     float before[CHANNELS] = {};
-    raw_octet next(a, c, at, 0);
+    octet_reader from(a, c, at);
+    raw_octet x;
+    from.read(x);
 #pragma unroll 1 /* four times the code would not stay in the instruction cache */
     for (int o = 0; o < OCTETS; o++) {
         const int row = OCTET * o + lane_id() / 4;
-        const raw_octet x = next;
-        if (o < OCTETS - 1) next = raw_octet(a, c, at, o + 1);
-        float L[CHANNELS];
-        unpack_gates(x.g, a.g.is_bf16, L);
-        apply_gate(a, gate, row < c.tokens ? gate.outer : 0.0f, bias, L);
-        const float k_factor = a.normalize ? norm_factor(m.squares[0][row]) : 1.0f;
-        const float q_factor = a.normalize ? norm_factor(m.squares[1][row]) : 1.0f;
-        prepare_octet(o, x.k, x.q, L, k_factor, q_factor * a.scale, before, m, lane_piece(out));
+        const float2 factor = factors_of(m, row, a.normalize, units_given);
+        float k[CHANNELS], q[CHANNELS];
+        lane_gates decays;
+        unpack(x.k, factor.x, k);
+        unpack(x.q, factor.y * a.scale, q);
+        unpack_gates(x.g, a.g.is_bf16, decays);
+        apply_gate(a, gate, c.tokens - OCTET * o, &m.bias[gate_channel()], decays);
+        if (o < OCTETS - 1) from.read(x);
+        prepare_octet(o, k, q, decays, before, m, lane_piece(out));
     }
     if (lane_id() / 4 > 0) return;
     float4 *to = reinterpret_cast<float4 *>(&m.total[at.channel]);

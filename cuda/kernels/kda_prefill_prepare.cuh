@@ -41,6 +41,11 @@ __device__ inline void fence_global_for_copies()
 
 /* ---- a chunk ----------------------------------------------------------------------------- */
 
+__device__ inline bool is_leader()
+{
+    return warp_id() % PREPARERS == PREPARERS - 1;
+}
+
 /* Sums of squares over a warp's channels. */
 __device__ inline void sum_squares(const uint4 (&raw)[OCTETS], float (*to)[PREPARERS])
 {
@@ -71,14 +76,36 @@ __device__ void find_squares(const kda_arguments &a, const item &c, const lane_c
     sum_squares(q, m.squares[1]);
 }
 
-/* Until the chunk that lay in the item's slot has been copied by all tiles of its pair. */
-__device__ inline void wait_for_room(const kda_plan &p, const item &c)
+/* The factors that were found before the call, a row a thread. */
+__device__ inline void load_units(const kda_arguments &a, const float *units, const item &c,
+                                  prepare_memory &m)
 {
-    for (int tile = 0; tile < p.tiles; tile++) {
-        const unsigned *taken = &p.taken[(c.pair * p.tiles + tile) * KDA_FLAG];
-        while (static_cast<int>(read_flag(taken) + p.slots - c.serial) <= 0) __nanosleep(200);
-    }
+    const int i = threadIdx.x % GROUP - KDA_TOKENS, row = i % KDA_TOKENS, is_q = i / KDA_TOKENS;
+    if (i < 0 || i >= 2 * KDA_TOKENS) return;
+    const int heads = static_cast<int>(a.H), head = is_q ? c.h : heads + c.h;
+    m.squares[is_q][row][0] = row < c.tokens ? units[(c.token + row) * 2 * heads + head] : 0.0f;
 }
+
+/* Whether the chunk that lay in an item's slot has been copied by all tiles of its pair: a warp
+ * asks, a lane for each tile, and learns of it later. */
+struct room {
+    const unsigned *taken = nullptr;
+    unsigned seen;
+
+    __device__ room(const kda_plan &p, const item &c, bool asks)
+    {
+        if (!asks || lane_id() >= p.tiles) return;
+        taken = &p.taken[(c.pair * p.tiles + lane_id()) * KDA_FLAG];
+        seen = read_flag(taken);
+    }
+
+    __device__ void wait(const kda_plan &p, const item &c)
+    {
+        if (taken == nullptr) return;
+        for (; static_cast<int>(seen + p.slots - c.serial) <= 0; seen = read_flag(taken))
+            __nanosleep(200);
+    }
+};
 
 /* A chunk that is written but not yet said to be. It is said when the group has begun the next:
  * by then the writes have arrived, and the release does not wait for them. */
@@ -94,39 +121,36 @@ struct announcement {
     }
 };
 
-/* The rows of a chunk on their way to the L2, a line of 128 bytes a thread. */
+/* The rows of a chunk on their way to the L2, by a warp, a row a lane. */
 __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int head)
 {
-    const int element = x.is_bf16 ? 2 : 4, lines = KDA_K * element / 128;
+    const int element = x.is_bf16 ? 2 : 4, row = lane_id();
+    if (row >= c.tokens) return;
     const char *from = static_cast<const char *>(x.data) +
-                       (c.token * x.stride + static_cast<long long>(head) * KDA_K) * element;
-    for (int i = threadIdx.x % GROUP; i < c.tokens * lines; i += GROUP)
-        prefetch_line(from + i / lines * x.stride * element + i % lines * 128);
+                       ((c.token + row) * x.stride + head * KDA_K) * element;
+    prefetch_line(from), prefetch_line(from + 128);
+    if (!x.is_bf16) prefetch_line(from + 256), prefetch_line(from + 384);
 }
 
-__device__ inline void prefetch_item(const kda_arguments &a, const item &c)
+__device__ inline void prepare_chunk(const kda_arguments &a, const kda_plan &p,
+                                     const kda_fused &f, const item &c, int group,
+                                     prepare_memory &m, announcement &last)
 {
-    const int hk = c.h / static_cast<int>(a.H / a.Hk);
-    prefetch_rows(a.k, c, hk);
-    prefetch_rows(a.q, c, hk);
-    prefetch_rows(a.g, c, c.h);
-}
-
-__device__ inline void prepare_chunk(const kda_arguments &a, const kda_plan &p, const item &c,
-                                     int group, prepare_memory &m, announcement &last)
-{
-    const int slot = c.pair * p.slots + static_cast<int>(c.serial % p.slots);
-    const lane_columns at = columns_of(a, c);
-    kda_chunk &out = p.ring[slot];
+    const lane_columns at = columns_of(c);
+    kda_chunk &out = p.ring[c.slot];
+    room space(p, c, is_leader());
     load_beta(a, c, m);
+    load_bias(a, c, m);
     const auto say_last = [&] { last.say(); };
-    if (a.normalize)
+    if (a.normalize && f.units == nullptr) {
         find_squares(a, c, at, m, say_last);
-    else
+    } else {
+        if (a.normalize) load_units(a, f.units, c, m);
         say_last();
-    if (threadIdx.x % GROUP == 0) wait_for_room(p, c); /* which may depend on what was said */
+    }
+    space.wait(p, c);
     group_barrier(group);
-    prepare_octets(a, c, at, m, out);
+    prepare_octets(a, f.units != nullptr, c, at, m, out);
     group_barrier(group);
     add_parts(m);
     write_decays(m, out);
@@ -134,7 +158,7 @@ __device__ inline void prepare_chunk(const kda_arguments &a, const kda_plan &p, 
     invert(m, group);
     write_squares(m, out);
     fence_global_for_copies();
-    last = {&p.ready[slot * KDA_FLAG], c.serial + 1};
+    last = {&p.ready[c.slot * KDA_FLAG], c.serial + 1};
 }
 
 /* ---- all chunks -------------------------------------------------------------------------- */
@@ -146,8 +170,8 @@ __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
     const unsigned pair = ticket % p.pairs, serial = ticket / p.pairs;
     const int round = serial / lanes.longest, at = serial % lanes.longest;
     const int l = pair / p.groups, h = round * p.groups + pair % p.groups;
-    item c = {
-        .token = 0, .tokens = 0, .pair = static_cast<int>(pair), .h = h, .serial = serial};
+    item c = {.pair = static_cast<int>(pair), .serial = serial};
+    if (round >= p.rounds) c.tokens = -1;
     const kda_lane first = lanes.lane[l], end = lanes.lane[l + 1];
     const int number = first.number + at;
     if (h >= a.H || number >= end.number) return c;
@@ -157,32 +181,61 @@ __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
     const int before = (number - kda_first_number(a.cu, n)) * KDA_TOKENS;
     const int left = kda_chunked_tokens(a.cu, n) - before;
     c.token = a.cu[n] + before;
-    c.tokens = left < KDA_TOKENS ? left : KDA_TOKENS;
+    c.tokens = min(max(left, 0), KDA_TOKENS);
+    c.h = h, c.hk = h / static_cast<int>(a.H / a.Hk);
+    c.slot = c.pair * p.slots + static_cast<int>(serial % p.slots);
     return c;
 }
 
+/* The last warp of a group takes the tickets: another one has more of the inverse. */
+struct leader {
+    unsigned next = 0, asked = 0; /* tickets; that of the first lane counts */
+
+    __device__ void ask(const kda_plan &p, unsigned n)
+    {
+        if (lane_id() == 0) asked = atomicAdd(p.ticket, n);
+    }
+
+    /* The item of ticket `next`, on its way to the L2. */
+    __device__ void put(const kda_arguments &a, const kda_plan &p,
+                        const kda_lanes_of_call &lanes, item &to) const
+    {
+        const item c = item_of(a, p, lanes, next);
+        if (lane_id() == 0) to = c;
+        prefetch_rows(a.k, c, c.hk);
+        prefetch_rows(a.q, c, c.hk);
+        prefetch_rows(a.g, c, c.h);
+    }
+
+    __device__ void take() { next = __shfl_sync(ALL_LANES, asked, 0); }
+};
+
 __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
-                                      const kda_lanes_of_call &lanes, int group,
-                                      prepare_memory &m)
+                                      const kda_fused &f, const kda_lanes_of_call &lanes,
+                                      int group, prepare_memory &m)
 {
-    const bool first = threadIdx.x % GROUP == 0;
-    const unsigned tickets = static_cast<unsigned>(p.rounds) * lanes.longest * p.pairs;
+    const bool first = threadIdx.x % GROUP == 0, leads = is_leader();
     announcement last;
+    leader tickets;
     /* Of M's octets above the diagonal two are read: they stay zero. */
     for (int i = threadIdx.x % GROUP; i < KDA_TOKENS * KDA_TOKENS / 2; i += GROUP)
         reinterpret_cast<uint32_t *>(m.M)[i] = 0;
-    if (first) m.ticket[0] = atomicAdd(p.ticket, 2);
+    if (leads) {
+        tickets.ask(p, 2);
+        tickets.take();
+        tickets.put(a, p, lanes, m.items[0]);
+        tickets.next++;
+    }
     group_barrier(group);
-    unsigned ticket = m.ticket[0], next = ticket + 1, asked = 0;
-    item c = item_of(a, p, lanes, ticket);
-    for (int n = 1; ticket < tickets; n++) {
-        if (first) asked = atomicAdd(p.ticket, 1); /* asked for now, needed after the chunk */
-        const item d = item_of(a, p, lanes, next);
-        if (next < tickets) prefetch_item(a, d);
-        if (c.tokens > 0) prepare_chunk(a, p, c, group, m, last);
-        if (first) m.ticket[n % 2] = asked;
+    for (int n = 0; m.items[n % 2].tokens >= 0; n++) {
+        const item &c = m.items[n % 2];
+        if (leads) {
+            tickets.ask(p, 1); /* needed after the chunk */
+            tickets.put(a, p, lanes, m.items[(n + 1) % 2]);
+        }
+        if (c.tokens > 0) prepare_chunk(a, p, f, c, group, m, last);
+        if (leads) tickets.take();
         group_barrier(group); /* and the chunk is written */
-        c = d, ticket = next, next = m.ticket[n % 2];
         if (!first) last.flag = nullptr;
     }
     if (first) last.say();

@@ -26,7 +26,7 @@ constexpr int SCANNERS = KDA_V_TILE / ROWS; /* warps of each of the two kinds */
 constexpr int TILES_OF_TOKENS = KDA_TOKENS / 8;
 constexpr int STEPS = KDA_TOKENS / 16, K_STEPS = KDA_K / 16; /* of a product, 16 deep */
 constexpr int V_PITCH = KDA_V_TILE + 8; /* of a token's values: 16 bytes off a bank's round */
-constexpr int OUT_PITCH = ROWS + 8;
+constexpr int OUTPUTS = 3;
 
 /* Left operands of a product, 16 deep a step, as they lie in the lanes' registers. */
 template <int steps> using left_operand = uint4[steps][WARP];
@@ -35,8 +35,10 @@ template <int steps> using left_operand = uint4[steps][WARP];
 struct handoff {
     left_operand<K_STEPS> S;
     left_operand<STEPS> U;
-    bf16 out[KDA_TOKENS][OUT_PITCH]; /* the output warp's own */
 };
+
+/* The outputs of a chunk, a warp 16 columns of them. */
+using output_tile = bf16[KDA_TOKENS][V_PITCH];
 
 struct alignas(1024) stage {
     kda_chunk chunk;
@@ -46,6 +48,8 @@ struct alignas(1024) stage {
 struct scan_memory {
     stage stages[STAGES];
     handoff hands[SCANNERS];
+    output_tile outputs[OUTPUTS]; /* to who finishes them; else each warp stores its own */
+    barrier has_output[OUTPUTS], took_output[OUTPUTS];
     barrier full[STAGES], empty[STAGES];
     barrier has_state[SCANNERS], took_state[SCANNERS];   /* of a handoff's S */
     barrier has_update[SCANNERS], took_update[SCANNERS]; /* and U */
@@ -403,24 +407,28 @@ __device__ inline void store_transposed(bf16 *row, const uint32_t (&r)[4])
                  : "memory");
 }
 
-/* To rows of tokens, by way of the warp's own shared memory. */
-__device__ inline void store_output(const token_sums &x, bf16 (*own)[OUT_PITCH], bf16 *to,
-                                    long long stride, int tokens)
+/* To rows of tokens, from the warp's first column on. */
+__device__ inline void put_output(const token_sums &x, output_tile &to, int first)
 {
     const int i = lane_id() % 8, part = lane_id() / 8;
 #pragma unroll
     for (int t = 0; t < TILES_OF_TOKENS; t += 2) {
         uint32_t r[4];
         to_left(r, x[t]);
-        store_transposed(&own[8 * t + part / 2 * 8 + i][part % 2 * 8], r);
+        store_transposed(&to[8 * t + part / 2 * 8 + i][first + part % 2 * 8], r);
     }
+}
+
+__device__ inline void store_output(const output_tile &from, int first, bf16 *to,
+                                    long long stride, int tokens)
+{
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < 2 * KDA_TOKENS / WARP; n++) {
         const int piece = n * WARP + lane_id(), row = piece / 2, half = piece % 2;
         if (row < tokens)
             __stcs(reinterpret_cast<uint4 *>(to + row * stride + 8 * half),
-                   *reinterpret_cast<const uint4 *>(&own[row][8 * half]));
+                   *reinterpret_cast<const uint4 *>(&from[row][first + 8 * half]));
     }
     __syncwarp();
 }
@@ -428,6 +436,7 @@ __device__ inline void store_output(const token_sums &x, bf16 (*own)[OUT_PITCH],
 __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
 {
     const long long stride = s.a.H * s.a.V;
+    const bool finishes = s.f.weight != nullptr;
     const descriptors d(m.stages[0].chunk);
     unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
@@ -436,11 +445,17 @@ __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
         barrier_wait(&m.full[i], count / STAGES % 2);
         make_output(out, d, i, w, count, m);
         warp_arrive(&m.empty[i]);
-        if (!owns_rows(s, w)) continue;
-        store_output(out, m.hands[w].out,
-                     static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
-                         s.tile * KDA_V_TILE + w * ROWS,
-                     stride, at.tokens_here());
+        const unsigned o = count % OUTPUTS;
+        if (finishes && count >= OUTPUTS)
+            barrier_wait(&m.took_output[o], (count / OUTPUTS - 1) % 2);
+        put_output(out, m.outputs[o], w * ROWS);
+        if (finishes)
+            warp_arrive(&m.has_output[o]);
+        else if (owns_rows(s, w))
+            store_output(m.outputs[o], w * ROWS,
+                         static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
+                             s.tile * KDA_V_TILE + w * ROWS,
+                         stride, at.tokens_here());
     }
 }
 
