@@ -319,10 +319,11 @@ typedef struct {
     kl_tensor lengths;     /* [N] i32, context including these tokens    */
     kl_tensor cu_seqlens;  /* [N+1] i32; absent in mla_decode            */
     kl_tensor w_kv_b;      /* [H, nope+V, rank] f32 or bf16              */
-    kl_tensor raw;         /* [N, rank+rope] act, rows strided, or absent: then pages is written */
+    kl_tensor raw;         /* [N, rank+rope] act, rows strided: into pages; or absent */
     kl_tensor norm_weight; /* [rank] f32, of raw; or absent              */
     kl_tensor out;         /* [T, H, V] act                              */
     float norm_eps, scale;
+    bool unsettled; /* w_kv_b is, as kl_weight says it */
 } kl_mla;
 typedef kl_mla kl_mla_prefill;
 typedef kl_mla kl_mla_decode;

@@ -179,7 +179,7 @@ static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, const
 
 static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
 {
-    kl_mla_prefill a = {0};
+    kl_mla_prefill a = {.unsettled = true};
     kl_tensor latent;
     const int32_t *cu;
     int64_t V;
@@ -239,7 +239,7 @@ static int check_table(const kl_call *c, const kl_mla *a)
 
 static PyObject *run_mla_decode(kl_call *c, PyObject *const *args)
 {
-    kl_mla_decode a = {0};
+    kl_mla_decode a = {.unsettled = true};
     int64_t V;
     int o;
     if (KL_NEEDS(c, mla_decode) < 0 ||

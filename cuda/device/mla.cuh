@@ -19,9 +19,12 @@
 #include "types.cuh"
 #include "warp.cuh"
 
+#include <limits.h>
+
 constexpr int MLA_MAX_SPLITS = 128;  /* of a row */
 constexpr int MLA_MAX_SHARES = 132;  /* the multiprocessors of an H100 or H200 */
 constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_tensor.cu */
+constexpr int MLA_TENSOR_STAGES = 3; /* its pages on their way or in use */
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __host__ __device__ inline long long mla_divide_up(long long a, long long b)
@@ -79,6 +82,7 @@ struct mla_arguments {
     long long splits; /* of a row at the most, where it is cut by length             */
     int shares;       /* into which pages are shared out; 0: they are cut by length  */
     bool tensor;      /* query is operand A of mla_decode_tensor.cu's scores         */
+    bool unsettled;   /* w_kv_b may still be written until wait_for_inputs()         */
     kl_dtype act;     /* of q, pages and out                                         */
     float scale;
 
@@ -129,6 +133,78 @@ struct mla_shares {
     __device__ long long of(long long page) const { return ((page + 1) * count - 1) / pages; }
 };
 
+/* Pages first, first + 1, ... of row n, the last of them with so many tokens; their results go to
+ * `slot`. */
+struct mla_piece {
+    long long n, slot, first;
+    int pages, last;
+
+    __device__ int tokens(int i) const { return i + 1 < pages ? KL_PAGE_TOKENS : last; }
+};
+
+/* The pieces of a block of mla_decode_tensor.cu one after the other, by a whole warp. Units, pages
+ * or splits, are numbered row by row; the rows before `n` have `base` of them. */
+struct mla_walk {
+    const mla_arguments &a;
+    const int share;
+    long long n = 0, base = 0, at, end;
+
+    __device__ mla_walk(const mla_arguments &from, int share)
+        : a(from), share(share), at(share), end(LLONG_MAX)
+    {
+        if (a.shares == 0) return;
+        long long all = 0;
+        for (long long row = lane_id(); row < a.N; row += WARP)
+            all += mla_pages_of(a.lengths[row]);
+        const mla_shares shares(mla_warp_total(all), a.shares);
+        const bool some = share < shares.count;
+        at = some ? shares.first(share) : 0;
+        end = some ? shares.first(share + 1) : 0;
+    }
+
+    __device__ bool next(mla_piece *out)
+    {
+        for (; at < end && n < a.N; n += WARP) {
+            const long long row = n + lane_id();
+            const mla_cut cut(row < a.N ? a.lengths[row] : 0);
+            const long long units = a.shares == 0 ? cut.count : cut.pages;
+            long long before = units;
+#pragma unroll
+            for (int d = 1; d < WARP; d *= 2) {
+                const long long left = __shfl_up_sync(ALL_LANES, before, d);
+                if (lane_id() >= d) before += left;
+            }
+            const unsigned found = __ballot_sync(ALL_LANES, at < base + before);
+            if (found != 0) {
+                take(cut, row, at - (base + before - units), __ffs(found) - 1, out);
+                return true;
+            }
+            base += __shfl_sync(ALL_LANES, before, WARP - 1);
+        }
+        return false;
+    }
+
+    /* Lane `from` has the row, and the unit's number within it. */
+    __device__ void take(const mla_cut &cut, long long row, long long unit, int from,
+                         mla_piece *out)
+    {
+        const bool shared_out = a.shares > 0;
+        const long long first = shared_out ? unit : unit * cut.size;
+        const long long most = shared_out ? end - at : cut.size, left = cut.pages - first;
+        const long long pages = most < left ? most : left;
+        const long long tokens = cut.length - (first + pages - 1) * KL_PAGE_TOKENS;
+        const long long slot = shared_out ? share + row : row * a.splits + unit;
+        out->n = __shfl_sync(ALL_LANES, row, from);
+        out->slot = __shfl_sync(ALL_LANES, slot, from);
+        out->first = __shfl_sync(ALL_LANES, first, from);
+        out->pages = __shfl_sync(ALL_LANES, static_cast<int>(pages), from);
+        out->last = __shfl_sync(
+            ALL_LANES, static_cast<int>(tokens < KL_PAGE_TOKENS ? tokens : KL_PAGE_TOKENS),
+            from);
+        at += shared_out ? out->pages : gridDim.x;
+    }
+};
+
 /* Where the results of a row's pieces are: slots first, first + 1, ... */
 struct mla_pieces {
     long long first, count;
@@ -152,6 +228,11 @@ struct mla_pieces {
     }
 };
 
+/* q' of the N rows into query, after errands: the latents of the call's `raw` into their pages. */
+bool kl_cuda_mla_absorb_tensor_fits(const mla_arguments &a, kl_dtype weight);
+kl_status kl_cuda_mla_absorb_tensor(const mla_arguments &a, const kl_mla *call,
+                                    cudaStream_t stream, kl_error *err);
+
 /* The attention of all pieces of the N rows, into max, sum and context; for the second, `blocks`
  * of each group of heads are as many as can run at a time. */
 kl_status kl_cuda_mla_attend_any(const mla_arguments &a, cudaStream_t stream, kl_error *err);
@@ -162,5 +243,7 @@ kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int blocks, cudaStre
 /* out = W_UV of the pieces, merged. */
 kl_status kl_cuda_mla_finish(const mla_arguments &a, kl_dtype weight, cudaStream_t stream,
                              kl_error *err);
+bool kl_cuda_mla_finish_tensor_fits(const mla_arguments &a, kl_dtype weight);
+kl_status kl_cuda_mla_finish_tensor(const mla_arguments &a, cudaStream_t stream, kl_error *err);
 
 #endif

@@ -2,8 +2,10 @@
  * mla_decode.cu -- latent attention for single tokens over paged latents, in the absorbed form.
  *
  * Computes     q' = [W_UK^T q_nope | q_pe];  ctx = softmax(scale q' [c | k_pe]^T) c;
- *              out = W_UV ctx: the product before the attention, which mla_decode_tensor.cu and
- *              mla_decode_any.cu do piece by piece; mla_decode_finish.cu does the rest
+ *              out = W_UV ctx: the product before the attention, for any shapes; the attention is
+ *              in mla_decode_tensor.cu and mla_decode_any.cu, piece by piece, the rest in
+ *              mla_decode_finish.cu. The model's shapes in bf16 have mla_decode_absorb_tensor.cu
+ *              and mla_decode_finish_tensor.cu for the two ends
  * Shapes       q [N, H, nope+rope]; pages [P, 64, rank+rope]; w_kv_b [H, nope+V, rank];
  *              out [N, H, V]
  * Layout       q's rows strided, the others dense
@@ -130,6 +132,7 @@ __device__ void absorb_rows(const mla_arguments &a, long long block)
         a.rank % 2 == 0 && reinterpret_cast<uintptr_t>(a.w_kv_b) % (2 * sizeof(W)) == 0;
     float acc[ROWS][2] = {};
     absorb_weights<W> weights; /* the first of them before q is there */
+    if (a.unsettled) wait_for_inputs();
     weights.load(w, a.rank, a.nope, cols, pairs);
     wait_for_inputs();
 
@@ -206,6 +209,14 @@ kl_status launch_absorb(const mla_arguments &a, const kl_mla *call, cudaStream_t
     });
 }
 
+kl_status absorb(const mla_arguments &a, const kl_mla *call, cudaStream_t stream, kl_error *err)
+{
+    if (kl_cuda_mla_absorb_tensor_fits(a, call->w_kv_b.dtype))
+        return kl_cuda_mla_absorb_tensor(a, call, stream, err);
+    return with_float_type(
+        a.act, [&](auto t) { return launch_absorb<decltype(t)>(a, call, stream, err); });
+}
+
 /* Of q' as mla_arguments has it, in floats. */
 long long query_row(const mla_arguments &a)
 {
@@ -235,7 +246,9 @@ kl_status attend_in_waves(const mla_arguments &a, kl_dtype weight, int blocks,
         const mla_arguments wave = wave_of(a, first, rows);
         KL_TRY(a.tensor ? kl_cuda_mla_attend_tensor(wave, blocks, stream, err)
                         : kl_cuda_mla_attend_any(wave, stream, err));
-        KL_TRY(kl_cuda_mla_finish(wave, weight, stream, err));
+        KL_TRY(kl_cuda_mla_finish_tensor_fits(wave, weight)
+                   ? kl_cuda_mla_finish_tensor(wave, stream, err)
+                   : kl_cuda_mla_finish(wave, weight, stream, err));
     }
     return KL_OK;
 }
@@ -290,6 +303,7 @@ mla_arguments arguments_of(const kl_mla *a)
         .rank = rank,
         .V = V,
         .splits = mla_most_splits(a->block_table.shape[1]),
+        .unsettled = a->unsettled,
         .act = a->q.dtype,
         .scale = a->scale,
     };
@@ -333,7 +347,6 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
                        "mla_decode: N * H must be <= %lld / (rank / %d), got N %lld, H %lld",
                        MAX_BLOCKS, ABSORB_COLS, args.N, args.H);
     KL_TRY(choose(be, &args, &blocks, err));
-    KL_TRY(with_float_type(
-        args.act, [&](auto t) { return launch_absorb<decltype(t)>(args, a, stream, err); }));
+    KL_TRY(absorb(args, a, stream, err));
     return attend_in_waves(args, weight, blocks, stream, err);
 }

@@ -1,5 +1,6 @@
 /*
- * mla_decode_finish.cu -- mla_decode's last step: its pieces merged, and the product after them.
+ * mla_decode_finish.cu -- mla_decode's last step, for any shapes: its pieces merged, the product
+ * after them.
  *
  * Computes     ctx = the sum of a row's pieces, each times 2^(its max - the largest) / whole sum;
  *              out = W_UV ctx
@@ -222,6 +223,7 @@ __global__ __cluster_dims__(CLUSTER, 1, 1)
     constexpr int STEP = BATCH<ROWS> * WARP * VEC;
     weight_batch<BATCH<ROWS>, VEC, W> batch;
     let_next_start();
+    if (a.unsettled) wait_for_inputs();
     warp_outs mine(a, 0);
     batch.load(w + mine.v * a.rank, 0, a.rank, mine.outs);
     cluster().sync(); /* all four blocks are there to be handed channels */

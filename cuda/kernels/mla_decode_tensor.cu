@@ -25,8 +25,6 @@
 #include "../device/wgmma.cuh"
 #include "../driver.h"
 
-#include <limits.h>
-
 namespace {
 
 constexpr int RANK = 512, ROPE = 64, WIDTH = RANK + ROPE;
@@ -41,8 +39,8 @@ constexpr int ROW_BYTES = 128; /* of a box: 64 channels */
 constexpr int BOX_BYTES = TOKENS * ROW_BYTES;
 constexpr int BOXES = WIDTH / 64, CONTEXT_BOXES = RANK / 64;
 constexpr int PAGE_BYTES = BOXES * BOX_BYTES;
-constexpr int STAGES = 3;       /* pages on their way or in use */
-constexpr int WEIGHT_SLOTS = 2; /* pages whose probabilities are there at a time */
+constexpr int STAGES = MLA_TENSOR_STAGES; /* pages on their way or in use */
+constexpr int WEIGHT_SLOTS = 2;           /* pages whose probabilities are there at a time */
 constexpr int STEPS = WIDTH / 16;
 
 /* Each array of the first two begins at a multiple of 1024 bytes, for the swizzle. */
@@ -65,86 +63,14 @@ template <int SLOTS> struct ring_place {
     }
 };
 
-/* ---- a block's part of the work -------------------------------------------------------- */
-
-/* Pages first, first + 1, ... of row n, the last of them with so many tokens; their results go to
- * `slot`. */
-struct piece {
-    long long n, slot, first;
-    int pages, last;
-
-    __device__ int tokens(int i) const { return i + 1 < pages ? TOKENS : last; }
-};
-
-/* The pieces of this block one after the other, found by every warp for itself. Units, pages or
- * splits, are numbered row by row; the rows before `n` have `base` of them. */
-struct piece_walk {
-    const mla_arguments &a;
-    long long n = 0, base = 0, at, end;
-
-    __device__ explicit piece_walk(const mla_arguments &from)
-        : a(from), at(blockIdx.x), end(LLONG_MAX)
-    {
-        if (a.shares == 0) return;
-        long long all = 0;
-        for (long long row = lane_id(); row < a.N; row += WARP)
-            all += mla_pages_of(a.lengths[row]);
-        const mla_shares shares(mla_warp_total(all), a.shares);
-        const bool some = blockIdx.x < shares.count;
-        at = some ? shares.first(blockIdx.x) : 0;
-        end = some ? shares.first(blockIdx.x + 1) : 0;
-    }
-
-    __device__ bool next(piece *out)
-    {
-        for (; at < end && n < a.N; n += WARP) {
-            const long long row = n + lane_id();
-            const mla_cut cut(row < a.N ? a.lengths[row] : 0);
-            const long long units = a.shares == 0 ? cut.count : cut.pages;
-            long long before = units;
-#pragma unroll
-            for (int d = 1; d < WARP; d *= 2) {
-                const long long left = __shfl_up_sync(ALL_LANES, before, d);
-                if (lane_id() >= d) before += left;
-            }
-            const unsigned found = __ballot_sync(ALL_LANES, at < base + before);
-            if (found != 0) {
-                take(cut, row, at - (base + before - units), __ffs(found) - 1, out);
-                return true;
-            }
-            base += __shfl_sync(ALL_LANES, before, WARP - 1);
-        }
-        return false;
-    }
-
-    /* Lane `from` has the row, and the unit's number within it. */
-    __device__ void take(const mla_cut &cut, long long row, long long unit, int from,
-                         piece *out)
-    {
-        const bool shared_out = a.shares > 0;
-        const long long first = shared_out ? unit : unit * cut.size;
-        const long long most = shared_out ? end - at : cut.size, left = cut.pages - first;
-        const long long pages = most < left ? most : left;
-        const long long tokens = cut.length - (first + pages - 1) * TOKENS;
-        const long long slot = shared_out ? blockIdx.x + row : row * a.splits + unit;
-        out->n = __shfl_sync(ALL_LANES, row, from);
-        out->slot = __shfl_sync(ALL_LANES, slot, from);
-        out->first = __shfl_sync(ALL_LANES, first, from);
-        out->pages = __shfl_sync(ALL_LANES, static_cast<int>(pages), from);
-        out->last =
-            __shfl_sync(ALL_LANES, static_cast<int>(tokens < TOKENS ? tokens : TOKENS), from);
-        at += shared_out ? out->pages : gridDim.x;
-    }
-};
-
 /* ---- bringing pages, by one warp ------------------------------------------------------- */
 
 /* Page numbers are read 32 at a time, while the ones before are still brought. */
 __device__ void bring_pages(const mla_arguments &a, const CUtensorMap &map, shared_memory &s)
 {
     ring_place<STAGES> at;
-    piece_walk walk(a);
-    for (piece it; walk.next(&it);) {
+    mla_walk walk(a, blockIdx.x);
+    for (mla_piece it; walk.next(&it);) {
         const int *table = a.block_table + it.n * a.B + it.first;
         const auto number_of = [&](int i) { return i < it.pages ? table[i] : 0; };
         int numbers = 0, coming = number_of(lane_id());
@@ -245,8 +171,8 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
     ring_place<WEIGHT_SLOTS> to;
     uint32_t q[STEPS][4];
     float scores[TOKENS / 2];
-    piece_walk walk(a);
-    for (piece it; walk.next(&it);) {
+    mla_walk walk(a, blockIdx.x);
+    for (mla_piece it; walk.next(&it);) {
         softmax_state state = {-INFINITY, 0};
         load_query(a, it.n, h0, q);
         for (int i = 0; i < it.pages; i++) {
@@ -337,8 +263,8 @@ __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory
     ring_place<STAGES> at;
     ring_place<WEIGHT_SLOTS> from;
     context_sums acc;
-    piece_walk walk(a);
-    for (piece it; walk.next(&it);) {
+    mla_walk walk(a, blockIdx.x);
+    for (mla_piece it; walk.next(&it);) {
 #pragma unroll
         for (int m = 0; m < CONTEXT_BOXES; m++)
 #pragma unroll
@@ -368,6 +294,12 @@ __device__ void make_barriers(shared_memory &s)
     barrier_init_done();
 }
 
+/* Ask for the map, before its first box is. */
+__device__ void prefetch_map(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __global__ __launch_bounds__(THREADS,
                              1) void mla_attend_tensor(__grid_constant__ const mla_arguments a,
                                                        __grid_constant__ const CUtensorMap map)
@@ -377,7 +309,7 @@ __global__ __launch_bounds__(THREADS,
         (reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);
     const long long h0 = static_cast<long long>(blockIdx.y) * HEADS;
     let_next_start();
-    if (threadIdx.x == 0) make_barriers(s);
+    if (threadIdx.x == 0) make_barriers(s), prefetch_map(&map);
     __syncthreads();
     wait_for_inputs();
     if (threadIdx.x < WARPGROUP) {

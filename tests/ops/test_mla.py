@@ -364,8 +364,8 @@ def check_tiles(case):
 @every_device
 @pytest.mark.parametrize(
     "heads,lengths",
-    [(2, [1]), (2, [12345]), (1, [1, 8449, 64, 65, 3000, 127]), (37, [64] * 40),
-     (3, [*range(3, 400, 9), 2000])],
+    [(2, [1]), (2, [12345]), (2, [4000, 70]), (1, [1, 2000, 65]), (1, [70] * 17),
+     (1, [1, 8449, 64, 65, 3000, 127]), (37, [64] * 40), (3, [*range(3, 400, 9), 2000])],
 )  # fmt: skip
 def test_steps_whose_pages_are_shared_out(heads, lengths):
     """CUDA gives each of its blocks as many pages, of one sequence or several."""

@@ -1,0 +1,331 @@
+/*
+ * mla_decode_finish_tensor.cu -- mla_decode's last step on tensor cores, for the shapes of
+ * mla_decode_tensor.cu.
+ *
+ * Computes     ctx = the sum of a row's pieces, each times 2^(its max - the largest) / whole sum;
+ *              out = W_UV ctx
+ * Shapes       context [slots, H, 512] f32; w_kv_b [H, nope+128, 512] bf16; out [N, H, 128] bf16
+ * Layout       dense, w_kv_b at a multiple of 16 bytes
+ * Precision    ctx as a sum of two bf16 (16 bits), f32 sums, rounded once
+ * Grid         a cluster of four blocks for a head, for 1, 2, 4 or 16 rows. A block has a quarter
+ *              of the channels: its weights, all 128 outputs of them, are in shared memory before
+ *              the pieces are there; it merges the pieces, eight or two warps a row, multiplies,
+ *              and sends each block its quarter of the outputs, to be added up
+ * Order        pieces in eight interleaved runs, which are added as a tree; channels in order
+ *              within a quarter, then the quarters: the same for any N
+ * Roofline     half of w_kv_b, 4.2 MB with the model's shapes: 1.4 us at 3.0 TB/s; 66 KB a piece,
+ *              out of the L2
+ * Measured     not timed yet
+ */
+#include "../device/cluster.cuh"
+#include "../device/launch.cuh"
+#include "../device/mla.cuh"
+#include "../device/mma.cuh"
+
+namespace {
+
+constexpr int RANK = 512, OUTS = 128;
+constexpr int WARPS = 8, THREADS = WARPS * WARP;
+constexpr int CLUSTER = 4;
+constexpr int CHANNELS = RANK / CLUSTER; /* of a block; four a lane */
+constexpr int STEPS = CHANNELS / 16, PIECES = CHANNELS / 8;
+constexpr int OUT_QUARTER = OUTS / CLUSTER;
+constexpr int RUNS = 8; /* interleaved runs of a row's pieces */
+constexpr int MOST_PIECES = MLA_MAX_SHARES > MLA_MAX_SPLITS ? MLA_MAX_SHARES : MLA_MAX_SPLITS;
+static_assert(CHANNELS == 4 * WARP && OUTS == 16 * WARPS && RUNS == WARPS);
+
+/* Rows of a block: warps that have all runs of a row go on to another. */
+template <int runs> constexpr int ROWS = runs == RUNS ? 2 * WARPS : runs;
+
+__device__ int block_of_cluster()
+{
+    return blockIdx.x % CLUSTER;
+}
+
+/* Pieces of 16 bytes of a row lie in another order in each of eight rows, for ldmatrix. */
+template <int runs> struct shared_memory {
+    static constexpr int MERGED = ROWS<runs> < 8 ? 8 : ROWS<runs>;
+    uint4 weights[OUTS][PIECES];
+    uint4 merged[2][MERGED][PIECES]; /* as bf16, and what these lack */
+    float received[CLUSTER][ROWS<runs>][OUT_QUARTER];
+    float factors[WARPS][MOST_PIECES];
+    alignas(16) float parts[runs == RUNS ? 1 : WARPS][CHANNELS];
+    barrier outs;
+};
+
+/* ---- merging the pieces ---------------------------------------------------------------- */
+
+/* Of one row, by a warp; the pieces' factors: to the common maximum, over the whole sum. */
+__device__ void weigh_pieces(const mla_arguments &a, const mla_pieces &pieces, long long h,
+                             float *factors)
+{
+    constexpr int EACH = (MOST_PIECES + WARP - 1) / WARP;
+    const long long at = pieces.first * a.H + h;
+    float max[EACH], sum[EACH], top = -INFINITY, total = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int p = i * WARP + lane_id();
+        const bool inside = p < pieces.count;
+        max[i] = inside ? a.max[at + p * a.H] : -INFINITY;
+        sum[i] = inside ? a.sum[at + p * a.H] : 0.0f;
+        top = fmaxf(top, max[i]);
+    }
+    top = warp_max(top);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        max[i] = exp2f(max[i] - top);
+        total = fmaf(max[i], sum[i], total);
+    }
+    total = warp_sum(total);
+    __syncwarp(); /* the row before has been read */
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (i * WARP + lane_id() < pieces.count) factors[i * WARP + lane_id()] = max[i] / total;
+    __syncwarp();
+}
+
+/* A lane's four channels of `wide` pieces from p on, and of as many every eight pieces. */
+template <int turns, int wide> struct piece_batch {
+    float4 x[turns][wide];
+
+    __device__ void load(const float4 *from, long long stride, int p, int count)
+    {
+#pragma unroll
+        for (int t = 0; t < turns; t++)
+#pragma unroll
+            for (int j = 0; j < wide; j++) {
+                const int i = p + t * RUNS + j;
+                x[t][j] = i < count ? from[i * stride] : float4{0, 0, 0, 0};
+            }
+    }
+
+    __device__ void add(const float *factors, int p, int count, float4 *acc) const
+    {
+#pragma unroll
+        for (int t = 0; t < turns; t++)
+#pragma unroll
+            for (int j = 0; j < wide; j++) {
+                const int i = p + t * RUNS + j;
+                const float factor = i < count ? factors[i] : 0.0f;
+                acc[j].x = fmaf(factor, x[t][j].x, acc[j].x);
+                acc[j].y = fmaf(factor, x[t][j].y, acc[j].y);
+                acc[j].z = fmaf(factor, x[t][j].z, acc[j].z);
+                acc[j].w = fmaf(factor, x[t][j].w, acc[j].w);
+            }
+    }
+};
+
+__device__ float4 plus(float4 a, float4 b)
+{
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+/* The sum of neighbours, of their neighbours and so on; `count` is a power of two. */
+template <int count> __device__ float4 tree_sum(float4 (&x)[count])
+{
+#pragma unroll
+    for (int d = 1; d < count; d *= 2)
+#pragma unroll
+        for (int i = 0; i + d < count; i += 2 * d) x[i] = plus(x[i], x[i + d]);
+    return x[0];
+}
+
+/* This warp's runs of a row, of its lane's channels; the first pieces are on their way before
+ * their factors are known. */
+template <int runs>
+__device__ float4 merge_runs(const mla_arguments &a, long long n, long long h, int first_run,
+                             float *factors)
+{
+    constexpr int WIDE = runs < 4 ? runs : 4, TURNS = runs == 1 ? 16 : 8 / runs;
+    const mla_pieces pieces(a, n);
+    const int count = static_cast<int>(pieces.count), channel = block_of_cluster() * CHANNELS;
+    const float4 *from = reinterpret_cast<const float4 *>(
+                             a.context + (pieces.first * a.H + h) * RANK + channel) +
+                         lane_id();
+    const long long stride = a.H * (RANK / 4);
+    float4 acc[runs] = {};
+    piece_batch<TURNS, WIDE> x;
+    x.load(from, stride, first_run, count);
+    weigh_pieces(a, pieces, h, factors);
+    for (int p = first_run; p < count; p += TURNS * RUNS)
+#pragma unroll
+        for (int j = 0; j < runs; j += WIDE) {
+            if (p > first_run || j > 0) x.load(from, stride, p + j, count);
+            x.add(factors, p + j, count, acc + j);
+        }
+    return tree_sum(acc);
+}
+
+/* A lane's channels of a row, as operand B. */
+template <int runs> __device__ void store_merged(shared_memory<runs> &s, int row, float4 x)
+{
+    const int piece = (lane_id() / 2) ^ row % 8, half = lane_id() % 2;
+    const uint2 high = {pack_bf16(x.x, x.y), pack_bf16(x.z, x.w)};
+    const uint2 low = {pack_bf16(x.x - low_half(high.x), x.y - high_half(high.x)),
+                       pack_bf16(x.z - low_half(high.y), x.w - high_half(high.y))};
+    reinterpret_cast<uint2 *>(&s.merged[0][row][piece])[half] = high;
+    reinterpret_cast<uint2 *>(&s.merged[1][row][piece])[half] = low;
+}
+
+/* Warps with all runs of a row. */
+template <int runs>
+__device__ void merge_whole_rows(const mla_arguments &a, long long n0, int rows, long long h,
+                                 shared_memory<runs> &s)
+{
+    for (int row = warp_id(); row < rows; row += WARPS)
+        store_merged(s, row, merge_runs<runs>(a, n0 + row, h, 0, s.factors[warp_id()]));
+}
+
+/* Warps that share a row. */
+template <int runs>
+__device__ void merge_shared_rows(const mla_arguments &a, long long n0, int rows, long long h,
+                                  shared_memory<runs> &s)
+{
+    constexpr int SHARE = RUNS / runs; /* warps of a row */
+    const int row = warp_id() / SHARE, run = warp_id() % SHARE * runs;
+    if (row < rows)
+        reinterpret_cast<float4 *>(s.parts[warp_id()])[lane_id()] =
+            merge_runs<runs>(a, n0 + row, h, run, s.factors[warp_id()]);
+    __syncthreads();
+    if (warp_id() >= rows) return;
+    float4 x[SHARE];
+#pragma unroll
+    for (int i = 0; i < SHARE; i++)
+        x[i] = reinterpret_cast<const float4 *>(s.parts[warp_id() * SHARE + i])[lane_id()];
+    store_merged(s, warp_id(), tree_sum(x));
+}
+
+/* ---- out = W_UV ctx -------------------------------------------------------------------- */
+
+template <int runs>
+__device__ void bring_weights(const mla_arguments &a, long long h, shared_memory<runs> &s)
+{
+    const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) +
+                    (h * (a.nope + OUTS) + a.nope) * RANK + block_of_cluster() * CHANNELS;
+#pragma unroll
+    for (int i = threadIdx.x; i < OUTS * PIECES; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        copy_async(&s.weights[row][piece ^ row % 8], w + row * RANK + piece * 8, true);
+    }
+    copy_commit();
+}
+
+/* acc[j][0], acc[j][1]: output 16 warp + lane / 4 of rows 8 j + 2 (lane % 4) and the next one;
+ * then output + 8. */
+template <int runs, int TILES>
+__device__ void multiply(const shared_memory<runs> &s, int rows, float (&acc)[TILES][4])
+{
+    const int lane = lane_id(), out = 16 * warp_id() + lane % 16;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        uint32_t w[4], x[4];
+        ldmatrix(w, &s.weights[out][(2 * step + lane / 16) ^ out % 8]);
+#pragma unroll
+        for (int j = 0; j < TILES; j++) {
+            if (8 * j >= rows) break;
+            /* Two matrices of the bf16, two of what they lack. */
+            const int row = 8 * j + lane % 8;
+            ldmatrix(x, &s.merged[lane / 16][row][(2 * step + lane / 8 % 2) ^ row % 8]);
+            mma_bf16(acc[j], w, {x[0], x[1]});
+            mma_bf16(acc[j], w, {x[2], x[3]});
+        }
+    }
+}
+
+/* Each block its quarter of the outputs. */
+template <int runs, int TILES>
+__device__ void send_out(shared_memory<runs> &s, int rows, const float (&acc)[TILES][4])
+{
+    const unsigned own = block_of_cluster(), to = warp_id() / (OUT_QUARTER / 16);
+    const int out = warp_id() % (OUT_QUARTER / 16) * 16 + lane_id() / 4;
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int n = 8 * j + lane_id() % 4 * 2 + i % 2;
+            if (n < rows)
+                store_in(to, &s.received[own][n][out + i / 2 * 8], acc[j][i], &s.outs);
+        }
+}
+
+template <int runs>
+__device__ void add_up(const mla_arguments &a, long long n0, int rows, long long h,
+                       const shared_memory<runs> &s)
+{
+    const int v0 = block_of_cluster() * OUT_QUARTER;
+    for (int i = threadIdx.x; i < rows * OUT_QUARTER; i += THREADS) {
+        const int n = i / OUT_QUARTER, v = i % OUT_QUARTER;
+        float sum = 0;
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++) sum += s.received[b][n][v];
+        static_cast<bf16 *>(a.out)[((n0 + n) * a.H + h) * OUTS + v0 + v] =
+            from_float<bf16>(sum);
+    }
+}
+
+/* At least two blocks fit a multiprocessor: one each, and an H100 would hold no more than 30
+ * clusters of four. */
+template <int runs>
+__global__ __cluster_dims__(CLUSTER, 1, 1)
+    __launch_bounds__(THREADS, runs == RUNS ? 4 : 2) void mla_finish_tensor(
+        __grid_constant__ const mla_arguments a)
+{
+    extern __shared__ __align__(16) char memory[];
+    shared_memory<runs> &s = *reinterpret_cast<shared_memory<runs> *>(memory);
+    const long long unit = blockIdx.x / CLUSTER, h = unit % a.H, n0 = unit / a.H * ROWS<runs>;
+    const int rows = static_cast<int>(a.N - n0 < ROWS<runs> ? a.N - n0 : ROWS<runs>);
+    let_next_start();
+    if (a.unsettled) wait_for_inputs();
+    bring_weights(a, h, s);
+    if (threadIdx.x == 0) {
+        barrier_init(&s.outs, 1);
+        barrier_init_done();
+        barrier_arrive_expecting(&s.outs, CLUSTER * rows * OUT_QUARTER * 4);
+    }
+    __syncwarp();
+    cluster_arrive();
+    wait_for_inputs();
+    if constexpr (runs == RUNS)
+        merge_whole_rows(a, n0, rows, h, s);
+    else
+        merge_shared_rows(a, n0, rows, h, s);
+    copy_wait<0>();
+    __syncthreads();
+    float acc[(ROWS<runs> + 7) / 8][4] = {};
+    multiply(s, rows, acc);
+    cluster_wait(); /* the barriers of all four blocks are there */
+    send_out(s, rows, acc);
+    barrier_wait_for_cluster(&s.outs, 0);
+    add_up(a, n0, rows, h, s);
+}
+
+template <int runs> kl_status launch(const mla_arguments &a, cudaStream_t stream, kl_error *err)
+{
+    const long long blocks = mla_divide_up(a.N, ROWS<runs>) * a.H * CLUSTER;
+    constexpr int BYTES = sizeof(shared_memory<runs>);
+    if (blocks > MAX_BLOCKS)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "mla_decode: N * H must be <= %lld, got N %lld, H %lld",
+                       MAX_BLOCKS / CLUSTER, a.N, a.H);
+    const auto kernel = mla_finish_tensor<runs>;
+    KL_CUDA_TRY(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), err);
+    return kl_cuda_launch(kernel, static_cast<unsigned>(blocks), THREADS, BYTES, stream, err,
+                          a);
+}
+
+} // namespace
+
+bool kl_cuda_mla_finish_tensor_fits(const mla_arguments &a, kl_dtype weight)
+{
+    return a.tensor && a.V == OUTS && weight == KL_BF16 &&
+           is_aligned(a.w_kv_b, 0, sizeof(bf16), 16);
+}
+
+kl_status kl_cuda_mla_finish_tensor(const mla_arguments &a, cudaStream_t stream, kl_error *err)
+{
+    if (a.N == 1) return launch<1>(a, stream, err);
+    if (a.N == 2) return launch<2>(a, stream, err);
+    if (a.N <= 4) return launch<4>(a, stream, err);
+    return launch<RUNS>(a, stream, err);
+}
