@@ -88,7 +88,8 @@ def kda_prefill(q: Any, k: Any, v: Any, g: Any, beta: Any, *, scale: float | Non
     Returns:
         (o [T, H, V], final_state), with checkpoint_every (o, final_state, checkpoints). Cutting a
         sequence at a multiple of 16 tokens (64 on a GPU) and passing the state on changes no bit
-        of the result.
+        of the result; on a GPU, that of a long sequence of few heads only where the backend is
+        batch-invariant.
 
     Source: Kimi Linear, arXiv 2510.26692, section 3; csrc/backend/ops.h.
     """

@@ -193,8 +193,10 @@ typedef enum {
  * kda_decode: T = N, one token for each sequence, cu_seqlens absent. kda_prefill computes the
  * same function of any lengths; it may reorder the arithmetic within chunks that start at a
  * sequence's first token of the call, KL_KDA_CHUNK tokens each (64 on CUDA), and takes the order
- * of kda_decode for a chunk of a single token. An exponent is positive only where it is bounded
- * and its factor's partner makes up for it.
+ * of kda_decode for a chunk of a single token. On CUDA, unless the backend is batch-invariant, a
+ * long sequence of few heads is computed by segments side by side, as many as the call leaves room
+ * for, and f32 products make their states. An exponent is positive only where it is bounded and
+ * its factor's partner makes up for it.
  *
  * Checkpoints, of kda_prefill: with E = checkpoint_every the state of sequence n after its first
  * (c + 1) E tokens of the call is stored in row cu_seqlens[n] / E + c, too. Rows are distinct and
@@ -261,7 +263,8 @@ typedef struct {
     bool single, guesses;
 } kl_kda_mixer;
 
-#define KL_KDA_CHUNK      16 /* cutting a prefill at its multiples changes no bit (64 on CUDA) */
+/* Cutting a prefill at its multiples changes no bit; on CUDA at 64, where there are no segments. */
+#define KL_KDA_CHUNK      16
 #define KL_KDA_CHECKPOINT 64
 #define KL_KDA_MAX_K      256
 

@@ -126,9 +126,14 @@ static kl_status run_tokens(kda_arguments args, const kl_kda *a, bool last_only,
 
 /* ---- the operation ----------------------------------------------------------------------- */
 
-size_t kl_cuda_kda_prefill_workspace(kl_backend *, const kl_kda_prefill *a)
+static bool is_invariant(kl_backend *be)
 {
-    return shapes_fit(a) ? kda_chunked_workspace(a) : 0;
+    return reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+}
+
+size_t kl_cuda_kda_prefill_workspace(kl_backend *be, const kl_kda_prefill *a)
+{
+    return shapes_fit(a) ? kda_chunked_workspace(a, is_invariant(be)) : 0;
 }
 
 bool kda_leaves_last_tokens(const kl_kda *a)
@@ -141,7 +146,7 @@ kl_status kda_prefill_with(kl_backend *be, const kl_kda *a, const kda_fused &f, 
     const kda_arguments args = kda_arguments_of(a);
     const cudaStream_t stream = kl_cuda_stream(be);
     const bool leaves = kda_leaves_last_tokens(a);
-    if (a->q.shape[0] > 1) KL_TRY(kda_chunked(args, f, a, stream, err));
+    if (a->q.shape[0] > 1) KL_TRY(kda_chunked(args, f, a, is_invariant(be), stream, err));
     return leaves ? run_tokens(args, a, true, stream, err) : KL_OK;
 }
 

@@ -13,7 +13,8 @@
  * that it takes one after the other. For each pair, one block a tile of 64 value rows takes the
  * state through the chunks; all blocks prepare chunks, whichever comes next. A chunk has a serial
  * number in its pair, growing in the order in which the state needs it, with gaps; it travels
- * through slot (serial % slots) of the pair's ring, which stays in the L2.
+ * through slot (serial % slots) of the pair's ring, which stays in the L2. Where heads are few
+ * and sequences long, segments of these take the sequences' place (kda_prefill_segments.cu).
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_H
@@ -28,10 +29,14 @@ constexpr int KDA_MAX_LANES = 64;
 /* Each tile of a head needs a block of its own that is resident with all others: the smallest
  * slice of an H100 (MIG 1g.10gb) has 16 multiprocessors. */
 constexpr int KDA_MAX_V = 16 * KDA_V_TILE;
+constexpr int KDA_UNIT_TILES = KDA_K / KDA_V_TILE; /* of the rows that give a segment's M */
 
 /* Cutting a sequence at multiples of so many tokens changes no bit; a last token beyond them is
  * left to kda_decode's arithmetic. */
 constexpr int KDA_GRID = 64;
+
+/* Tokens that are worth a segment of their own. */
+constexpr int KDA_SEGMENT = 1024;
 
 /* A prepared chunk of a head, copied to shared memory as it lies. X = (1 + A)^-1 diag(b). In the
  * order in which wgmma reads it (wgmma.cuh): the channels in two halves, and of rows of 128 or 64
@@ -61,9 +66,16 @@ struct kda_fused {
 constexpr int KDA_FINISHED_V = 2 * KDA_V_TILE;
 constexpr int KDA_SUMS = KDA_TOKENS * KDA_V_TILE / 8, KDA_SUMS_KEPT = 4;
 
-/* How a call is dealt out; the results do not depend on it. */
+/* What a launch is for: the summaries of segments (kda_prefill_segments.cu), or the outputs. */
+enum kda_pass { KDA_SUMMARIES, KDA_OUTPUTS };
+
+/* How a call is dealt out; the results do not depend on it, but for the segments. */
 struct kda_plan {
-    int sequences;
+    kda_pass pass;
+    int segments;     /* of a sequence of the call, at most: from here on each is a sequence */
+    int sequences;    /* so many of the call's times the above     */
+    const int *cu;    /* [sequences + 1] their borders             */
+    float *summaries; /* [sequences, H, V + 128, 128] C, then S, above M */
     int lanes, groups, pairs; /* pairs = lanes * groups             */
     int rounds;               /* heads of a group, at most          */
     int tiles;                /* of a head's value rows             */
@@ -95,23 +107,49 @@ __device__ inline int kda_first_number(const int *cu, int n)
     return cu[n] / KDA_TOKENS + n;
 }
 
-/* Tokens of a sequence that go by chunks. */
-__device__ inline int kda_chunked_tokens(const int *cu, int n)
+/* Sequence n of a plan ends where the call's does; the empty ones behind it do, too. */
+__device__ inline bool kda_ends(const kda_plan &p, int n)
 {
-    const int tokens = cu[n + 1] - cu[n];
+    return p.cu[n + 1] == p.cu[(n / p.segments + 1) * p.segments];
+}
+
+/* Tokens of a sequence that go by chunks: nobody asks for what the last segment makes of S. */
+__device__ inline int kda_chunked_tokens(const kda_plan &p, int n)
+{
+    const int tokens = p.cu[n + 1] - p.cu[n];
+    if (p.pass == KDA_SUMMARIES && kda_ends(p, n)) return 0;
     return tokens % KDA_GRID == 1 ? tokens - 1 : tokens;
+}
+
+/* State rows of head h of the call's sequence n. */
+__device__ inline float *kda_slot(const kda_arguments &a, int n, int h)
+{
+    const long long slot = a.slots == nullptr ? n : a.slots[n];
+    return a.state + (slot * a.H + h) * a.V * KDA_K;
+}
+
+/* Rows of C, then of M, of head h of a plan's sequence n. */
+__device__ inline float *kda_summary(const kda_arguments &a, const kda_plan &p, int n, int h)
+{
+    return p.summaries + (n * a.H + h) * (a.V + KDA_K) * KDA_K;
 }
 
 /* Host: bf16 with K = 128 and 32 | V <= KDA_MAX_V, in pieces of 16 bytes; all but the last tokens
  * above. */
-size_t kda_chunked_workspace(const kl_kda *a);
+size_t kda_chunked_workspace(const kl_kda *a, bool invariant);
 kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *op,
-                      cudaStream_t stream, kl_error *err);
+                      bool invariant, cudaStream_t stream, kl_error *err);
 
 /* Host: whether a call goes by chunks; and the call, its last tokens past KDA_GRID without what
  * `f` adds to the output: whether there may be any. */
 bool kda_chunked_applies(const kl_kda *a);
 bool kda_leaves_last_tokens(const kl_kda *a);
 kl_status kda_prefill_with(kl_backend *be, const kl_kda *a, const kda_fused &f, kl_error *err);
+
+/* Host, of kda_prefill_segments.cu: where N sequences are cut, and every segment's start. */
+kl_status kda_cut(const int *cu, long long N, int segments, int *borders, cudaStream_t stream,
+                  kl_error *err);
+kl_status kda_join(const kda_arguments &a, const kda_plan &p, cudaStream_t stream,
+                   kl_error *err);
 
 #endif

@@ -13,7 +13,9 @@
  *              warps prepare chunks, and in as many blocks as there are pairs and tiles of 64
  *              value rows, eight warps take the state through them. Chunks travel by a ring that
  *              stays in the L2. A block waits only for what earlier chunks need: see
- *              wait_until_ready() and wait_for_room().
+ *              wait_until_ready() and wait_for_room(). Few heads and long sequences: twice, for
+ *              the summaries of segments (both warpgroups take rows, 64 of C and 64 of M), then
+ *              for the outputs
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
  *              an H100; bound by what preparing takes, most of the instructions
  * Measured     H100, 8,192 tokens of 32 heads: 398 us (28 % of the roofline), with the softplus
@@ -32,10 +34,16 @@ constexpr int THREADS = GROUPS * GROUP;
 enum { CHAIN, OUTPUT, BRING, PREPARE };
 /* A chain warp holds its rows of the state beside their operands; the others give up for it. */
 constexpr int CHAIN_REGISTERS = 168, OTHER_REGISTERS = 112;
+/* Where two are chains, and nobody is there to finish outputs. */
+constexpr int BRING_REGISTERS = 64;
 static_assert(SCANNERS == PREPARERS);
-static_assert(CHAIN_REGISTERS + (GROUPS - 1) * OTHER_REGISTERS <= 512);
-/* Chunks in flight: more than what all groups prepare at once, and 16 MB. */
-constexpr int RING = 512;
+static_assert(CHAIN_REGISTERS + 3 * OTHER_REGISTERS <= 512);
+static_assert(2 * CHAIN_REGISTERS + OTHER_REGISTERS + BRING_REGISTERS <= 512);
+/* Chunks in flight: more than what all groups prepare at once, and 16 MB. Of a pair: as many let
+ * as many groups prepare ahead of it; more than 64 chunks ahead serve nobody. */
+constexpr int RING = 512, FEWEST_SLOTS = 8, MOST_SLOTS = 64;
+/* Segments of a sequence: two would take as long in two passes as one does in one. */
+constexpr int FEWEST_SEGMENTS = 3, MOST_SEGMENTS = 16;
 
 struct block_memory {
     union {
@@ -47,16 +55,18 @@ struct block_memory {
 };
 static_assert(sizeof(block_memory) <= 227 * 1024);
 
-__device__ void find_lanes(const kda_arguments &a, const kda_plan &p, kda_lanes_of_call &to)
+__device__ void find_lanes(const kda_plan &p, kda_lanes_of_call &to)
 {
     const int l = threadIdx.x, N = p.sequences;
     if (l <= p.lanes) {
-        const long long all = kda_first_number(a.cu, N);
+        const long long all = kda_first_number(p.cu, N);
         int n = l < p.lanes ? 0 : N;
-        if (l > 0 && l < p.lanes)
+        if (p.lanes == N)
+            n = l;
+        else if (l > 0 && l < p.lanes)
             n = last_begun(
-                N, [&](int i) { return kda_first_number(a.cu, i) <= all * l / p.lanes; });
-        to.lane[l] = {n, kda_first_number(a.cu, n)};
+                N, [&](int i) { return kda_first_number(p.cu, i) <= all * l / p.lanes; });
+        to.lane[l] = {n, kda_first_number(p.cu, n)};
     }
     __syncthreads();
     if (l > 0) return;
@@ -84,6 +94,30 @@ __device__ void init_barriers(scan_memory &m)
     barrier_init_done();
 }
 
+/* What a warpgroup of a block that scans does there. */
+template <kda_pass pass>
+__device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
+{
+    constexpr bool outputs = pass == KDA_OUTPUTS;
+    if (group == CHAIN) {
+        registers_up_to<CHAIN_REGISTERS>();
+        run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m);
+    } else if (group == BRING) {
+        registers_down_to<outputs ? OTHER_REGISTERS : BRING_REGISTERS>();
+        if (w == 0)
+            bring_chunks(s, m);
+        else if (outputs && s.f.weight != nullptr)
+            run_finish(s, w - 1, m);
+    } else if constexpr (outputs) {
+        registers_down_to<OTHER_REGISTERS>();
+        run_output(s, w, m);
+    } else {
+        registers_up_to<CHAIN_REGISTERS>();
+        run_chain<OF_UNITS>(s, w, m);
+    }
+}
+
+template <kda_pass pass>
 __global__ __launch_bounds__(THREADS,
                              1) void kda_chunked_kernel(__grid_constant__ const kda_arguments a,
                                                         __grid_constant__ const kda_plan p,
@@ -93,101 +127,150 @@ __global__ __launch_bounds__(THREADS,
     block_memory &m = *reinterpret_cast<block_memory *>(bytes);
     /* From a shuffle, ptxas knows that it is the same for the warp; else it waits for every
      * product of a warpgroup on its own. */
-    const int w = __shfl_sync(ALL_LANES, warp_id(), 0);
-    const int pair = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles;
-    const bool scans = pair < p.pairs;
-    if (scans && threadIdx.x == THREADS - 1) init_barriers(m.scan);
-    find_lanes(a, p, m.lanes);
+    const int w = __shfl_sync(ALL_LANES, warp_id(), 0), group = w / PREPARERS;
+    const int pair = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles, l = pair / p.groups;
+    const bool owns = pair < p.pairs;
+    find_lanes(p, m.lanes);
     __syncthreads();
 
-    const int group = w / PREPARERS, l = pair / p.groups;
     const kda_lane none = {};
     const scanner s = {a,
                        p,
                        f,
-                       scans ? m.lanes.lane[l] : none,
-                       scans ? m.lanes.lane[l + 1] : none,
+                       owns ? m.lanes.lane[l] : none,
+                       owns ? m.lanes.lane[l + 1] : none,
                        m.lanes.longest,
                        pair,
                        tile};
-    if (scans && group == CHAIN) {
-        registers_up_to<CHAIN_REGISTERS>();
-        run_chain(s, w % PREPARERS, m.scan);
+    const bool scans = __shfl_sync(ALL_LANES, walk(s).valid, 0);
+    if (scans && threadIdx.x == THREADS - 1) init_barriers(m.scan);
+    __syncthreads();
+    if (scans && group != PREPARE) {
+        scan_chunks<pass>(s, group, w % PREPARERS, m.scan);
     } else {
         registers_down_to<OTHER_REGISTERS>();
-        if (scans && group == OUTPUT)
-            run_output(s, w % PREPARERS, m.scan);
-        else if (!scans || group == PREPARE)
-            prepare_chunks(a, p, f, m.lanes, group,
-                           group == PREPARE ? m.prepare : m.more[group]);
-        else if (w % PREPARERS == 0)
-            bring_chunks(s, m.scan);
-        else if (f.weight != nullptr)
-            run_finish(s, w % PREPARERS - 1, m.scan);
+        prepare_chunks(a, p, f, m.lanes, group, group == PREPARE ? m.prepare : m.more[group]);
     }
 }
 
-/* ---- host -------------------------------------------------------------------------------- */
+/* ---- host: who does what ------------------------------------------------------------------ */
 
-size_t flag_bytes(const kda_plan &p)
+long long parts(long long n, long long size)
 {
-    return sizeof(unsigned) * KDA_FLAG * (1 + p.pairs * (p.slots + p.tiles));
+    return (n + size - 1) / size;
 }
 
-/* Behind the flags. */
-size_t sum_bytes(const kda_plan &p)
-{
-    return p.tiles == 2 ? sizeof(uint64_t) * p.pairs * 2 * KDA_SUMS_KEPT * KDA_SUMS : 0;
-}
-
-kl_status plan_of(long long N, long long H, long long V, kda_plan *p, kl_error *err)
-{
+/* What the plans of a call are made from. */
+struct call_sizes {
+    long long N, T, H, V;
     int multiprocessors;
-    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    const auto parts = [](long long n, long long size) { return (n + size - 1) / size; };
-    const long long tiles = parts(V, KDA_V_TILE);
+    bool invariant;
+
+    /* Blocks that take a head through the chunks. */
+    long long tiles(kda_pass pass) const
+    {
+        const long long n = parts(V, KDA_V_TILE);
+        return pass == KDA_SUMMARIES && n < KDA_UNIT_TILES ? KDA_UNIT_TILES : n;
+    }
+
     /* Pairs at once: on half of the device, for most of the work is to prepare. */
-    const long long half = multiprocessors / 2 / tiles, most = half > 0 ? half : 1;
-    const long long rounds = parts(H, most), groups = parts(H, rounds);
+    long long most_pairs(kda_pass pass) const
+    {
+        const long long half = multiprocessors / 2 / tiles(pass);
+        return half > 0 ? half : 1;
+    }
+
+    /* Of each of so many sequences: as many as have pairs of their own, and tokens enough on
+     * average. */
+    int segments(long long sequences) const
+    {
+        const long long room = most_pairs(KDA_SUMMARIES) / (sequences * H);
+        const long long long_enough = T / (sequences * KDA_SEGMENT);
+        const long long n = room < long_enough ? room : long_enough;
+        if (invariant || n < FEWEST_SEGMENTS) return 1;
+        return static_cast<int>(n < MOST_SEGMENTS ? n : MOST_SEGMENTS);
+    }
+};
+
+kl_status sizes_of(const kl_kda *a, bool invariant, call_sizes *s, kl_error *err)
+{
+    *s = {.N = a->cu_seqlens.shape[0] - 1,
+          .T = a->q.shape[0],
+          .H = a->state.shape[1],
+          .V = a->state.shape[2],
+          .invariant = invariant};
+    return kl_cuda_multiprocessors(&s->multiprocessors, err);
+}
+
+kda_plan plan_of(const call_sizes &s, kda_pass pass)
+{
+    const int segments = s.segments(s.N);
+    const long long most = s.most_pairs(pass), N = s.N * segments;
+    const long long rounds = parts(s.H, most), groups = parts(s.H, rounds);
     long long lanes = most / groups < N ? most / groups : N;
     lanes = lanes < KDA_MAX_LANES ? lanes : KDA_MAX_LANES;
-    *p = {.sequences = static_cast<int>(N), .lanes = static_cast<int>(lanes)};
-    p->groups = static_cast<int>(groups), p->pairs = static_cast<int>(lanes * groups);
-    p->rounds = static_cast<int>(rounds), p->tiles = static_cast<int>(tiles);
-    /* Eight let as many groups prepare ahead of a pair; more than 64 chunks ahead serve nobody. */
-    p->slots = RING / p->pairs < 8 ? 8 : RING / p->pairs < 64 ? RING / p->pairs : 64;
-    return KL_OK;
+    kda_plan p = {.pass = pass, .segments = segments, .sequences = static_cast<int>(N)};
+    p.lanes = static_cast<int>(lanes), p.groups = static_cast<int>(groups);
+    p.pairs = static_cast<int>(lanes * groups), p.rounds = static_cast<int>(rounds);
+    p.tiles = static_cast<int>(s.tiles(pass));
+    p.slots = RING / p.pairs < MOST_SLOTS ? RING / p.pairs : MOST_SLOTS;
+    if (p.slots < FEWEST_SLOTS) p.slots = FEWEST_SLOTS;
+    return p;
 }
 
-} // namespace
+/* ---- host: the workspace ------------------------------------------------------------------ */
 
-size_t kda_chunked_workspace(const kl_kda *a)
+/* Bytes of its parts, in their order: enough for fewer sequences and tokens as well. */
+struct layout {
+    size_t ring, summaries, more_flags, flags, sums, borders;
+};
+
+layout layout_of(const call_sizes &s)
 {
-    kda_plan p;
-    kl_error ignored;
-    const long long N = a->cu_seqlens.shape[0] - 1;
-    if (N <= 0 || plan_of(N, a->state.shape[1], a->state.shape[2], &p, &ignored) != KL_OK)
-        return 0;
-    return static_cast<size_t>(p.pairs) * p.slots * sizeof(kda_chunk) + flag_bytes(p) +
-           sum_bytes(p);
+    const bool may_cut = s.segments(1) > 1;
+    const size_t most = s.most_pairs(KDA_SUMMARIES), own = plan_of(s, KDA_OUTPUTS).pairs;
+    const size_t pairs = may_cut && own < most ? most : own;
+    const size_t few = FEWEST_SLOTS * pairs, many = MOST_SLOTS * pairs;
+    const size_t slots = many < RING ? many : few > RING ? few : RING;
+    layout l = {.ring = slots * sizeof(kda_chunk)};
+    l.flags = sizeof(unsigned) * KDA_FLAG * (1 + slots + pairs * s.tiles(KDA_SUMMARIES));
+    if (s.tiles(KDA_OUTPUTS) == 2)
+        l.sums = sizeof(uint64_t) * pairs * 2 * KDA_SUMS_KEPT * KDA_SUMS;
+    if (!may_cut) return l;
+    l.summaries = most * (s.V + KDA_K) * KDA_K * sizeof(float);
+    l.more_flags = l.flags, l.borders = (most + 1) * sizeof(int);
+    return l;
 }
 
-kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *op,
-                      cudaStream_t stream, kl_error *err)
+/* Where they lie. */
+struct places {
+    char *ring, *summaries, *more_flags, *flags, *sums, *borders;
+
+    places(const layout &l, void *memory)
+        : ring(static_cast<char *>(memory)), summaries(ring + l.ring),
+          more_flags(summaries + l.summaries), flags(more_flags + l.more_flags),
+          sums(flags + l.flags), borders(sums + l.sums)
+    {
+    }
+
+    void put(kda_plan &p, char *its_flags) const
+    {
+        p.ring = reinterpret_cast<kda_chunk *>(ring);
+        p.summaries = reinterpret_cast<float *>(summaries);
+        p.sums = reinterpret_cast<uint64_t *>(sums);
+        p.ticket = reinterpret_cast<unsigned *>(its_flags);
+        p.taken = p.ticket + KDA_FLAG, p.ready = p.taken + p.pairs * p.tiles * KDA_FLAG;
+    }
+};
+
+/* ---- host: launches ------------------------------------------------------------------------ */
+
+template <kda_pass pass>
+kl_status launch(const kda_arguments &a, const kda_plan &p, const kda_fused &f,
+                 int multiprocessors, cudaStream_t stream, kl_error *err)
 {
     constexpr int bytes = static_cast<int>(sizeof(block_memory));
-    const auto kernel = kda_chunked_kernel;
-    kda_plan p;
-    KL_TRY(plan_of(op->cu_seqlens.shape[0] - 1, a.H, a.V, &p, err));
-    p.ring = static_cast<kda_chunk *>(op->ws.data);
-    p.ticket = reinterpret_cast<unsigned *>(p.ring + static_cast<size_t>(p.pairs) * p.slots);
-    p.taken = p.ticket + KDA_FLAG, p.ready = p.taken + p.pairs * p.tiles * KDA_FLAG;
-    p.sums = reinterpret_cast<uint64_t *>(p.ticket + flag_bytes(p) / sizeof(unsigned));
-    const size_t zeros = flag_bytes(p) + (f.weight == nullptr ? 0 : sum_bytes(p));
-    KL_CUDA_TRY(cudaMemsetAsync(p.ticket, 0, zeros, stream), err);
-
-    int multiprocessors;
-    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
+    const auto kernel = kda_chunked_kernel<pass>;
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
     cudaLaunchAttribute together = {};
@@ -202,4 +285,38 @@ kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *
     config.numAttrs = 1;
     KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p, f), err);
     return KL_OK;
+}
+
+} // namespace
+
+size_t kda_chunked_workspace(const kl_kda *a, bool invariant)
+{
+    call_sizes s;
+    kl_error ignored;
+    if (sizes_of(a, invariant, &s, &ignored) != KL_OK || s.N <= 0) return 0;
+    const layout l = layout_of(s);
+    return l.ring + l.summaries + l.more_flags + l.flags + l.sums + l.borders;
+}
+
+kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *op,
+                      bool invariant, cudaStream_t stream, kl_error *err)
+{
+    call_sizes s;
+    KL_TRY(sizes_of(op, invariant, &s, err));
+    const places at(layout_of(s), op->ws.data);
+    kda_plan outputs = plan_of(s, KDA_OUTPUTS), summaries = plan_of(s, KDA_SUMMARIES);
+    const bool is_cut = outputs.segments > 1;
+    at.put(outputs, at.flags), at.put(summaries, at.more_flags);
+    char *zeros = is_cut ? at.more_flags : at.flags;
+    const char *end = f.weight == nullptr ? at.sums : at.borders;
+    KL_CUDA_TRY(cudaMemsetAsync(zeros, 0, static_cast<size_t>(end - zeros), stream), err);
+    outputs.cu = a.cu;
+    if (is_cut) {
+        int *borders = reinterpret_cast<int *>(at.borders);
+        outputs.cu = summaries.cu = borders;
+        KL_TRY(kda_cut(a.cu, s.N, outputs.segments, borders, stream, err));
+        KL_TRY(launch<KDA_SUMMARIES>(a, summaries, f, s.multiprocessors, stream, err));
+        KL_TRY(kda_join(a, summaries, stream, err));
+    }
+    return launch<KDA_OUTPUTS>(a, outputs, f, s.multiprocessors, stream, err);
 }

@@ -176,11 +176,11 @@ __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
     const int number = first.number + at;
     if (h >= a.H || number >= end.number) return c;
     const int n = first.sequence + last_begun(end.sequence - first.sequence, [&](int i) {
-                      return kda_first_number(a.cu, first.sequence + i) <= number;
+                      return kda_first_number(p.cu, first.sequence + i) <= number;
                   });
-    const int before = (number - kda_first_number(a.cu, n)) * KDA_TOKENS;
-    const int left = kda_chunked_tokens(a.cu, n) - before;
-    c.token = a.cu[n] + before;
+    const int before = (number - kda_first_number(p.cu, n)) * KDA_TOKENS;
+    const int left = kda_chunked_tokens(p, n) - before;
+    c.token = p.cu[n] + before;
     c.tokens = min(max(left, 0), KDA_TOKENS);
     c.h = h, c.hk = h / static_cast<int>(a.H / a.Hk);
     c.slot = c.pair * p.slots + static_cast<int>(serial % p.slots);

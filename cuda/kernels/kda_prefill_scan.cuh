@@ -10,18 +10,20 @@
  * from what the chain hands over, S and U of each chunk, so that the chain waits for its own
  * products alone. One warp more brings the chunks. U enters the state as the sum of two bf16,
  * which keep 16 bits of it: errors last there.
+ *
+ * Where summaries of segments are asked for there is no output, and the second warpgroup is a
+ * chain, too, of 64 unit rows without values.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_SCAN_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_SCAN_H
 
 #include "../device/barrier.cuh"
 #include "kda_prefill_prepare.cuh"
-#include "kda_prefill_walk.cuh"
+#include "kda_prefill_rows.cuh"
 
 namespace kda {
 
 constexpr int STAGES = 4;
-constexpr int ROWS = 16;                    /* of the state, a warp's */
 constexpr int SCANNERS = KDA_V_TILE / ROWS; /* warps of each of the two kinds */
 constexpr int TILES_OF_TOKENS = KDA_TOKENS / 8;
 constexpr int STEPS = KDA_TOKENS / 16, K_STEPS = KDA_K / 16; /* of a product, 16 deep */
@@ -171,63 +173,6 @@ __device__ inline void multiply_tokens(token_sums &sum, const uint32_t (&a)[STEP
 
 /* ---- the chain --------------------------------------------------------------------------- */
 
-/* A lane's channels of a chunk's decays. */
-using lane_decays = float[KDA_K / 4];
-
-__device__ inline void load_decays(lane_decays &d, const kda_chunk &c)
-{
-#pragma unroll
-    for (int i = 0; i < KDA_K / 4; i += 4) {
-        const float4 x = *reinterpret_cast<const float4 *>(&c.decay[lane_id() % 4][i]);
-        d[i] = x.x, d[i + 1] = x.y, d[i + 2] = x.z, d[i + 3] = x.w;
-    }
-}
-
-/* A warp's 16 rows of the state: values 4 t .. 4 t + 3 belong to channels 8 t .. 8 t + 7. */
-struct warp_state {
-    float S[KDA_K / 2];
-
-    __device__ static float *at(float *state, int tile, int half)
-    {
-        return state + (lane_id() / 4 + 8 * half) * KDA_K + 8 * tile + 2 * (lane_id() % 4);
-    }
-
-    __device__ void read(float *state)
-    {
-#pragma unroll
-        for (int t = 0; t < KDA_K / 8; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float2 x = *reinterpret_cast<const float2 *>(at(state, t, half));
-                S[4 * t + 2 * half] = x.x, S[4 * t + 2 * half + 1] = x.y;
-            }
-    }
-
-    __device__ void write(float *state) const
-    {
-#pragma unroll
-        for (int t = 0; t < KDA_K / 8; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *reinterpret_cast<float2 *>(at(state, t, half)) =
-                    float2{S[4 * t + 2 * half], S[4 * t + 2 * half + 1]};
-    }
-
-    /* S <- S diag(E_last), given E - 1. Of a strong decay that loses digits, but no more than
-     * the state before it has. */
-    __device__ void decay(const lane_decays &d)
-    {
-#pragma unroll
-        for (int t = 0; t < KDA_K / 8; t++) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float &x = S[4 * t + j];
-                x = fmaf(x, d[2 * t + j % 2], x);
-            }
-        }
-    }
-};
-
 /* The warp's 16 columns of the values, in pairs of bf16 as token_sums has them. */
 __device__ inline void load_values(uint32_t (&v)[STEPS][4], const bf16 (*from)[V_PITCH],
                                    int first)
@@ -284,26 +229,29 @@ __device__ inline uint64_t of_stage(uint64_t descriptor, unsigned i)
 }
 
 /* Chunk number `count`, in stage i. The products are the warpgroup's, all else is the warp's. */
+template <chain_rows rows>
 __device__ inline void chain_chunk(warp_state &state, const descriptors &d, unsigned i, int w,
                                    unsigned count, scan_memory &m)
 {
     constexpr int ROW_BYTES = 128;
     const stage &in = m.stages[i];
     handoff &hand = m.hands[w];
-    uint32_t S[K_STEPS][4], high[STEPS][4], low[STEPS][4], v[STEPS][4];
+    uint32_t S[K_STEPS][4], high[STEPS][4], low[STEPS][4], v[STEPS][4] = {};
     token_sums old = {}, U = {};
     lane_decays decays;
     load_decays(decays, in.chunk);
-    load_values(v, in.v, w * ROWS);
+    if constexpr (rows != OF_UNITS) load_values(v, in.v, w * ROWS);
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) to_left(S[k], &state.S[8 * k]);
     wgmma_fence();
     multiply_channels(old, S, of_stage(d.k_decayed, i));
     wgmma_commit();
-    if (count > 0) barrier_wait(&m.took_state[w], (count - 1) % 2);
+    if constexpr (rows == OF_OUTPUT) {
+        if (count > 0) barrier_wait(&m.took_state[w], (count - 1) % 2);
 #pragma unroll
-    for (int k = 0; k < K_STEPS; k++) put(hand.S[k][lane_id()], S[k]);
-    warp_arrive(&m.has_state[w]);
+        for (int k = 0; k < K_STEPS; k++) put(hand.S[k][lane_id()], S[k]);
+        warp_arrive(&m.has_state[w]);
+    }
     state.decay(decays); /* the products read the operands, not the state */
     wgmma_wait<0>();
     settle(old);
@@ -329,32 +277,17 @@ __device__ inline void chain_chunk(warp_state &state, const descriptors &d, unsi
         wgmma_transposed<KDA_K>(state.S, low[k], b);
     }
     wgmma_commit();
-    if (count > 0) barrier_wait(&m.took_update[w], (count - 1) % 2);
+    if constexpr (rows == OF_OUTPUT) {
+        if (count > 0) barrier_wait(&m.took_update[w], (count - 1) % 2);
 #pragma unroll
-    for (int k = 0; k < STEPS; k++) put(hand.U[k][lane_id()], high[k]);
-    warp_arrive(&m.has_update[w]);
+        for (int k = 0; k < STEPS; k++) put(hand.U[k][lane_id()], high[k]);
+        warp_arrive(&m.has_update[w]);
+    }
     wgmma_wait<0>();
     wgmma_settle(state.S);
 }
 
-/* The last tile may be half of one: two warps of each kind compute for nothing, then. */
-__device__ inline bool owns_rows(const scanner &s, int w)
-{
-    return s.tile * KDA_V_TILE + w * ROWS < s.a.V;
-}
-
-/* A warp's rows of a head's state. */
-__device__ inline float *own_rows(const scanner &s, int w, float *head)
-{
-    return head + (s.tile * KDA_V_TILE + w * ROWS) * KDA_K;
-}
-
-__device__ inline float *state_rows(const scanner &s, int n, int h, int w)
-{
-    const long long slot = s.a.slots == nullptr ? n : s.a.slots[n];
-    return own_rows(s, w, s.a.state + (slot * s.a.H + h) * s.a.V * KDA_K);
-}
-
+template <chain_rows rows>
 __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
 {
     const descriptors d(m.stages[0].chunk);
@@ -362,14 +295,16 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
     warp_state state = {};
     for (walk at(s); at.valid; at.next(s), count++) {
         const unsigned i = count % STAGES;
-        if (at.chunk == 0 && owns_rows(s, w)) state.read(state_rows(s, at.n, at.h, w));
+        const bool owns = owns_rows(s, w, rows);
+        if (at.chunk == 0 && owns) begin_rows<rows>(state, s, at, w);
         barrier_wait(&m.full[i], count / STAGES % 2);
-        chain_chunk(state, d, i, w, count, m);
+        chain_chunk<rows>(state, d, i, w, count, m);
         warp_arrive(&m.empty[i]);
-        if (!owns_rows(s, w)) continue;
-        if (at.is_last()) state.write(state_rows(s, at.n, at.h, w));
-        float *kept = kda_checkpoint(s.a, at.n, at.h, at.done());
-        if (kept != nullptr) state.write(own_rows(s, w, kept));
+        if (!owns) continue;
+        if (at.is_last()) end_rows<rows>(state, s, at, w);
+        if (rows != OF_OUTPUT) continue;
+        float *kept = checkpoint_rows(s, at, w);
+        if (kept != nullptr) state.write(kept);
     }
 }
 
@@ -454,7 +389,7 @@ __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
         else if (owns_rows(s, w))
             store_output(m.outputs[o], w * ROWS,
                          static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
-                             s.tile * KDA_V_TILE + w * ROWS,
+                             first_row(s, w),
                          stride, at.tokens_here());
     }
 }

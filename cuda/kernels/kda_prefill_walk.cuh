@@ -20,6 +20,7 @@ struct scanner {
 /* The pair's chunks in the order in which they go through its state. */
 struct walk {
     int round = 0, n, h, tokens, chunk = 0; /* of head h of sequence n, chunked tokens */
+    int sequence;                           /* of the call's, n or a segment of it     */
     unsigned serial;
     bool valid;
 
@@ -32,9 +33,10 @@ struct walk {
             h = round * s.p.groups + s.pair % s.p.groups;
             if (h >= s.a.H) break;
             for (; n < s.end.sequence; n++) {
-                tokens = kda_chunked_tokens(s.a.cu, n);
+                tokens = kda_chunked_tokens(s.p, n);
                 if (tokens <= 0) continue;
-                const int number = kda_first_number(s.a.cu, n) - s.first.number;
+                sequence = n / s.p.segments;
+                const int number = kda_first_number(s.p.cu, n) - s.first.number;
                 serial = static_cast<unsigned>(round * s.longest + number);
                 valid = true;
                 return;
@@ -53,7 +55,7 @@ struct walk {
 
     __device__ long long token(const scanner &s) const
     {
-        return s.a.cu[n] + static_cast<long long>(chunk) * KDA_TOKENS;
+        return s.p.cu[n] + static_cast<long long>(chunk) * KDA_TOKENS;
     }
 
     __device__ void next(const scanner &s)

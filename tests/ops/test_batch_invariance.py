@@ -111,6 +111,33 @@ def test_norms(same):
 
 # ---- sequences -------------------------------------------------------------------------------
 
+LONG = (4161, 0, 67, 9000)  # three or four segments of a long one, by what is beside it
+
+
+def test_kda_of_few_heads(same):
+    """Segments and their states: alone, among others, up to each checkpoint."""
+    H, every = 2, 192
+    borders = [sum(LONG[:n]) for n in range(len(LONG) + 1)]
+    q, k, v = (randn(borders[-1], H, 128, seed=i) for i in range(3))
+    g = -1e-2 * randn(borders[-1], H, 128, dtype=torch.float32, seed=3).abs()
+    beta = randn(borders[-1], H, seed=4)
+    options = {"normalize": True, "beta_logits": True}
+    cu = torch.tensor(borders, dtype=torch.int32, device="cuda")
+    o, final, kept = ops.kda_prefill(
+        q, k, v, g, beta, cu_seqlens=cu, checkpoint_every=every, **options
+    )
+    for n, (first, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        if first == end:
+            continue
+        own = [x[first:end] for x in (q, k, v, g, beta)]
+        got = ops.kda_prefill(*own, **options)
+        same(got[0], o[first:end])
+        same(got[1][0], final[n], 4e-3)
+        for c in range(3, (end - first) // every, 13):
+            cut = ops.kda_prefill(*(x[: (c + 1) * every] for x in own), **options)[1]
+            same(cut[0], kept[first // every + c], 4e-3)
+
+
 LENGTHS = (1, 200, 64, 17, 130, 65, 2, 333)
 BORDERS = [sum(LENGTHS[:n]) for n in range(len(LENGTHS) + 1)]
 T = BORDERS[-1]
