@@ -230,11 +230,6 @@ inline bool mixer_suits(const kl_kda_mixer *a)
            is_wide(a->out, V, n) && is_wide(a->norm_weight, V, n);
 }
 
-/* kda_mixer_step.cu: the gate projections, too, in one kernel for a few sequences. */
-bool kl_cuda_kda_mixer_step_takes(kl_backend *be, const kl_kda_mixer *a);
-kl_status kl_cuda_kda_mixer_step(kl_backend *be, const kl_kda_mixer *a,
-                                 const kl_kda_mixer_parts &p, kl_error *err);
-
 /* kda_mixer_guesses.cu: where tokens are guesses. */
 kl_status kl_cuda_kda_mixer_guesses(kl_backend *be, const kl_kda_mixer *a,
                                     const kl_kda_mixer_parts &p, kl_error *err);

@@ -198,7 +198,6 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     if (a->qkv.shape[0] == 0) return KL_OK;
     if (a->guesses) return kl_cuda_kda_mixer_guesses(be, a, p, err);
-    if (kl_cuda_kda_mixer_step_takes(be, a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
     if (!a->single) return kda_mixer_prefill(be, p, err);

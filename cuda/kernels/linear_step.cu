@@ -158,7 +158,6 @@ __device__ void multiply_tile(const step_product &p, unsigned tile, int T, share
         columns.advance();
         walk.put(ring);
     }
-    __syncthreads(); /* the sums of the tile before are read */
     stream_share<N>(sums, acc);
     __syncthreads();
     output.store(p, tile, T, sums);
@@ -186,13 +185,15 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_
     wait_for_inputs();
     bring_rows<STREAM_THREADS>(x, a.x, sums);
     __syncthreads();
+    float *own = sums; /* this tile's: those of the one before are being read */
     for (unsigned t = blockIdx.x; t < a.tiles; t += gridDim.x) {
+        own = own == sums ? sums + STREAM_FLOATS<N> : sums;
         unsigned tile = t;
         const step_product &p = product_of(a, tile);
         if (first == second || t < a.first_tiles) /* one piece of code where one will do */
-            multiply_tile<first, N>(p, tile, a.x.T, x, sums, ring, walk);
+            multiply_tile<first, N>(p, tile, a.x.T, x, own, ring, walk);
         else
-            multiply_tile<second, N>(p, tile, a.x.T, x, sums, ring, walk);
+            multiply_tile<second, N>(p, tile, a.x.T, x, own, ring, walk);
     }
 }
 
@@ -203,7 +204,8 @@ size_t shared_bytes(kl_weight_format scales, const kl_cuda_product *p)
     const size_t scaled = kl_weight_group(scales) > 0 ? RING_SCALES : 0;
     const size_t sums = p->T <= STREAM_TOKENS ? STREAM_FLOATS<1> : STREAM_FLOATS<2>;
     return RING_DEPTH * (RING_PIECES + scaled) +
-           static_cast<size_t>(p->T) * shared_rows::pitch_of(p->w.cols) + sums * sizeof(float);
+           static_cast<size_t>(p->T) * shared_rows::pitch_of(p->w.cols) +
+           2 * sums * sizeof(float);
 }
 
 step_product step_of(const kl_cuda_product *p)

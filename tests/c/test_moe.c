@@ -108,8 +108,8 @@ static void check_moe(const moe_case *c, kl_dtype act, bool step)
     WEIGHT(a.w1);
     WEIGHT(a.w3);
     WEIGHT(a.w2);
-    OUT(a.out, bound_of(act));
-    OUT(a.residual, bound_of(act));
+    OUT(a.out, bound_of_experts(act, c->format));
+    OUT(a.residual, bound_of_experts(act, c->format));
     if (c->shared > 0) {
         WEIGHT(a.shared_w1);
         WEIGHT(a.shared_w3);
