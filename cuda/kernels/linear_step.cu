@@ -176,13 +176,13 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_
     const shared_rows x = {shared + ring_type::BYTES, shared_rows::pitch_of(a.x.cols)};
     float *const sums = reinterpret_cast<float *>(x.data + a.x.T * x.pitch);
     ring_type ring(shared);
-    let_next_start();
     if (a.unsettled) wait_for_inputs();
     tile_walk<SCALES<first, second>, gated> walk(a);
 #pragma unroll 1
     for (int d = 0; d < RING_DEPTH; d++) walk.put(ring);
     prefetch_rows<STREAM_THREADS>(a.x);
     wait_for_inputs();
+    let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
     bring_rows<STREAM_THREADS>(x, a.x, sums);
     __syncthreads();
     float *own = sums; /* this tile's: those of the one before are being read */
