@@ -44,7 +44,7 @@
 #include "wide.cuh"
 
 /* To be timed: steps on their way, and blocks a multiprocessor that a kernel starts. */
-constexpr int RING_DEPTH = 6;
+constexpr int RING_DEPTH = 8;
 constexpr int RING_BLOCKS = 2;
 
 /* More, for one block, would leave one a multiprocessor. */
