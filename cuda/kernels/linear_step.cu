@@ -13,7 +13,8 @@
  * Order        an output: a warp's columns in rising order, then warps in order: that of
  *              linear_few.cu
  * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
- * Measured     not timed yet
+ * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 12288 and 288
+ *              rows of 2304 in 12.6 us, [2304, 4096] 6.5, [4096, 128] 1.9 (2026-11-22)
  */
 #include "../device/product.cuh"
 #include "../device/ring.cuh"

@@ -15,9 +15,9 @@
  * Order        sums over channels in slices by warp; the cut into pieces follows from all lengths,
  *              on a batch-invariant backend from the row's own
  * Roofline     half of w_kv_b once for all rows: 4.2 MB with the model's shapes, 1.4 us at 3.0 TB/s
- * Measured     H200, the whole operation, caches cold, in a graph: one row of 1K tokens 19.9 us, 8K
- *              28.2, 128K 66.4 (53 % of roofline), 1M 323.5 (87 %); 64 rows of 8K 292.9, of 1K
- *              159. This kernel, traced: 14 to 18 us, 72 for 64 rows (2026-11-22, 062dbec)
+ * Measured     H200, the whole operation, caches cold, in a graph: one row of 1K tokens 17.8 us, 8K
+ *              23.3, 128K 63.4 (55 % of roofline), 1M 325 (87 %); 32 rows of 8K 115, 64 rows 202,
+ *              64 of 1K 75 (2026-11-22)
  */
 #include "../device/latents.cuh"
 #include "../device/launch.cuh"

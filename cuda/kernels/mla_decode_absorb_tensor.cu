@@ -12,7 +12,8 @@
  *              of every block of the attention
  * Order        the channels of q in order, the same for any N
  * Roofline     half of w_kv_b, 4.2 MB with the model's shapes: 1.4 us at 3.0 TB/s
- * Measured     not timed yet
+ * Measured     H200, in a step (bf16, context 1024): 3.9 us (2026-11-22); the whole operation:
+ *              mla_decode.cu
  */
 #include "../device/latents.cuh"
 #include "../device/launch.cuh"

@@ -16,7 +16,7 @@
  *              second halves, both; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     not timed yet
+ * Measured     H200, in a step (bf16, context 1024): 16.5 us, 60 % of 4.3 TB/s (2026-11-22)
  */
 #include "../device/moe_step.cuh"
 

@@ -12,7 +12,7 @@
  * Order        a warp's columns in rising order, then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
  *              3.0 TB/s
- * Measured     not timed yet
+ * Measured     H200, in a step (bf16, context 1024): 25.8 us, 76 % of 4.3 TB/s (2026-11-22)
  */
 #include "../device/barrier.cuh"
 #include "../device/moe_step.cuh"
