@@ -96,7 +96,8 @@ class Bench:
         context = max(c.tokens + self.new_tokens(c) for c in self.cases)
         context = self.options.max_context or context
         pages = max(c.batch * (c.tokens + self.new_tokens(c) + 64) for c in self.cases)
-        cache = batch * plan.kda_state_per_sequence
+        kept = max(2, -(-batch // 4))  # states that a plan keeps for prompts that begin alike
+        cache = (batch + kept) * plan.kda_state_per_sequence
         cache += max(pages, context + 64) * plan.mla_page_per_token
         return dict(max_context=context, max_batch=batch, cache_bytes=cache + (1 << 20))
 
