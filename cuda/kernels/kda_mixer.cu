@@ -22,7 +22,6 @@
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"
-#include "kda_mixer_prefill.cuh"
 
 namespace {
 
@@ -189,8 +188,7 @@ kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p
 size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
 {
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
-    const bool reads = a->single || a->guesses; /* token by token */
-    const size_t kda = reads ? 0 : kda_mixer_prefill_workspace(be, p);
+    const size_t kda = a->single || a->guesses ? 0 : kl_cuda_kda_prefill_workspace(be, &p.kda);
     return kl_kda_mixer_bytes(a, kl_cuda_linear_pair_workspace(be, &p.gates), kda);
 }
 
@@ -201,8 +199,8 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
     if (a->guesses) return kl_cuda_kda_mixer_guesses(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
-    if (!a->single) return kda_mixer_prefill(be, p, err);
     KL_TRY(kl_cuda_short_conv(be, &p.conv, err));
-    KL_TRY(kl_cuda_kda_decode(be, &p.kda, err));
+    KL_TRY(a->single ? kl_cuda_kda_decode(be, &p.kda, err)
+                     : kl_cuda_kda_prefill(be, &p.kda, err));
     return kl_cuda_gated_rms_norm(be, &p.norm, err);
 }

@@ -95,7 +95,7 @@ static bool shapes_fit(const kl_kda *a)
            V <= KDA_MAX_V;
 }
 
-bool kda_chunked_applies(const kl_kda *a)
+static bool chunked_applies(const kl_kda *a)
 {
     const auto pieces = [](const kl_tensor &t, size_t element) {
         return is_aligned(t.data, t.stride[0], element, 16);
@@ -136,24 +136,14 @@ size_t kl_cuda_kda_prefill_workspace(kl_backend *be, const kl_kda_prefill *a)
     return shapes_fit(a) ? kda_chunked_workspace(a, is_invariant(be)) : 0;
 }
 
-bool kda_leaves_last_tokens(const kl_kda *a)
-{
-    return a->cu_seqlens.shape[0] > 2 || a->q.shape[0] % KDA_GRID == 1;
-}
-
-kl_status kda_prefill_with(kl_backend *be, const kl_kda *a, const kda_fused &f, kl_error *err)
-{
-    const kda_arguments args = kda_arguments_of(a);
-    const cudaStream_t stream = kl_cuda_stream(be);
-    const bool leaves = kda_leaves_last_tokens(a);
-    if (a->q.shape[0] > 1) KL_TRY(kda_chunked(args, f, a, is_invariant(be), stream, err));
-    return leaves ? run_tokens(args, a, true, stream, err) : KL_OK;
-}
-
 kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
 {
+    const kda_arguments args = kda_arguments_of(a);
     const long long N = a->cu_seqlens.shape[0] - 1, T = a->q.shape[0];
     if (N == 0 || T == 0) return KL_OK;
-    if (kda_chunked_applies(a)) return kda_prefill_with(be, a, {}, err);
-    return run_tokens(kda_arguments_of(a), a, false, kl_cuda_stream(be), err);
+    const cudaStream_t stream = kl_cuda_stream(be);
+    if (!chunked_applies(a)) return run_tokens(args, a, false, stream, err);
+    if (T > 1) KL_TRY(kda_chunked(args, a, is_invariant(be), stream, err));
+    if (N == 1 && T % KDA_GRID != 1) return KL_OK;
+    return run_tokens(args, a, true, stream, err);
 }

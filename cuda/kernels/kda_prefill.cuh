@@ -53,19 +53,6 @@ struct alignas(16) kda_chunk {
     float decay[4][KDA_K / 4 + 4];
 };
 
-/* What a call between convolution and output projection has besides; nulls in kda_prefill's. */
-struct kda_fused {
-    const float *units; /* [T, 2 H]: what brings a head's q, and its k, to unit length    */
-    const bf16 *z; /* [T, H, V]: out is to be o / sqrt(mean(o^2) + eps) weight sigmoid(z) */
-    const float *weight;
-    long long z_stride;
-    float eps;
-};
-/* Values of a head whose norm can be taken here; sums that one of its tiles hands to the other at
- * every chunk, and for how many chunks they are kept. */
-constexpr int KDA_FINISHED_V = 2 * KDA_V_TILE;
-constexpr int KDA_SUMS = KDA_TOKENS * KDA_V_TILE / 8, KDA_SUMS_KEPT = 4;
-
 /* What a launch is for: the summaries of segments (kda_prefill_segments.cu), or the outputs. */
 enum kda_pass { KDA_SUMMARIES, KDA_OUTPUTS };
 
@@ -84,7 +71,6 @@ struct kda_plan {
     unsigned *ready;  /* [pairs, slots] flags: serial + 1 of the chunk that lies there       */
     unsigned *taken;  /* [pairs, tiles] flags: chunks of smaller serials lie there no longer */
     unsigned *ticket; /* the next chunk that nobody prepares */
-    uint64_t *sums;   /* [pairs, 2, KDA_SUMS_KEPT, KDA_SUMS]: chunk and sum of squares       */
 };
 
 /* Words from a flag to the next: polls of neighbours do not meet in the L2. */
@@ -137,14 +123,8 @@ __device__ inline float *kda_summary(const kda_arguments &a, const kda_plan &p, 
 /* Host: bf16 with K = 128 and 32 | V <= KDA_MAX_V, in pieces of 16 bytes; all but the last tokens
  * above. */
 size_t kda_chunked_workspace(const kl_kda *a, bool invariant);
-kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *op,
-                      bool invariant, cudaStream_t stream, kl_error *err);
-
-/* Host: whether a call goes by chunks; and the call, its last tokens past KDA_GRID without what
- * `f` adds to the output: whether there may be any. */
-bool kda_chunked_applies(const kl_kda *a);
-bool kda_leaves_last_tokens(const kl_kda *a);
-kl_status kda_prefill_with(kl_backend *be, const kl_kda *a, const kda_fused &f, kl_error *err);
+kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
+                      cudaStream_t stream, kl_error *err);
 
 /* Host, of kda_prefill_segments.cu: where N sequences are cut, and every segment's start. */
 kl_status kda_cut(const int *cu, long long N, int segments, int *borders, cudaStream_t stream,

@@ -1,8 +1,7 @@
 /*
  * kda_prefill_chunked.cu -- chunked KDA prefill of bf16 with K = 128, as one kernel.
  *
- * Computes     what kda_prefill.cuh says: for each chunk of 32 tokens U, O and the next state; in
- *              a fused call the gated norm of O as well (kda_prefill_finish.cuh)
+ * Computes     what kda_prefill.cuh says: for each chunk of 32 tokens U, O and the next state
  * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; v, out [T, H, V]; 32 | V
  *              <= 1,024; state [S, H, V, 128] f32
  * Layout       first axes may be strided; rows in pieces of 16 bytes
@@ -19,10 +18,10 @@
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
  *              an H100; bound by what preparing takes, most of the instructions
  * Measured     H100, 8,192 tokens of 32 heads: 398 us (28 % of the roofline), with the softplus
- *              gate 453; H200 366 and 428 (benchmarks/bench_kda.py, 2026-11-22), all of them
- *              before preparing shed a fifth of its instructions
+ *              gate 453, before preparing shed a fifth of its instructions; H200 372 and 403
+ *              (benchmarks/bench_kda.py, 2026-11-22)
  */
-#include "kda_prefill_finish.cuh"
+#include "kda_prefill_scan.cuh"
 
 namespace {
 
@@ -34,7 +33,7 @@ constexpr int THREADS = GROUPS * GROUP;
 enum { CHAIN, OUTPUT, BRING, PREPARE };
 /* A chain warp holds its rows of the state beside their operands; the others give up for it. */
 constexpr int CHAIN_REGISTERS = 168, OTHER_REGISTERS = 112;
-/* Where two are chains, and nobody is there to finish outputs. */
+/* Of those who bring chunks, where two are chains. */
 constexpr int BRING_REGISTERS = 64;
 static_assert(SCANNERS == PREPARERS);
 static_assert(CHAIN_REGISTERS + 3 * OTHER_REGISTERS <= 512);
@@ -81,10 +80,6 @@ __device__ void init_barriers(scan_memory &m)
         barrier_init(&m.full[i], WARP + 1);
         barrier_init(&m.empty[i], 2 * SCANNERS);
     }
-    for (int i = 0; i < OUTPUTS; i++) {
-        barrier_init(&m.has_output[i], SCANNERS);
-        barrier_init(&m.took_output[i], FINISHERS);
-    }
     for (int w = 0; w < SCANNERS; w++) {
         barrier_init(&m.has_state[w], 1);
         barrier_init(&m.has_update[w], 1);
@@ -104,10 +99,7 @@ __device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
         run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m);
     } else if (group == BRING) {
         registers_down_to<outputs ? OTHER_REGISTERS : BRING_REGISTERS>();
-        if (w == 0)
-            bring_chunks(s, m);
-        else if (outputs && s.f.weight != nullptr)
-            run_finish(s, w - 1, m);
+        if (w == 0) bring_chunks(s, m);
     } else if constexpr (outputs) {
         registers_down_to<OTHER_REGISTERS>();
         run_output(s, w, m);
@@ -120,8 +112,7 @@ __device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
 template <kda_pass pass>
 __global__ __launch_bounds__(THREADS,
                              1) void kda_chunked_kernel(__grid_constant__ const kda_arguments a,
-                                                        __grid_constant__ const kda_plan p,
-                                                        __grid_constant__ const kda_fused f)
+                                                        __grid_constant__ const kda_plan p)
 {
     extern __shared__ __align__(1024) unsigned char bytes[];
     block_memory &m = *reinterpret_cast<block_memory *>(bytes);
@@ -136,7 +127,6 @@ __global__ __launch_bounds__(THREADS,
     const kda_lane none = {};
     const scanner s = {a,
                        p,
-                       f,
                        owns ? m.lanes.lane[l] : none,
                        owns ? m.lanes.lane[l + 1] : none,
                        m.lanes.longest,
@@ -149,7 +139,7 @@ __global__ __launch_bounds__(THREADS,
         scan_chunks<pass>(s, group, w % PREPARERS, m.scan);
     } else {
         registers_down_to<OTHER_REGISTERS>();
-        prepare_chunks(a, p, f, m.lanes, group, group == PREPARE ? m.prepare : m.more[group]);
+        prepare_chunks(a, p, m.lanes, group, group == PREPARE ? m.prepare : m.more[group]);
     }
 }
 
@@ -222,7 +212,7 @@ kda_plan plan_of(const call_sizes &s, kda_pass pass)
 
 /* Bytes of its parts, in their order: enough for fewer sequences and tokens as well. */
 struct layout {
-    size_t ring, summaries, more_flags, flags, sums, borders;
+    size_t ring, summaries, more_flags, flags, borders;
 };
 
 layout layout_of(const call_sizes &s)
@@ -234,8 +224,6 @@ layout layout_of(const call_sizes &s)
     const size_t slots = many < RING ? many : few > RING ? few : RING;
     layout l = {.ring = slots * sizeof(kda_chunk)};
     l.flags = sizeof(unsigned) * KDA_FLAG * (1 + slots + pairs * s.tiles(KDA_SUMMARIES));
-    if (s.tiles(KDA_OUTPUTS) == 2)
-        l.sums = sizeof(uint64_t) * pairs * 2 * KDA_SUMS_KEPT * KDA_SUMS;
     if (!may_cut) return l;
     l.summaries = most * (s.V + KDA_K) * KDA_K * sizeof(float);
     l.more_flags = l.flags, l.borders = (most + 1) * sizeof(int);
@@ -244,12 +232,12 @@ layout layout_of(const call_sizes &s)
 
 /* Where they lie. */
 struct places {
-    char *ring, *summaries, *more_flags, *flags, *sums, *borders;
+    char *ring, *summaries, *more_flags, *flags, *borders;
 
     places(const layout &l, void *memory)
         : ring(static_cast<char *>(memory)), summaries(ring + l.ring),
           more_flags(summaries + l.summaries), flags(more_flags + l.more_flags),
-          sums(flags + l.flags), borders(sums + l.sums)
+          borders(flags + l.flags)
     {
     }
 
@@ -257,7 +245,6 @@ struct places {
     {
         p.ring = reinterpret_cast<kda_chunk *>(ring);
         p.summaries = reinterpret_cast<float *>(summaries);
-        p.sums = reinterpret_cast<uint64_t *>(sums);
         p.ticket = reinterpret_cast<unsigned *>(its_flags);
         p.taken = p.ticket + KDA_FLAG, p.ready = p.taken + p.pairs * p.tiles * KDA_FLAG;
     }
@@ -266,8 +253,8 @@ struct places {
 /* ---- host: launches ------------------------------------------------------------------------ */
 
 template <kda_pass pass>
-kl_status launch(const kda_arguments &a, const kda_plan &p, const kda_fused &f,
-                 int multiprocessors, cudaStream_t stream, kl_error *err)
+kl_status launch(const kda_arguments &a, const kda_plan &p, int multiprocessors,
+                 cudaStream_t stream, kl_error *err)
 {
     constexpr int bytes = static_cast<int>(sizeof(block_memory));
     const auto kernel = kda_chunked_kernel<pass>;
@@ -283,7 +270,7 @@ kl_status launch(const kda_arguments &a, const kda_plan &p, const kda_fused &f,
     config.stream = stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p, f), err);
+    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p), err);
     return KL_OK;
 }
 
@@ -295,11 +282,11 @@ size_t kda_chunked_workspace(const kl_kda *a, bool invariant)
     kl_error ignored;
     if (sizes_of(a, invariant, &s, &ignored) != KL_OK || s.N <= 0) return 0;
     const layout l = layout_of(s);
-    return l.ring + l.summaries + l.more_flags + l.flags + l.sums + l.borders;
+    return l.ring + l.summaries + l.more_flags + l.flags + l.borders;
 }
 
-kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *op,
-                      bool invariant, cudaStream_t stream, kl_error *err)
+kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
+                      cudaStream_t stream, kl_error *err)
 {
     call_sizes s;
     KL_TRY(sizes_of(op, invariant, &s, err));
@@ -308,15 +295,15 @@ kl_status kda_chunked(const kda_arguments &a, const kda_fused &f, const kl_kda *
     const bool is_cut = outputs.segments > 1;
     at.put(outputs, at.flags), at.put(summaries, at.more_flags);
     char *zeros = is_cut ? at.more_flags : at.flags;
-    const char *end = f.weight == nullptr ? at.sums : at.borders;
-    KL_CUDA_TRY(cudaMemsetAsync(zeros, 0, static_cast<size_t>(end - zeros), stream), err);
+    KL_CUDA_TRY(cudaMemsetAsync(zeros, 0, static_cast<size_t>(at.borders - zeros), stream),
+                err);
     outputs.cu = a.cu;
     if (is_cut) {
         int *borders = reinterpret_cast<int *>(at.borders);
         outputs.cu = summaries.cu = borders;
         KL_TRY(kda_cut(a.cu, s.N, outputs.segments, borders, stream, err));
-        KL_TRY(launch<KDA_SUMMARIES>(a, summaries, f, s.multiprocessors, stream, err));
+        KL_TRY(launch<KDA_SUMMARIES>(a, summaries, s.multiprocessors, stream, err));
         KL_TRY(kda_join(a, summaries, stream, err));
     }
-    return launch<KDA_OUTPUTS>(a, outputs, f, s.multiprocessors, stream, err);
+    return launch<KDA_OUTPUTS>(a, outputs, s.multiprocessors, stream, err);
 }

@@ -10,7 +10,6 @@
 
 #include "../device/launch.cuh"
 #include "../device/wgmma.cuh"
-#include "../device/wide.cuh"
 #include "kda_prefill.cuh"
 
 #include <stddef.h>
@@ -61,7 +60,7 @@ struct alignas(128) prepare_memory {
         float4 left[OCTETS][2][GROUP]; /* a lane's k times its decays up to the octet's end */
         inverse_memory inverse;        /* afterwards */
     };
-    float squares[2][KDA_TOKENS][PREPARERS]; /* sums of k^2 and q^2, or their factors first */
+    float squares[2][KDA_TOKENS][PREPARERS]; /* sums of k^2 and q^2 */
     bf16 M[KDA_TOKENS][KDA_TOKENS];
     float total[KDA_K]; /* log2 of the chunk's decays */
     float beta[KDA_TOKENS];

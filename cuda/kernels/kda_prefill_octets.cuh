@@ -269,15 +269,13 @@ struct octet_reader {
 };
 
 /* What brings a row of k, and of q, to unit length. */
-__device__ inline float2 factors_of(const prepare_memory &m, int row, bool normalize,
-                                    bool are_given)
+__device__ inline float2 factors_of(const prepare_memory &m, int row, bool normalize)
 {
     if (!normalize) return float2{1.0f, 1.0f};
-    if (are_given) return float2{m.squares[0][row][0], m.squares[1][row][0]};
     return float2{norm_factor(m.squares[0][row]), norm_factor(m.squares[1][row])};
 }
 
-__device__ inline void prepare_octets(const kda_arguments &a, bool units_given, const item &c,
+__device__ inline void prepare_octets(const kda_arguments &a, const item &c,
                                       const lane_columns &at, prepare_memory &m, kda_chunk &out)
 {
     const head_gate gate = gate_of(a, c.h);
@@ -288,7 +286,7 @@ __device__ inline void prepare_octets(const kda_arguments &a, bool units_given, 
 #pragma unroll 1 /* four times the code would not stay in the instruction cache */
     for (int o = 0; o < OCTETS; o++) {
         const int row = OCTET * o + lane_id() / 4;
-        const float2 factor = factors_of(m, row, a.normalize, units_given);
+        const float2 factor = factors_of(m, row, a.normalize);
         float k[CHANNELS], q[CHANNELS];
         lane_gates decays;
         unpack(x.k, factor.x, k);

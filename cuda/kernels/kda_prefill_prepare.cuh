@@ -76,16 +76,6 @@ __device__ void find_squares(const kda_arguments &a, const item &c, const lane_c
     sum_squares(q, m.squares[1]);
 }
 
-/* The factors that were found before the call, a row a thread. */
-__device__ inline void load_units(const kda_arguments &a, const float *units, const item &c,
-                                  prepare_memory &m)
-{
-    const int i = threadIdx.x % GROUP - KDA_TOKENS, row = i % KDA_TOKENS, is_q = i / KDA_TOKENS;
-    if (i < 0 || i >= 2 * KDA_TOKENS) return;
-    const int heads = static_cast<int>(a.H), head = is_q ? c.h : heads + c.h;
-    m.squares[is_q][row][0] = row < c.tokens ? units[(c.token + row) * 2 * heads + head] : 0.0f;
-}
-
 /* Whether the chunk that lay in an item's slot has been copied by all tiles of its pair: a warp
  * asks, a lane for each tile, and learns of it later. */
 struct room {
@@ -132,9 +122,8 @@ __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int he
     if (!x.is_bf16) prefetch_line(from + 256), prefetch_line(from + 384);
 }
 
-__device__ inline void prepare_chunk(const kda_arguments &a, const kda_plan &p,
-                                     const kda_fused &f, const item &c, int group,
-                                     prepare_memory &m, announcement &last)
+__device__ inline void prepare_chunk(const kda_arguments &a, const kda_plan &p, const item &c,
+                                     int group, prepare_memory &m, announcement &last)
 {
     const lane_columns at = columns_of(c);
     kda_chunk &out = p.ring[c.slot];
@@ -142,15 +131,13 @@ __device__ inline void prepare_chunk(const kda_arguments &a, const kda_plan &p,
     load_beta(a, c, m);
     load_bias(a, c, m);
     const auto say_last = [&] { last.say(); };
-    if (a.normalize && f.units == nullptr) {
+    if (a.normalize)
         find_squares(a, c, at, m, say_last);
-    } else {
-        if (a.normalize) load_units(a, f.units, c, m);
+    else
         say_last();
-    }
     space.wait(p, c);
     group_barrier(group);
-    prepare_octets(a, f.units != nullptr, c, at, m, out);
+    prepare_octets(a, c, at, m, out);
     group_barrier(group);
     add_parts(m);
     write_decays(m, out);
@@ -211,8 +198,8 @@ struct leader {
 };
 
 __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
-                                      const kda_fused &f, const kda_lanes_of_call &lanes,
-                                      int group, prepare_memory &m)
+                                      const kda_lanes_of_call &lanes, int group,
+                                      prepare_memory &m)
 {
     const bool first = threadIdx.x % GROUP == 0, leads = is_leader();
     announcement last;
@@ -233,7 +220,7 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
             tickets.ask(p, 1); /* needed after the chunk */
             tickets.put(a, p, lanes, m.items[(n + 1) % 2]);
         }
-        if (c.tokens > 0) prepare_chunk(a, p, f, c, group, m, last);
+        if (c.tokens > 0) prepare_chunk(a, p, c, group, m, last);
         if (leads) tickets.take();
         group_barrier(group); /* and the chunk is written */
         if (!first) last.flag = nullptr;

@@ -28,7 +28,6 @@ constexpr int SCANNERS = KDA_V_TILE / ROWS; /* warps of each of the two kinds */
 constexpr int TILES_OF_TOKENS = KDA_TOKENS / 8;
 constexpr int STEPS = KDA_TOKENS / 16, K_STEPS = KDA_K / 16; /* of a product, 16 deep */
 constexpr int V_PITCH = KDA_V_TILE + 8; /* of a token's values: 16 bytes off a bank's round */
-constexpr int OUTPUTS = 3;
 
 /* Left operands of a product, 16 deep a step, as they lie in the lanes' registers. */
 template <int steps> using left_operand = uint4[steps][WARP];
@@ -50,8 +49,7 @@ struct alignas(1024) stage {
 struct scan_memory {
     stage stages[STAGES];
     handoff hands[SCANNERS];
-    output_tile outputs[OUTPUTS]; /* to who finishes them; else each warp stores its own */
-    barrier has_output[OUTPUTS], took_output[OUTPUTS];
+    output_tile output; /* each warp stores its own */
     barrier full[STAGES], empty[STAGES];
     barrier has_state[SCANNERS], took_state[SCANNERS];   /* of a handoff's S */
     barrier has_update[SCANNERS], took_update[SCANNERS]; /* and U */
@@ -371,7 +369,6 @@ __device__ inline void store_output(const output_tile &from, int first, bf16 *to
 __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
 {
     const long long stride = s.a.H * s.a.V;
-    const bool finishes = s.f.weight != nullptr;
     const descriptors d(m.stages[0].chunk);
     unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
@@ -380,17 +377,12 @@ __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
         barrier_wait(&m.full[i], count / STAGES % 2);
         make_output(out, d, i, w, count, m);
         warp_arrive(&m.empty[i]);
-        const unsigned o = count % OUTPUTS;
-        if (finishes && count >= OUTPUTS)
-            barrier_wait(&m.took_output[o], (count / OUTPUTS - 1) % 2);
-        put_output(out, m.outputs[o], w * ROWS);
-        if (finishes)
-            warp_arrive(&m.has_output[o]);
-        else if (owns_rows(s, w))
-            store_output(m.outputs[o], w * ROWS,
-                         static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
-                             first_row(s, w),
-                         stride, at.tokens_here());
+        if (!owns_rows(s, w)) continue;
+        put_output(out, m.output, w * ROWS);
+        store_output(m.output, w * ROWS,
+                     static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
+                         first_row(s, w),
+                     stride, at.tokens_here());
     }
 }
 

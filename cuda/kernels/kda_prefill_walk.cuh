@@ -12,7 +12,6 @@ namespace kda {
 struct scanner {
     const kda_arguments &a;
     const kda_plan &p;
-    const kda_fused &f;
     kda_lane first, end;
     int longest, pair, tile;
 };

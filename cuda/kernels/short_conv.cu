@@ -12,11 +12,8 @@
  * Order        taps in rising order, whatever the run
  * Roofline     each element once each way: bf16, T = 8192, C = 12288 are 403 MB: memory-bound,
  *              134 us on an H100 (3.0 TB/s)
- * Measured     not timed yet; right on an H100, beside the CPU's results (2026-11-22)
+ * Measured     H200, bf16, T = 8192, C = 12288: 166 us (benchmarks/kda_fused.py, 2026-11-22)
  */
-#include "short_conv.cuh"
-
-#include "../device/kda.cuh"
 #include "../device/launch.cuh"
 #include "../device/math.cuh"
 #include "../device/warp.cuh"
@@ -38,7 +35,6 @@ struct arguments {
     int64_t x_stride, C, N;
     int W;
     bool silu;
-    short_conv_units units;
 };
 
 /* Runs of sequence n are numbered from here on: it leaves room for len / RUN, rounded up, and
@@ -71,10 +67,7 @@ template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
     int64_t x_stride, out_stride;
     int past; /* inputs that the state holds: W - 1 */
     float taps[WIDTH][VEC];
-    float window[PAST + AHEAD]
-                [VEC]; /* inputs before the next token, oldest first, and from it */
-    float *factors;    /* of the head's first token, or null */
-    int64_t heads;
+    float window[PAST + AHEAD][VEC]; /* inputs, oldest first; the next token's at PAST */
 
     /* Whether an entry of the window lies under one of the W taps: those before hold inputs that
      * the convolution has left behind, which may be NaN. */
@@ -142,18 +135,6 @@ template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
         }
     }
 
-    /* Of the results as they are stored, by 16 lanes: in kda_prefill's order, so to its bits. */
-    __device__ void write_factor(const vec<A, VEC> &stored, int64_t t) const
-    {
-        float y[VEC], sum = 0;
-        to_floats(stored, y);
-#pragma unroll
-        for (int v = 0; v < VEC; v++) sum = fmaf(y[v], y[v], sum);
-        const unsigned lanes = 0xffffu << (lane_id() & 16);
-        for (const int d : {2, 1, 4, 8}) sum += __shfl_xor_sync(lanes, sum, d);
-        if (lane_id() % 16 == 0) factors[t * heads] = kda_unit_factor(sum);
-    }
-
     /* Token t, whose input is number i of those ahead. */
     __device__ void step(int i, int64_t t, bool with_silu)
     {
@@ -167,10 +148,7 @@ template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
             y[v] = fmaf(taps[PAST][v], window[i + PAST][v], y[v]);
             if (with_silu) y[v] = silu_for<A>(y[v]);
         }
-        const vec<A, VEC> stored = rounded<A>(y);
-        *reinterpret_cast<vec<A, VEC> *>(out + t * out_stride) = stored;
-        if constexpr (VEC == 8)
-            if (factors != nullptr) write_factor(stored, t);
+        store_wide(out + t * out_stride, y);
     }
 
     /* N tokens from t on. */
@@ -214,9 +192,6 @@ __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const argume
     s.state = static_cast<A *>(a.state) + (slot * a.C + c) * (a.W - 1);
     s.x_stride = a.x_stride, s.out_stride = a.C;
     s.past = a.W - 1;
-    s.heads = a.units.heads;
-    const int64_t head = c / KDA_UNIT_CHANNELS;
-    s.factors = head < s.heads ? a.units.factors + start * s.heads + head : nullptr;
     s.read_taps(a.weight + c * a.W);
     if (first == 0)
         s.read_state();
@@ -245,9 +220,8 @@ kl_status launch(const arguments &a, int64_t T, cudaStream_t stream, kl_error *e
     return kl_cuda_launch(kernel, blocks, THREADS, 0, stream, err, a);
 }
 
-} // namespace
-
-bool short_conv_is_wide(const kl_short_conv *a)
+/* Whether a thread takes 16 bytes of channels. */
+bool takes_vectors(const kl_short_conv *a)
 {
     const int VEC = 16 / static_cast<int>(kl_dtype_bytes(a->x.dtype));
     const int64_t C = a->x.shape[1];
@@ -255,8 +229,9 @@ bool short_conv_is_wide(const kl_short_conv *a)
            is_aligned(a->weight.data, 0, 4, 16) && is_aligned(a->state.data, 0, 2, 16);
 }
 
-kl_status short_conv_with_units(kl_backend *be, const kl_short_conv *a,
-                                const short_conv_units &units, kl_error *err)
+} // namespace
+
+kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *err)
 {
     const int64_t T = a->x.shape[0], C = a->x.shape[1];
     const arguments args = {
@@ -271,18 +246,11 @@ kl_status short_conv_with_units(kl_backend *be, const kl_short_conv *a,
         .N = a->cu_seqlens.shape[0] - 1,
         .W = static_cast<int>(a->weight.shape[1]),
         .silu = a->silu,
-        .units = units,
     };
     if (T == 0) return KL_OK;
     return with_float_type(a->x.dtype, [&](auto t) {
         using A = decltype(t);
-        return short_conv_is_wide(a)
-                   ? launch<A, 16 / sizeof(A), 4>(args, T, kl_cuda_stream(be), err)
-                   : launch<A, 1, MAX_WIDTH>(args, T, kl_cuda_stream(be), err);
+        return takes_vectors(a) ? launch<A, 16 / sizeof(A), 4>(args, T, kl_cuda_stream(be), err)
+                                : launch<A, 1, MAX_WIDTH>(args, T, kl_cuda_stream(be), err);
     });
-}
-
-kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *err)
-{
-    return short_conv_with_units(be, a, {}, err);
 }
