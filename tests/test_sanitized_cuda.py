@@ -22,10 +22,14 @@ pytestmark = pytest.mark.skipif(
 
 # Memory from torch's cache is old memory, which initcheck takes for written.
 WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# racecheck takes an mbarrier's arrival for the accesses of the lane that arrives, not for those of
+# the others, which __syncwarp() has put before it: it names kda_prefill's handovers between warps,
+# where one lane arrives for all. PTX orders them: bar.warp.sync between the lanes, and a release
+# covers what was ordered before it.
 # cuBLASLt stores by bulk copies, which initcheck does not see: there our own kernels stand in.
 CASES = {
     "memcheck": "twice_the_same_bits",
-    "racecheck": "twice_the_same_bits and default",
+    "racecheck": "twice_the_same_bits and default and not kda_prefill",
     "initcheck": "twice_the_same_bits and not (default and wide and many)",
     "synccheck": "twice_the_same_bits",
 }
