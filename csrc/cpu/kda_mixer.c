@@ -56,10 +56,17 @@ static kl_kda_mixer token_of(const kl_kda_mixer *a, const guessing *g, int64_t t
     return one;
 }
 
+/* Of a dense tensor; not its stride, which nobody has to set where there is one row. */
+static size_t row_bytes(const kl_tensor *t)
+{
+    const kl_tensor row = kl_row_slice(t, 0, 1);
+    return (size_t)kl_tensor_size(&row) * kl_dtype_bytes(t->dtype);
+}
+
 static kl_tensor take_like(kl_arena *arena, const kl_tensor *t)
 {
     kl_tensor row = kl_row_slice(t, 0, 1);
-    row.data = kl_arena_take(arena, (size_t)t->stride[0] * kl_dtype_bytes(t->dtype));
+    row.data = kl_arena_take(arena, row_bytes(t));
     return row;
 }
 
@@ -81,7 +88,7 @@ static size_t take_guessing(kl_backend *be, const kl_kda_mixer *a, guessing *g)
 
 static void copy_row(const kl_tensor *to, const kl_tensor *from)
 {
-    const size_t bytes = (size_t)from->stride[0] * kl_dtype_bytes(from->dtype);
+    const size_t bytes = row_bytes(from);
     if (bytes > 0) memcpy(to->data, from->data, bytes);
 }
 

@@ -341,6 +341,40 @@ static void check_guesses(const mixer_case *c, kl_dtype act, int wrong)
     used = 0;
 }
 
+/* One slot: nobody has to set the stride of its axis. */
+static void unset_strides_whole(kl_backend *be, void *call)
+{
+    kl_kda_mixer *const a = call;
+    a->state.stride[0] = a->conv_state.stride[0] = 3;
+    guesses_whole(be, call);
+}
+
+static void unset_strides(void)
+{
+    static const mixer_case c = {2, 16, 8, 4, KL_GATE_SOFTPLUS, false, 8, KL_W_BF16};
+    static const int32_t all[2] = {0, T};
+    parts p = {0};
+    kl_kda_mixer a = mixer_of(&c, KL_BF16, RAGGED);
+    deal_guesses(6);
+    a.guesses = true;
+    a.tokens = integers(T, tokens);
+    a.drawn = integers(T, drawn);
+    a.cu_seqlens = integers(2, all);
+    a.slots = (kl_tensor){0};
+    a.state.shape[0] = a.conv_state.shape[0] = 1;
+    const kl_tensor *const in[] = {&a.qkv,        &a.conv_weight, &a.f_low,      &a.g_low,
+                                   &a.beta,       &a.A_log,       &a.dt_bias,    &a.tokens,
+                                   &a.cu_seqlens, &a.drawn,       &a.norm_weight};
+    for (size_t j = 0; j < sizeof in / sizeof *in; j++) IN(*in[j]);
+    WEIGHT(a.f_b);
+    WEIGHT(a.g_b);
+    OUT(a.conv_state, 0);
+    OUT(a.state, 0);
+    OUT(a.out, 0);
+    same_bits(cpu, &p, &a, sizeof a, unset_strides_whole, guesses_whole, "unset strides");
+    used = 0;
+}
+
 static void guesses(void)
 {
     static const mixer_case cases[] = {
@@ -367,6 +401,7 @@ int main(void)
     RUN(two_products);
     RUN(mixers);
     RUN(guesses);
+    RUN(unset_strides);
     if (cuda == NULL) printf("     CUDA skipped: %s\n", err.message);
     kl_backend_close(cuda);
     kl_backend_close(cpu);
