@@ -274,6 +274,8 @@ kl_status kl_check_mla_prefill(const kl_mla_prefill *a, kl_error *err)
     KL_TRY(check_ragged(op, &a->cu_seqlens, a->q.shape[0], err));
     if (!kl_tensor_absent(&a->raw))
         return kl_fail(err, KL_ERR_VALUE, "%s: raw must be absent", op);
+    if (!kl_tensor_absent(&a->norm_weight))
+        return kl_fail(err, KL_ERR_VALUE, "%s: norm_weight must be absent", op);
     return check_mla(op, a, ragged_count(&a->cu_seqlens), err);
 }
 

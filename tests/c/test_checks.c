@@ -576,6 +576,9 @@ static void mla(void)
     BAD_VALUE(mla_prefill, a,
               (a.cu_seqlens = i32(1, N + 1, 1), a.raw = f32(2, N, RANK + ROPE, 1, 1)),
               "mla_prefill: raw must be absent");
+    BAD_VALUE(mla_prefill, a,
+              (a.cu_seqlens = i32(1, N + 1, 1), a.norm_weight = f32(1, RANK, 1, 1, 1)),
+              "mla_prefill: norm_weight must be absent");
     ACCEPTED(mla_prefill, a, a.cu_seqlens = i32(1, N + 1, 1));
     BAD_TYPE(mla_prefill, a, (a.cu_seqlens = i32(1, N + 1, 1), a.pages.dtype = KL_BF16),
              "mla_prefill: pages must be float32, got bfloat16");
