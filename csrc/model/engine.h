@@ -76,7 +76,8 @@ kl_status kl_engine_load(kl_engine *e, const int *fds, int n_fds, const kl_sourc
                          kl_poll_fn poll, void *ctx, kl_error *err);
 
 /* Random weights of plausible scale, made on the device, the same for one seed everywhere. The
- * routers' biases are drawn `skew` times as large: a few hundred give every token the same experts. */
+ * routers' biases are drawn `skew` (>= 0) times as large: a few hundred give every token the same
+ * experts. */
 kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, float skew, kl_error *err);
 
 /* ---- sequences ------------------------------------------------------------------------- */
@@ -164,7 +165,8 @@ typedef struct {
     float *logprobs;        /* [n_rows] */
     uint8_t *greedy;        /* [n_rows] */
 
-    const kl_sampling *sampling; /* [n_rows]: draw the next token; n_rows <= max_batch */
+    const kl_sampling *sampling; /* [n_rows]: draw the next token; n_rows <= max_batch, but of
+                                  * guesses 16 */
     const int32_t *seen;         /* [n_rows, ceil(vocab / 32)] bit sets, or NULL       */
     int32_t *ids;                /* [n_rows] */
     float *id_logprobs;          /* [n_rows] */

@@ -9,6 +9,8 @@
 #include "base/memory.h"
 #include "base/rng.h"
 
+#include <math.h>
+
 /* Values drawn at a time: part of what a seed means. At least a row of the widest matrix that
  * a checked config allows. */
 #define RANDOM_BLOCK (INT64_C(1) << 20)
@@ -54,6 +56,9 @@ kl_status kl_engine_randomize(kl_engine *e, uint64_t seed, float skew, kl_error 
     kl_backend *be = e->be;
     randomizer z = {.be = be, .seed = seed, .skew = skew};
     const kl_weight_visitor visitor = {.part = randomize_part, .ctx = &z};
+    if (!isfinite(skew) || skew < 0)
+        return kl_fail(err, KL_ERR_VALUE, "randomize: skew must be finite and >= 0, got %g",
+                       (double)skew);
     kl_engine_unload(e);
     KL_TRY(be->vt->alloc(be, BLOCK_BYTES, &z.block, err));
     kl_status status = kl_weights_visit(&e->weights, &e->config, e->format, &visitor, err);

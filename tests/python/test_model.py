@@ -822,6 +822,9 @@ def test_random_models_repeat():
         assert not np.array_equal(x, skewed.logits("hello"))
     with pytest.raises(TypeError, match="no_such"):
         random_model(no_such=1)
+    for skew in (-1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"skew must be finite and >= 0, got {skew}"):
+            random_model(device="cpu", dtype="f32", router_skew=skew)
 
 
 def test_stats(model):
