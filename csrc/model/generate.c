@@ -1,8 +1,9 @@
 /*
  * generate.c -- requests from their prompts to their last tokens; see engine.h.
  *
- * scheduler.c decides what a step holds, generate_rows.c lays it out; this file keeps the requests'
- * sequences, draws and endings. Events wait in a queue of one step, so that a caller may take them one at a time.
+ * scheduler.c decides what a step holds, generate_rows.c lays it out; this file keeps the
+ * requests' sequences, draws and endings. Events wait in a queue of one step, so that a caller may
+ * take them one at a time.
  */
 #include "model/generation.h"
 

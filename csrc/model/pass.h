@@ -22,7 +22,8 @@
 #define KL_MAX_TOP 256
 
 /* Up to so many tokens a weight streams by once for all of them, and the norm of the stream and
- * the sum into it belong to the products on either side; with more they are one walk of their own. */
+ * the sum into it belong to the products on either side; with more they are one walk of their
+ * own. */
 #define KL_FEW_TOKENS 16
 
 typedef struct {
