@@ -47,6 +47,16 @@ __device__ inline void prefetch_line(const void *at)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
+/* Host: let a kernel have the most shared memory that any launch of it takes, whatever this one
+ * does: a recorded graph checks its kernels by the last word said about each. */
+template <class K> kl_status kl_cuda_allow_shared(K kernel, size_t most, kl_error *err)
+{
+    KL_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(most)),
+                err);
+    return KL_OK;
+}
+
 /* Host: kernel<<<blocks, threads, shared, stream>>>(arguments...), started early. split: how many
  * hundredths of what can be shared memory are to be that, and not L1.
  *

@@ -83,7 +83,7 @@ template <class K>
 kl_status launch_step(K kernel, unsigned blocks, size_t shared, const moe_step_arguments &a,
                       cudaStream_t stream, kl_error *err)
 {
-    KL_TRY(ring_allow_shared(kernel, err));
+    KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
     return kl_cuda_launch(kernel, blocks, STREAM_THREADS, shared, stream, err, a);
 }
 

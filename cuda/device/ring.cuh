@@ -3,9 +3,9 @@
  * x is there: a lane's pieces come by asynchronous copies to a ring of its own in shared memory.
  *
  * Weights never change, so the ring is filled before wait_for_inputs(), while the kernels ahead
- * still run (not those that kl_weight calls unsettled: wait first); it takes no registers, so that
- * a block leaves room for those of its neighbours in the stream: at most 64 registers a thread,
- * and shared memory for four blocks a multiprocessor.
+ * still run (not those that kl_weight calls unsettled: wait first). It takes no registers: at most
+ * 64 a thread leave room for the blocks of a neighbour in the stream; shared memory has room for
+ * two of these blocks a multiprocessor, or three with a short x.
  * Blocks stay and go from tile to tile; the ring runs on, so that the next tile's weights are on
  * their way while the sums of one are added.
  *
@@ -15,7 +15,7 @@
  * own copies, which are counted: one commit a step, an empty one where no step is left.
  *
  *     weight_ring<format> ring(shared);
- *     let_next_start();
+ *     let_next_start();    here or after the wait: linear_step.cu has why
  *     for (RING_DEPTH times) more ? ring.put(feed), feed.advance(), ... : ring.put_none();
  *     wait_for_inputs();
  *     ... rows of x to shared memory (shared_rows), a barrier ...
@@ -43,7 +43,7 @@
 #include "stream.cuh"
 #include "wide.cuh"
 
-/* To be timed: steps on their way, and blocks a multiprocessor that a kernel starts. */
+/* Steps on their way, timed in notes/SPEED.md, and blocks a multiprocessor that a kernel starts. */
 constexpr int RING_DEPTH = 8;
 constexpr int RING_BLOCKS = 2;
 
@@ -73,16 +73,6 @@ __device__ inline void copy_word(void *shared, const void *global, bool inside)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes)
                  : "memory");
-}
-
-/* Host: let a kernel have all of that, whatever this launch takes: a recorded graph checks its
- * kernels by the last word said about each. */
-template <class K> kl_status ring_allow_shared(K kernel, kl_error *err)
-{
-    KL_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(RING_MOST_SHARED)),
-                err);
-    return KL_OK;
 }
 
 /* Steps of this warp in a row. */

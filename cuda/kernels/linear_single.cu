@@ -120,7 +120,7 @@ kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_er
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "linear: %lld outputs are too many",
                        static_cast<long long>(p->w.rows));
-    KL_TRY(ring_allow_shared(product_single_kernel, err));
+    KL_TRY(kl_cuda_allow_shared(product_single_kernel, RING_MOST_SHARED, err));
     return kl_cuda_launch(product_single_kernel, static_cast<unsigned>(blocks), THREADS,
                           shared_bytes(p), kl_cuda_stream(be), err, a);
 }

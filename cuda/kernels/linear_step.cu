@@ -238,7 +238,7 @@ kl_status launch(kl_backend *be, const step_arguments &a, size_t shared, kl_erro
     const auto kernel = product_step_kernel<first, second, N, gated>;
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    KL_TRY(ring_allow_shared(kernel, err));
+    KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
     const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
     return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
                           kl_cuda_stream(be), err, a);

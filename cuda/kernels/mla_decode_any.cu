@@ -114,11 +114,8 @@ kl_status kl_cuda_mla_attend_any(const mla_arguments &a, cudaStream_t stream, kl
                        MAX_SHARED / static_cast<long long>(sizeof(float)), a.rank, a.rope);
     return with_float_type(a.act, [&](auto t) {
         const auto kernel = mla_attend_any<decltype(t)>;
-        const int shared = static_cast<int>(bytes);
-        KL_CUDA_TRY(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-            err);
+        KL_TRY(kl_cuda_allow_shared(kernel, MAX_SHARED, err));
         return kl_cuda_launch(kernel, static_cast<unsigned>(a.N * a.H * a.splits), THREADS,
-                              static_cast<size_t>(shared), stream, err, a);
+                              static_cast<size_t>(bytes), stream, err, a);
     });
 }

@@ -263,16 +263,14 @@ template <int ROWS, int VEC, class T, class W>
 kl_status launch(const mla_arguments &a, cudaStream_t stream, kl_error *err)
 {
     const long long blocks = mla_divide_up(a.N, ROWS) * a.H * CLUSTER;
-    const int bytes = static_cast<int>(shared_bytes<ROWS>(a));
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_decode: N * H must be <= %lld, got N %lld, H %lld",
                        MAX_BLOCKS / CLUSTER, a.N, a.H);
     const auto kernel = mla_finish<ROWS, VEC, T, W>;
-    KL_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
+    KL_TRY(kl_cuda_allow_shared(kernel, MAX_SHARED, err));
     return kl_cuda_launch(kernel, static_cast<unsigned>(blocks), THREADS,
-                          static_cast<size_t>(bytes), stream, err, a);
+                          static_cast<size_t>(shared_bytes<ROWS>(a)), stream, err, a);
 }
 
 /* A single row has a kernel of its own, which has more of the pieces on their way; and ranks whose

@@ -278,11 +278,8 @@ kl_status kl_cuda_moe_route(kl_backend *be, const kl_moe_route *a, kl_error *err
                        bytes / sizeof(float), static_cast<long long>(args.T));
     if (E <= FEW_EXPERTS && args.groups == 1 && args.rule.top_k <= WARP)
         return launch_few(be, args, err);
-    const int shared = static_cast<int>(bytes * static_cast<size_t>(warps));
-    KL_CUDA_TRY(cudaFuncSetAttribute(moe_route_kernel,
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-                err);
+    KL_TRY(kl_cuda_allow_shared(moe_route_kernel, SHARED_LIMIT, err));
     return kl_cuda_launch(moe_route_kernel, static_cast<unsigned>(blocks),
-                          static_cast<unsigned>(warps * WARP), static_cast<size_t>(shared),
-                          kl_cuda_stream(be), err, args);
+                          static_cast<unsigned>(warps * WARP),
+                          bytes * static_cast<size_t>(warps), kl_cuda_stream(be), err, args);
 }

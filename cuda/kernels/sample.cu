@@ -32,6 +32,7 @@ constexpr int MAX_ROWS = 0x7fffffff / RANKS; /* of a grid's x axis */
 
 /* Values of a row that a block can hold: with select_shared 196 KB of 227. */
 constexpr int64_t MOST_OF_A_PART = 32 << 10;
+constexpr size_t MOST_SHARED = sizeof(select_shared) + MOST_OF_A_PART * sizeof(float);
 
 struct arguments {
     const float *logits;
@@ -232,9 +233,7 @@ kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
     if (N > MAX_ROWS)
         return kl_fail(err, KL_ERR_VALUE, "sample: at most %d rows, got %lld", MAX_ROWS,
                        static_cast<long long>(N));
-    KL_CUDA_TRY(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(bytes)),
-                err);
+    KL_TRY(kl_cuda_allow_shared(sample_kernel, MOST_SHARED, err));
     const unsigned blocks = static_cast<unsigned>(N * RANKS);
     return kl_cuda_launch(sample_kernel, blocks, SELECT_THREADS, bytes, kl_cuda_stream(be), err,
                           args);
