@@ -107,8 +107,9 @@ size_t shared_bytes(const kl_cuda_product *p)
 
 bool kl_cuda_product_single_takes(const kl_cuda_product *p)
 {
-    return p->w.format == KL_W_F32 && p->T == 1 && p->up.data == nullptr && !p->adds &&
-           shared_bytes(p) <= RING_MOST_SHARED;
+    const bool counts = p->w.cols <= static_cast<int64_t>(RING_MOST_SHARED); /* in an int */
+    return counts && p->w.format == KL_W_F32 && p->T == 1 && p->up.data == nullptr &&
+           !p->adds && shared_bytes(p) <= RING_MOST_SHARED;
 }
 
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err)
