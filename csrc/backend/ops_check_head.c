@@ -82,14 +82,26 @@ kl_status kl_check_moe_experts(const kl_moe_experts *a, kl_error *err)
     return kl_require_range(op, "ids.shape[1]", top_k, 1, a->w1.count, err);
 }
 
+/* The dtype of h, and one place for the result. */
+static kl_status check_moe_ends(const char *op, const kl_moe *a, kl_error *err)
+{
+    const bool has_out = !kl_tensor_absent(&a->out);
+    if (has_out && !kl_tensor_absent(&a->residual))
+        return kl_fail(err, KL_ERR_VALUE, "%s: out must be absent with a residual", op);
+    if (!has_out && kl_tensor_absent(&a->residual))
+        return kl_fail(err, KL_ERR_VALUE, "%s: out or residual must be given", op);
+    if (kl_tensor_absent(&a->norm_weight) || a->act == KL_F32 || a->act == KL_BF16)
+        return KL_OK;
+    return kl_fail(err, KL_ERR_TYPE, "%s: act must be float32 or bfloat16, got %s", op,
+                   (unsigned)a->act < KL_N_DTYPES ? kl_dtype_name(a->act) : "?");
+}
+
 kl_status kl_check_moe(const kl_moe *a, kl_error *err)
 {
     static const char op[] = "moe";
     const int64_t T = a->x.shape[0], D = a->x.shape[1], E = a->w1.count;
     const bool normed = !kl_tensor_absent(&a->norm_weight);
-    if (normed) KL_TRY(kl_require_range(op, "act", a->act, KL_F32, KL_BF16, err));
-    if (kl_tensor_absent(&a->out) == kl_tensor_absent(&a->residual))
-        return kl_fail(err, KL_ERR_VALUE, "%s: either out or residual must be given", op);
+    KL_TRY(check_moe_ends(op, a, err));
     const unsigned act = normed ? KL_DTYPE_BIT(a->act) : kl_act_bit(&a->x);
     const kl_rule rules[] = {
         {&a->x, "x", normed ? F32 | act : KL_ANY_FLOAT, 0, 2, {T, D}, NULL},

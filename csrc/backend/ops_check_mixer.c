@@ -130,6 +130,19 @@ kl_status kl_check_kda_decode(const kl_kda_decode *a, kl_error *err)
     return check_kda(op, a, a->q.shape[0], err);
 }
 
+static kl_status check_mixer_guesses(const char *op, const kl_kda_mixer *a, kl_error *err)
+{
+    const bool has_tokens = !kl_tensor_absent(&a->tokens);
+    const bool again = !kl_tensor_absent(&a->drawn);
+    if (a->guesses && a->single)
+        return kl_fail(err, KL_ERR_VALUE, "%s: single must be false with guesses", op);
+    if (again != has_tokens)
+        return kl_fail(err, KL_ERR_VALUE, "%s: tokens and drawn must come together, got %s", op,
+                       again ? "drawn" : "tokens");
+    if (!again || a->guesses) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE, "%s: drawn must be absent without guesses", op);
+}
+
 /* The tensors of the whole; what its gate needs is said of the kl_kda within. */
 kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
 {
@@ -138,6 +151,7 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
     const int64_t H = a->state.shape[1], V = a->state.shape[2], K = a->state.shape[3];
     const int64_t W = a->conv_weight.shape[1], C = a->qkv.shape[1];
     const unsigned act = kl_act_bit(&a->qkv);
+    KL_TRY(check_mixer_guesses(op, a, err));
     KL_TRY(check_ragged(op, &a->cu_seqlens, T, err));
     if (a->conv_weight.ndim == 2)
         KL_TRY(kl_require_range(op, "conv_weight.shape[1]", W, 1, MAX_CONV_WIDTH, err));
@@ -174,12 +188,6 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
         return kl_fail(err, KL_ERR_VALUE,
                        "%s: single tokens need a sequence each, got %lld tokens of %lld", op,
                        (long long)T, (long long)N);
-    const bool again = !kl_tensor_absent(&a->drawn);
-    if (again != !kl_tensor_absent(&a->tokens) || (again && !a->guesses) ||
-        (a->guesses && a->single))
-        return kl_fail(
-            err, KL_ERR_VALUE,
-            "%s: tokens and drawn go together with guesses, and single tokens are none", op);
     KL_TRY(check_slots(op, &a->state, N, err));
     const kl_kda kda = {.A_log = a->A_log,
                         .dt_bias = a->dt_bias,

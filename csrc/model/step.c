@@ -142,9 +142,12 @@ static kl_status check_guesses(const kl_step *s, int64_t total, kl_error *err)
     bool all = s->sampling != NULL && s->n_rows == total;
     for (int64_t i = 0; all && i < total; i++) all = s->rows[i] == i;
     if (!all)
-        return kl_fail(err, KL_ERR_VALUE,
-                       "step: guesses are verified by sampling after each of the %lld tokens",
-                       (long long)total);
+        return kl_fail(
+            err, KL_ERR_VALUE,
+            "step: guesses need sampling after each of the %lld tokens, in order, got "
+            "%lld rows%s",
+            (long long)total, (long long)s->n_rows,
+            s->sampling == NULL ? " without sampling" : "");
     for (int64_t i = 0; i < s->n_feeds; i++)
         if (s->feeds[i].n_tokens > KL_MAX_GUESSES + 1)
             return kl_fail(err, KL_ERR_VALUE,

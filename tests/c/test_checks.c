@@ -456,12 +456,12 @@ static void kda_mixer(void)
         "V 10, K 8");
     ACCEPTED(kda_mixer, a, a.guesses = true);
     ACCEPTED(kda_mixer, a, (a.guesses = true, a.tokens = i32(1, T, 1), a.drawn = i32(1, T, 1)));
-    BAD_VALUE(
-        kda_mixer, a, (a.guesses = true, a.drawn = i32(1, T, 1)),
-        "kda_mixer: tokens and drawn go together with guesses, and single tokens are none");
-    BAD_VALUE(
-        kda_mixer, a, (a.tokens = i32(1, T, 1), a.drawn = i32(1, T, 1)),
-        "kda_mixer: tokens and drawn go together with guesses, and single tokens are none");
+    BAD_VALUE(kda_mixer, a, (a.guesses = true, a.drawn = i32(1, T, 1)),
+              "kda_mixer: tokens and drawn must come together, got drawn");
+    BAD_VALUE(kda_mixer, a, (a.tokens = i32(1, T, 1), a.drawn = i32(1, T, 1)),
+              "kda_mixer: drawn must be absent without guesses");
+    BAD_VALUE(kda_mixer, a, a.guesses = a.single = true,
+              "kda_mixer: single must be false with guesses");
     BAD_VALUE(kda_mixer, a, (a.guesses = true, a.tokens = i32(1, T, 1), a.drawn = i32(1, N, 1)),
               "kda_mixer: drawn.shape[0] must be 5, got 3");
     BAD_VALUE(kda_mixer, a, a.single = true,
@@ -662,13 +662,13 @@ static void moe_whole(void)
     ACCEPTED(moe, a, a.bias = none);
     ACCEPTED(moe, a, (a.residual = none, a.out = out));
     ACCEPTED(moe, a, (a.norm_weight = none, a.norm_eps = 0, a.act = KL_U8));
-    BAD_VALUE(moe, a, a.residual = none, "moe: either out or residual must be given");
-    BAD_VALUE(moe, a, a.out = out, "moe: either out or residual must be given");
+    BAD_VALUE(moe, a, a.residual = none, "moe: out or residual must be given");
+    BAD_VALUE(moe, a, a.out = out, "moe: out must be absent with a residual");
     BAD_TYPE(moe, a, (a.residual = none, a.out = f32(2, T, D, 1, 1)),
              "moe: out must be bfloat16, got float32");
     BAD_VALUE(moe, a, (a.residual = none, a.act = KL_F32, a.out = a.x),
               "moe: out must not overlap x");
-    BAD_VALUE(moe, a, a.act = KL_U8, "moe: act must be in 0 .. 1, got 3");
+    BAD_TYPE(moe, a, a.act = KL_U8, "moe: act must be float32 or bfloat16, got uint8");
     BAD_VALUE(moe, a, a.norm_eps = 0, "moe: norm_eps must be finite and > 0, got 0");
     BAD_VALUE(moe, a, a.router.rows = E - 1,
               "moe: router must be 1 x [8, 6], each at least 1, got 1 x [7, 6]");

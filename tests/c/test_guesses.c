@@ -379,7 +379,7 @@ static void wrong_steps_are_named(void)
                     .taken = taken};
     EXPECT(kl_engine_step(e, &step, &err) == KL_ERR_VALUE);
     EXPECT_TEXT(err.message,
-                "step: guesses are verified by sampling after each of the 4 tokens");
+                "step: guesses need sampling after each of the 4 tokens, in order, got 3 rows");
     step.n_rows = 4;
     rows[2] = 1;
     EXPECT(kl_engine_step(e, &step, &err) == KL_ERR_VALUE);
