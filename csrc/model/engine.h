@@ -270,8 +270,8 @@ kl_status kl_generation_run(kl_generation *g, int64_t max_steps, kl_event *event
                             void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err);
 /* Nothing is left to run or to be reported. */
 bool kl_generation_done(const kl_generation *g);
-/* End one request (a stop string was seen, nobody wants it any more) without an event, though one
- * that was drawn before may still come; one that has ended is fine. */
+/* End one request (a stop string was seen, nobody wants it any more) without an event, though
+ * tokens that were drawn before may still come; one that has ended is fine. */
 kl_status kl_generation_finish(kl_generation *g, int64_t request, kl_error *err);
 void kl_generation_get_stats(const kl_generation *g, kl_generation_stats *out);
 
