@@ -207,7 +207,7 @@ kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err)
     p->out_bytes = kl_pass_layout_outputs(&p->out, shape, NULL);
     p->in_block = kl_arena_take(&p->arena, p->in_bytes);
     p->out_block = kl_arena_take(&p->arena, p->out_bytes);
-    if (shape->verify)
+    if (shape->verify && p->cache->n_kda > 0)
         p->kept = kl_arena_take(&p->arena, (size_t)p->cache->n_kda * kl_kda_kept_bytes(p));
     KL_TRY(check_arena(p, "step", err));
     kl_pass_layout_inputs(&p->in, shape, vocab, p->in_block);
