@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 from bench_model import BLOCK
-from common import Results, arguments
+from common import Results
 from kimi_linear._sampling import check_sampling
-from kimi_linear.testing import random_model
-from random_checkpoint import SHAPES, shape
+from small_or_random import model_arguments, open_model
 
 import kimi_linear as kl
 
@@ -62,18 +61,12 @@ class Load:
         return {"max_new_tokens": int(self.answers[i]), "ignore_eos": True} | drawn
 
 
-def open_model(options: Any) -> kl.Model:
+def sizes(options: Any) -> dict[str, int]:
     room = (PROMPT[1] + ANSWER[1]) // options.scale + ANSWER[0] + 2 * BLOCK
-    common = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "batch_invariant": options.batch_invariant,
+    return {
         "max_batch": options.max_batch or (64 if options.device == "cuda" else 8),
         "max_context": max(room, 256),
     }
-    if options.shape is None:
-        return kl.load(**common, progress=False)
-    return random_model(shape(options.shape), seed=0, **common)
 
 
 # ---- the ideal ---------------------------------------------------------------------------
@@ -191,11 +184,7 @@ def check(
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", choices=SHAPES, help="random weights; else the small model")
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--batch-invariant", action="store_true")
+    parser = model_arguments(__doc__.splitlines()[0], ["cpu", "cuda"])
     parser.add_argument("--requests", type=int, default=500, metavar="N")
     parser.add_argument("--scale", type=int, default=1, help="divides all lengths")
     parser.add_argument("--max-batch", type=int, default=0, metavar="N")
@@ -203,7 +192,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     results = Results(options, options.device)
-    with open_model(options) as model:
+    with open_model(options, **sizes(options)) as model:
         load = Load(options, model.config.vocab_size)
         of_ideal = ideal(model, load)
         figures, answers = serve(model, load)

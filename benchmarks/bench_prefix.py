@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import Results, arguments
-from kimi_linear.testing import random_model
-from random_checkpoint import SHAPES, shape
+from common import Results
+from small_or_random import model_arguments, open_model
 
 import kimi_linear as kl
 
@@ -25,11 +24,7 @@ WARM_UP = 300  # tokens of a first prompt that is not measured
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights; else the small model")
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--batch-invariant", action="store_true")
+    parser = model_arguments(__doc__.splitlines()[0])
     parser.add_argument("--document", type=int, default=8192, metavar="TOKENS")
     parser.add_argument("--questions", type=int, default=200, metavar="N")
     parser.add_argument("--question-tokens", type=int, default=40, metavar="N", help="on average")
@@ -38,20 +33,9 @@ def main() -> None:
     parser.add_argument("--only", default="batch,loop", help="of batch and loop")
     options = parser.parse_args()
     results = Results(options, options.device)
-    with open_model(options) as model:
+    context = options.document + 2 * options.question_tokens + options.new_tokens
+    with open_model(options, max_context=context) as model:
         measure(model, options, results)
-
-
-def open_model(options: Any) -> kl.Model:
-    common = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "batch_invariant": options.batch_invariant,
-        "max_context": options.document + 2 * options.question_tokens + options.new_tokens,
-    }
-    if options.shape is None:
-        return kl.load(**common)
-    return random_model(shape(options.shape), seed=0, **common)
 
 
 def make_questions(model: kl.Model, options: Any) -> list[np.ndarray]:

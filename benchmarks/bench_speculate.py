@@ -18,9 +18,8 @@ import sys
 from typing import Any
 
 import numpy as np
-from common import Results, arguments
-from kimi_linear.testing import random_model
-from random_checkpoint import SHAPES, shape
+from common import Results
+from small_or_random import model_arguments, open_model
 
 import kimi_linear as kl
 
@@ -36,34 +35,18 @@ ANSWER = {"ignore_eos": True, "logprobs": 0, "progress": False}
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights; else the small model")
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--batch-invariant", action="store_true")
+    parser = model_arguments(__doc__.splitlines()[0])
     parser.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="of limits")
     parser.add_argument("--new-tokens", type=int, default=80, metavar="N", help="of an answer")
     parser.add_argument("--guesses", type=int, nargs="+", default=[1, 2, 4, 8, 15], metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="the best counts")
     options = parser.parse_args()
     results = Results(options, options.device)
-    with open_model(options) as model:
+    context = options.context + options.new_tokens + 1
+    with open_model(options, max_context=context, max_batch=4) as model:
         if options.shape is None:
             measure_texts(model, options, results)
         measure_limits(model, options, results)
-
-
-def open_model(options: Any) -> kl.Model:
-    common = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "batch_invariant": options.batch_invariant,
-        "max_context": options.context + options.new_tokens + 1,
-        "max_batch": 4,
-    }
-    if options.shape is None:
-        return kl.load(**common)
-    return random_model(shape(options.shape), seed=0, **common)
 
 
 # ---- texts ------------------------------------------------------------------------------------

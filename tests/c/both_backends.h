@@ -21,6 +21,26 @@
 #include <stdlib.h>
 
 static kl_backend *cpu, *cuda;
+static kl_error without_cuda; /* why cuda is NULL */
+
+static inline void open_both(void)
+{
+    const kl_backend_options options = {.threads = 2};
+    kl_error err;
+    EXPECT(kl_backend_open("cpu", NULL, &options, &cpu, &err) == KL_OK);
+    if (kl_backend_open("cuda", getenv("KL_CUDA_LIBRARY"), &options, &cuda, &without_cuda) !=
+        KL_OK)
+        cuda = NULL;
+}
+
+/* The program's exit status. */
+static inline int close_both(void)
+{
+    if (cuda == NULL) printf("     CUDA skipped: %s\n", without_cuda.message);
+    kl_backend_close(cuda);
+    kl_backend_close(cpu);
+    return test_failures != 0;
+}
 static const kl_dtype ACTS[] = {KL_F32, KL_BF16};
 
 /* ---- numbers ----------------------------------------------------------------------------- */

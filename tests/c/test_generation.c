@@ -21,15 +21,6 @@ static kl_engine *open_engine(kl_backend **be, int64_t max_batch, int64_t step_t
     return tiny_engine(be, &o);
 }
 
-static void close_engine(kl_engine *e, kl_backend *be)
-{
-    int64_t sequences, pages;
-    kl_engine_usage(e, &sequences, &pages);
-    EXPECT(sequences == 0 && pages == 0 && e->cache.n_reserved == 0);
-    kl_engine_free(e);
-    kl_backend_close(be);
-}
-
 /* ---- requests and what they give ------------------------------------------------------- */
 
 static int32_t prompts[N_KINDS][LONGEST];
@@ -79,7 +70,7 @@ static void make_wanted(void)
     kl_engine *e = open_engine(&be, 1, 64);
     make_kinds();
     for (int i = 0; i < N_KINDS; i++) alone(e, &kinds[i], wanted[i]);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* ---- many of them, coming and going ---------------------------------------------------- */
@@ -162,7 +153,7 @@ static void requests_come_and_go(void)
         EXPECT(kl_generation_finish(g, n, &err) == KL_ERR_VALUE);
         EXPECT_TEXT(err.message, "generate: request must be in [0, 200), got 200");
         kl_generation_free(g);
-        close_engine(e, be);
+        tiny_engine_close(e, be);
     }
 }
 
@@ -192,7 +183,7 @@ static void a_long_prompt_holds_up_nobody(void)
         EXPECT(tokens[1] == (step == 2)); /* 200 tokens: 64, 64 and 72 beside the others */
     }
     kl_generation_free(g);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* ---- what befalls one ------------------------------------------------------------------ */
@@ -271,7 +262,7 @@ static void failures_are_alone(void)
     EXPECT(n_out[3] == r[3].max_new_tokens && n_out[5] == r[5].max_new_tokens);
     EXPECT(kl_seq_release(e, a, &err) == KL_OK);
     kl_generation_free(g);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* A sequence that is continued in place, is forked meanwhile, and needs a page more for that, when
@@ -317,7 +308,7 @@ static void a_fork_harms_nobody_else(void)
     EXPECT(kl_seq_release(e, fork, &err) == KL_OK && kl_seq_release(e, a, &err) == KL_OK);
     EXPECT(kl_seq_release(e, other, &err) == KL_OK);
     kl_generation_free(g);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 typedef struct {
@@ -367,7 +358,7 @@ static void processors_are_for_those_that_ask(void)
     }
     EXPECT(errors == 2 && n_out == r[2].max_new_tokens && s.calls == 3);
     kl_generation_free(g);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* Others hold what the first needs and nothing runs: it fails, and so on; no run hangs. */
@@ -401,7 +392,7 @@ static void nobody_waits_in_vain(void)
     EXPECT(errors == 0 && tokens == kinds[1].max_new_tokens + kinds[2].max_new_tokens);
     EXPECT(kl_seq_release(e, held[1], &err) == KL_OK);
     kl_generation_free(g);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* A request whose memory cannot be had is refused, and the others go on. */
@@ -427,7 +418,7 @@ static void every_submission_may_fail(void)
     while (!kl_generation_done(g)) run_some(g, lives, 1, MAX_EVENTS);
     EXPECT(lives[0].over && lives[1].over);
     kl_generation_free(g);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* Requests that end without a step, one after the other, hold up nobody: of no tokens, and of one
@@ -458,7 +449,7 @@ static void a_flood_holds_up_nobody(void)
         kl_generation_free(g);
     }
     EXPECT(kl_seq_release(e, a, &err) == KL_OK);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* One that is refused has no place among the prefixes either. */
@@ -474,7 +465,7 @@ static void refused_requests_leave_nothing(void)
     EXPECT(kl_generation_new(e, &r, 1, &g, &err) == KL_ERR_VALUE && g == NULL);
     EXPECT_TEXT(err.message, "sequence: must be one that is alive, got handle 0");
     EXPECT(e->prefix.root.child == NULL);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 int main(void)

@@ -225,15 +225,6 @@ static kl_engine *open_engine(kl_backend **be, kl_weight_format format)
     return tiny_engine(be, &o);
 }
 
-static void close_engine(kl_engine *e, kl_backend *be)
-{
-    int64_t sequences, pages;
-    kl_engine_usage(e, &sequences, &pages);
-    EXPECT(sequences == 0 && pages == 0 && e->cache.n_reserved == 0);
-    kl_engine_free(e);
-    kl_backend_close(be);
-}
-
 /* Over the ends of pages and in the middle of one, any number of guesses, any of them right. */
 static void a_sequence_is_as_after_single_steps(void)
 {
@@ -249,7 +240,7 @@ static void a_sequence_is_as_after_single_steps(void)
                     verify(e, &(bet){&c, guesses, right}, 1);
             end_course(e, &c);
         }
-        close_engine(e, be);
+        tiny_engine_close(e, be);
     }
 }
 
@@ -272,7 +263,7 @@ static void several_sequences_in_a_step(void)
         verify(e, bets, n);
     }
     for (int i = 0; i < N_SEQS; i++) end_course(e, &c[i]);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* ---- whole answers ---------------------------------------------------------------------- */
@@ -347,7 +338,7 @@ static void answers_are_the_same(void)
         }
     }
     EXPECT(accepted > 100);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 /* ---- what is refused ------------------------------------------------------------------- */
@@ -393,7 +384,7 @@ static void wrong_steps_are_named(void)
     feed.n_tokens = step.n_rows = 16;
     EXPECT(kl_engine_step(e, &step, &err) == KL_OK);
     EXPECT(kl_seq_release(e, seq, &err) == KL_OK);
-    close_engine(e, be);
+    tiny_engine_close(e, be);
 }
 
 int main(void)

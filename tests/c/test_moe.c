@@ -155,14 +155,7 @@ static void moes(void)
 
 int main(void)
 {
-    const kl_backend_options options = {.threads = 2};
-    kl_error err;
-    EXPECT(kl_backend_open("cpu", NULL, &options, &cpu, &err) == KL_OK);
-    if (kl_backend_open("cuda", getenv("KL_CUDA_LIBRARY"), &options, &cuda, &err) != KL_OK)
-        cuda = NULL;
+    open_both();
     RUN(moes);
-    if (cuda == NULL) printf("     CUDA skipped: %s\n", err.message);
-    kl_backend_close(cuda);
-    kl_backend_close(cpu);
-    return test_failures != 0;
+    return close_both();
 }

@@ -121,4 +121,14 @@ static inline kl_engine *tiny_engine(kl_backend **be, const kl_engine_options *o
     return e;
 }
 
+/* Nothing of it is in use any more. */
+static inline void tiny_engine_close(kl_engine *e, kl_backend *be)
+{
+    int64_t sequences, pages;
+    kl_engine_usage(e, &sequences, &pages);
+    EXPECT(sequences == 0 && pages == 0 && e->cache.n_reserved == 0);
+    kl_engine_free(e);
+    kl_backend_close(be);
+}
+
 #endif
