@@ -8,9 +8,11 @@
     python benchmarks/bench_model.py --shape small --no-write                    # seconds, anywhere
 
 A prompt's time is that of `generate(prompt, max_new_tokens=1)`: what a caller waits for a first
-token. A token's time is the median over blocks of 16 decode steps, each the wall time of what
-`generate` does, after every row has its context and its first tokens. Floors come from
-model_floor.py and the rates that were measured on the device (common.py).
+token. A token's time is the median over blocks of 16 decode steps, 200 and a few in all, each the
+wall time of what `generate` does, after every row has its context and its first tokens. Contexts
+past 256K tokens together are not read for time's sake: latents of a short prompt, over and over, are
+put in their place (`made_context`). Floors come from model_floor.py and the rates that were measured
+on the device (common.py). bench_step.py looks at the kernels of a decode case, too.
 """
 
 import argparse
@@ -19,14 +21,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import model_floor
 import numpy as np
-from common import Results, arguments, rates
+from common import Results, rates
+from common import arguments as common_arguments
 from kimi_linear import _backends, _device
-from kimi_linear._sampling import check_sampling
+from kimi_linear._generation import Call, Past, Row
+from kimi_linear._held import HeldSequence
+from kimi_linear._sampling import Sampling, check_sampling
 from kimi_linear.testing import random_model
 from random_checkpoint import SHAPES, shape
 
@@ -37,6 +42,8 @@ STEPWISE = 0.03  # of their spread: twice what bf16 costs transformers' logits (
 SKEWED = 200  # from here on every token has the same experts
 BLOCK = 16  # decode steps of a measured block: what generate() runs in a call of the core
 KI = 1024
+MOST_READ = 256 * KI  # tokens of context of all rows: more are made, not read
+SOURCES, SOURCE_TOKENS = 8, 256  # prompts that made contexts are made of
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,34 @@ class Case:
     kind: str  # "calls", "prefill", "decode", "long", "logprobs", "memory"
     tokens: int = 0
     batch: int = 1
+    made: bool = False  # the contexts are made, not read
 
 
-CASES = [  # the order of a run: what matters most comes first
+def decode_case(name: str, tokens: int = 0, batch: int = 1) -> Case:
+    return Case(name, "decode", tokens, batch, made=tokens * batch > MOST_READ)
+
+
+CASES = [  # the order of a run: what matters most comes first, up to LAST_UNNAMED
     Case("memory", "memory"),
     Case("calls", "calls", KI),
-    Case("decode8k", "decode", 8 * KI),
+    decode_case("decode8k", 8 * KI),
     Case("prefill8k", "prefill", 8 * KI),
-    Case("decode0", "decode"),
+    decode_case("decode0"),
+    decode_case("decode1k", KI),
     Case("prefill1k", "prefill", KI),
-    Case("decode8k-b8", "decode", 8 * KI, 8),
+    decode_case("decode8k-b8", 8 * KI, 8),
     Case("prefill32k", "prefill", 32 * KI),
-    Case("decode128k", "decode", 128 * KI),
+    decode_case("decode128k", 128 * KI),
     Case("prefill128k", "prefill", 128 * KI),
-    Case("decode8k-b64", "decode", 8 * KI, 64),
+    decode_case("decode8k-b64", 8 * KI, 64),
+    decode_case("decode1m", 1000 * KI),
+    decode_case("decode8k-b32", 8 * KI, 32),
+    decode_case("decode8k-b256", 8 * KI, 256),
+    *(decode_case(f"decode1k-b{batch}", KI, batch) for batch in (8, 32, 64, 256)),
     Case("long", "long", 1_000_000),
     Case("logprobs128k", "logprobs", 128 * KI),
 ]
-NAMED_ONLY = ("long", "logprobs128k")  # run where --only asks for them
+LAST_UNNAMED = "decode8k-b64"  # later ones run where --only asks for them
 SMALLER = 64  # the shape "small" divides prompts by this
 
 
@@ -73,6 +90,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, cases: list[Case]) -> None:
         self.start, self.options, self.cases = time.perf_counter(), options, cases
+        if options.step_tokens:
+            with_step_tokens(options.step_tokens)
         self.config = shape(options.shape)
         self.results = Results(options, options.device)
         self.rates = rates(self.results.device)
@@ -107,7 +126,7 @@ class Bench:
             return BLOCK
         # The tokens of the rows that are done with theirs leave a little less room in a step.
         steps = -(-case.tokens // self.step_tokens) + 1
-        waiting = case.batch * steps if case.batch > 1 else 0
+        waiting = case.batch * steps if case.batch > 1 and not case.made else 0
         return waiting + case.batch + 2 * BLOCK * (self.options.blocks + 2)
 
     def construct(self) -> kl.Model:
@@ -187,52 +206,104 @@ class Bench:
 
     def decode(self, case: Case) -> float:
         """Returns the seconds until every row had its context."""
-        prompts = [self.ids(max(case.tokens, 1)) for _ in range(case.batch)]
         sampling = check_sampling(self.config.vocab_size, (), ignore_eos=True,
                                   max_new_tokens=self.new_tokens(case))  # fmt: skip
-        start = time.perf_counter()
+        start, held = time.perf_counter(), []
+        if case.made:
+            held = self.made(case)
+            rows = [self.continued(h, case.tokens, sampling, i) for i, h in enumerate(held)]
+        else:
+            prompts = [self.ids(max(case.tokens, 1)) for _ in range(case.batch)]
+            rows = self.model._rows(prompts, sampling)
         # What generate() does, a step at a time.
-        run = self.model._run(self.model._rows(prompts, sampling))
+        run = self.model._run(rows)
         try:
             begun: set[int] = set()
             while len(begun) < case.batch:
                 begun |= {row.id for row, _ in run.step(1, None)}
             read_s = time.perf_counter() - start
-            self.block(run, case)
-            blocks = [self.block(run, case) for _ in range(self.options.blocks)]
+            self.tokens(run, case, BLOCK)
+            blocks = [self.tokens(run, case, BLOCK) for _ in range(self.options.blocks)]
+            self.add_decode(case, blocks, read_s)
+            self.look(run, case)
         finally:
             run.close()
-        self.add_decode(case, blocks, read_s)
+            for h in held:
+                h.release()
         return read_s
 
-    def block(self, run, case: Case) -> float:  # noqa: ANN001
-        """Seconds a step: BLOCK steps of each row, or a few more; a call brings a limited number
-        of tokens, not always whole steps."""
+    def look(self, run, case: Case) -> None:  # noqa: ANN001
+        """What else is measured of a case's steps: nothing here."""
+
+    def tokens(self, run, case: Case, n: int) -> float:  # noqa: ANN001
+        """Seconds a step: n steps of each row, or a few more; a call brings a limited number of
+        tokens, not always whole steps."""
         tokens, start = 0, time.perf_counter()
-        while tokens < BLOCK * case.batch:
+        while tokens < n * case.batch:
             found = len(run.step(BLOCK, None))
             if found == 0:
-                raise ValueError(f"{tokens} tokens and no more, {BLOCK * case.batch} asked for")
+                raise ValueError(f"{tokens} tokens and no more, {n * case.batch} asked for")
             tokens += found
         return (time.perf_counter() - start) * case.batch / tokens
 
+    def continued(self, held: HeldSequence, tokens: int, sampling: Sampling, index: int) -> Row:
+        """A row that goes on from a sequence of so many tokens."""
+        past = Past(held.seq, np.empty(tokens, np.int32), in_place=True)
+        return Row(self.ids(1), sampling, Call(self.model.plan, None, past), index)
+
+    def made(self, case: Case) -> list[HeldSequence]:
+        """Sequences with states and latents of short prompts, the latents over and over."""
+        engine, sources = self.model._open_engine(), []
+        for _ in range(min(case.batch, SOURCES)):
+            with self.model.state() as state:
+                held = state.feed(self.ids(SOURCE_TOKENS))._get()
+                image = np.empty(engine.image_bytes(SOURCE_TOKENS), np.uint8)
+                engine.seq_read_image(held.sequence.seq, 0, image)
+                sources.append(image)
+        made = []
+        for i in range(case.batch):
+            held = HeldSequence(engine, engine.seq_restore(case.tokens))
+            made.append(held)
+            self.write(held, sources[i % len(sources)], case.tokens)
+        return made
+
+    def write(self, held: HeldSequence, source: np.ndarray, tokens: int) -> None:
+        engine, (_, n_mla) = held.engine, model_floor.layers(self.config)
+        states = engine.image_bytes(0)
+        rows = source[states:].reshape(n_mla, -1)  # the latents of a layer
+        engine.seq_write_image(held.seq, 0, source[:states])
+        row = rows.shape[1] // SOURCE_TOKENS
+        piece = 64 * SOURCE_TOKENS
+        for layer in range(n_mla):
+            many = np.tile(rows[layer], 64)
+            for first in range(0, tokens, piece):
+                n = min(piece, tokens - first)
+                at = states + (layer * tokens + first) * row
+                engine.seq_write_image(held.seq, at, many[: n * row])
+
+    def decode_line(self, case: Case) -> dict:
+        made = {"made_context": True} if case.made else {}
+        return self.case | {"context": case.tokens, "batch": case.batch,
+                            "router": self.router} | made  # fmt: skip
+
+    def step_of(self, case: Case) -> model_floor.Step:
+        skewed = self.router == "skewed"
+        return model_floor.Step(
+            self.config, self.options.dtype, case.batch, case.tokens, skewed
+        )
+
     def add_decode(self, case: Case, blocks: list[float], read_s: float) -> None:
-        median = statistics.median(blocks)
+        median, nbytes = statistics.median(blocks), self.step_of(case).bytes()
         extra = {}
         if self.rates:
-            floor = model_floor.decode_floor(
-                self.rates, self.config, self.options.dtype, case.batch, case.tokens
-            )
+            floor = nbytes / self.rates[0]
             extra = {"floor_ms": 1e3 * floor, "share": floor / median}
-        nbytes = model_floor.decode_bytes(
-            self.config, self.options.dtype, case.batch, case.tokens
-        )
         self.results.add(
-            "decode", self.case | {"context": case.tokens, "batch": case.batch,
-                                   "router": self.router},
+            "decode", self.decode_line(case),
             ms_per_token=1e3 * median, **extra, tok_s=case.batch / median,
-            best_ms=1e3 * min(blocks), worst_ms=1e3 * max(blocks), blocks=len(blocks),
-            mbytes_per_step=nbytes / 1e6, context_s=read_s,
+            mean_ms=1e3 * statistics.mean(blocks), best_ms=1e3 * min(blocks),
+            worst_ms=1e3 * max(blocks), blocks=len(blocks), mbytes_per_step=nbytes / 1e6,
+            context_s=read_s,
         )  # fmt: skip
 
     def long(self, case: Case) -> None:
@@ -304,31 +375,35 @@ def with_step_tokens(n: int) -> None:
 
 def chosen(options: argparse.Namespace) -> list[Case]:
     names = [c.name for c in CASES]
-    wanted = options.only.split(",") if options.only else [n for n in names if n not in NAMED_ONLY]
+    wanted = options.only.split(",") if options.only else names[: names.index(LAST_UNNAMED) + 1]
     if unknown := [n for n in wanted if n not in names]:
         sys.exit(f"--only: {unknown[0]} is none of {', '.join(names)}")
     cases = [c for c in CASES if c.name in wanted]
     if options.shape != "small":
         return cases
-    return [Case(c.name, c.kind, c.tokens // SMALLER, c.batch) for c in cases]
+    return [replace(c, tokens=c.tokens // SMALLER) for c in cases]
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options of a model and of how long it is measured."""
+    parser = common_arguments(description)
+    parser.add_argument("--shape", default="48b", choices=SHAPES)
+    parser.add_argument("--dtype", default="bf16", choices=list(model_floor.BITS))
+    parser.add_argument("--seconds", type=float, default=300, help="begin no case after these")
+    parser.add_argument("--blocks", type=int, default=13, help="of 16 decode steps, measured")
+    parser.add_argument("--max-context", type=int, default=0, help="at least what cases need")
+    parser.add_argument("--router-skew", type=float, default=1, help="random_model()'s")
+    parser.add_argument("--batch-invariant", action="store_true", help="its cost")
+    parser.add_argument("--step-tokens", type=int, default=0, help="in place of the planner's")
+    return parser
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", default="48b", choices=SHAPES)
-    parser.add_argument("--dtype", default="bf16", choices=list(model_floor.BITS))
     parser.add_argument("--only", default="", help="cases, with commas: " + ", ".join(
         c.name for c in CASES))  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=300, help="begin no case after these")
-    parser.add_argument("--blocks", type=int, default=8, help="of 16 decode steps, measured")
-    parser.add_argument("--max-context", type=int, default=0, help="at least what cases need")
-    parser.add_argument("--router-skew", type=float, default=1, help="random_model()'s")
-    parser.add_argument("--batch-invariant", action="store_true", help="its cost")
-    parser.add_argument("--step-tokens", type=int, default=0, help="in place of the planner's")
     options = parser.parse_args()
-    if options.step_tokens:
-        with_step_tokens(options.step_tokens)
     bench = Bench(options, chosen(options))
     bench.run()
     sys.exit(bench.failed)

@@ -1,6 +1,7 @@
 """What a model must move and compute at the least: the floors of bench_model.py."""
 
 import math
+from typing import NamedTuple
 
 from kimi_linear.config import KimiLinearConfig
 
@@ -28,18 +29,21 @@ def used_experts(config: KimiLinearConfig, tokens: int) -> float:
     return 1 - (1 - config.num_experts_per_token / config.num_experts) ** tokens
 
 
+def read_share(config: KimiLinearConfig, name: str, tokens: int) -> float:
+    """Of a tensor, what a step of so many tokens reads."""
+    if "embed_tokens" in name and not config.tie_word_embeddings:
+        return min(1.0, tokens / config.vocab_size)
+    return used_experts(config, tokens) if ".experts." in name else 1.0
+
+
 def weight_bytes(config: KimiLinearConfig, dtype: str, tokens: int | None = None) -> float:
     """All weights, or those that a step of so many tokens reads: of the embedding its rows, of
     the experts the chosen ones."""
-    total = 0.0
-    for name, shape in config.tensor_shapes().items():
-        share = 1.0
-        if tokens is not None and "embed_tokens" in name and not config.tie_word_embeddings:
-            share = min(1.0, tokens / config.vocab_size)
-        elif tokens is not None and ".experts." in name:
-            share = used_experts(config, tokens)
-        total += share * stored_bytes(name, shape, dtype)
-    return total
+    return sum(
+        stored_bytes(name, shape, dtype)
+        * (1.0 if tokens is None else read_share(config, name, tokens))
+        for name, shape in config.tensor_shapes().items()
+    )
 
 
 def layers(config: KimiLinearConfig) -> tuple[int, int]:
@@ -48,13 +52,33 @@ def layers(config: KimiLinearConfig) -> tuple[int, int]:
     return n_kda, config.num_hidden_layers - n_kda
 
 
-def decode_bytes(config: KimiLinearConfig, dtype: str, batch: int, context: int) -> float:
-    """One token of each sequence: weights, KDA states in and out, the latents of its context."""
-    n_kda, n_mla = layers(config)
-    linear, act = config.linear_attn_config, 4 if dtype == "f32" else 2
-    states = 2 * 4 * linear.num_heads * linear.head_dim**2
-    latents = act * (config.kv_lora_rank + config.qk_rope_head_dim) * context
-    return weight_bytes(config, dtype, batch) + batch * (n_kda * states + n_mla * latents)
+class Step(NamedTuple):
+    """One token of each of `batch` sequences."""
+
+    config: KimiLinearConfig
+    dtype: str
+    batch: int
+    context: int
+    skewed: bool = False  # the router's: all tokens have the same experts
+
+    def tensor_bytes(self, name: str, shape: tuple[int, ...]) -> float:
+        """Of a weight, those that are read: of the experts the chosen ones."""
+        tokens = 1 if self.skewed and ".experts." in name else self.batch
+        return read_share(self.config, name, tokens) * stored_bytes(name, shape, self.dtype)
+
+    def state_bytes(self) -> float:
+        """KDA states in and out."""
+        linear = self.config.linear_attn_config
+        return 2 * 4 * self.batch * layers(self.config)[0] * linear.num_heads * linear.head_dim**2
+
+    def latent_bytes(self) -> float:
+        config, act = self.config, 4 if self.dtype == "f32" else 2
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        return act * self.batch * layers(config)[1] * width * self.context
+
+    def bytes(self) -> float:
+        weights = sum(self.tensor_bytes(*t) for t in self.config.tensor_shapes().items())
+        return weights + self.state_bytes() + self.latent_bytes()
 
 
 def active_parameters(config: KimiLinearConfig) -> float:
@@ -77,11 +101,6 @@ def prefill_flops(config: KimiLinearConfig, tokens: int) -> float:
     attention = config.num_attention_heads * widths * tokens * (tokens + 1)
     kda = 6 * linear.num_heads * linear.head_dim**2 * tokens
     return 2 * active_parameters(config) * tokens + n_mla * attention + n_kda * kda
-
-
-def decode_floor(rates, config, dtype, batch, context) -> float:  # noqa: ANN001
-    """Seconds of a step."""
-    return decode_bytes(config, dtype, batch, context) / rates[0]
 
 
 def prefill_floor(rates, config, dtype, tokens) -> float:  # noqa: ANN001

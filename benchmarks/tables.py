@@ -62,31 +62,79 @@ def percent(x: float | None) -> str:
 # ---- the tables ------------------------------------------------------------------------------
 
 
-def model_lines(bench: str) -> dict[tuple, Line]:
-    """GPU lines of the 48B shape by device, dtype and what else tells them apart."""
-    keys = ("tokens", "context", "batch")
-    return {
-        (line["device"], line["case"]["dtype"], *(line["case"].get(k) for k in keys)): line
-        for line in lines(bench)
-        if on_gpu(line) and line["case"].get("model") == "48b"
-        and not line["case"].get("batch_invariant")
-    }  # fmt: skip
+def model_lines(bench: str) -> list[Line]:
+    """GPU lines of the 48B shape."""
+    return [
+        line for line in lines(bench) if on_gpu(line) and line["case"].get("model") == "48b"
+    ]
+
+
+def who(line: Line) -> str:
+    """Device, storage, and what makes a line another than this package's usual."""
+    case = line["case"]
+    parts = [short(line["device"]), case["dtype"], case.get("engine", "")]
+    parts += ["batch-invariant"] if case.get("batch_invariant") else []
+    parts += ["skewed router"] if case.get("router") == "skewed" else []
+    return ", ".join(filter(None, parts))
 
 
 def by_gpu(bench: str, head: list[str], cases: list[tuple], show: Callable[[Line], str]) -> str:
     """A row for each GPU and storage, a column for each case; empty where nobody measured it."""
-    found, rows = model_lines(bench), []
-    for device, dtype in dict.fromkeys(key[:2] for key in found):
-        cells = (found.get((device, dtype, *case)) for case in cases)
-        rows.append([f"{short(device)}, {dtype}",
-                     *("" if x is None else show(x) + percent(x.get("share")) for x in cells)])  # fmt: skip
+    keys, rows = ("tokens", "context", "batch"), []
+    found = {(who(x), *(x["case"].get(k) for k in keys)): x for x in model_lines(bench)}
+    for name in dict.fromkeys(key[0] for key in found):
+        cells = [found.get((name, *case)) for case in cases]
+        if any(cells):
+            rows.append([name, *("" if x is None else show(x) + percent(x.get("share"))
+                                 for x in cells)])  # fmt: skip
     return table(["GPU, weights", *head], rows)
 
 
+def milliseconds(line: Line) -> str:
+    return f"{number(line['ms_per_token'])} ms"
+
+
 def decode() -> str:
-    head = ["no context", "8K", "128K", "8K, batch 8", "8K, batch 64"]
-    cases = [(None, 0, 1), (None, 8192, 1), (None, 131072, 1), (None, 8192, 8), (None, 8192, 64)]
-    return by_gpu("decode", head, cases, lambda x: f"{number(x['ms_per_token'])} ms")
+    contexts = (0, 1024, 8192, 131072, 1024000)
+    cases = [(None, context, 1) for context in contexts]
+    return by_gpu("decode", ["no context", "1K", "8K", "128K", "1M"], cases, milliseconds)
+
+
+def batches() -> str:
+    sizes = [(context, batch) for context in (1024, 8192) for batch in (8, 32, 64, 256)]
+    head = [f"{batch} x {context // 1024}K" for context, batch in sizes]
+    return by_gpu("decode", head, [(None, *size) for size in sizes], milliseconds)
+
+
+def steps() -> str:
+    """Of the kernels of a step: how long they take together, and what they lose."""
+    head = ["GPU, weights", "batch x context", "kernels", "us", "nothing runs",
+            "beyond its bytes"]  # fmt: skip
+    return table(head, (
+        [who(line), f"{line['case']['batch']} x {line['case']['context']:,}",
+         f"{line['launches']}", number(line["us"]),
+         f"{number(line['gap_us'])} us{percent(line['gap_share'])}",
+         f"{number(line['over_us'])} us{percent(line['over_share'])}"]
+        for line in model_lines("step") if "places" in line
+    ))  # fmt: skip
+
+
+def kernels() -> str:
+    """The places of a step of one sequence at 1K, of the last line of each device and storage."""
+    head = ["GPU, weights", "place", "kernels", "us each", "MB", "of the bandwidth",
+            "gap before", "beyond its bytes"]  # fmt: skip
+    rows = []
+    for line in model_lines("step"):
+        case = line["case"]
+        if (case["batch"], case["context"], who(line).count(",")) != (1, 1024, 1):
+            continue
+        for r in line["places"]:
+            rows.append([
+                who(line), r["place"], f"{r['launches']}", number(r["us_each"]),
+                number(r["bytes"] / 1e6), percent(r.get("share")).strip(" ()"),
+                f"{number(r['gap_us'])} us", f"{number(r.get('over_us', 0))} us",
+            ])  # fmt: skip
+    return table(head, rows)
 
 
 def prefill() -> str:
@@ -112,7 +160,7 @@ def cpu() -> str:
     rows = []
     for bench, value, unit in (("prefill", "tok_s", "tok/s"), ("decode", "ms_per_token", "ms")):
         for line in lines(bench):
-            if "transformers" not in line.get("rivals", {}):
+            if on_gpu(line) or "transformers" not in line.get("rivals", {}):
                 continue
             case = line["case"]
             what = f"{case['tokens']} tokens" if bench == "prefill" else "a token"
@@ -212,7 +260,8 @@ def harness() -> str:
 
 TABLES = {
     f.__name__: f
-    for f in (decode, prefill, load, cpu, ops, kda, parity, storage, likelihoods, harness)
+    for f in (decode, batches, steps, kernels, prefill, load, cpu, ops, kda, parity, storage,
+              likelihoods, harness)
 }
 
 

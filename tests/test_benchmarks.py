@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from kimi_linear.config import KimiLinearConfig
 
 COMMANDS = {
-    "bench_model.py": "--shape small --only decode0,decode8k-b8,prefill1k,memory --blocks 1",
+    "bench_model.py": "--shape small --only decode0,decode8k-b8,decode1m,prefill1k,memory --blocks 1",
     "bench_step.py": "--help",
     "bench_kda.py": "--small",
     "bench_prefix.py": "--document 512 --questions 8 --plain 1 --only batch",
@@ -29,3 +30,59 @@ def test_it_runs(program):
         return
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert lines and all(line["bench"] for line in lines)
+
+
+# ---- the kernels of a step -------------------------------------------------------------------
+
+FEW = {  # kernels of a step of one sequence: a layer's two mixers and two feed-forward parts
+    "linear_attention": ["product_step_kernel<1>"] * 3 + ["kda_mixer_kernel", "product_step_kernel<1>"],
+    "full_attention": ["product_step_kernel<1>", "mla_absorb_tensor", "mla_attend_tensor",
+                       "mla_finish_tensor<1>", "product_step_kernel<1>"],
+    "dense": ["product_step_kernel<1, true>", "product_step_kernel<1>"],
+    "sparse": ["product_single_kernel", "moe_step_inner_kernel<1>", "moe_step_out_kernel<1>"],
+    "end": ["product_step_kernel<1>", "sample_kernel"],
+}  # fmt: skip
+MANY = {  # and of many: products of cuBLAS in parts, experts by tiles
+    "linear_attention": ["rms_norm_kernel", *["nvjet_sm90"] * 4, "kda_mixer_kernel", "nvjet_sm90",
+                         "splitKreduce_kernel"],
+    "full_attention": ["rms_norm_kernel", *["nvjet_sm90"] * 2, *FEW["full_attention"][1:4],
+                       "nvjet_sm90"],
+    "dense": ["rms_norm_kernel", "tiles_kernel<1, true>", "nvjet_sm90"],
+    "sparse": ["rms_norm_kernel", "product_few_kernel<0>", "moe_route_few_kernel", "moe_plan_kernel",
+               "tiles_kernel<1, true>", "tiles_kernel<1, false>", "moe_combine_kernel"],
+    "end": ["rms_norm_kernel", "nvjet_sm90", "sample_kernel"],
+}  # fmt: skip
+
+
+def traced(config, kernels, steps=4):
+    """Events of a profiler: every kernel takes 9 us, and 1 us lies before it."""
+    names = ["pick_kernel"]
+    for layer, kind in enumerate(config.layer_types):
+        names += kernels[kind] + kernels["dense" if layer == 0 else "sparse"]
+    events, now = [], 0.0
+    for _ in range(steps):
+        for name in ["store_small", *names, *kernels["end"]]:
+            events.append({"cat": "kernel", "name": f"void {name}(x)", "ts": now, "dur": 9.0})
+            now += 10
+        events.append({"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": now, "dur": 1.0})
+        now += 100
+    return events
+
+
+@pytest.mark.parametrize("kernels, batch, products", [(FEW, 1, 3), (MANY, 64, 4)])
+def test_kernels_of_a_step_have_their_places(kernels, batch, products, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench, floor = (pytest.importorskip(n) for n in ("bench_step", "model_floor"))
+    config = KimiLinearConfig.kimi_linear_48b()
+    steps = bench.steps_of(traced(config, kernels))
+    what = floor.Step(config, "bf16", batch, 1024)
+    rows = {r["place"]: r for r in bench.table(steps, what, 4.3e12)}
+    launches = {p: rows[p]["launches"] for p in ("kda in", "kda f_b", "mla in", "dense", "router")}
+    assert launches == {"kda in": 20, "kda f_b": 20, "mla in": 7, "dense": 2, "router": 26}
+    assert rows["kda o"]["launches"] == 20 * (2 if batch > 1 else 1)
+    assert ("kda low" in rows) == ("mla kv_a" in rows) == (products == 4)
+    assert rows["experts up"]["bytes"] == pytest.approx(2 * rows["experts down"]["bytes"])
+    assert sum(r["bytes"] for r in rows.values()) == pytest.approx(what.bytes(), rel=1e-3)
+    found = bench.summary(steps, list(rows.values()))
+    n = found["launches"]
+    assert (found["us"], found["gap_us"]) == (10 * n - 1, n - 1) and found["steps"] == 2
