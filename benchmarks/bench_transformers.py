@@ -2,11 +2,17 @@
 
     python benchmarks/bench_transformers.py            about 300M parameters, under six minutes
     python benchmarks/bench_transformers.py --small    a smoke run of seconds
+    python benchmarks/bench_transformers.py --device cuda    transformers alone, 48B, 110 GB
 
 Measures prefill, batch-1 decode (also as a share of a plain read of the same bytes) and
 loading, for float32 and bfloat16 weights, into results/{prefill,decode,load}.jsonl. Both sides
 get every CPU thread of the process; transformers runs with sdpa attention, its cache and no
 gradients.
+
+A GPU holds one model of 98 GB, so there transformers runs alone, on random weights that are made on
+the device; its lines stand in the tables beside bench_model.py's, and parity.py compares the
+logits of five such layers. Kernels of other packages that it would use are not installed
+on the machine that the figures come from: it says so, and takes its own code.
 """
 
 import argparse
@@ -19,10 +25,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import model_floor
 import numpy as np
+import random_checkpoint
 import torch
 import transformers
-from common import PlainRead, Results, arguments, median_seconds
+from common import PlainRead, Results, arguments, median_seconds, rates
+from kimi_linear._tensors import FLOAT32
+from kimi_linear.testing import config_json
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
 import kimi_linear as kl
@@ -198,17 +208,110 @@ def bench(
     ours.model.close()
 
 
+# ---- transformers alone ----------------------------------------------------------------------
+
+PROMPTS, CONTEXTS, STEPS, WARMUP = (1024, 8192), (1024, 8192), 32, 4
+
+
+def made_on(device: str, config: Any) -> KimiLinearForCausalLM:
+    """The model with random weights; in float32 what the published files hold so."""
+    native = KimiLinearConfig.from_dict(config_json(config, "native"))
+    native._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = KimiLinearForCausalLM(native).eval()
+    kept = [n for n, _ in tensors_of(model) if n.endswith(FLOAT32)]
+    model.to(torch.bfloat16).to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in tensors_of(model):
+            mean, std = random_checkpoint.moments(name, tuple(tensor.shape))
+            if name in kept:
+                tensor.data = tensor.data.float()
+            tensor.normal_(mean, std)
+    return model
+
+
+def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+class Alone:
+    """A model of transformers on a device, timed to the end of what it has enqueued."""
+
+    def __init__(self, model: KimiLinearForCausalLM, device: str) -> None:
+        self.model, self.device = model, device
+
+    def ids(self, n: int) -> torch.Tensor:
+        return torch.randint(3, self.model.config.vocab_size - 300, (1, n), device=self.device)
+
+    def wait(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int) -> float:
+        """Seconds to the first token."""
+        start = self.wait()
+        out = self.model(self.ids(tokens), use_cache=True, logits_to_keep=1)
+        out.logits[0, -1].argmax()
+        return self.wait() - start
+
+    @torch.inference_mode()
+    def decode(self, context: int) -> float:
+        """Seconds a greedy token, none of which the host looks at."""
+        out = self.model(self.ids(context), use_cache=True, logits_to_keep=1)
+        out = self.steps(out, WARMUP)
+        start = self.wait()
+        self.steps(out, STEPS)
+        return (self.wait() - start) / STEPS
+
+    def steps(self, out: Any, n: int) -> Any:
+        for _ in range(n):
+            ids = out.logits[:, -1:].argmax(-1)
+            out = self.model(ids, past_key_values=out.past_key_values, use_cache=True)
+        return out
+
+
+def bench_alone(results: Results, options: argparse.Namespace) -> None:
+    config = random_checkpoint.shape(options.shape)
+    rival = Alone(made_on(options.device, config), options.device)
+    case = {"model": options.shape, "dtype": "bf16", "weights": "random",
+            "engine": f"transformers {transformers.__version__}"}  # fmt: skip
+    more = {"experts": getattr(rival.model.config, "_experts_implementation", None),
+            "torch": torch.__version__}  # fmt: skip
+    peak = rates(results.device)
+    for tokens in PROMPTS:
+        seconds = median_seconds(lambda n=tokens: rival.prefill(n), repeat=3)
+        least = model_floor.prefill_floor(peak, config, "bf16", tokens) if peak else None
+        results.add("prefill", case | {"tokens": tokens}, tok_s=tokens / seconds,
+                    first_token_ms=1e3 * seconds, runs=3, **share(least, seconds), **more)  # fmt: skip
+    for context in CONTEXTS:
+        seconds = statistics.median(rival.decode(context) for _ in range(3))
+        least = model_floor.Step(config, "bf16", 1, context).bytes() / peak[0] if peak else None
+        results.add("decode", case | {"context": context, "batch": 1, "router": "balanced"},
+                    ms_per_token=1e3 * seconds, tok_s=1 / seconds, **share(least, seconds), **more)  # fmt: skip
+
+
+def share(least: float | None, seconds: float) -> dict[str, float]:
+    return {} if least is None else {"share": least / seconds}
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", choices=random_checkpoint.SHAPES, help="transformers alone, of")
     parser.add_argument("--small", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--tokens", type=int, default=None, help="prefill length (2048)")
     options = parser.parse_args()
     options.tokens = options.tokens or (256 if options.small else 2048)
-    results = Results(options)
+    results = Results(options, options.device)
     torch.set_num_threads(THREADS)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
+    if options.device == "cuda" or options.shape:
+        options.shape = options.shape or "48b"
+        return bench_alone(results, options)
     model = make_model(SMALL if options.small else SHAPE)
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("f32", "bf16"):
