@@ -55,7 +55,7 @@ def test_operations_of_python(tool):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name, tests", [("test_cuda", 7), ("test_ends", 3), ("test_fused", 3),
+@pytest.mark.parametrize("name, tests", [("test_cuda", 8), ("test_ends", 3), ("test_fused", 3),
                                          ("test_mla_step", 1), ("test_moe", 1)])
 @pytest.mark.parametrize("tool", CASES)
 def test_operations_of_the_runner(tool, name, tests, c_build):

@@ -132,6 +132,36 @@ for _format in ("int8", "int4", "fp8"):
     }  # fmt: skip
 
 
+# What other kernels stand behind, by the number of rows, the widths or the length of the call.
+GPU_CASES |= {
+    "kda_prefill long": (  # by segments
+        (half(3200, 1, 128), half(3200, 1, 128), half(3200, 1, 64), -rand(3200, 1, 128).abs(),
+         half(3200, 1)),
+        dict(cu_seqlens=torch.tensor([0, 3200]), normalize=True, beta_logits=True),
+    ),
+    "mla_decode wide one": (
+        (half(1, 2, 192), half(4, 64, 576), torch.tensor([[3, 0, 2]]), torch.tensor([130]), WIDE_W),
+        {},
+    ),
+    "mla_decode wide nine": (
+        (half(9, 2, 192), half(9, 64, 576), torch.arange(9).view(9, 1), torch.arange(9) * 7 + 1,
+         WIDE_W), {},
+    ),
+    "moe_route wide": ((rand(3, 300), rand(300)), dict(top_k=8, scaling=2.5)),
+    "moe_route groups": (
+        (rand(T, 32), rand(32)), dict(top_k=4, scaling=1.0, groups=4, top_groups=2),
+    ),
+    "moe_experts wide pairs": (  # so many that several blocks plan them
+        (half(2100, 256), torch.arange(4200).view(2100, 2) % 4, rand(2100, 2), *WIDE_EXPERTS), {},
+    ),
+    "rms_norm wide": ((half(3, 2304), rand(2304)), dict(eps=1e-5, residual=rand(3, 2304))),
+    "rms_norm wider": ((half(2, 9001), rand(9001)), dict(eps=1e-5)),
+    "gated_rms_norm wide": ((half(3, 2, 128), half(3, 2, 128), rand(128)), {}),
+    "gated_rms_norm wider": ((half(2, 1, 1030), half(2, 1, 1030), rand(1030)), {}),
+    "short_conv wide": ((half(40, 256), rand(256, 4)), dict(cu_seqlens=torch.tensor([0, 1, 40]))),
+}  # fmt: skip
+
+
 def mapped(value, change):
     """The same nest of lists, tuples and dicts with change(tensor) for each tensor."""
     if isinstance(value, torch.Tensor):

@@ -195,6 +195,44 @@ static void mlp_of_every_format(void)
 
 /* ---- numbers made on the device ---------------------------------------------------------- */
 
+/* Of a row that a cluster's shared memory holds and of one that it does not: the largest, one of
+ * all, and one of few; without what has been seen and the best ids, and with them. */
+static void draws(void)
+{
+    enum { DRAWN = 4, TOP = 5, LONGEST = 500000 };
+    static const int64_t sizes[] = {37, 5000, LONGEST};
+    static const kl_sampling sampling[DRAWN] = {
+        {.top_p = 1, .repetition_penalty = 1},
+        {.temperature = 1, .top_p = 1, .repetition_penalty = 1, .seed = 3},
+        {.temperature = 0.7f, .top_k = 20, .top_p = 0.9f, .repetition_penalty = 1.25f},
+        {.temperature = 2, .top_p = 0.5f, .min_p = 0.125f, .repetition_penalty = 1, .seed = 9},
+    };
+    for (int i = 0; i < 6; i++) {
+        parts p = {0};
+        const int64_t V = sizes[i / 2], words = (V + 31) / 32;
+        kl_sample a = {.logits = tensor(KL_F32, false, 2, DRAWN, V, 1, 1),
+                       .sampling =
+                           memcpy(memory_of(sizeof sampling), sampling, sizeof sampling),
+                       .ids = tensor(KL_I32, true, 1, DRAWN, 1, 1, 1),
+                       .logprobs = tensor(KL_F32, true, 1, DRAWN, 1, 1, 1)};
+        if (i % 2 == 1) {
+            a.seen = tensor(KL_I32, true, 2, DRAWN, words, 1, 1);
+            memset(a.seen.data, 0x55, (size_t)(DRAWN * words) * sizeof(int32_t));
+            a.top_ids = tensor(KL_I32, true, 2, DRAWN, TOP, 1, 1);
+            a.top_logprobs = tensor(KL_F32, true, 2, DRAWN, TOP, 1, 1);
+        }
+        IN(a.logits);
+        add(&p, &a, &a.sampling, sizeof sampling, KL_U8, false, 0);
+        IN(a.seen);
+        OUT(a.ids, 0);
+        OUT(a.logprobs, 2e-6);
+        OUT(a.top_ids, 0);
+        OUT(a.top_logprobs, 2e-6);
+        ON_BOTH(sample, "sample");
+        used = 0;
+    }
+}
+
 static void normal_numbers(void)
 {
     for (int i = 0; i < 4; i++) {
@@ -304,6 +342,7 @@ int main(void)
     RUN(states_in_slots);
     RUN(latents_in_pages);
     RUN(mlp_of_every_format);
+    RUN(draws);
     RUN(normal_numbers);
     RUN(copies_and_marks);
     RUN(recordings);
