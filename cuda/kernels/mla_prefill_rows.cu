@@ -13,6 +13,7 @@
  *              a row read through the L2: not for speed. Absorbed, for that is less to keep
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/warp.cuh"
 #include "mla_prefill.cuh"
 
@@ -201,9 +202,7 @@ kl_status launch(const mla_call &a, cudaStream_t stream, kl_error *err)
 {
     const long long bytes = scratch_floats(a) * 4;
     const auto kernel = rows_kernel<T, W, VEC>;
-    KL_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(bytes)),
-                err);
+    KL_TRY(kl_cuda_allow_shared(kernel, MAX_SHARED, err));
     const unsigned blocks = static_cast<unsigned>(a.T * a.H);
     kernel<<<blocks, THREADS, static_cast<size_t>(bytes), stream>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);

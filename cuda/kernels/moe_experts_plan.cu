@@ -13,6 +13,7 @@
  * Measured     H100, 65536 pairs by one block: 0.115 ms, by many in an earlier form 12 us
  *              (2026-11-22); this form not timed yet
  */
+#include "../device/launch.cuh"
 #include "../device/moe.cuh"
 #include "../device/warp.cuh"
 
@@ -21,6 +22,8 @@ namespace {
 constexpr int MAX_WARPS = 32, MIN_WARPS = 8;
 constexpr int64_t BLOCK_PAIRS = 4096;
 constexpr int64_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
+/* Of it for arrays: of 256 experts and more an array is left, fewer have not so many. */
+constexpr size_t MOST_ARRAYS = SHARED_LIMIT - 1024;
 
 struct plan_arguments {
     moe_plan p;
@@ -213,8 +216,7 @@ kl_status launch(K kernel, const plan_arguments &a, cudaStream_t stream, kl_erro
 {
     const int warps = a.counters < MIN_WARPS ? MIN_WARPS : a.counters;
     const int bytes = (a.counters + 4) * a.p.E * static_cast<int>(sizeof(int));
-    KL_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
+    KL_TRY(kl_cuda_allow_shared(kernel, MOST_ARRAYS, err));
     kernel<<<static_cast<unsigned>(blocks_of(a.p.pairs)), warps * WARP, bytes, stream>>>(a);
     KL_CUDA_TRY(cudaGetLastError(), err);
     return KL_OK;

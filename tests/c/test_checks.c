@@ -589,6 +589,35 @@ static void mla(void)
 
 /* ---- experts and sampling --------------------------------------------------------------- */
 
+static kl_moe_experts experts_of(kl_weight_format format, int64_t tokens)
+{
+    return (kl_moe_experts){.x = f32(2, tokens, D, 1, 1),
+                            .ids = i32(2, tokens, TOP),
+                            .weights = f32(2, tokens, TOP, 1, 1),
+                            .w1 = weight(format, E, I, D),
+                            .w3 = weight(format, E, I, D),
+                            .w2 = weight(format, E, D, I),
+                            .out = f32(2, tokens, D, 1, 1)};
+}
+
+/* The layer around them, added to a stream. */
+static kl_moe layer_of(const kl_moe_experts *m)
+{
+    return (kl_moe){.x = m->x,
+                    .norm_weight = f32(1, D, 1, 1, 1),
+                    .router = weight(KL_W_F32, 1, E, D),
+                    .w1 = m->w1,
+                    .w3 = m->w3,
+                    .w2 = m->w2,
+                    .residual = f32(2, m->x.shape[0], D, 1, 1),
+                    .act = KL_BF16,
+                    .top_k = TOP,
+                    .groups = 1,
+                    .top_groups = 1,
+                    .norm_eps = 1e-5f,
+                    .scaling = 1};
+}
+
 static void moe(void)
 {
     kl_moe_route r = {.logits = f32(2, T, E, 1, 1),
@@ -613,16 +642,9 @@ static void moe(void)
     BAD_VALUE(moe_route, r, r.score = KL_N_SCORES, "moe_route: score must be in 0 .. 1, got 2");
     BAD_VALUE(moe_route, r, r.scaling = NAN, "moe_route: scaling must be finite, got nan");
 
-    kl_moe_experts a = {.x = f32(2, T, D, 1, 1),
-                        .ids = i32(2, T, TOP),
-                        .weights = f32(2, T, TOP, 1, 1),
-                        .w1 = weight(KL_W_INT8, E, I, D),
-                        .w3 = weight(KL_W_INT8, E, I, D),
-                        .w2 = weight(KL_W_INT8, E, D, I),
-                        .shared_w1 = weight(KL_W_BF16, 1, 3, D),
-                        .shared_w3 = weight(KL_W_BF16, 1, 3, D),
-                        .shared_w2 = weight(KL_W_BF16, 1, D, 3),
-                        .out = f32(2, T, D, 1, 1)};
+    kl_moe_experts a = experts_of(KL_W_INT8, T);
+    a.shared_w1 = a.shared_w3 = weight(KL_W_BF16, 1, 3, D);
+    a.shared_w2 = weight(KL_W_BF16, 1, D, 3);
     const kl_weight no_weight = {0};
     ACCEPTED(moe_experts, a, NOTHING);
     ACCEPTED(moe_experts, a, a.shared_w1 = a.shared_w2 = a.shared_w3 = no_weight);
@@ -639,23 +661,11 @@ static void moe(void)
 
 static void moe_whole(void)
 {
-    kl_moe a = {.x = f32(2, T, D, 1, 1),
-                .norm_weight = f32(1, D, 1, 1, 1),
-                .router = weight(KL_W_F32, 1, E, D),
-                .bias = f32(1, E, 1, 1, 1),
-                .w1 = weight(KL_W_INT8, E, I, D),
-                .w3 = weight(KL_W_INT8, E, I, D),
-                .w2 = weight(KL_W_INT8, E, D, I),
-                .shared_w1 = weight(KL_W_BF16, 1, 3, D),
-                .shared_w3 = weight(KL_W_BF16, 1, 3, D),
-                .shared_w2 = weight(KL_W_BF16, 1, D, 3),
-                .residual = f32(2, T, D, 1, 1),
-                .act = KL_BF16,
-                .top_k = TOP,
-                .groups = 1,
-                .top_groups = 1,
-                .norm_eps = 1e-5f,
-                .scaling = 1};
+    const kl_moe_experts experts = experts_of(KL_W_INT8, T);
+    kl_moe a = layer_of(&experts);
+    a.bias = f32(1, E, 1, 1, 1);
+    a.shared_w1 = a.shared_w3 = weight(KL_W_BF16, 1, 3, D);
+    a.shared_w2 = weight(KL_W_BF16, 1, D, 3);
     const kl_tensor out = tensor(KL_BF16, 2, T, D, 1, 1);
     ACCEPTED(moe, a, NOTHING);
     ACCEPTED(moe, a, a.residual = a.x);
@@ -735,24 +745,12 @@ static void costs_of_known_calls(void)
     EXPECT(kl_cost_kda_decode(&d).flops == 7.0 * N * H * V * K);
     EXPECT(kl_cost_kda_decode(&d).bytes == bytes + 2.0 * 4 * N * H * V * K);
 
-    kl_moe_experts m = {.x = f32(2, 1, D, 1, 1), /* one token reads TOP of the E experts */
-                        .ids = i32(2, 1, TOP),
-                        .weights = f32(2, 1, TOP, 1, 1),
-                        .w1 = weight(KL_W_F32, E, I, D),
-                        .w3 = weight(KL_W_F32, E, I, D),
-                        .w2 = weight(KL_W_F32, E, D, I),
-                        .out = f32(2, 1, D, 1, 1)};
+    /* One token reads TOP of the E experts. */
+    const kl_moe_experts m = experts_of(KL_W_F32, 1);
     EXPECT(kl_cost_moe_experts(&m).bytes == 4.0 * (2 * D + 2 * TOP + 3 * TOP * I * D));
 
-    const kl_moe w = {.x = m.x,
-                      .norm_weight = f32(1, D, 1, 1, 1),
-                      .router = weight(KL_W_F32, 1, E, D),
-                      .w1 = m.w1,
-                      .w3 = m.w3,
-                      .w2 = m.w2,
-                      .residual = m.x,
-                      .act = KL_BF16,
-                      .top_k = TOP};
+    kl_moe w = layer_of(&m);
+    w.residual = w.x;
     EXPECT(kl_cost_moe(&w).bytes == 4.0 * (D + D + E * D + 3 * TOP * I * D + 2 * D));
     EXPECT(kl_cost_moe(&w).flops ==
            4 * D + 2 * E * D + 5 * E + kl_cost_moe_experts(&m).flops + D);
