@@ -7,6 +7,7 @@
 A call is captured in a CUDA graph once for each of several copies of its arguments, so many that
 they do not fit the L2 together; the figure is the median over replays, divided by the calls. The
 floor is what the call must move or compute at the least, at the rates measured on this device;
+what a token step fuses further (moe, kda_mixer, ends of linear) only the runner calls: bench_step.py;
 the rival does the same work in the same run: cuBLAS (torch.matmul), SDPA on keys and values that
 are expanded already, flash-linear-attention where it is installed, and for what only moves memory
 a copy of as many bytes. Everything is checked before it is timed.
@@ -30,6 +31,7 @@ NOPE, ROPE, RANK = 128, 64, 512
 EXPERTS, TOP, INNER, VOCABULARY = 256, 8, 1024, 163_840
 L2_BYTES = 50 << 20
 CHECKED_TOKENS, CHECKED_ROWS = 200, 4096
+DECODED = ((1, 1024), (1, 8192), (1, 131_072), (1, 1 << 20), (8, 8192), (32, 8192), (64, 8192))
 # Quantised experts round to bfloat16 three weights, the two inner products and the output: each
 # costs 1.66e-3 of relative RMS, together 4.1e-3.
 ROUNDED = 4.5e-3
@@ -422,11 +424,14 @@ def mla_decode(N: int, context: int) -> Iterator[Bench]:
     lengths = torch.full((N,), context, dtype=torch.int32, device=DEVICE)
 
     def check(q, pages, w):
-        rows = pages[table[0].long()].flatten(0, 1)[:context]
-        k, v = expanded(rows.double(), w.double())
-        scores = torch.einsum("hc,htc->ht", q[0].double(), k) / (NOPE + ROPE) ** 0.5
-        want = torch.einsum("ht,htc->hc", scores.softmax(-1), v)
-        return error(ops.mla_decode(q, pages, table, lengths, w)[0], want)
+        rows = pages[table[0].long()].flatten(0, 1)[:context].double()
+        want = []
+        for h in range(HEADS):  # keys of all heads of a million tokens would be 100 GB
+            absorbed = q[0, h, :NOPE].double() @ w[h, :NOPE].double()
+            scores = rows @ torch.cat([absorbed, q[0, h, NOPE:].double()])
+            shares = (scores / (NOPE + ROPE) ** 0.5).softmax(0)
+            want.append(w[h, NOPE:].double() @ (shares @ rows[:, :RANK]))
+        return error(ops.mla_decode(q, pages, table, lengths, w)[0], torch.stack(want))
 
     nbytes = 2 * (N * context * width + math.prod(w_shape) + N * HEADS * (NOPE + ROPE + HEAD))
     flops = 2 * N * HEADS * (context * (width + RANK) + RANK * (NOPE + HEAD))
@@ -450,6 +455,7 @@ def benches(small: bool) -> Iterator[tuple[str, Callable[[], Iterator[Bench]]]]:
         yield "norm", lambda T=T: norms(T)
         yield "short_conv", lambda T=T: short_conv(T)
         yield "moe_route", lambda T=T: moe_route(T, 16 if small else EXPERTS)
+    for T in (few, many) if small else (1, 8, 64, 256, 8192):
         yield "moe_experts", lambda T=T: moe_experts(T, 16 if small else EXPERTS, formats)
     for T in (few, many) if small else (1, 8, 64, 8192):
         yield "linear", lambda T=T: linear(T, formats, rows)
@@ -457,7 +463,7 @@ def benches(small: bool) -> Iterator[tuple[str, Callable[[], Iterator[Bench]]]]:
     for T, N in ((many, few),) if small else ((8192, 1), (2048, 32)):
         yield "kda", lambda T=T, N=N: kda(T, N)
     yield "mla_prefill", lambda: mla_prefill(many)
-    for N, context in ((few, many),) if small else ((1, 8192), (1, 131_072), (64, 8192)):
+    for N, context in ((few, many),) if small else DECODED:
         yield "mla_decode", lambda N=N, c=context: mla_decode(N, c)
 
 
