@@ -145,14 +145,19 @@ TILED = (
 )  # fmt: skip
 
 
+FIVE_ROUNDINGS = 4.5e-3
+
+
 @every_device
 @pytest.mark.parametrize("format", CUDA_FORMATS)
 @pytest.mark.parametrize("shape", TILED)
 def test_tiled_sizes(format, shape):
-    """Weights may be rounded to bfloat16 there, beside the two roundings of `tolerance`."""
+    """Weights may be rounded to bfloat16 there. A rounding costs 1.66e-3 of relative RMS: three
+    weights 2.8e-3 together, inner product and output 2.3e-3, all five 3.7e-3 in wide matrices;
+    the bound leaves a fifth for the spread of narrow ones."""
     given, want = make_case(*shape, format=format, dtype=BF16)
     got = run(given)
-    assert relative(got, reference.moe_experts(**want)) < 4.5e-3
+    assert relative(got, reference.moe_experts(**want)) < FIVE_ROUNDINGS
     assert same_bits(run(given), got)
 
 
@@ -166,7 +171,7 @@ def test_experts_of_any_number_of_rows(format):
     ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     ids = np.random.default_rng(1).permutation(ids)[:, None]
     got = run(given, ids=ids)
-    assert relative(got, reference.moe_experts(**{**want, "ids": ids})) < 4.5e-3
+    assert relative(got, reference.moe_experts(**{**want, "ids": ids})) < FIVE_ROUNDINGS
 
 
 @every_device
