@@ -12,6 +12,7 @@ from .errors import DeviceError, OutOfMemory
 from .memory import MemoryPlan, gib
 
 DTYPES = ("f32", "bf16", "int8", "int4")  # widest first
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Options:
     max_batch: int
     cache_bytes: int
     batch_invariant: bool = False
+    kv_cache_dtype: str = "auto"
 
     def core(self, dtype: str) -> dict[str, Any]:
         """The core's ``kl_engine_options``."""
         return {
             "format": dtype,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "max_context": self.max_context,
             "max_batch": self.max_batch,
             "step_tokens": 0,
@@ -54,6 +57,7 @@ def check_options(
     max_batch: Any,
     cache_bytes: Any,
     batch_invariant: Any = False,
+    kv_cache_dtype: Any = "auto",
 ) -> Options:
     """Raises TypeError or ValueError naming the argument."""
     if not isinstance(batch_invariant, bool):
@@ -76,6 +80,9 @@ def check_options(
         raise ValueError("dtype: 'f32' needs device='cpu'")
     if dtype == "fp8" and kind == "cpu":
         raise ValueError("dtype: 'fp8' needs device='cuda'")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        names = " or ".join(map(repr, KV_CACHE_DTYPES))
+        raise ValueError(f"kv_cache_dtype: must be {names}, got {quote(kv_cache_dtype)}")
     return Options(
         device,
         dtype,
@@ -83,6 +90,7 @@ def check_options(
         _count("max_batch", max_batch),
         _count("cache_bytes", cache_bytes),
         batch_invariant,
+        kv_cache_dtype,
     )
 
 

@@ -3,7 +3,7 @@
 Everything is little-endian. Offsets in bytes:
 
     0       8   b"KLSTATE\\0"
-    8       4   version, u32: 1
+    8       4   version, u32: 2
     12      4   N, u32: length of the header
     16      N   header: a JSON object (below)
     16 + N  32  SHA-256 of all before it, the header's digest
@@ -15,10 +15,11 @@ Everything is little-endian. Offsets in bytes:
                 of each KDA layer the state f32 [H, V, K] and the convolution window [3 H K, W-1]
                 of each MLA layer the latents [length, rank + rope]
 
-Windows and latents are f32 for dtype "f32", else bf16. The header holds `config` (the numbers of
-the model's shape), `dtype` (how its matrices are stored), `weights` (Model.fingerprint), `length`,
-`awaits_answer` (messages were fed last) and `writer`. A file is taken only by a model that agrees
-in the first three. The digests are a chain, so that any change is found, also pieces that changed
+Windows are f32 for dtype "f32", else bf16, and so are latents; for kv_cache_dtype "fp8" these are
+rows of bytes as csrc/base/latents.h has them. The header holds `config` (the numbers of the
+model's shape), `dtype` (how its matrices are stored), `kv_cache_dtype` (how its latents are),
+`weights` (Model.fingerprint), `length`, `awaits_answer` (messages were fed last) and `writer`. A
+file is taken only by a model that agrees in the first four. The digests are a chain, so that any change is found, also pieces that changed
 places or come from another file of the same header.
 """
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 MAGIC = b"KLSTATE\0"
-VERSION = 1
+VERSION = 2
 PIECE = 4 << 20  # bytes held in memory at a time
 MAX_HEADER = 1 << 20
 DIGEST = 32
@@ -278,7 +279,11 @@ def check_header(reader: Reader, model: "Model") -> tuple[int, bool]:
                 f"{path}: was saved by a model with {name} {quote(theirs)}, this one has "
                 f"{quote(ours)}"
             )
-    for name, ours in (("dtype", model.dtype), ("weights", model.fingerprint)):
+    for name, ours in (
+        ("dtype", model.dtype),
+        ("kv_cache_dtype", model.kv_cache_dtype),
+        ("weights", model.fingerprint),
+    ):
         if header.get(name) != ours:
             raise StateError(
                 f"{path}: was saved by a model with {name} {quote(header.get(name))}, this one "

@@ -161,6 +161,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-context", type=int, metavar="N", help="tokens of a sequence")
     group.add_argument("--max-batch", type=int, metavar="N", help="sequences at once")
     group.add_argument("--cache-bytes", type=int, metavar="N", help="memory of their states")
+    group.add_argument(
+        "--kv-cache-dtype", default="auto", help="of latents: auto (as activations) or fp8"
+    )
     text = "results do not depend on the batch, at some cost (on a CPU they never do)"
     group.add_argument("--batch-invariant", action="store_true", help=text)
 
@@ -181,7 +184,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 _MODEL_OPTIONS = (
-    "device", "dtype", "max_context", "max_batch", "cache_bytes", "batch_invariant",
+    "device", "dtype", "max_context", "max_batch", "cache_bytes", "kv_cache_dtype",
+    "batch_invariant",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",

@@ -14,6 +14,7 @@ class MemoryPlan:
 
     device: str
     dtype: str
+    kv_cache_dtype: str  # of the latents: "f32", "bf16", "fp8"
     weights: int
     kda_states: int  # recurrent states and convolution windows of max_batch sequences
     snapshots: int  # the same of prefixes that the prefix cache keeps, see Model.prefix_cache
@@ -37,9 +38,13 @@ class MemoryPlan:
     @classmethod
     def from_core(cls, device: str, dtype: str, core: Mapping[str, Any]) -> "MemoryPlan":
         """From the core's ``kl_plan`` (csrc/model/engine.h)."""
+        latents = core["kv_cache_dtype"]
+        if latents == "auto":
+            latents = "f32" if dtype == "f32" else "bf16"
         return cls(
             device=device,
             dtype=dtype,
+            kv_cache_dtype=latents,
             weights=core["weight_bytes"],
             kda_states=core["state_bytes"],
             snapshots=core["snapshot_bytes"],
@@ -77,7 +82,11 @@ class MemoryPlan:
             ("weights", gib(self.weights)),
             ("KDA states", f"{gib(self.kda_states)} for {self.max_batch} sequences"),
             ("snapshots", f"{gib(self.snapshots)} for {self.snapshot_slots} prefixes more"),
-            ("MLA pages", f"{gib(self.mla_pages)}, up to {self.max_context:,} tokens each"),
+            (
+                "MLA pages",
+                f"{gib(self.mla_pages)} of {self.kv_cache_dtype}, up to {self.max_context:,} "
+                f"tokens each",
+            ),
             ("workspace", f"{gib(self.workspace)} for steps of {self.step_tokens:,} tokens"),
             ("total", f"{gib(self.total)} of {gib(self.free)} free{self._verdict()}"),
         ]

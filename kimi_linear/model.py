@@ -37,6 +37,7 @@ def load(
     max_context: int | None = None,
     max_batch: int | None = None,
     cache_bytes: int | None = None,
+    kv_cache_dtype: str = "auto",
     batch_invariant: bool = False,
     progress: bool | Callback | None = None,
 ) -> "Model":
@@ -49,14 +50,16 @@ def load(
     "int8", "int4", "fp8" (CUDA), or "auto": the checkpoint's, else the widest that fits.
     max_context: tokens of one sequence; max_batch: sequences alive at once, by default 8, on
     CUDA 32; cache_bytes: memory of their states and pages. Context and cache are chosen from what
-    is free by default. batch_invariant: results do not depend on the batch (always so on the
+    is free by default. kv_cache_dtype: storage of the latents that attention reads, "auto": as
+    the activations, f32 for dtype "f32", else bf16; "fp8": 8 bits, a little more than half of
+    bf16's memory, for long contexts (KDA states are f32 always). batch_invariant: results do not depend on the batch (always so on the
     CPU). progress: None, True, False or callable(done_bytes, total_bytes).
 
     Raises ConfigError, WeightsError or TokenizerError for a bad directory, OutOfMemory with the
     figures, DeviceError, OSError.
     """
     options = check_options(
-        device, dtype, max_context, max_batch, cache_bytes, batch_invariant
+        device, dtype, max_context, max_batch, cache_bytes, batch_invariant, kv_cache_dtype
     )
     reporter = Progress(progress, "weights", "B")
     with Checkpoint(_directory(path)) as checkpoint:
@@ -95,6 +98,7 @@ def plan(
     max_context: int | None = None,
     max_batch: int | None = None,
     cache_bytes: int | None = None,
+    kv_cache_dtype: str = "auto",
     batch_invariant: bool = False,
     progress: bool | Callback | None = None,
 ) -> MemoryPlan:
@@ -105,7 +109,7 @@ def plan(
     errors are those of `load`.
     """
     options = check_options(
-        device, dtype, max_context, max_batch, cache_bytes, batch_invariant
+        device, dtype, max_context, max_batch, cache_bytes, batch_invariant, kv_cache_dtype
     )
     if isinstance(path, KimiLinearConfig):
         return choose(path, "bf16", options).plan
@@ -126,6 +130,7 @@ def random(
     checked = check_options(
         *(options.pop(n, "auto" if n[0] == "d" else None) for n in names),
         options.pop("batch_invariant", False),
+        options.pop("kv_cache_dtype", "auto"),
     )
     if options:
         raise TypeError(f"random_model: unknown argument {quote(next(iter(options)))}")
@@ -174,8 +179,8 @@ def _read_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 class Model(Inspection):
     """A loaded model; `kimi_linear.load` makes one.
 
-    config: KimiLinearConfig. device, dtype, plan: where it is, how the big matrices are stored,
-    what memory it has. fingerprint: tells its weights from others in files of states. Calls
+    config: KimiLinearConfig. device, dtype, kv_cache_dtype, plan: where it is, how the big
+    matrices and the latents are stored, what memory it has. fingerprint: tells its weights from others in files of states. Calls
     from several threads are served one after the other. After close() every call raises
     ValueError.
     """
@@ -194,6 +199,7 @@ class Model(Inspection):
         self.dtype = choice.dtype
         self.device = choice.plan.device
         self.plan = MemoryPlan.from_core(self.device, self.dtype, engine.plan())
+        self.kv_cache_dtype = self.plan.kv_cache_dtype
         self.path = path
         self.fingerprint = fingerprint
         self._engine = engine

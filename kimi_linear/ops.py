@@ -188,7 +188,7 @@ def rms_norm(x: Any, weight: Any, *, eps: float, residual: Any = None, out: Any 
 
 
 def mla_prefill(q: Any, latent: Any, w_kv_b: Any, *, cu_seqlens: Any = None, past: Any = None,
-                scale: float | None = None, out: Any = None,
+                scale: float | None = None, kv_cache_dtype: str = "auto", out: Any = None,
                 stream: int | None = None) -> Any:  # fmt: skip
     """Causal latent attention (MLA without rotation) of new tokens over themselves and a past.
 
@@ -204,6 +204,8 @@ def mla_prefill(q: Any, latent: Any, w_kv_b: Any, *, cu_seqlens: Any = None, pas
         past: the latents before these: [P, rank+rope] where there is one sequence, else a list
             with such an array or None for each; None for no past.
         scale: of the scores; None for (nope+rope) ** -0.5.
+        kv_cache_dtype: "fp8": the latents are rounded to 8 bits first, as a model with 8-bit
+            pages keeps them (csrc/base/latents.h).
         out: [T, H, V], dtype of q; None for a new array.
 
     Returns:
@@ -212,23 +214,25 @@ def mla_prefill(q: Any, latent: Any, w_kv_b: Any, *, cu_seqlens: Any = None, pas
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; csrc/backend/ops.h.
     """
     return _core.mla_prefill(
-        _backends.of(q), q, latent, w_kv_b, cu_seqlens, past, scale, out, stream
+        _backends.of(q), q, latent, w_kv_b, cu_seqlens, past, scale, kv_cache_dtype, out, stream
     )
 
 
 def mla_decode(q: Any, pages: Any, block_table: Any, lengths: Any, w_kv_b: Any, *,
-               scale: float | None = None, out: Any = None,
+               scale: float | None = None, rope: int | None = None, out: Any = None,
                stream: int | None = None) -> Any:  # fmt: skip
     """Latent attention of one token for each of N sequences, over latents in pages.
 
     Args:
         q: [N, H, nope+rope].
-        pages: [P, 64, rank+rope], dtype of q.
+        pages: [P, 64, rank+rope], dtype of q; or of 8 bits, uint8 [P, 64, row bytes], rows as
+            csrc/base/latents.h and `kimi_linear.reference.pack_latents` have them.
         block_table: [N, B]: position p of sequence n is row p % 64 of page
             block_table[n, p // 64]. Entries past a sequence's length are not looked at.
         lengths: [N], tokens of context including this one, >= 1.
         w_kv_b: [H, nope+V, rank], float32 or bfloat16.
         scale: of the scores; None for (nope+rope) ** -0.5.
+        rope: how many channels of a latent are not normalised, with 8-bit pages; else None.
         out: [N, H, V], dtype of q; None for a new array.
 
     Returns:
@@ -237,7 +241,7 @@ def mla_decode(q: Any, pages: Any, block_table: Any, lengths: Any, w_kv_b: Any, 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; csrc/backend/ops.h.
     """
     return _core.mla_decode(
-        _backends.of(q), q, pages, block_table, lengths, w_kv_b, scale, out, stream
+        _backends.of(q), q, pages, block_table, lengths, w_kv_b, scale, rope, out, stream
     )
 
 

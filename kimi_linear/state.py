@@ -381,6 +381,7 @@ class State:
             header = {
                 "config": model.config.to_core(),
                 "dtype": model.dtype,
+                "kv_cache_dtype": model.kv_cache_dtype,
                 "weights": model.fingerprint,
                 "length": len(held.ids),
                 "awaits_answer": held.awaits_answer,
@@ -396,7 +397,8 @@ class State:
     ) -> "State":
         """The state that a file holds, to the bit.
 
-        model: one of the config, weights and dtype of the one that saved it, on any device.
+        model: one of the config, weights, dtype and kv_cache_dtype of the one that saved it, on
+            any device.
         progress: callable(done_bytes, total_bytes), True, False or None.
 
         Raises StateError for a file that is none, is truncated or altered, has another version,

@@ -46,9 +46,9 @@ _SCHEMAS = {
     "add_rms_norm": "(Tensor x, Tensor weight, Tensor residual, *, float eps) "
     "-> (Tensor, Tensor)",
     "mla_prefill": "(Tensor q, Tensor latent, Tensor w_kv_b, *, Tensor? cu_seqlens=None, "
-    "Tensor[]? past=None, float? scale=None) -> Tensor",
+    'Tensor[]? past=None, float? scale=None, str kv_cache_dtype="auto") -> Tensor',
     "mla_decode": "(Tensor q, Tensor pages, Tensor block_table, Tensor lengths, Tensor w_kv_b, "
-    "*, float? scale=None) -> Tensor",
+    "*, float? scale=None, int? rope=None) -> Tensor",
     "moe_route": "(Tensor logits, Tensor? bias, *, int top_k, float scaling, "
     'bool renormalize=True, str score="sigmoid", int groups=1, int top_groups=1) '
     "-> (Tensor, Tensor)",
@@ -130,9 +130,9 @@ def _fake_add_rms_norm(x, weight, residual, *, eps):
     return x.new_empty(x.shape), residual.new_empty(residual.shape)
 
 
-def _fake_mla(q, latent, *args, **_):
+def _fake_mla(q, latent, *args, rope=None, **_):
     w_kv_b = args[-1]  # last in both: mla_decode has the table and lengths before it
-    nope = q.shape[2] - (latent.shape[-1] - w_kv_b.shape[2])
+    nope = q.shape[2] - (latent.shape[-1] - w_kv_b.shape[2] if rope is None else rope)
     return q.new_empty((q.shape[0], q.shape[1], w_kv_b.shape[1] - nope))
 
 
@@ -224,18 +224,23 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float,
 
 def mla_prefill(q: Tensor, latent: Tensor, w_kv_b: Tensor, *, cu_seqlens: Tensor | None = None,
                 past: Tensor | Sequence[Tensor | None] | None = None,
-                scale: float | None = None) -> Tensor:  # fmt: skip
+                scale: float | None = None,
+                kv_cache_dtype: str = "auto") -> Tensor:  # fmt: skip
     """`kimi_linear.ops.mla_prefill` as an operator."""
     if past is not None:
         listed = [past] if isinstance(past, Tensor) else past
         past = [latent.new_empty((0, latent.shape[1])) if p is None else p for p in listed]
-    return _op.mla_prefill(q, latent, w_kv_b, cu_seqlens=cu_seqlens, past=past, scale=scale)
+    return _op.mla_prefill(
+        q, latent, w_kv_b, cu_seqlens=cu_seqlens, past=past, scale=scale,
+        kv_cache_dtype=kv_cache_dtype,
+    )  # fmt: skip
 
 
 def mla_decode(q: Tensor, pages: Tensor, block_table: Tensor, lengths: Tensor, w_kv_b: Tensor,
-               *, scale: float | None = None) -> Tensor:  # fmt: skip
+               *, scale: float | None = None,
+               rope: int | None = None) -> Tensor:  # fmt: skip
     """`kimi_linear.ops.mla_decode` as an operator."""
-    return _op.mla_decode(q, pages, block_table, lengths, w_kv_b, scale=scale)
+    return _op.mla_decode(q, pages, block_table, lengths, w_kv_b, scale=scale, rope=rope)
 
 
 def moe_route(logits: Tensor, bias: Tensor | None, *, top_k: int, scaling: float,

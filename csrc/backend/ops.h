@@ -29,6 +29,7 @@
 #define KL_BACKEND_OPS_H
 
 #include "base/error.h"
+#include "base/latents.h"
 #include "base/tensor.h"
 #include "base/weight.h"
 
@@ -288,18 +289,29 @@ typedef struct {
     kl_tensor block_table; /* [N, B] i32, out                            */
 } kl_mla_lay_out;
 
+/* Pages of latents, `pages` of the operations below, are [P, 64, rank+rope] act, or 8-bit ones:
+ * u8 [P, 64, row_bytes] at a multiple of 16 bytes, rows as kl_latents_row_of(rank, rope) has
+ * them. An operation on 8-bit pages has the result that it would have on pages of act which hold
+ * what is read from them. */
+static inline bool kl_latents_are_packed(const kl_tensor *pages)
+{
+    return pages->dtype == KL_U8;
+}
+
 /* Write the latents of new tokens into their sequences' pages:
  *     row = [ rms_norm(raw[:rank]) * norm_weight | raw[rank:] ]
  * (without a norm_weight the row is copied). Token i of sequence n goes to position
- * p = lengths[n] - count(n) + i, which is row p % 64 of page block_table[n, p / 64]. */
+ * p = lengths[n] - count(n) + i, which is row p % 64 of page block_table[n, p / 64]. 8-bit pages
+ * get the row as it is in act. */
 typedef struct {
     kl_workspace ws;
     kl_tensor raw;         /* [T, rank+rope] act, rows strided           */
     kl_tensor norm_weight; /* [rank] f32, or absent                      */
-    kl_tensor pages;       /* [P, 64, rank+rope] act, written            */
+    kl_tensor pages;       /* [P, 64, rank+rope] act or 8-bit, written   */
     kl_tensor block_table; /* [N, B] i32                                 */
     kl_tensor lengths;     /* [N] i32, context after these tokens        */
     kl_tensor cu_seqlens;  /* [N+1] i32; absent: a token each            */
+    int64_t rank;          /* of 8-bit pages                             */
     float eps;
 } kl_mla_append;
 
@@ -317,7 +329,7 @@ typedef struct {
 typedef struct {
     kl_workspace ws;
     kl_tensor q;           /* [T, H, nope+rope] act, rows strided        */
-    kl_tensor pages;       /* [P, 64, rank+rope] act                     */
+    kl_tensor pages;       /* [P, 64, rank+rope] act, or 8-bit           */
     kl_tensor block_table; /* [N, B] i32                                 */
     kl_tensor lengths;     /* [N] i32, context including these tokens    */
     kl_tensor cu_seqlens;  /* [N+1] i32; absent in mla_decode            */
@@ -340,6 +352,7 @@ static inline kl_mla_append kl_mla_append_of(const kl_mla_decode *a)
     append.pages = a->pages;
     append.block_table = a->block_table;
     append.lengths = a->lengths;
+    append.rank = a->w_kv_b.shape[2];
     append.eps = a->norm_eps;
     return append;
 }

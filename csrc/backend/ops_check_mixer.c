@@ -5,6 +5,7 @@
 
 #define F32 KL_DTYPE_BIT(KL_F32)
 #define I32 KL_DTYPE_BIT(KL_I32)
+#define U8  KL_DTYPE_BIT(KL_U8)
 
 #define MAX_CONV_WIDTH 8
 
@@ -200,10 +201,20 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
 
 /* ---- MLA ------------------------------------------------------------------------------- */
 
+/* Last axis of pages whose rows have these channels. */
+static int64_t row_of_pages(const kl_tensor *pages, int64_t rank, int64_t rope)
+{
+    return kl_latents_are_packed(pages) ? kl_latents_row_of(rank, rope).row_bytes : rank + rope;
+}
+
 /* A sequence with a token has a page for it. */
 static kl_status check_pages(const char *op, const kl_tensor *pages,
                              const kl_tensor *block_table, int64_t T, kl_error *err)
 {
+    if (kl_latents_are_packed(pages) && (uintptr_t)pages->data % KL_LATENTS_ALIGN != 0)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "%s: pages must be aligned to %d bytes as they are %s", op,
+                       KL_LATENTS_ALIGN, kl_dtype_name(pages->dtype));
     if (T == 0) return KL_OK;
     KL_TRY(kl_require_range(op, "pages.shape[0]", pages->shape[0], 1, INT32_MAX, err));
     return kl_require_range(op, "block_table.shape[1]", block_table->shape[1], 1, INT32_MAX,
@@ -231,15 +242,27 @@ kl_status kl_check_mla_append(const kl_mla_append *a, kl_error *err)
     const int64_t T = a->raw.shape[0], width = a->raw.shape[1], P = a->pages.shape[0];
     const bool ragged = !kl_tensor_absent(&a->cu_seqlens);
     const int64_t N = ragged ? ragged_count(&a->cu_seqlens) : T, B = a->block_table.shape[1];
-    const int64_t rank = a->norm_weight.shape[0];
+    const bool packed = kl_latents_are_packed(&a->pages);
+    const int64_t rank = packed ? a->rank : a->norm_weight.shape[0];
     if (ragged) KL_TRY(check_ragged(op, &a->cu_seqlens, T, err));
+    if (packed) {
+        KL_TRY(kl_require_range(op, "raw.shape[1]", width, 1, INT32_MAX, err));
+        KL_TRY(kl_require_range(op, "rank", rank, 1, width, err));
+    }
+    const int64_t row = packed ? row_of_pages(&a->pages, rank, width - rank) : width;
     const kl_rule rules[] = {
         {&a->raw, "raw", KL_ANY_FLOAT, KL_ROWS, 2, {T, width}, NULL},
         {&a->norm_weight, "norm_weight", F32, KL_OPT, 1, {rank}, NULL},
         {&a->cu_seqlens, "cu_seqlens", I32, KL_OPT, 1, {N + 1}, NULL},
         {&a->block_table, "block_table", I32, KL_EMPTY, 2, {N, B}, NULL},
         {&a->lengths, "lengths", I32, 0, 1, {N}, NULL},
-        {&a->pages, "pages", kl_act_bit(&a->raw), KL_OUT, 3, {P, KL_PAGE_TOKENS, width}, NULL},
+        {&a->pages,
+         "pages",
+         kl_act_bit(&a->raw) | U8,
+         KL_OUT,
+         3,
+         {P, KL_PAGE_TOKENS, row},
+         NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
     KL_TRY(check_pages(op, &a->pages, &a->block_table, T, err));
@@ -251,17 +274,26 @@ kl_status kl_check_mla_append(const kl_mla_append *a, kl_error *err)
 static kl_status check_mla(const char *op, const kl_mla *a, int64_t N, kl_error *err)
 {
     const int64_t T = a->q.shape[0], H = a->q.shape[1], B = a->block_table.shape[1];
-    const int64_t P = a->pages.shape[0], width = a->pages.shape[2], V = a->out.shape[2];
+    const int64_t P = a->pages.shape[0], V = a->out.shape[2];
     const int64_t both = a->w_kv_b.shape[1], rank = a->w_kv_b.shape[2];
-    /* nope + rope; wraps on absurd shapes, which the ranges below refuse. */
-    const int64_t head =
-        (int64_t)((uint64_t)both - (uint64_t)V + (uint64_t)width - (uint64_t)rank);
+    const bool packed = kl_latents_are_packed(&a->pages);
+    /* nope, and nope + rope; they wrap on absurd shapes, which the ranges below refuse. */
+    const int64_t nope = (int64_t)((uint64_t)both - (uint64_t)V);
+    const int64_t rope = (int64_t)(packed ? (uint64_t)a->q.shape[2] - (uint64_t)nope
+                                          : (uint64_t)a->pages.shape[2] - (uint64_t)rank);
+    const int64_t head = (int64_t)((uint64_t)nope + (uint64_t)rope);
+    const int64_t width = (int64_t)((uint64_t)rank + (uint64_t)rope);
+    if (packed) {
+        KL_TRY(kl_require_range(op, "w_kv_b.shape[2]", rank, 1, INT32_MAX, err));
+        KL_TRY(kl_require_range(op, "q.shape[2]", head, nope, INT32_MAX, err));
+    }
+    const int64_t row = row_of_pages(&a->pages, rank, rope);
     const unsigned act = kl_act_bit(&a->q);
     const unsigned written = kl_tensor_absent(&a->raw) ? 0 : KL_OUT;
     const kl_rule rules[] = {
         {&a->w_kv_b, "w_kv_b", KL_ANY_FLOAT, 0, 3, {H, both, rank}, NULL},
         {&a->out, "out", act, KL_OUT, 3, {T, H, V}, NULL},
-        {&a->pages, "pages", act, written, 3, {P, KL_PAGE_TOKENS, width}, NULL},
+        {&a->pages, "pages", act | U8, written, 3, {P, KL_PAGE_TOKENS, row}, NULL},
         {&a->raw, "raw", act, KL_ROWS | KL_OPT, 2, {T, width}, NULL},
         {&a->norm_weight, "norm_weight", F32, KL_OPT, 1, {rank}, NULL},
         {&a->q, "q", KL_ANY_FLOAT, KL_ROWS, 3, {T, H, head}, NULL},

@@ -200,15 +200,20 @@ kl_cost kl_cost_mla_lay_out(const kl_mla_lay_out *a)
                             tensor_bytes(&a->lengths) + tensor_bytes(&a->block_table)};
 }
 
+static double latent_row_bytes(const kl_tensor *pages)
+{
+    return dim(pages, 2) * (double)kl_dtype_bytes(pages->dtype);
+}
+
 kl_cost kl_cost_mla_append(const kl_mla_append *a)
 {
     return (kl_cost){
         .flops = kl_tensor_absent(&a->norm_weight)
                      ? 0
                      : 4 * dim(&a->raw, 0) * dim(&a->norm_weight, 0),
-        .bytes = 2 * tensor_bytes(&a->raw) + tensor_bytes(&a->norm_weight) +
-                 tensor_bytes(&a->block_table) + tensor_bytes(&a->lengths) +
-                 tensor_bytes(&a->cu_seqlens),
+        .bytes = tensor_bytes(&a->raw) + dim(&a->raw, 0) * latent_row_bytes(&a->pages) +
+                 tensor_bytes(&a->norm_weight) + tensor_bytes(&a->block_table) +
+                 tensor_bytes(&a->lengths) + tensor_bytes(&a->cu_seqlens),
     };
 }
 
@@ -220,10 +225,11 @@ static double mla_context(const kl_mla *a)
 
 static double mla_bytes(const kl_mla *a, double N)
 {
-    const double row = dim(&a->pages, 2) * (double)kl_dtype_bytes(a->pages.dtype);
+    const double row = latent_row_bytes(&a->pages);
     return tensor_bytes(&a->q) + N * mla_context(a) * row + tensor_bytes(&a->block_table) +
            tensor_bytes(&a->lengths) + tensor_bytes(&a->cu_seqlens) + tensor_bytes(&a->w_kv_b) +
-           2 * tensor_bytes(&a->raw) + tensor_bytes(&a->norm_weight) + tensor_bytes(&a->out);
+           tensor_bytes(&a->raw) + dim(&a->raw, 0) * row + tensor_bytes(&a->norm_weight) +
+           tensor_bytes(&a->out);
 }
 
 /* The plain form, causal: keys and values of the context, then each visible pair. */
@@ -241,7 +247,8 @@ kl_cost kl_cost_mla_prefill(const kl_mla_prefill *a)
 kl_cost kl_cost_mla_decode(const kl_mla_decode *a)
 {
     const double N = dim(&a->q, 0), H = dim(&a->q, 1);
-    const double rank = dim(&a->w_kv_b, 2), width = dim(&a->pages, 2);
+    const double rank = dim(&a->w_kv_b, 2), nope = dim(&a->w_kv_b, 1) - dim(&a->out, 2);
+    const double width = rank + dim(&a->q, 2) - nope;
     const double absorb = 2 * N * (double)kl_tensor_size(&a->w_kv_b);
     return (kl_cost){absorb + 2 * N * H * mla_context(a) * (width + rank), mla_bytes(a, N)};
 }

@@ -13,7 +13,8 @@ typedef struct {
     const kl_cpu_kernels *kernels;
     kl_pool *pool;
     int64_t H, nope, rope, rank, V;
-    int64_t width; /* rank + rope, a latent */
+    int64_t width;      /* rank + rope, a latent */
+    kl_latents_row row; /* of 8-bit pages        */
 } kl_mla_view;
 
 static inline kl_mla_view kl_mla_view_of(kl_backend *be, const kl_mla *a)
@@ -21,11 +22,12 @@ static inline kl_mla_view kl_mla_view_of(kl_backend *be, const kl_mla *a)
     const kl_cpu *cpu = (const kl_cpu *)be;
     kl_mla_view v = {.a = a, .kernels = cpu->kernels, .pool = cpu->pool};
     v.H = a->q.shape[1];
-    v.width = a->pages.shape[2];
     v.rank = a->w_kv_b.shape[2];
-    v.rope = v.width - v.rank;
-    v.nope = a->q.shape[2] - v.rope;
-    v.V = a->w_kv_b.shape[1] - v.nope;
+    v.V = a->out.shape[2];
+    v.nope = a->w_kv_b.shape[1] - v.V;
+    v.rope = a->q.shape[2] - v.nope;
+    v.width = v.rank + v.rope;
+    v.row = kl_latents_row_of(v.rank, v.rope);
     return v;
 }
 

@@ -29,9 +29,13 @@ typedef struct {
     void (*widen)(const void *from, kl_dtype dtype, int64_t n, float scale, float *to);
     void (*narrow)(const float *from, int64_t n, float scale, void *to, kl_dtype dtype);
 
-    /* to = [ rms_norm(from[:rank]) * weight | from[rank:width] ], all of one dtype. */
-    void (*latent)(const void *from, kl_dtype dtype, int64_t rank, int64_t width,
-                   const float *weight, float eps, void *to);
+    /* 1 / sqrt(mean(from^2) + eps); and to = from * factor * weight, of from's dtype. */
+    float (*inverse_norm)(const void *from, kl_dtype dtype, int64_t n, float eps);
+    void (*weigh)(const void *from, kl_dtype dtype, int64_t n, float factor,
+                  const float *weight, void *to);
+
+    /* to[i] = scale * the value of code i (base/latents.h). */
+    void (*decode)(const uint8_t *codes, int64_t n, float scale, float *to);
 } kl_mla_kernels;
 
 #define KL_MLA_CHAIN 128 /* rows of b that stay in the L1 cache while rows of a pass by */

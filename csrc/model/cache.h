@@ -36,12 +36,13 @@ typedef struct {
     kl_backend *be;
     const kl_config *config;
     kl_dtype act;
+    kl_latents latents;
     int64_t n_slots, n_pages, max_context, table_width /* pages of max_context */;
     int64_t max_alive; /* sequences that are not snapshots, at most */
 
     kl_tensor *states;  /* [n_kda] of [S, H, V, K] f32      */
     kl_tensor *windows; /* [n_kda] of [S, C, W-1] act       */
-    kl_tensor *pages;   /* [n_mla] of [P, 64, rank+rope] act */
+    kl_tensor *pages;   /* [n_mla] of [P, 64, rank+rope] act, or 8-bit */
     int64_t n_kda, n_mla;
 
     kl_cache_seq *seqs;      /* [n_slots] */
@@ -58,10 +59,11 @@ typedef struct {
 typedef struct {
     int64_t n_slots, n_pages, max_context;
     int64_t n_extra; /* slots that snapshots alone use */
+    kl_latents latents;
 } kl_cache_shape;
 
 /* Bytes a token takes in the pages of all MLA layers, and a sequence in all KDA layers. */
-size_t kl_cache_token_bytes(const kl_config *config, kl_dtype act);
+size_t kl_cache_token_bytes(const kl_config *config, kl_dtype act, kl_latents latents);
 size_t kl_cache_seq_bytes(const kl_config *config, kl_dtype act);
 /* Pages that hold `tokens` tokens; none for a model without MLA layers. */
 int64_t kl_cache_pages_for(const kl_config *config, int64_t tokens);

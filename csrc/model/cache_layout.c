@@ -14,12 +14,21 @@ static int64_t conv_channels(const kl_config *c)
     return 3 * c->kda_heads * c->kda_head_dim;
 }
 
+static kl_tensor pages_of(const kl_config *c, kl_dtype act, kl_latents latents, int64_t n)
+{
+    if (latents == KL_LATENTS_FP8)
+        return kl_tensor_3d(NULL, KL_U8, n, KL_PAGE_TOKENS,
+                            kl_latents_row_of(c->kv_rank, c->rope_dim).row_bytes);
+    return kl_tensor_3d(NULL, act, n, KL_PAGE_TOKENS, c->kv_rank + c->rope_dim);
+}
+
 /* Dimensions of a kind of layer that the model lacks are not checked, so not multiplied. */
-size_t kl_cache_token_bytes(const kl_config *c, kl_dtype act)
+size_t kl_cache_token_bytes(const kl_config *c, kl_dtype act, kl_latents latents)
 {
     const int64_t n_mla = kl_config_count(c, KL_MIXER_MLA);
     if (n_mla == 0) return 0;
-    return (size_t)(n_mla * (c->kv_rank + c->rope_dim)) * kl_dtype_bytes(act);
+    const kl_tensor page = pages_of(c, act, latents, 1);
+    return (size_t)(n_mla * page.shape[2]) * kl_dtype_bytes(page.dtype);
 }
 
 size_t kl_cache_seq_bytes(const kl_config *c, kl_dtype act)
@@ -68,8 +77,7 @@ kl_status kl_cache_layout(kl_cache *out, const kl_config *config, kl_dtype act,
     }
     const size_t middle = arena->used;
     for (int64_t i = 0; i < n_mla; i++) {
-        kl_tensor pages = kl_tensor_3d(NULL, act, shape->n_pages, KL_PAGE_TOKENS,
-                                       config->kv_rank + config->rope_dim);
+        kl_tensor pages = pages_of(config, act, shape->latents, shape->n_pages);
         take(arena, &pages, out == NULL ? NULL : &out->pages[i]);
     }
     *state_bytes = middle - start;
@@ -99,6 +107,7 @@ kl_status kl_cache_init(kl_cache *c, kl_backend *be, const kl_config *config, kl
     *c = (kl_cache){.be = be,
                     .config = config,
                     .act = act,
+                    .latents = shape->latents,
                     .n_slots = shape->n_slots + shape->n_extra,
                     .max_alive = shape->n_slots,
                     .n_pages = shape->n_pages,

@@ -35,7 +35,8 @@ static size_t cache_bytes(const kl_plan *p)
 static kl_status make_cache(kl_engine *e, kl_error *err)
 {
     const kl_plan *p = &e->plan;
-    const kl_cache_shape shape = {p->max_batch, p->n_pages, p->max_context, p->snapshot_slots};
+    const kl_cache_shape shape = {p->max_batch, p->n_pages, p->max_context, p->snapshot_slots,
+                                  p->latents};
     const size_t bytes = cache_bytes(p);
     kl_arena arena;
     KL_TRY(alloc_block(e, bytes, &e->cache_block, err));

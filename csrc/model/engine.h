@@ -18,6 +18,7 @@
 typedef struct {
     kl_weight_format
         format;          /* storage of the big matrices; act is f32 for KL_W_F32, else bf16 */
+    kl_latents latents;  /* how MLA pages are stored                               */
     int64_t max_context; /* tokens of one sequence; 0: the planner's choice        */
     int64_t max_batch;   /* sequences alive at once; 0: the planner's choice       */
     int64_t step_tokens; /* tokens of one step at most; 0: the planner's choice    */
@@ -31,6 +32,7 @@ typedef struct {
     size_t snapshot_bytes; /* states and windows that only the prefix cache uses */
     size_t limit_bytes, cache_limit_bytes; /* what total and cache may be; 0: any cache */
     int64_t max_context, max_batch, step_tokens, n_pages, snapshot_slots;
+    kl_latents latents;
     size_t state_bytes_per_sequence, page_bytes_per_token;
 } kl_plan;
 
@@ -107,7 +109,7 @@ kl_status kl_seq_draft(kl_engine *e, kl_seq seq, int64_t n_tokens, kl_seq *out, 
 
 /* All that is remembered of a sequence as one run of bytes, its image: of each KDA layer the
  * state [H, V, K] f32 and the conv window [C, W-1], then of each MLA layer the latents
- * [length, rank+rope]. Any part of it can be read; and written, where no page is shared. */
+ * [length, rank+rope], or as many 8-bit rows. Any part of it can be read; and written, where no page is shared. */
 uint64_t kl_seq_image_bytes(const kl_engine *e, int64_t length);
 kl_status kl_seq_read_image(kl_engine *e, kl_seq seq, uint64_t offset, void *out, size_t bytes,
                             kl_error *err);

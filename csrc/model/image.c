@@ -79,7 +79,7 @@ static kl_status walk_image(const kl_cache *c, int64_t slot, walk *w, kl_error *
 uint64_t kl_seq_image_bytes(const kl_engine *e, int64_t length)
 {
     return kl_cache_seq_bytes(&e->config, e->cache.act) +
-           (uint64_t)length * kl_cache_token_bytes(&e->config, e->cache.act);
+           (uint64_t)length * kl_cache_token_bytes(&e->config, e->cache.act, e->cache.latents);
 }
 
 static kl_status copy_image(kl_engine *e, int64_t slot, walk *w, kl_error *err)

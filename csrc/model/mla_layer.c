@@ -38,6 +38,7 @@ static kl_status append(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_t
                        .block_table = p->in.table,
                        .lengths = p->in.lengths,
                        .cu_seqlens = p->in.cu_seqlens,
+                       .rank = p->config->kv_rank,
                        .eps = p->config->kv_norm_eps};
     return kl_pass_mla_append(p, &a, err);
 }

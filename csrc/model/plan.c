@@ -81,6 +81,9 @@ static kl_status choose_counts(const planner *s, kl_plan *out, kl_error *err)
         return kl_fail(err, KL_ERR_VALUE,
                        "plan: format must be f32, bf16, int8, int4 or fp8, got %d",
                        (int)o->format);
+    if ((int)o->latents < 0 || o->latents >= KL_N_LATENTS)
+        return kl_fail(err, KL_ERR_VALUE, "plan: latents must be act or fp8, got %d",
+                       (int)o->latents);
     if ((s->be->vt->formats & 1u << o->format) == 0)
         return kl_fail(err, KL_ERR_VALUE, "plan: fp8 is a format of CUDA only, got the %s",
                        s->be->vt->name);
@@ -167,7 +170,7 @@ static kl_status measure_scratch(const planner *s, const kl_weights *w, const kl
                                  size_t *bytes, kl_error *err)
 {
     /* The cache only lends the shapes of its tensors here. */
-    const kl_cache_shape shape = {plan->max_batch, 1, 1, 0};
+    const kl_cache_shape shape = {plan->max_batch, 1, 1, 0, plan->latents};
     kl_arena arena;
     kl_arena_init(&arena, NULL, 0);
     kl_cache cache;
@@ -268,7 +271,7 @@ kl_status kl_plan_check(const kl_plan *p, kl_error *err)
 
 static kl_status measure_cache(const planner *s, kl_plan *out, kl_error *err)
 {
-    kl_cache_shape shape = {out->max_batch, out->n_pages, out->max_context, 0};
+    kl_cache_shape shape = {out->max_batch, out->n_pages, out->max_context, 0, out->latents};
     kl_arena arena;
     size_t all_states;
     kl_arena_init(&arena, NULL, 0);
@@ -286,7 +289,7 @@ static kl_status measure_cache(const planner *s, kl_plan *out, kl_error *err)
 static kl_status fill_plan(planner *s, kl_weights *w, kl_plan *out, kl_error *err)
 {
     KL_TRY(measure_weights(s, w, &out->weight_bytes, err));
-    out->page_bytes_per_token = kl_cache_token_bytes(s->config, s->act);
+    out->page_bytes_per_token = kl_cache_token_bytes(s->config, s->act, out->latents);
     out->state_bytes_per_sequence = kl_cache_seq_bytes(s->config, s->act);
     s->page = out->page_bytes_per_token * KL_PAGE_TOKENS;
     choose_context(s, out);
@@ -324,7 +327,7 @@ kl_status kl_plan_make(kl_backend *be, const kl_config *config,
                  .act = kl_act_of(options->format)};
     kl_backend_info info;
     kl_weights w;
-    *out = (kl_plan){0};
+    *out = (kl_plan){.latents = options->latents};
     KL_TRY(kl_config_check(config, err));
     KL_TRY(choose_counts(&s, out, err));
     KL_TRY(be->vt->info(be, &info, err));

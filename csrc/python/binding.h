@@ -89,6 +89,7 @@ int kl_parse_choice(const char *op, const char *name, PyObject *o, const char *c
                     int n, int *out);
 /* Python's names of the weight formats, in the order of kl_weight_format. */
 extern const char *const kl_format_names[KL_N_WEIGHT_FORMATS];
+extern const char *const kl_latents_names[KL_N_LATENTS];
 
 /* ---- devices --------------------------------------------------------------------------- */
 
@@ -129,8 +130,9 @@ int kl_array_type_init(kl_module *m);
     X(short_conv, "x, weight, state, cu_seqlens, activation, out, stream", "-> (y, state)")    \
     X(gated_rms_norm, "x, z, weight, eps, out, stream", "-> y")                                \
     X(rms_norm, "x, weight, eps, residual, out, stream", "-> y, or (y, residual)")             \
-    X(mla_prefill, "q, latent, w_kv_b, cu_seqlens, past, scale, out, stream", "-> o")          \
-    X(mla_decode, "q, pages, block_table, lengths, w_kv_b, scale, out, stream", "-> o")        \
+    X(mla_prefill,                                                                             \
+      "q, latent, w_kv_b, cu_seqlens, past, scale, kv_cache_dtype, out, stream", "-> o")       \
+    X(mla_decode, "q, pages, block_table, lengths, w_kv_b, scale, rope, out, stream", "-> o")  \
     X(moe_route,                                                                               \
       "logits, bias, top_k, scaling, renormalize, score, groups, top_groups, stream",          \
       "-> (ids, weights)")                                                                     \

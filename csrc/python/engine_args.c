@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+const char *const kl_latents_names[KL_N_LATENTS] = {"auto", "fp8"};
+
 /* ---- dicts ----------------------------------------------------------------------------- */
 
 /* 1: *value is the entry (borrowed); 0: it is missing or None and may be; -1: exception. */
@@ -55,6 +57,21 @@ static int dict_choice(const char *op, PyObject *dict, const char *key,
     PyObject *value;
     if (dict_get(op, dict, key, false, &value) < 0) return -1;
     return kl_parse_choice(op, key, value, names, n, out);
+}
+
+/* The first of them where the entry is missing. */
+static int dict_latents(const char *op, PyObject *dict, kl_latents *out)
+{
+    static const char key[] = "kv_cache_dtype";
+    PyObject *value;
+    int latents = KL_LATENTS_ACT;
+    const int found = dict_get(op, dict, key, true, &value);
+    if (found < 0) return -1;
+    if (found == 1 &&
+        kl_parse_choice(op, key, value, kl_latents_names, KL_N_LATENTS, &latents) < 0)
+        return -1;
+    *out = (kl_latents)latents;
+    return 0;
 }
 
 /* ---- configuration --------------------------------------------------------------------- */
@@ -153,6 +170,7 @@ int kl_parse_options(PyObject *dict, kl_engine_options *out)
     }
     if (dict_choice("options", dict, "format", kl_format_names, KL_N_WEIGHT_FORMATS, &format) <
             0 ||
+        dict_latents("options", dict, &out->latents) < 0 ||
         kl_dict_int("options", dict, "max_context", 0, INT64_MAX, &none, &out->max_context) <
             0 ||
         kl_dict_int("options", dict, "max_batch", 0, INT64_MAX, &none, &out->max_batch) < 0 ||
@@ -172,7 +190,7 @@ PyObject *kl_plan_dict(const kl_plan *p)
     kl_error problem = {KL_OK, ""};
     const bool fits = kl_plan_check(p, &problem) == KL_OK;
     return Py_BuildValue(
-        "{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:L,s:L,s:L,s:L,s:L,s:K,s:K,s:z}", "weight_bytes",
+        "{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:L,s:L,s:L,s:L,s:L,s:K,s:K,s:s,s:z}", "weight_bytes",
         (unsigned long long)p->weight_bytes, "state_bytes", (unsigned long long)p->state_bytes,
         "snapshot_bytes", (unsigned long long)p->snapshot_bytes, "page_bytes",
         (unsigned long long)p->page_bytes, "scratch_bytes",
@@ -182,7 +200,8 @@ PyObject *kl_plan_dict(const kl_plan *p)
         (long long)p->step_tokens, "n_pages", (long long)p->n_pages, "snapshot_slots",
         (long long)p->snapshot_slots, "state_bytes_per_sequence",
         (unsigned long long)p->state_bytes_per_sequence, "page_bytes_per_token",
-        (unsigned long long)p->page_bytes_per_token, "problem", fits ? NULL : problem.message);
+        (unsigned long long)p->page_bytes_per_token, "kv_cache_dtype",
+        kl_latents_names[p->latents], "problem", fits ? NULL : problem.message);
 }
 
 PyObject *kl_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t nargs)

@@ -2,7 +2,8 @@
  * ops_mla.c -- mla_prefill and mla_decode.
  *
  * mla_prefill takes latents as dense rows: they are laid out in pages of this call's own, the
- * past of each sequence first, and then attended to like any paged context.
+ * past of each sequence first, and then attended to like any paged context. Of 8-bit pages
+ * mla_decode has to be told the channels that are not codes: a row's bytes do not say.
  */
 #include "python/call.h"
 
@@ -145,33 +146,41 @@ static int append_pasts(kl_call *c, const kl_mla *a, const past_rows *past)
             .block_table = kl_tensor_2d((int32_t *)a->block_table.data + n * B, KL_I32, 1, B),
             .lengths = kl_tensor_1d(&cu[1], KL_I32, 1),
             .cu_seqlens = kl_tensor_1d(cu, KL_I32, 2),
+            .rank = a->w_kv_b.shape[2],
         };
         if (past->rows[n].shape[0] != 0 && kl_call_mla_append(c, &append) < 0) return -1;
     }
     return 0;
 }
 
-static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, const int32_t *cu,
-                      kl_mla *a)
+/* Pages of this call's, of rows for `latent`. */
+static int alloc_pages(kl_call *c, const kl_tensor *latent, kl_latents latents, int64_t count,
+                       kl_mla *a)
+{
+    const int64_t width = latent->shape[1], rank = a->w_kv_b.shape[2];
+    const bool packed = latents == KL_LATENTS_FP8;
+    const int64_t row = packed ? kl_latents_row_of(rank, width - rank).row_bytes : width;
+    a->pages = kl_tensor_3d(NULL, packed ? KL_U8 : latent->dtype, count, KL_PAGE_TOKENS, row);
+    return kl_call_alloc(c, (size_t)kl_tensor_size(&a->pages) * kl_dtype_bytes(a->pages.dtype),
+                         &a->pages.data);
+}
+
+static int fill_pages(kl_call *c, PyObject *past, const kl_tensor *latent, kl_latents latents,
+                      const int32_t *cu, kl_mla *a)
 {
     past_rows rows = {.N = a->cu_seqlens.shape[0] - 1};
-    const int64_t T = latent->shape[0], width = latent->shape[1];
+    const int64_t T = latent->shape[0];
     if (take_past(c, past, latent, &rows) < 0 || sum_up(c, T, &rows) < 0) return -1;
     if (lay_pages(c, past, &rows, cu, a) < 0) return -1;
     const int64_t P = (rows.cu[rows.N] + T) / KL_PAGE_TOKENS + rows.N;
-    const int64_t count = P > 0 ? P : 1;
-    void *data;
-    if (kl_call_alloc(c,
-                      (size_t)(count * KL_PAGE_TOKENS * width) * kl_dtype_bytes(latent->dtype),
-                      &data) < 0)
-        return -1;
-    a->pages = kl_tensor_3d(data, latent->dtype, count, KL_PAGE_TOKENS, width);
+    if (alloc_pages(c, latent, latents, P > 0 ? P : 1, a) < 0) return -1;
     if (past != Py_None && append_pasts(c, a, &rows) < 0) return -1;
     kl_mla_append append = {.raw = *latent,
                             .pages = a->pages,
                             .block_table = a->block_table,
                             .lengths = a->lengths,
-                            .cu_seqlens = a->cu_seqlens};
+                            .cu_seqlens = a->cu_seqlens,
+                            .rank = a->w_kv_b.shape[2]};
     return T == 0 ? 0 : kl_call_mla_append(c, &append);
 }
 
@@ -183,14 +192,16 @@ static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
     kl_tensor latent;
     const int32_t *cu;
     int64_t V;
-    int o;
+    int o, latents;
     if (KL_NEEDS(c, mla_prefill) < 0 || KL_NEEDS(c, mla_append) < 0 ||
         kl_arg(c, "q", args[1], KL_FLOATS, 3, KL_ROWS, &a.q) < 0 ||
         kl_arg(c, "latent", args[2], KL_SET(a.q.dtype), 2, KL_ROWS, &latent) < 0 ||
         kl_arg_weight_3d(c, "w_kv_b", args[3], &a.w_kv_b) < 0 ||
         check_widths(c, &a.q, latent.shape[1], &a.w_kv_b, &V) < 0 ||
         kl_arg_cu_seqlens(c, args[4], a.q.shape[0], &a.cu_seqlens, &cu) < 0 ||
-        kl_arg_scale(c, args[6], a.q.shape[2], &a.scale) < 0)
+        kl_arg_scale(c, args[6], a.q.shape[2], &a.scale) < 0 ||
+        kl_parse_choice(c->op, "kv_cache_dtype", args[7], kl_latents_names, KL_N_LATENTS,
+                        &latents) < 0)
         return NULL;
     if (latent.shape[0] != a.q.shape[0]) {
         PyErr_Format(PyExc_ValueError, "%s: latent must have %lld rows, got %lld", c->op,
@@ -198,8 +209,8 @@ static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
         return NULL;
     }
     const int64_t shape[3] = {a.q.shape[0], a.q.shape[1], V};
-    if (kl_out(c, "out", args[7], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0 ||
-        fill_pages(c, args[5], &latent, cu, &a) < 0)
+    if (kl_out(c, "out", args[8], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0 ||
+        fill_pages(c, args[5], &latent, (kl_latents)latents, cu, &a) < 0)
         return NULL;
     return kl_call_mla_prefill(c, &a) < 0 ? NULL : kl_out_take(c, o);
 }
@@ -207,8 +218,8 @@ static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
 PyObject *kl_py_mla_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     kl_call c;
-    if (kl_parse_count("mla_prefill", nargs, 9) < 0 ||
-        kl_call_begin(&c, module, "mla_prefill", args[0], args[8]) < 0)
+    if (kl_parse_count("mla_prefill", nargs, 10) < 0 ||
+        kl_call_begin(&c, module, "mla_prefill", args[0], args[9]) < 0)
         return NULL;
     PyObject *result = run_mla_prefill(&c, args);
     kl_call_end(&c);
@@ -237,16 +248,35 @@ static int check_table(const kl_call *c, const kl_mla *a)
     return 0;
 }
 
+/* Channels of a latent. */
+static int width_of_pages(const kl_call *c, const kl_mla *a, PyObject *rope, int64_t *out)
+{
+    const bool packed = kl_latents_are_packed(&a->pages);
+    int64_t channels;
+    *out = a->pages.shape[2];
+    if (packed == (rope != Py_None)) {
+        if (!packed) return 0;
+        if (kl_parse_int(c->op, "rope", rope, 0, INT32_MAX, &channels) < 0) return -1;
+        *out = a->w_kv_b.shape[2] + channels;
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "%s: rope must %sbe given with pages of %s", c->op,
+                 packed ? "" : "not ", kl_dtype_name(a->pages.dtype));
+    return -1;
+}
+
 static PyObject *run_mla_decode(kl_call *c, PyObject *const *args)
 {
     kl_mla_decode a = {.unsettled = true};
-    int64_t V;
+    int64_t V, width;
     int o;
     if (KL_NEEDS(c, mla_decode) < 0 ||
         kl_arg(c, "q", args[1], KL_FLOATS, 3, KL_ROWS, &a.q) < 0 ||
-        kl_arg(c, "pages", args[2], KL_SET(a.q.dtype), 3, KL_DENSE, &a.pages) < 0 ||
+        kl_arg(c, "pages", args[2], KL_SET(a.q.dtype) | KL_SET(KL_U8), 3, KL_DENSE, &a.pages) <
+            0 ||
         kl_arg_weight_3d(c, "w_kv_b", args[5], &a.w_kv_b) < 0 ||
-        check_widths(c, &a.q, a.pages.shape[2], &a.w_kv_b, &V) < 0 ||
+        width_of_pages(c, &a, args[7], &width) < 0 ||
+        check_widths(c, &a.q, width, &a.w_kv_b, &V) < 0 ||
         kl_arg_ids(c, "block_table", args[3], 2, INT64_MIN, INT64_MAX, &a.block_table) < 0)
         return NULL;
     const int64_t room = a.block_table.shape[1] * KL_PAGE_TOKENS;
@@ -255,15 +285,15 @@ static PyObject *run_mla_decode(kl_call *c, PyObject *const *args)
         check_table(c, &a) < 0 || kl_arg_scale(c, args[6], a.q.shape[2], &a.scale) < 0)
         return NULL;
     const int64_t shape[3] = {a.q.shape[0], a.q.shape[1], V};
-    if (kl_out(c, "out", args[7], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0) return NULL;
+    if (kl_out(c, "out", args[8], a.q.dtype, 3, shape, NULL, &a.out, &o) < 0) return NULL;
     return kl_call_mla_decode(c, &a) < 0 ? NULL : kl_out_take(c, o);
 }
 
 PyObject *kl_py_mla_decode(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     kl_call c;
-    if (kl_parse_count("mla_decode", nargs, 9) < 0 ||
-        kl_call_begin(&c, module, "mla_decode", args[0], args[8]) < 0)
+    if (kl_parse_count("mla_decode", nargs, 10) < 0 ||
+        kl_call_begin(&c, module, "mla_decode", args[0], args[9]) < 0)
         return NULL;
     PyObject *result = run_mla_decode(&c, args);
     kl_call_end(&c);

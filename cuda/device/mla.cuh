@@ -56,6 +56,17 @@ inline long long mla_most_splits(long long pages)
     return most < pages ? most : pages;
 }
 
+/* Of a ring of so many slots, and its barriers' phase. */
+template <int SLOTS> struct mla_place {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void advance()
+    {
+        if (++slot == SLOTS) slot = 0, phase ^= 1;
+    }
+};
+
 /* The cut of one sequence by its length; a sequence that sees nothing has no splits. */
 struct mla_cut {
     long long length, pages, size, count;
@@ -81,9 +92,11 @@ struct mla_arguments {
     long long N, H, B, P, q_stride, nope, rope, rank, V;
     long long splits; /* of a row at the most, where it is cut by length             */
     int shares;       /* into which pages are shared out; 0: they are cut by length  */
-    bool tensor;      /* query is operand A of mla_decode_tensor.cu's scores         */
+    bool tensor;      /* query is an operand of the tensor cores' scores             */
     bool unsettled;   /* w_kv_b may still be written until wait_for_inputs()         */
-    kl_dtype act;     /* of q, pages and out                                         */
+    bool packed;      /* pages are of 8 bits                                         */
+    kl_latents_row row;
+    kl_dtype act; /* of q, out, and pages that are not                           */
     float scale;
 
     __host__ __device__ long long width() const { return rank + rope; }
@@ -95,7 +108,7 @@ __host__ __device__ inline long long mla_padded_heads(long long H)
     return mla_divide_up(H, MLA_TENSOR_HEADS) * MLA_TENSOR_HEADS;
 }
 
-/* Where q' is as operand A, in bf16: a head's channel; what it lacks is two bf16 further on. For
+/* Where q' is as operand A of mla_decode_tensor.cu's scores, in bf16: a head's channel; what it lacks is two bf16 further on. For
  * each eight heads and 16 channels there are the fragments of a warp, m16n8k16, whose rows r are
  * the heads and r + 8 what the same heads lack. */
 __device__ inline long long mla_query_place(const mla_arguments &a, long long n, long long h,
@@ -105,6 +118,21 @@ __device__ inline long long mla_query_place(const mla_arguments &a, long long n,
     const long long lane = h % 8 * 4 + k % 8 / 2;
     const long long first = (n * mla_padded_heads(a.H) / 8 + warp) * (a.width() / 16) + step;
     return ((first * WARP + lane) * 4 + k / 8 * 2) * 2 + k % 2;
+}
+
+/* Of 8-bit pages q' is operand B of mla_decode_fp8.cu's scores: for each 32 heads and 64 channels
+ * an array as wgmma_descriptor() has it, a head's bf16 in row h % 32 and what they lack so many bf16
+ * further on, 32 rows. Of each 16 channels with codes those with even numbers come first. */
+constexpr int MLA_QUERY_LACK = MLA_TENSOR_HEADS * 64;
+
+__device__ inline long long mla_query_column(const mla_arguments &a, long long n, long long h,
+                                             long long channel)
+{
+    const long long group = (n * mla_padded_heads(a.H) + h) / MLA_TENSOR_HEADS;
+    const long long row = h % MLA_TENSOR_HEADS, i = channel % 16;
+    const long long at = channel < a.rank ? channel - i + i % 2 * 8 + i / 2 : channel;
+    const long long array = group * (a.width() / 64) + at / 64;
+    return array * 2 * MLA_QUERY_LACK + row * 64 + (at % 64 / 8 ^ row % 8) * 8 + at % 8;
 }
 
 __device__ inline long long mla_pages_of(long long length)
@@ -233,12 +261,16 @@ bool kl_cuda_mla_absorb_tensor_fits(const mla_arguments &a, kl_dtype weight);
 kl_status kl_cuda_mla_absorb_tensor(const mla_arguments &a, const kl_mla *call,
                                     cudaStream_t stream, kl_error *err);
 
-/* The attention of all pieces of the N rows, into max, sum and context; for the second, `blocks`
- * of each group of heads are as many as can run at a time. */
-kl_status kl_cuda_mla_attend_any(const mla_arguments &a, cudaStream_t stream, kl_error *err);
+/* The attention of all pieces of the N rows, into max, sum and context; `blocks` of each group of
+ * heads are as many as can run at a time, where a block goes on to other pieces. */
+kl_status kl_cuda_mla_attend_any(const mla_arguments &a, int blocks, cudaStream_t stream,
+                                 kl_error *err);
 bool kl_cuda_mla_tensor_fits(const mla_arguments &a);
 kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int blocks, cudaStream_t stream,
                                     kl_error *err);
+
+kl_status kl_cuda_mla_attend_fp8(const mla_arguments &a, int blocks, cudaStream_t stream,
+                                 kl_error *err);
 
 /* out = W_UV of the pieces, merged. */
 kl_status kl_cuda_mla_finish(const mla_arguments &a, kl_dtype weight, cudaStream_t stream,

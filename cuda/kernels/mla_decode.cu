@@ -3,8 +3,8 @@
  *
  * Computes     q' = [W_UK^T q_nope | q_pe];  ctx = softmax(scale q' [c | k_pe]^T) c;
  *              out = W_UV ctx: the product before the attention, for any shapes; the attention is
- *              in mla_decode_tensor.cu and mla_decode_any.cu, piece by piece, the rest in
- *              mla_decode_finish.cu. The model's shapes in bf16 have mla_decode_absorb_tensor.cu
+ *              in mla_decode_tensor.cu, mla_decode_fp8.cu and mla_decode_any.cu, piece by piece,
+ *              the rest in mla_decode_finish.cu. The model's shapes in bf16 have mla_decode_absorb_tensor.cu
  *              and mla_decode_finish_tensor.cu for the two ends
  * Shapes       q [N, H, nope+rope]; pages [P, 64, rank+rope]; w_kv_b [H, nope+V, rank];
  *              out [N, H, V]
@@ -90,9 +90,11 @@ __device__ void store_query(const mla_arguments &a, long long n, long long h, lo
         a.query[(n * a.H + h) * a.width() + channel] = x;
         return;
     }
-    bf16 *to = reinterpret_cast<bf16 *>(a.query) + mla_query_place(a, n, h, channel);
+    bf16 *to =
+        reinterpret_cast<bf16 *>(a.query) +
+        (a.packed ? mla_query_column(a, n, h, channel) : mla_query_place(a, n, h, channel));
     to[0] = from_float<bf16>(x);
-    to[2] = from_float<bf16>(x - to_float(from_float<bf16>(x)));
+    to[a.packed ? MLA_QUERY_LACK : 2] = from_float<bf16>(x - to_float(from_float<bf16>(x)));
 }
 
 /* The channels that are not absorbed; by the blocks of the first columns. */
@@ -244,8 +246,10 @@ kl_status attend_in_waves(const mla_arguments &a, kl_dtype weight, int blocks,
                                            : MAX_SLOTS - a.shares;
     for (long long first = 0; first < a.N; first += rows) {
         const mla_arguments wave = wave_of(a, first, rows);
-        KL_TRY(a.tensor ? kl_cuda_mla_attend_tensor(wave, blocks, stream, err)
-                        : kl_cuda_mla_attend_any(wave, stream, err));
+        const auto attend = !a.tensor  ? kl_cuda_mla_attend_any
+                            : a.packed ? kl_cuda_mla_attend_fp8
+                                       : kl_cuda_mla_attend_tensor;
+        KL_TRY(attend(wave, blocks, stream, err));
         KL_TRY(kl_cuda_mla_finish_tensor_fits(wave, weight)
                    ? kl_cuda_mla_finish_tensor(wave, stream, err)
                    : kl_cuda_mla_finish(wave, weight, stream, err));
@@ -286,6 +290,7 @@ void layout(taker *memory, mla_arguments *a)
 mla_arguments arguments_of(const kl_mla *a)
 {
     const int64_t rank = a->w_kv_b.shape[2], V = a->out.shape[2];
+    const int64_t nope = a->w_kv_b.shape[1] - V, rope = a->q.shape[2] - nope;
     return {
         .q = a->q.data,
         .pages = a->pages.data,
@@ -298,12 +303,14 @@ mla_arguments arguments_of(const kl_mla *a)
         .B = a->block_table.shape[1],
         .P = a->pages.shape[0],
         .q_stride = a->q.stride[0],
-        .nope = a->w_kv_b.shape[1] - V,
-        .rope = a->pages.shape[2] - rank,
+        .nope = nope,
+        .rope = rope,
         .rank = rank,
         .V = V,
         .splits = mla_most_splits(a->block_table.shape[1]),
         .unsettled = a->unsettled,
+        .packed = kl_latents_are_packed(&a->pages),
+        .row = kl_latents_row_of(rank, rope),
         .act = a->q.dtype,
         .scale = a->scale,
     };

@@ -2,9 +2,10 @@
  * mla_decode_absorb_tensor.cu -- mla_decode's query on tensor cores, for the shapes of
  * mla_decode_tensor.cu.
  *
- * Computes     q' = [W_UK^T q_nope | q_pe] scale log2(e), as operand A of the scores
+ * Computes     q' = [W_UK^T q_nope | q_pe] scale log2(e), as an operand of the scores
  * Shapes       q [N, H, 128+64] bf16; w_kv_b [H, 128+V, 512] bf16; query [N, H, 576]
- * Layout       q's rows strided, both at multiples of 16 bytes; mla_query_place() has query's
+ * Layout       q's rows strided, both at multiples of 16 bytes; mla_query_place() has query's, of
+ *              8-bit pages mla_query_column()
  * Precision    bf16 operands, exact; f32 sums, stored as two bf16 (16 bits)
  * Grid         64 channels of a head for 32 rows, four warps with 16 channels each: the weights
  *              are there before q is, whole lines of them. Before these blocks those that write
@@ -106,14 +107,30 @@ __device__ uint2 halves(float x, float y)
     return {high, pack_bf16(x - low_half(high), y - high_half(high))};
 }
 
-/* Where 16 bytes of a row are: channels 2 pair, 2 pair + 1 of 16, and these + 8. */
-__device__ uint4 *query_at(const mla_arguments &a, long long n, long long h, int step, int pair)
+/* Channels 2 pair, 2 pair + 1 of 16, and these + 8. Operand A takes them as they are; of operand
+ * B each has a place of its own. */
+template <bool packed>
+__device__ void store_query(const mla_arguments &a, long long n, long long h, int step,
+                            int pair, uint2 first, uint2 second)
 {
-    return reinterpret_cast<uint4 *>(a.query) +
-           mla_query_place(a, n, h, 16 * step + 2 * pair) / 8;
+    const int channel = 16 * step + 2 * pair;
+    if constexpr (!packed) {
+        reinterpret_cast<uint4 *>(a.query)[mla_query_place(a, n, h, channel) / 8] = {
+            first.x, first.y, second.x, second.y};
+    } else {
+        const uint32_t x[2] = {first.x, second.x}, lack[2] = {first.y, second.y};
+        uint16_t *query = reinterpret_cast<uint16_t *>(a.query);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const long long at = mla_query_column(a, n, h, channel + i / 2 * 8 + i % 2);
+            query[at] = static_cast<uint16_t>(x[i / 2] >> i % 2 * 16);
+            query[at + MLA_QUERY_LACK] = static_cast<uint16_t>(lack[i / 2] >> i % 2 * 16);
+        }
+    }
 }
 
 /* A thread exchanges with that of the next channel: one takes a row, the other the next one. */
+template <bool packed>
 __device__ void store_rows(const mla_arguments &a, const tile &t, int row0, float (&acc)[4])
 {
     const int r = lane_id() / 4, odd = r % 2, n = row0 + lane_id() % 4 * 2 + odd;
@@ -127,13 +144,12 @@ __device__ void store_rows(const mla_arguments &a, const tile &t, int row0, floa
         x[i][1] = (odd ? mine : other) * (a.scale * LOG2_E);
     }
     if (n >= t.rows) return;
-    const uint2 first = halves(x[0][0], x[0][1]), second = halves(x[1][0], x[1][1]);
-    *query_at(a, t.n0 + n, t.h, t.first / 16 + warp_id(), r / 2) = {first.x, first.y, second.x,
-                                                                    second.y};
+    store_query<packed>(a, t.n0 + n, t.h, t.first / 16 + warp_id(), r / 2,
+                        halves(x[0][0], x[0][1]), halves(x[1][0], x[1][1]));
 }
 
 /* Channels that are not absorbed: the tiles of a head share them. */
-__device__ void copy_rope(const mla_arguments &a, const tile &t)
+template <bool packed> __device__ void copy_rope(const mla_arguments &a, const tile &t)
 {
     constexpr int EACH = ROPE / 4; /* vectors of a row */
     const float factor = a.scale * LOG2_E;
@@ -146,13 +162,13 @@ __device__ void copy_rope(const mla_arguments &a, const tile &t)
         float x[2], y[2];
         load_floats<2>(q, x);
         load_floats<2>(q + 8, y);
-        const uint2 first = halves(x[0] * factor, x[1] * factor);
-        const uint2 second = halves(y[0] * factor, y[1] * factor);
-        *query_at(a, n, t.h, RANK / 16 + step, pair) = {first.x, first.y, second.x, second.y};
+        store_query<packed>(a, n, t.h, RANK / 16 + step, pair,
+                            halves(x[0] * factor, x[1] * factor),
+                            halves(y[0] * factor, y[1] * factor));
     }
 }
 
-__device__ void absorb(const mla_arguments &a, long long block)
+template <bool packed> __device__ void absorb(const mla_arguments &a, long long block)
 {
     __shared__ shared_memory s;
     const tile t(a, block);
@@ -161,7 +177,7 @@ __device__ void absorb(const mla_arguments &a, long long block)
     wait_for_inputs();
     bring_queries(a, t, s);
     copy_commit();
-    copy_rope(a, t);
+    copy_rope<packed>(a, t);
     copy_wait<0>();
     __syncthreads();
     uint32_t w[STEPS][4];
@@ -169,16 +185,18 @@ __device__ void absorb(const mla_arguments &a, long long block)
     for (int row0 = 0; row0 < t.rows; row0 += 8) {
         float acc[4] = {};
         multiply(s, row0, w, acc);
-        store_rows(a, t, row0, acc);
+        store_rows<packed>(a, t, row0, acc);
     }
 }
 
 /* ---- errands --------------------------------------------------------------------------- */
 
 /* The first pages of a share, which its block of the attention waits for; a warp a share. */
-__device__ void ask_for_pages(const mla_arguments &a, int share)
+template <bool packed> __device__ void ask_for_pages(const mla_arguments &a, int share)
 {
-    constexpr uint32_t BYTES = KL_PAGE_TOKENS * WIDTH * sizeof(bf16);
+    constexpr uint32_t ROW =
+        packed ? kl_latents_row_of(RANK, ROPE).row_bytes : WIDTH * sizeof(bf16);
+    constexpr uint32_t BYTES = KL_PAGE_TOKENS * ROW;
     mla_walk walk(a, share);
     mla_piece it;
     if (share >= a.shares || !walk.next(&it)) return;
@@ -188,21 +206,22 @@ __device__ void ask_for_pages(const mla_arguments &a, int share)
     prefetch_l2(static_cast<const char *>(a.pages) + page * BYTES, BYTES);
 }
 
+template <bool packed>
 __global__ __launch_bounds__(THREADS, 8) void mla_absorb_tensor(
     __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
     errands before)
 {
     let_next_start();
     if (blockIdx.x >= before.append + before.ask) {
-        absorb(a, blockIdx.x - before.append - before.ask);
+        absorb<packed>(a, blockIdx.x - before.append - before.ask);
         return;
     }
     wait_for_inputs();
     if (blockIdx.x < before.append) {
         const long long n = static_cast<long long>(blockIdx.x) * WARPS + warp_id();
-        if (n < a.N) write_latents<bf16>(latents, n, n, a.lengths[n] - 1);
+        if (n < a.N) write_latents_as<bf16, packed>(latents, n, n, a.lengths[n] - 1);
     } else {
-        ask_for_pages(a, (blockIdx.x - before.append) * WARPS + warp_id());
+        ask_for_pages<packed>(a, (blockIdx.x - before.append) * WARPS + warp_id());
     }
 }
 
@@ -231,6 +250,7 @@ kl_status kl_cuda_mla_absorb_tensor(const mla_arguments &a, const kl_mla *call,
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_decode: N * H must be <= %lld, got N %lld, H %lld",
                        MAX_BLOCKS / TILES, a.N, a.H);
-    return kl_cuda_launch(mla_absorb_tensor, static_cast<unsigned>(blocks), THREADS, 0, stream,
-                          err, a, latents, before);
+    return kl_cuda_launch(a.packed ? mla_absorb_tensor<true> : mla_absorb_tensor<false>,
+                          static_cast<unsigned>(blocks), THREADS, 0, stream, err, a, latents,
+                          before);
 }

@@ -5,7 +5,7 @@
  *              mla_arguments
  * Shapes       query [N, H, width]; pages [P, 64, width]; context [slots, H, rank]
  * Layout       dense
- * Precision    f32 or bf16 latents, f32 arithmetic and results
+ * Precision    f32, bf16 or 8-bit latents, f32 arithmetic and results
  * Grid         a block for each row, head and split; the query and the context's sum are in
  *              shared memory. A page's 64 scores are made by eight warps, eight each, and its
  *              context by a thread a channel. Latents are read once a head, from the L2
@@ -13,6 +13,7 @@
  *              are not the published one
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/latents.cuh"
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"
 #include "../device/warp.cuh"
@@ -28,23 +29,24 @@ struct page_scores {
 };
 
 /* Scores of the page's first `count` tokens; the others' are not there. */
-template <class T>
-__device__ void score_page(const T *page, const float *query, long long width, int count,
+template <class Rows>
+__device__ void score_page(const Rows &page, const float *query, long long width, int count,
                            page_scores &s)
 {
     for (int j = warp_id(); j < count; j += WARPS) {
         float sum = 0;
         for (long long i = lane_id(); i < width; i += WARP)
-            sum = fmaf(query[i], to_float(page[j * width + i]), sum);
+            sum = fmaf(query[i], page.at(j, i), sum);
         sum = warp_sum(sum);
         if (lane_id() == 0) s.score[j] = sum;
     }
 }
 
 /* One page: every thread goes through the 64 scores itself, so that all know max and sum. */
-template <class T>
-__device__ void attend_page(const T *page, const float *query, long long width, long long rank,
-                            int count, page_scores &s, float *context, float &max, float &sum)
+template <class Rows>
+__device__ void attend_page(const Rows &page, const float *query, long long width,
+                            long long rank, int count, page_scores &s, float *context,
+                            float &max, float &sum)
 {
     score_page(page, query, width, count, s);
     __syncthreads();
@@ -57,13 +59,12 @@ __device__ void attend_page(const T *page, const float *query, long long width, 
     for (int j = 0; j < count; j++) sum += s.weight[j];
     for (long long c = threadIdx.x; c < rank; c += THREADS) {
         float acc = context[c] * keep;
-        for (int j = 0; j < count; j++)
-            acc = fmaf(s.weight[j], to_float(page[j * width + c]), acc);
+        for (int j = 0; j < count; j++) acc = fmaf(s.weight[j], page.at(j, c), acc);
         context[c] = acc;
     }
 }
 
-template <class T>
+template <class Rows>
 __global__
 __launch_bounds__(THREADS) void mla_attend_any(__grid_constant__ const mla_arguments a)
 {
@@ -86,7 +87,7 @@ __launch_bounds__(THREADS) void mla_attend_any(__grid_constant__ const mla_argum
     float max = -INFINITY, sum = 0;
     for (long long p = first; p < end; p++) {
         const long long left = cut.length - p * KL_PAGE_TOKENS, id = a.block_table[n * a.B + p];
-        const T *page = static_cast<const T *>(a.pages) + id * KL_PAGE_TOKENS * width;
+        const Rows page(a.pages, a.row, id * KL_PAGE_TOKENS);
         attend_page(page, query, width, a.rank,
                     static_cast<int>(left < KL_PAGE_TOKENS ? left : KL_PAGE_TOKENS), s, context,
                     max, sum);
@@ -99,7 +100,8 @@ __launch_bounds__(THREADS) void mla_attend_any(__grid_constant__ const mla_argum
 
 } // namespace
 
-kl_status kl_cuda_mla_attend_any(const mla_arguments &a, cudaStream_t stream, kl_error *err)
+kl_status kl_cuda_mla_attend_any(const mla_arguments &a, int, cudaStream_t stream,
+                                 kl_error *err)
 {
     if (a.splits == 0) return KL_OK;
     if (a.N > MAX_BLOCKS / a.H || a.N * a.H > MAX_BLOCKS / a.splits)
@@ -112,8 +114,8 @@ kl_status kl_cuda_mla_attend_any(const mla_arguments &a, cudaStream_t stream, kl
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_decode: 2 rank + rope must be <= %lld, got rank %lld, rope %lld",
                        MAX_SHARED / static_cast<long long>(sizeof(float)), a.rank, a.rope);
-    return with_float_type(a.act, [&](auto t) {
-        const auto kernel = mla_attend_any<decltype(t)>;
+    return with_rows(a.packed, a.act, [&](auto *rows) {
+        const auto kernel = mla_attend_any<std::remove_pointer_t<decltype(rows)>>;
         KL_TRY(kl_cuda_allow_shared(kernel, MAX_SHARED, err));
         return kl_cuda_launch(kernel, static_cast<unsigned>(a.N * a.H * a.splits), THREADS,
                               static_cast<size_t>(bytes), stream, err, a);

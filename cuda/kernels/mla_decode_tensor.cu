@@ -53,22 +53,12 @@ struct shared_memory {
 constexpr int SHARED_BYTES = sizeof(shared_memory) + 1024;
 static_assert(SHARED_BYTES <= 227 * 1024 && PAGE_BYTES % 1024 == 0);
 
-template <int SLOTS> struct ring_place {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void advance()
-    {
-        if (++slot == SLOTS) slot = 0, phase ^= 1;
-    }
-};
-
 /* ---- bringing pages, by one warp ------------------------------------------------------- */
 
 /* Page numbers are read 32 at a time, while the ones before are still brought. */
 __device__ void bring_pages(const mla_arguments &a, const CUtensorMap &map, shared_memory &s)
 {
-    ring_place<STAGES> at;
+    mla_place<STAGES> at;
     mla_walk walk(a, blockIdx.x);
     for (mla_piece it; walk.next(&it);) {
         const int *table = a.block_table + it.n * a.B + it.first;
@@ -167,8 +157,8 @@ __device__ __forceinline__ void softmax_page(float (&scores)[TOKENS / 2], int le
 
 __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory &s)
 {
-    ring_place<STAGES> at;
-    ring_place<WEIGHT_SLOTS> to;
+    mla_place<STAGES> at;
+    mla_place<WEIGHT_SLOTS> to;
     uint32_t q[STEPS][4];
     float scores[TOKENS / 2];
     mla_walk walk(a, blockIdx.x);
@@ -260,8 +250,8 @@ __device__ void store_context(const mla_arguments &a, long long slot, long long 
 
 __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory &s)
 {
-    ring_place<STAGES> at;
-    ring_place<WEIGHT_SLOTS> from;
+    mla_place<STAGES> at;
+    mla_place<WEIGHT_SLOTS> from;
     context_sums acc;
     mla_walk walk(a, blockIdx.x);
     for (mla_piece it; walk.next(&it);) {

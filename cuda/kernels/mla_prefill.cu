@@ -115,9 +115,11 @@ mla_call call_of(const kl_mla_prefill *a)
         .scale = a->scale,
     };
     c.rank = static_cast<int>(a->w_kv_b.shape[2]);
-    c.rope = static_cast<int>(a->pages.shape[2]) - c.rank;
-    c.nope = static_cast<int>(a->q.shape[2]) - c.rope;
-    c.V = static_cast<int>(a->w_kv_b.shape[1]) - c.nope;
+    c.V = static_cast<int>(a->out.shape[2]);
+    c.nope = static_cast<int>(a->w_kv_b.shape[1]) - c.V;
+    c.rope = static_cast<int>(a->q.shape[2]) - c.nope;
+    c.packed = kl_latents_are_packed(&a->pages);
+    c.row = kl_latents_row_of(c.rank, c.rope);
     return c;
 }
 
@@ -131,7 +133,8 @@ bool has_tiles(const kl_mla_prefill *a, const mla_call &c)
 bool is_vectored(const mla_call &c)
 {
     const int64_t width = c.rank + c.rope;
-    return is_aligned(c.q, c.q_stride, 2, 16) && is_aligned(c.pages, width, 2, 16) &&
+    return is_aligned(c.q, c.q_stride, 2, 16) &&
+           (c.packed || is_aligned(c.pages, width, 2, 16)) &&
            is_aligned(c.w_kv_b, c.rank, 2, 16) && is_aligned(c.out, c.V, 2, 16);
 }
 
@@ -281,7 +284,8 @@ kl_status kl_cuda_mla_prefill(kl_backend *be, const kl_mla_prefill *a, kl_error 
     const mla_call c = call_of(a);
     const cudaStream_t stream = kl_cuda_stream(be);
     if (a->q.shape[0] > INT_MAX || a->q.shape[1] > INT_MAX || a->q.shape[2] > INT_MAX ||
-        a->w_kv_b.shape[1] > INT_MAX || a->pages.shape[2] > INT_MAX || c.N * c.B > INT_MAX)
+        a->w_kv_b.shape[1] > INT_MAX || a->w_kv_b.shape[2] > INT_MAX - a->q.shape[2] ||
+        c.N * c.B > INT_MAX)
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_prefill: T, H, nope+rope, nope+V, rank+rope and N * B must each be "
                        "<= %d",

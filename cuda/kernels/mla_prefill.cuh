@@ -20,6 +20,8 @@ struct mla_call {
     long long q_stride; /* elements between tokens */
     long long T, N, B;
     int H, nope, rope, rank, V;
+    bool packed; /* pages are of 8 bits */
+    kl_latents_row row;
     float scale;
 };
 

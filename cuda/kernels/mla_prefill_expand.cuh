@@ -3,13 +3,14 @@
  * fragments of shared memory that they and the attention are multiplied from.
  *
  * Computes     [k_nope | v] = w_kv_b c for the pages of a window, rounded to bf16; copies k_pe
- * Shapes       pages [P, 64, rank+64], w_kv_b [H, 256, rank], rank a multiple of 64
+ * Shapes       pages [P, 64, rank+64] or 8-bit, w_kv_b [H, 256, rank], rank a multiple of 64
  * Order        rank in steps of 16, whatever the window is
  * Rows past what a sequence's queries see become zeros: a weight of zero would not hide NaN.
  */
 #ifndef KL_CUDA_KERNELS_MLA_PREFILL_EXPAND_H
 #define KL_CUDA_KERNELS_MLA_PREFILL_EXPAND_H
 
+#include "../device/latents.cuh"
 #include "../device/mma.cuh"
 #include "../device/warp.cuh"
 #include "mla_prefill.cuh"
@@ -106,34 +107,76 @@ constexpr int STAGE = 2 * TILE * DEPTH; /* elements: latents, then weights */
 
 /* A page of the running numbers: where it lies, and how many of its rows are read. */
 struct page_rows {
-    const bf16 *latents;
+    const char *rows;
     int count;
 };
 
+/* Bytes from a row to the next, and to its channels that are not multiplied. */
+template <bool packed> __device__ long long row_bytes(const mla_call &a)
+{
+    return packed ? a.row.row_bytes : 2LL * (a.rank + a.rope);
+}
+
+template <bool packed> __device__ long long rope_at(const mla_call &a)
+{
+    return packed ? a.row.rope_at : 2LL * a.rank;
+}
+
+template <bool packed>
 __device__ page_rows find_page(const mla_call &a, const mla_plan &plan, int page)
 {
-    const bf16 *pages = static_cast<const bf16 *>(a.pages);
+    const char *pages = static_cast<const char *>(a.pages);
     const int N = static_cast<int>(a.N);
     if (page >= plan.sequences[N].first_page) return {pages, 0};
     const int n = find_owner<&mla_sequence::first_page>(plan.sequences, N, page);
     const mla_sequence &s = plan.sequences[n];
     const int index = page - s.first_page;
     const long long id = a.block_table[n * a.B + index];
-    return {pages + id * PAGE * (a.rank + a.rope), min(s.end - index * PAGE, PAGE)};
+    return {pages + id * PAGE * row_bytes<packed>(a), min(s.end - index * PAGE, PAGE)};
+}
+
+/* Eight channels of a row of 8-bit latents. */
+__device__ uint4 unpack_piece(const mla_call &a, const char *row, int channel)
+{
+    const float scale =
+        reinterpret_cast<const float *>(row + a.row.scales_at)[channel / KL_LATENTS_GROUP];
+    const uint2 codes = *reinterpret_cast<const uint2 *>(row + channel);
+    const uint32_t factors = code_factors(scale, scale);
+    const uint32_t even[2] = {even_codes(codes.x, factors), even_codes(codes.y, factors)};
+    const uint32_t odd[2] = {odd_codes(codes.x, factors), odd_codes(codes.y, factors)};
+    return {__byte_perm(even[0], odd[0], 0x5410), __byte_perm(even[0], odd[0], 0x7632),
+            __byte_perm(even[1], odd[1], 0x5410), __byte_perm(even[1], odd[1], 0x7632)};
+}
+
+/* A piece of a latent to shared memory, zeros where it is not `inside`: by the copy engine's
+ * instructions, or once it is unpacked. */
+template <bool packed>
+__device__ void load_piece(const mla_call &a, const char *row, int channel, bool inside,
+                           bf16 *to)
+{
+    if constexpr (!packed) {
+        copy_async(to, row + 2 * channel, inside);
+    } else {
+        uint4 x = {0, 0, 0, 0};
+        if (inside) x = unpack_piece(a, row, channel);
+        *reinterpret_cast<uint4 *>(to) = x;
+    }
 }
 
 /* One stage: 64 channels of 128 latents and 128 rows of weights; zeros past a page's count. */
+template <bool packed>
 __device__ void load_stage(const mla_call &a, const page_rows (&from)[2], const bf16 *weights,
                            int channel, bf16 *stage)
 {
-    const int width = a.rank + a.rope, piece = threadIdx.x % 8;
+    const int piece = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < TILE / 16; i++) {
         const int row = i * 16 + threadIdx.x / 8, in_page = row % PAGE;
         const page_rows &page = from[i * 16 / PAGE];
         const bool inside = in_page < page.count;
-        const bf16 *latent = page.latents + (inside ? in_page : 0) * width;
-        copy_async(at<DEPTH>(stage, row, piece), latent + channel + piece * PIECE, inside);
+        const char *latent = page.rows + (inside ? in_page : 0) * row_bytes<packed>(a);
+        load_piece<packed>(a, latent, channel + piece * PIECE, inside,
+                           at<DEPTH>(stage, row, piece));
         copy_async(at<DEPTH>(stage + TILE * DEPTH, row, piece),
                    weights + static_cast<long long>(row) * a.rank + channel + piece * PIECE,
                    true);
@@ -178,6 +221,7 @@ __device__ void store_tile(const float (&sums)[4][8][4], bf16 *to)
 }
 
 /* to [128, 128] <- the latents of two pages times 128 rows of weights. */
+template <bool packed>
 __device__ void expand_tile(const mla_call &a, const page_rows (&from)[2], const bf16 *weights,
                             bf16 *to, bf16 *shared)
 {
@@ -186,7 +230,7 @@ __device__ void expand_tile(const mla_call &a, const page_rows (&from)[2], const
     __syncthreads(); /* the tile before this is done with shared memory */
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) {
-        if (s < steps) load_stage(a, from, weights, s * DEPTH, shared + s * STAGE);
+        if (s < steps) load_stage<packed>(a, from, weights, s * DEPTH, shared + s * STAGE);
         copy_commit();
     }
     for (int s = 0; s < steps; s++) {
@@ -194,13 +238,14 @@ __device__ void expand_tile(const mla_call &a, const page_rows (&from)[2], const
         __syncthreads();
         const int next = s + STAGES - 1;
         if (next < steps)
-            load_stage(a, from, weights, next * DEPTH, shared + next % STAGES * STAGE);
+            load_stage<packed>(a, from, weights, next * DEPTH, shared + next % STAGES * STAGE);
         copy_commit();
         multiply_stage(shared + s % STAGES * STAGE, sums);
     }
     store_tile(sums, to);
 }
 
+template <bool packed>
 __device__ void copy_k_pe(const mla_call &a, const page_rows (&from)[2], bf16 *to)
 {
     for (int i = threadIdx.x; i < TILE * ROPE / PIECE; i += THREADS) {
@@ -208,13 +253,14 @@ __device__ void copy_k_pe(const mla_call &a, const page_rows (&from)[2], bf16 *t
         const page_rows &page = row < PAGE ? from[0] : from[1];
         uint4 x = {0, 0, 0, 0};
         if (in_page < page.count)
-            x = *reinterpret_cast<const uint4 *>(page.latents + in_page * (a.rank + a.rope) +
-                                                 a.rank + piece * PIECE);
+            x = *reinterpret_cast<const uint4 *>(page.rows + in_page * row_bytes<packed>(a) +
+                                                 rope_at<packed>(a) + piece * 2 * PIECE);
         *reinterpret_cast<uint4 *>(to + row * ROPE + piece * PIECE) = x;
     }
 }
 
 /* All blocks: pages [first, end) of the running numbers. */
+template <bool packed>
 __device__ void expand_window(const mla_call &a, const mla_plan &plan, const mla_window &window,
                               int first, int end, bf16 *shared)
 {
@@ -224,13 +270,14 @@ __device__ void expand_window(const mla_call &a, const mla_plan &plan, const mla
         const int pair = static_cast<int>(i / (2 * a.H)),
                   part = static_cast<int>(i % (2 * a.H));
         const int h = part / 2, page = first + 2 * pair;
-        const page_rows from[2] = {find_page(a, plan, page), find_page(a, plan, page + 1)};
+        const page_rows from[2] = {find_page<packed>(a, plan, page),
+                                   find_page<packed>(a, plan, page + 1)};
         const long long row = h * tokens + pair * TILE;
         bf16 *to = (part % 2 == 0 ? window.keys : window.values) + row * TILE;
         const bf16 *weights =
             static_cast<const bf16 *>(a.w_kv_b) + static_cast<long long>(part) * TILE * a.rank;
-        if (part == 0) copy_k_pe(a, from, window.k_pe + pair * TILE * ROPE);
-        expand_tile(a, from, weights, to, shared);
+        if (part == 0) copy_k_pe<packed>(a, from, window.k_pe + pair * TILE * ROPE);
+        expand_tile<packed>(a, from, weights, to, shared);
     }
 }
 

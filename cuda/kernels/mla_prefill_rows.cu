@@ -5,7 +5,7 @@
  * Shapes       q [T, H, nope+rope], pages [P, 64, rank+rope], w_kv_b [H, nope+V, rank],
  *              out [T, H, V]
  * Layout       rows of q may be strided, everything else dense
- * Precision    f32 or bf16 in (the weights' dtype apart), f32 arithmetic, rounded once
+ * Precision    f32, bf16 or 8 bits in (the weights' dtype apart), f32 arithmetic, rounded once
  * Grid         a block for each row and head. Its warps take groups of KEYS positions in turn,
  *              each with a running maximum, sum and x of its own in shared memory; the four are
  *              merged in order. So a row's bits follow from its position alone
@@ -13,6 +13,7 @@
  *              a row read through the L2: not for speed. Absorbed, for that is less to keep
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/latents.cuh"
 #include "../device/launch.cuh"
 #include "../device/warp.cuh"
 #include "mla_prefill.cuh"
@@ -68,8 +69,8 @@ __device__ void absorb(const mla_call &a, const T *q, const W *w_uk, const scrat
 }
 
 /* Scores of up to KEYS neighbours of one page, -infinity past `count`. */
-template <class T, int VEC>
-__device__ void score(const mla_call &a, const T *latents, int count, const float *query,
+template <int VEC, class Rows>
+__device__ void score(const mla_call &a, const Rows &latents, int count, const float *query,
                       float (&scores)[KEYS])
 {
     const int width = a.rank + a.rope;
@@ -81,7 +82,7 @@ __device__ void score(const mla_call &a, const T *latents, int count, const floa
 #pragma unroll
         for (int k = 0; k < KEYS; k++) {
             if (k >= count) break; /* rows past a length may hold anything */
-            load_floats(latents + static_cast<long long>(k) * width + i, c);
+            latents.load(k, i, c);
 #pragma unroll
             for (int j = 0; j < VEC; j++) scores[k] = fmaf(q[j], c[j], scores[k]);
         }
@@ -91,11 +92,10 @@ __device__ void score(const mla_call &a, const T *latents, int count, const floa
 }
 
 /* x <- keep x + sum_k p[k] c_k, a lane its own channels. */
-template <class T, int VEC>
-__device__ void gather(const mla_call &a, const T *latents, int count, float keep,
+template <int VEC, class Rows>
+__device__ void gather(const mla_call &a, const Rows &latents, int count, float keep,
                        const float (&p)[KEYS], float *x)
 {
-    const int width = a.rank + a.rope;
     for (int i = lane_id() * VEC; i < a.rank; i += WARP * VEC) {
         float sum[VEC], c[VEC];
         load_floats(x + i, sum);
@@ -104,7 +104,7 @@ __device__ void gather(const mla_call &a, const T *latents, int count, float kee
 #pragma unroll
         for (int k = 0; k < KEYS; k++) {
             if (k >= count) break;
-            load_floats(latents + static_cast<long long>(k) * width + i, c);
+            latents.load(k, i, c);
 #pragma unroll
             for (int j = 0; j < VEC; j++) sum[j] = fmaf(p[k], c[j], sum[j]);
         }
@@ -113,10 +113,10 @@ __device__ void gather(const mla_call &a, const T *latents, int count, float kee
 }
 
 /* A warp's share of the positions 0 .. length - 1. */
-template <class T, int VEC>
+template <class Rows, int VEC>
 __device__ void attend(const mla_call &a, const int *table, int length, const scratch &s)
 {
-    const int width = a.rank + a.rope, warp = warp_id();
+    const int warp = warp_id();
     float *x = s.x + warp * ((a.rank + 3) / 4 * 4);
     float max = -INFINITY, sum = 0;
     for (int i = lane_id(); i < a.rank; i += WARP) x[i] = 0;
@@ -126,16 +126,16 @@ __device__ void attend(const mla_call &a, const int *table, int length, const sc
         const long long row =
             static_cast<long long>(table[at / KL_PAGE_TOKENS]) * KL_PAGE_TOKENS +
             at % KL_PAGE_TOKENS;
-        const T *latents = static_cast<const T *>(a.pages) + row * width;
+        const Rows latents(a.pages, a.row, row);
         float p[KEYS], best = max;
-        score<T, VEC>(a, latents, count, s.query, p);
+        score<VEC>(a, latents, count, s.query, p);
 #pragma unroll
         for (int k = 0; k < KEYS; k++) best = fmaxf(best, p[k]);
         const float keep = expf(max - best); /* 0 at first: -infinity less a number */
         sum *= keep;
 #pragma unroll
         for (int k = 0; k < KEYS; k++) p[k] = expf(p[k] - best), sum += p[k];
-        gather<T, VEC>(a, latents, count, keep, p, x);
+        gather<VEC>(a, latents, count, keep, p, x);
         max = best;
     }
     if (lane_id() == 0) s.max[warp] = max, s.sum[warp] = sum;
@@ -175,7 +175,7 @@ __device__ void finish(const mla_call &a, const float *x, const W *w_uv, T *out)
     }
 }
 
-template <class T, class W, int VEC>
+template <class T, class W, class Rows, int VEC>
 __global__ __launch_bounds__(THREADS) void rows_kernel(__grid_constant__ const mla_call a)
 {
     extern __shared__ __align__(16) float shared[];
@@ -192,16 +192,16 @@ __global__ __launch_bounds__(THREADS) void rows_kernel(__grid_constant__ const m
     T *out = static_cast<T *>(a.out) + (static_cast<long long>(token) * a.H + h) * a.V;
 
     absorb(a, q, w, s);
-    attend<T, VEC>(a, a.block_table + n * a.B, position + 1, s);
+    attend<Rows, VEC>(a, a.block_table + n * a.B, position + 1, s);
     merge(a, s);
     finish(a, s.x, w + static_cast<long long>(a.nope) * a.rank, out);
 }
 
-template <class T, class W, int VEC>
+template <class T, class W, class Rows, int VEC>
 kl_status launch(const mla_call &a, cudaStream_t stream, kl_error *err)
 {
     const long long bytes = scratch_floats(a) * 4;
-    const auto kernel = rows_kernel<T, W, VEC>;
+    const auto kernel = rows_kernel<T, W, Rows, VEC>;
     KL_TRY(kl_cuda_allow_shared(kernel, MAX_SHARED, err));
     const unsigned blocks = static_cast<unsigned>(a.T * a.H);
     kernel<<<blocks, THREADS, static_cast<size_t>(bytes), stream>>>(a);
@@ -214,8 +214,9 @@ kl_status launch_vector(const mla_call &a, cudaStream_t stream, kl_error *err)
 {
     const bool vector = a.rank % 4 == 0 && a.rope % 4 == 0 &&
                         reinterpret_cast<uintptr_t>(a.pages) % (4 * sizeof(T)) == 0;
-    if (vector) return launch<T, W, 4>(a, stream, err);
-    return launch<T, W, 1>(a, stream, err);
+    if (a.packed) return launch<T, W, packed_rows, 1>(a, stream, err);
+    if (vector) return launch<T, W, act_rows<T>, 4>(a, stream, err);
+    return launch<T, W, act_rows<T>, 1>(a, stream, err);
 }
 
 } // namespace

@@ -388,6 +388,7 @@ __device__ void attend_window(const mla_call &a, const mla_plan &plan, const mla
     }
 }
 
+template <bool packed>
 __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void mla_prefill_kernel(
     __grid_constant__ const mla_call a, __grid_constant__ const mla_plan plan,
     __grid_constant__ const mla_window window)
@@ -400,7 +401,7 @@ __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void mla_prefill_kernel(
         const int end = min(first + step, pages);
         if (first > 0) grid.sync(); /* the last window's keys and values are read */
         if (blockIdx.x == 0 && threadIdx.x == 0) plan.next_item[1 - turn] = 0;
-        expand_window(a, plan, window, first, end, memory);
+        expand_window<packed>(a, plan, window, first, end, memory);
         grid.sync();
         attend_window(a, plan, window, first, end, plan.next_item + turn, memory);
     }
@@ -412,7 +413,7 @@ kl_status mla_prefill_tiles(const mla_call &call, const mla_plan &plan,
                             const mla_window &window, cudaStream_t stream, kl_error *err)
 {
     constexpr int bytes = SHARED * static_cast<int>(sizeof(bf16));
-    const auto kernel = mla_prefill_kernel;
+    const auto kernel = call.packed ? mla_prefill_kernel<true> : mla_prefill_kernel<false>;
     int units, blocks;
     KL_TRY(kl_cuda_multiprocessors(&units, err));
     KL_CUDA_TRY(

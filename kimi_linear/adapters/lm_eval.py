@@ -31,8 +31,8 @@ class KimiLM(TemplateLM):
     """A model for lm-eval.
 
     model: a loaded one; or pretrained: what `kimi_linear.load` takes, a directory (None: the
-    small model), with device, dtype, max_length (max_context), cache_bytes and batch_invariant
-    as there. batch_size: sequences alive at once (max_batch). A device "cuda:0" and a batch_size
+    small model), with device, dtype, max_length (max_context), cache_bytes, kv_cache_dtype and
+    batch_invariant as there. batch_size: sequences alive at once (max_batch). A device "cuda:0" and a batch_size
     of 1 are what lm-eval's command passes when it is told nothing, and leave the choice to
     `load`, as "auto" does. max_gen_toks: new tokens where a task says nothing. prefix_token_id:
     what a text without a context is scored after, by default [BOS].
@@ -54,6 +54,7 @@ class KimiLM(TemplateLM):
         max_batch_size: int | None = None,
         prefix_token_id: int | None = None,
         cache_bytes: int | None = None,
+        kv_cache_dtype: str = "auto",
         batch_invariant: bool = False,
     ) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class KimiLM(TemplateLM):
             max_context=max_length,
             max_batch=_max_batch(max_batch_size or batch_size),
             cache_bytes=cache_bytes,
+            kv_cache_dtype=kv_cache_dtype,
             batch_invariant=batch_invariant,
         )
         self.max_length = min(max_length or (1 << 62), self.model.plan.max_context)

@@ -8,7 +8,14 @@ formula. Start with `kda`, then `model`.
 from .kda import kda_chunked, kda_decode, kda_prefill, log_decay
 from .linear import QuantizedWeight, linear, quantize, round_bf16
 from .logprobs import log_softmax, token_logprobs
-from .mla import attend_absorbed, attend_plain, mla_decode, mla_prefill
+from .mla import (
+    attend_absorbed,
+    attend_plain,
+    mla_decode,
+    mla_prefill,
+    pack_latents,
+    unpack_latents,
+)
 from .model import Model, State
 from .moe import mlp, moe_experts, moe_route
 from .norm import gated_rms_norm, rms_norm
@@ -34,6 +41,7 @@ __all__ = [
     "mlp",
     "moe_experts",
     "moe_route",
+    "pack_latents",
     "philox",
     "quantize",
     "rms_norm",
@@ -43,4 +51,5 @@ __all__ = [
     "silu",
     "token_logprobs",
     "uniform",
+    "unpack_latents",
 ]

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from .linear import round_bf16, round_e4m3
 from .ragged import spans
+
+GROUP = 128  # channels of an 8-bit latent that share a scale
 
 
 def _dims(q, latent, w_kv_b):
@@ -59,6 +62,66 @@ def attend_absorbed(q, latent, w_kv_b, scale, first) -> np.ndarray:
     p = _softmax_causal(scale * np.einsum("thd,ld->htl", query, latent), first)
     context = np.einsum("htl,lr->thr", p, latent[:, :rank])
     return np.einsum("thr,hvr->thv", context, w_kv_b[:, nope:])
+
+
+def _parts(rank, rope):
+    """Bytes of a row of 8-bit latents before its rope channels, its scales, and its end."""
+    rope_at = -(-rank // 16) * 16
+    scales_at = rope_at + -(-2 * rope // 16) * 16
+    return rope_at, scales_at, scales_at + -(-4 * -(-rank // GROUP) // 16) * 16
+
+
+def pack_latents(latents: Any, rank: int) -> np.ndarray:
+    """Rows [..., rank+rope] as csrc/base/latents.h stores them, uint8 [..., row bytes].
+
+    The first `rank` channels become e4m3 numbers q with c ~ q * scale, where scale is the
+    smallest power of two, 2**-100 at the least, with max|c| <= 448 * scale over 128 of them; NaN
+    where that is not finite or beyond 448 * 128. |c - q * scale| <= max(|c| / 16, scale / 1024).
+    The others become bfloat16.
+    """
+    latents = np.asarray(latents, np.float32)
+    lead, rope = latents.shape[:-1], latents.shape[-1] - rank
+    rope_at, scales_at, end = _parts(rank, rope)
+    padded = np.pad(latents[..., :rank], [(0, 0)] * len(lead) + [(0, -rank % GROUP)])
+    groups = padded.reshape(*lead, -(-rank // GROUP), GROUP)
+    most = np.abs(groups).max(axis=-1)
+    fits = most <= 448 * 128
+    fraction, exponent = np.frexp(np.where(fits, most, 1))
+    exponent = np.maximum(exponent - 9 + (fraction > 0.875), -100)
+    scales = np.where(fits, np.ldexp(np.float32(1), exponent), np.nan).astype(np.float32)
+    ratios = np.where(fits[..., None], groups / scales[..., None], 0)
+    codes = _e4m3_bits(round_e4m3(ratios)).reshape(padded.shape)[..., :rank]
+    out = np.zeros((*lead, end), np.uint8)
+    out[..., :rank] = codes
+    halves = (round_bf16(latents[..., rank:]).view(np.uint32) >> 16).astype("<u2")
+    out[..., rope_at : rope_at + 2 * rope] = np.ascontiguousarray(halves).view(np.uint8)
+    out[..., scales_at : scales_at + 4 * scales.shape[-1]] = scales.astype("<f4").view(np.uint8)
+    return out
+
+
+def unpack_latents(rows: Any, rank: int, rope: int) -> np.ndarray:
+    """What rows of 8-bit latents hold, float32 [..., rank+rope]; every value is a bfloat16."""
+    rows = np.asarray(rows, np.uint8)
+    rope_at, scales_at, end = _parts(rank, rope)
+    if rows.shape[-1] != end:
+        raise ValueError(f"rows must have {end} bytes, got {rows.shape[-1]}")
+    n_groups = -(-rank // GROUP)
+    scales = np.ascontiguousarray(rows[..., scales_at : scales_at + 4 * n_groups]).view("<f4")
+    size = (rows[..., :rank] & 127).astype(np.int32)
+    q = np.where(size < 8, np.ldexp(size, -9), np.ldexp(8 + size % 8, size // 8 - 10))
+    q = np.where(rows[..., :rank] > 127, -q, q).astype(np.float32)
+    c = q * np.repeat(scales, GROUP, axis=-1)[..., :rank]
+    halves = np.ascontiguousarray(rows[..., rope_at : rope_at + 2 * rope]).view("<u2")
+    k_pe = (halves.astype(np.uint32) << 16).view(np.float32)
+    return np.concatenate([c, k_pe], axis=-1)
+
+
+def _e4m3_bits(x):
+    """The bytes of e4m3 numbers that are given as float32."""
+    fraction, exponent = np.frexp(np.abs(x))
+    normal = np.abs(x) >= 2**-6
+    code = np.where(normal, (exponent + 6) * 8 + fraction * 16 - 8, np.abs(x) * 512)
+    return (code.astype(np.uint8) | np.signbit(x) * np.uint8(128)).astype(np.uint8)
 
 
 def _float64(q, w_kv_b, scale):

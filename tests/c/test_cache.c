@@ -69,7 +69,7 @@ static void poison(world *w)
 static void open_world(world *w, uint64_t seed)
 {
     const kl_backend_options options = {.threads = 1};
-    const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT, EXTRA};
+    const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT, EXTRA, KL_LATENTS_ACT};
     kl_error err = {KL_OK, ""};
     size_t states, pages;
     kl_arena a;
@@ -441,7 +441,7 @@ static void snapshots_go_in_the_order_of_their_use(void)
 static void the_last_slot_comes_alive(void)
 {
     static world w;
-    const kl_cache_shape shape = {2, PAGES, CONTEXT, 0};
+    const kl_cache_shape shape = {2, PAGES, CONTEXT, 0, KL_LATENTS_ACT};
     kl_error err;
     kl_seq seq, snapshot, fork, none;
     int64_t slot;

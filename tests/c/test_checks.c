@@ -527,6 +527,57 @@ static void mla_append(void)
               "mla_append: lengths.shape[0] must be 3, got 2");
 }
 
+/* 8-bit pages of 9 codes, 3 other channels and a scale: rows of 48 bytes. */
+static kl_tensor packed_pages(void)
+{
+    const kl_latents_row row = kl_latents_row_of(RANK, ROPE);
+    kl_tensor pages = f32(3, P, KL_PAGE_TOKENS, row.row_bytes, 1);
+    pages.dtype = KL_U8;
+    return pages;
+}
+
+static void mla_append_of_8_bits(void)
+{
+    kl_mla_append a = {.raw = f32(2, T, RANK + ROPE, 1, 1),
+                       .norm_weight = f32(1, RANK, 1, 1, 1),
+                       .pages = packed_pages(),
+                       .block_table = i32(2, N, B),
+                       .lengths = i32(1, N, 1),
+                       .cu_seqlens = i32(1, N + 1, 1),
+                       .rank = RANK,
+                       .eps = 1e-5f};
+    ACCEPTED(mla_append, a, NOTHING);
+    ACCEPTED(mla_append, a, (a.norm_weight = none, a.eps = 0));
+    BAD_VALUE(mla_append, a, a.rank = 0, "mla_append: rank must be in 1 .. 12, got 0");
+    BAD_VALUE(mla_append, a, a.rank = RANK + ROPE + 1,
+              "mla_append: rank must be in 1 .. 12, got 13");
+    BAD_VALUE(mla_append, a, a.norm_weight.shape[0] = RANK - 1,
+              "mla_append: norm_weight.shape[0] must be 9, got 8");
+    BAD_VALUE(mla_append, a, a.pages.shape[2] -= 16,
+              "mla_append: pages.shape[2] must be 48, got 32");
+    BAD_VALUE(mla_append, a, a.pages.data = (char *)a.pages.data + 8,
+              "mla_append: pages must be aligned to 16 bytes as they are uint8");
+}
+
+static void mla_of_8_bits(void)
+{
+    kl_mla a = {.q = f32(3, N, H, NOPE + ROPE, 1),
+                .pages = packed_pages(),
+                .block_table = i32(2, N, B),
+                .lengths = i32(1, N, 1),
+                .w_kv_b = f32(3, H, NOPE + V, RANK, 1),
+                .out = f32(3, N, H, V, 1),
+                .scale = 0.1f};
+    ACCEPTED(mla_decode, a, NOTHING);
+    ACCEPTED(mla_decode, a, a.raw = f32(2, N, RANK + ROPE, 1, 1));
+    BAD_VALUE(mla_decode, a, a.raw = f32(2, N, RANK + ROPE + 1, 1, 1),
+              "mla_decode: raw.shape[1] must be 12, got 13");
+    BAD_VALUE(mla_decode, a, a.q = f32(3, N, H, NOPE - 1, 1),
+              "mla_decode: q.shape[2] must be in 5 .. 2147483647, got 4");
+    BAD_VALUE(mla_decode, a, a.pages.shape[2] -= 16,
+              "mla_decode: pages.shape[2] must be 48, got 32");
+}
+
 static void mla_lay_out(void)
 {
     kl_mla_lay_out a = {.cu_past = i32(1, N + 1, 1),
@@ -581,7 +632,7 @@ static void mla(void)
               "mla_prefill: norm_weight must be absent");
     ACCEPTED(mla_prefill, a, a.cu_seqlens = i32(1, N + 1, 1));
     BAD_TYPE(mla_prefill, a, (a.cu_seqlens = i32(1, N + 1, 1), a.pages.dtype = KL_BF16),
-             "mla_prefill: pages must be float32, got bfloat16");
+             "mla_prefill: pages must be float32 or uint8, got bfloat16");
     a.w_kv_b.shape[1] = INT64_MIN, a.out.shape[2] = INT64_MAX; /* must not overflow */
     kl_error err;
     EXPECT(kl_check_mla_decode(&a, &err) == KL_ERR_VALUE);
@@ -773,6 +824,8 @@ int main(void)
     RUN(kda_checkpoints);
     RUN(mla_lay_out);
     RUN(mla_append);
+    RUN(mla_append_of_8_bits);
+    RUN(mla_of_8_bits);
     RUN(mla);
     RUN(moe);
     RUN(moe_whole);

@@ -128,22 +128,26 @@ static void latents_in_pages(void)
         OUT(a.block_table, 0);
         ON_BOTH(mla_lay_out, "mla_lay_out");
     }
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 12; i++) {
         parts p = {0};
         const kl_dtype act = ACTS[i % 2];
-        const int64_t rank = i < 4 ? 512 : 19, width = rank + (i < 4 ? 64 : 5), P = 14;
+        const bool packed = i >= 8, norm = !packed && i / 2 % 2 == 0,
+                   large = i / 4 == 0 || i > 9;
+        const int64_t rank = large ? 512 : 19, width = rank + (large ? 64 : 5), P = 14;
+        const int64_t row = packed ? kl_latents_row_of(rank, width - rank).row_bytes : width;
         int32_t lengths[N], table[N * B], page = 0;
         for (int n = 0; n < N; n++) lengths[n] = PAST[n + 1] - PAST[n] + CU[n + 1] - CU[n];
         for (int j = 0; j < N * B;
              j++) /* out of order; what is not used must not be followed */
             table[j] = j % B * KL_PAGE_TOKENS < lengths[j / B] ? 5 * page++ % P : 1 << 30;
         kl_mla_append a = {.raw = tensor(act, false, 2, T, width + 7, 1, 1),
-                           .pages = tensor(act, true, 3, P, KL_PAGE_TOKENS, width, 1),
+                           .pages =
+                               tensor(packed ? KL_U8 : act, true, 3, P, KL_PAGE_TOKENS, row, 1),
                            .block_table = integers(N * B, table),
                            .lengths = integers(N, lengths),
                            .cu_seqlens = integers(N + 1, CU),
+                           .rank = rank,
                            .eps = 1e-5f};
-        const bool norm = i / 2 % 2 == 0;
         a.raw.shape[1] = width;
         a.block_table = kl_tensor_2d(a.block_table.data, KL_I32, N, B);
         if (norm) a.norm_weight = tensor(KL_F32, false, 1, rank, 1, 1, 1);

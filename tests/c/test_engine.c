@@ -201,7 +201,7 @@ static void random_steps_fit(kl_backend *be, const kl_config *c, const kl_engine
     kl_plan plan;
     kl_arena none;
     kl_error err = {KL_OK, ""};
-    const kl_cache_shape shape = {1, 1, 1, 0};
+    const kl_cache_shape shape = {1, 1, 1, 0, KL_LATENTS_ACT};
     kl_arena_init(&none, NULL, 0);
     EXPECT(kl_plan_make(be, c, o, &plan, &err) == KL_OK);
     EXPECT(kl_weights_new(c->n_layers, &w, &err) == KL_OK);

@@ -65,7 +65,7 @@ static int64_t draw(world *w, int64_t n)
 static void open_world(world *w, uint64_t seed)
 {
     const kl_backend_options options = {.threads = 1};
-    const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT, EXTRA};
+    const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT, EXTRA, KL_LATENTS_ACT};
     kl_error err = {KL_OK, ""};
     size_t states, pages;
     kl_arena a;

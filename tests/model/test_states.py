@@ -23,13 +23,14 @@ def same(a, b):
     return a.token_ids == b.token_ids and np.array_equal(a.logits(), b.logits())
 
 
-@pytest.fixture(params=["f32", "bf16", "int8"])
+@pytest.fixture(params=["f32", "bf16", "int8", "bf16, fp8 latents"])
 def model(request, device):
-    if device == "cuda" and request.param == "f32":
+    dtype, _, latents = request.param.partition(", ")
+    if device == "cuda" and dtype == "f32":
         pytest.skip("CUDA has no f32 weights")
     with random_model(
-        tiny_config(), device=device, dtype=request.param, max_context=1024, max_batch=8,
-        batch_invariant=device == "cuda",
+        tiny_config(), device=device, dtype=dtype, max_context=1024, max_batch=8,
+        kv_cache_dtype="fp8" if latents else "auto", batch_invariant=device == "cuda",
     ) as m:  # fmt: skip
         yield m
         assert m._engine.usage() == (0, 0)

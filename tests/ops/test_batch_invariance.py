@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kimi_linear import _backends, ops  # noqa: E402
+from kimi_linear import _backends, ops, reference  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -217,3 +217,19 @@ def test_mla_decode(same, act, rank, nope, rope, V, longest):
         own = slice(n, n + 1)
         same(ops.mla_decode(q[own], pages, table[own], lengths[own], w), whole[own])
     same(ops.mla_decode(q[3:20], pages, table[3:20], lengths[3:20], w), whole[3:20])
+
+
+def test_mla_decode_of_8_bits(same):
+    N, H, B, rank = 9, 4, 40, 512
+    rows = randn(N * B, 64, rank + 64, dtype=torch.float32).cpu().numpy()
+    pages = torch.from_numpy(reference.pack_latents(rows, rank)).to("cuda")
+    table = torch.randperm(N * B, generator=torch.Generator().manual_seed(1)).int()
+    table = table.view(N, B).to("cuda")
+    lengths = torch.linspace(1, 64 * B, N).int().to("cuda")
+    q = randn(N, H, 192, dtype=torch.bfloat16)
+    w = randn(H, 256, rank, dtype=torch.bfloat16) / rank**0.5
+    whole = ops.mla_decode(q, pages, table, lengths, w, rope=64)
+    for n in range(N):
+        own = slice(n, n + 1)
+        got = ops.mla_decode(q[own], pages, table[own], lengths[own], w, rope=64)
+        same(got, whole[own])

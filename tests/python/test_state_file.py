@@ -46,7 +46,7 @@ def small_pieces():
 
 def test_a_file_is_what_its_description_says(saved, model):
     path, data = saved
-    assert data[:12] == b"KLSTATE\0\1\0\0\0"
+    assert data[:12] == b"KLSTATE\0\2\0\0\0"
     n = int.from_bytes(data[12:16], "little")
     header = json.loads(data[16 : 16 + n])
     digest = hashlib.sha256(data[: 16 + n]).digest()
@@ -165,8 +165,8 @@ def test_claims_of_the_header(saved, model, tmp_path, change, message):
 
 def test_another_version(saved, model, tmp_path):
     data = bytearray(saved[1])
-    data[8] = 2
-    refuse(model, tmp_path / "new", data, "has format version 2, this package reads version 1")
+    data[8] = 3
+    refuse(model, tmp_path / "new", data, "has format version 3, this package reads version 2")
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"KLSTATE\0", b"PK\3\4" * 40, bytes(1000)])

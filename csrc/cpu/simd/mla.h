@@ -14,10 +14,11 @@
 #ifndef KL_CPU_SIMD_MLA_H
 #define KL_CPU_SIMD_MLA_H
 
+#include "base/latents.h"
 #include "cpu/mla_kernels.h"
 #include "cpu/simd/act.h"
 
-#include <string.h>
+#include <math.h>
 
 #define MLA_INLINE static inline __attribute__((always_inline))
 #if VL == 8
@@ -156,31 +157,38 @@ static void mla_narrow(const float *from, int64_t n, float scale, void *to, kl_d
     }
 }
 
-static void mla_latent(const void *from, kl_dtype dtype, int64_t rank, int64_t width,
-                       const float *weight, float eps, void *to)
+static float mla_inverse_norm(const void *from, kl_dtype dtype, int64_t n, float eps)
 {
     vf squares = v_zero();
-    for (int64_t i = 0; i < rank; i += VL) {
-        const int lanes = v_left(i, rank);
+    for (int64_t i = 0; i < n; i += VL) {
+        const int lanes = v_left(i, n);
         const vf x = v_load_act(from, dtype, i, lanes);
         squares = v_fma(x, x, squares);
     }
-    const vf mean = v_set1(v_sum(squares) / (float)rank + eps);
-    const vf factor = v_div(v_set1(1.0f), v_sqrt(mean));
-    for (int64_t i = 0; i < rank; i += VL) {
-        const int lanes = v_left(i, rank);
-        const vf x = v_mul(v_load_act(from, dtype, i, lanes), factor);
+    return 1.0f / sqrtf(v_sum(squares) / (float)n + eps);
+}
+
+static void mla_weigh(const void *from, kl_dtype dtype, int64_t n, float factor,
+                      const float *weight, void *to)
+{
+    for (int64_t i = 0; i < n; i += VL) {
+        const int lanes = v_left(i, n);
+        const vf x = v_mul(v_load_act(from, dtype, i, lanes), v_set1(factor));
         v_store_act(to, dtype, i, v_mul(x, v_load_n(weight + i, lanes)), lanes);
     }
-    const size_t size = kl_dtype_bytes(dtype);
-    memcpy((char *)to + (size_t)rank * size, (const char *)from + (size_t)rank * size,
-           (size_t)(width - rank) * size);
+}
+
+/* In words that the compiler makes vectors of. */
+static void mla_decode(const uint8_t *codes, int64_t n, float scale, float *to)
+{
+    for (int64_t i = 0; i < n; i++) to[i] = scale * kl_latents_value(codes[i]);
 }
 
 #define KL_MLA_KERNELS                                                                         \
     {                                                                                          \
         .product = mla_product, .softmax = mla_softmax, .widen = mla_widen,                    \
-        .narrow = mla_narrow, .latent = mla_latent,                                            \
+        .narrow = mla_narrow, .inverse_norm = mla_inverse_norm, .weigh = mla_weigh,            \
+        .decode = mla_decode,                                                                  \
     }
 
 #endif

@@ -1,0 +1,484 @@
+/*
+ * mla_decode_fp8.cu -- mla_decode's attention of the pieces on tensor cores, over 8-bit latents.
+ *
+ * Computes     max, sum and context of the scores of 32 heads over each piece's pages; see
+ *              mla_arguments
+ * Shapes       query [N, H, 576]; pages [P, 64, 656] bytes; context [slots, H, 512]
+ * Layout       dense, rows of pages as base/latents.h has them, query as mla_query_column()
+ * Precision    latents as the bf16 numbers that they stand for, exactly; else as
+ *              mla_decode_tensor.cu
+ * Grid         a block a multiprocessor, in three warpgroups. The first brings pages as they lie
+ *              through a ring of three, 126 KB, and a piece's query. Latents become operands A in
+ *              the registers of those that multiply, so that nothing is written back: the second
+ *              has tokens as rows and the query in shared memory, the third channels as rows, which
+ *              a transposing load gives it with the codes of two tokens side by side. Rows of 656
+ *              bytes, 41 times 16, begin in other banks each
+ * Order        pages of a piece in turn, within a page the channels, or the tokens, in order
+ * Roofline     656 bytes a token at 2 * 32 * (2 * 576 + 512) flops, 162 flop/byte: memory-bound,
+ *              29 us for 128K tokens at 3.0 TB/s
+ * Measured     not timed yet
+ */
+#include "../device/barrier.cuh"
+#include "../device/latents.cuh"
+#include "../device/launch.cuh"
+#include "../device/mla.cuh"
+#include "../device/wgmma.cuh"
+
+namespace {
+
+constexpr int RANK = 512, ROPE = 64, WIDTH = RANK + ROPE;
+constexpr int HEADS = MLA_TENSOR_HEADS; /* of a block */
+constexpr int TOKENS = KL_PAGE_TOKENS;
+constexpr int THREADS = 3 * WARPGROUP;
+constexpr int WARPS = WARPGROUP / WARP; /* of a warpgroup */
+/* Of a thread, 3 * 168 to hand out: the context takes 128, its operand twice 32. */
+constexpr int BRING_REGISTERS = 40, SCORE_REGISTERS = 216, CONTEXT_REGISTERS = 240;
+
+constexpr int CHUNK = 16; /* codes of 16 bytes */
+constexpr int ROPE_AT = static_cast<int>(kl_latents_row_of(RANK, ROPE).rope_at);
+constexpr int SCALES_AT = static_cast<int>(kl_latents_row_of(RANK, ROPE).scales_at);
+constexpr int ROW_BYTES = static_cast<int>(kl_latents_row_of(RANK, ROPE).row_bytes);
+constexpr int PAGE_BYTES = TOKENS * ROW_BYTES;
+constexpr int ARRAY_BYTES = 2 * HEADS * 128; /* 64 channels of the query */
+constexpr int ARRAYS = WIDTH / 64, QUERY_BYTES = ARRAYS * ARRAY_BYTES;
+constexpr int STAGES = MLA_TENSOR_STAGES; /* pages on their way or in use */
+constexpr int WEIGHT_SLOTS = 2;           /* pages whose probabilities are there at a time */
+constexpr int EACH = 8;                   /* heads of a thread's scores */
+static_assert(ROW_BYTES / 16 % 2 == 1);   /* eight rows meet all banks */
+
+/* Each array of the first two begins at a multiple of 1024 bytes, for the swizzle. */
+struct shared_memory {
+    uint8_t query[QUERY_BYTES];
+    uint8_t weights[WEIGHT_SLOTS][HEADS * 128]; /* a head's 64 tokens a row */
+    uint8_t page[STAGES][PAGE_BYTES];
+    float tops[WEIGHT_SLOTS][HEADS][WARPS]; /* of a warp's tokens */
+    float sums[HEADS][WARPS];
+    float keep[WEIGHT_SLOTS][HEADS]; /* factors of the sums before */
+    barrier full[STAGES], empty[STAGES], ready[WEIGHT_SLOTS], taken[WEIGHT_SLOTS];
+    barrier query_full, query_empty;
+};
+constexpr int SHARED_BYTES = sizeof(shared_memory) + 1024;
+static_assert(SHARED_BYTES <= 227 * 1024 && QUERY_BYTES % 1024 == 0);
+
+/* ---- bringing pages, by one warp ------------------------------------------------------- */
+
+__device__ void bring_page(const mla_arguments &a, long long id, shared_memory &s,
+                           const mla_place<STAGES> &at)
+{
+    barrier_wait(s.empty + at.slot, at.phase ^ 1);
+    if (lane_id() != 0) return;
+    barrier_arrive_expecting(s.full + at.slot, PAGE_BYTES);
+    copy_bytes(s.page[at.slot], static_cast<const uint8_t *>(a.pages) + id * PAGE_BYTES,
+               PAGE_BYTES, s.full + at.slot);
+}
+
+__device__ void bring_query(const mla_arguments &a, long long n, shared_memory &s,
+                            const mla_place<1> &at)
+{
+    const long long group = n * (mla_padded_heads(a.H) / HEADS) + blockIdx.y;
+    barrier_wait(&s.query_empty, at.phase ^ 1);
+    if (lane_id() != 0) return;
+    barrier_arrive_expecting(&s.query_full, QUERY_BYTES);
+    copy_bytes(s.query, reinterpret_cast<const uint8_t *>(a.query) + group * QUERY_BYTES,
+               QUERY_BYTES, &s.query_full);
+}
+
+/* Page numbers are read 32 at a time, while the ones before are still brought. The first query
+ * comes before its pages; the others once the ring is full of theirs, for then the piece before
+ * has been read, or will be without them. */
+__device__ void bring_pages(const mla_arguments &a, shared_memory &s)
+{
+    mla_place<STAGES> at;
+    mla_place<1> query;
+    int before = 0; /* pages of a piece that are brought before its query */
+    mla_walk walk(a, blockIdx.x);
+    for (mla_piece it; walk.next(&it); before = STAGES, query.advance()) {
+        const int *table = a.block_table + it.n * a.B + it.first;
+        const auto number_of = [&](int i) { return i < it.pages ? table[i] : 0; };
+        int numbers = 0, coming = number_of(lane_id());
+        for (int i = 0; i < it.pages; i++) {
+            if (i == before) bring_query(a, it.n, s, query);
+            if (i % WARP == 0) numbers = coming, coming = number_of(i + WARP + lane_id());
+            bring_page(a, __shfl_sync(ALL_LANES, numbers, i % WARP), s, at);
+            __syncwarp();
+            at.advance();
+        }
+        if (before >= it.pages) bring_query(a, it.n, s, query);
+        __syncwarp();
+    }
+}
+
+/* ---- scores, by a warpgroup ------------------------------------------------------------ */
+
+__device__ int warp_of_group()
+{
+    return warp_id() % WARPS;
+}
+
+__device__ void sync_scores()
+{
+    asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUP) : "memory");
+}
+
+/* Rows r and r + 8 of a warp's operand A are tokens 2 r and 2 r + 1 of its sixteen, from r = 4 on
+ * the other way round: so eight rows of a load are in other banks each, and a thread's two tokens
+ * are neighbours. */
+__device__ int token_of_row(int r, int second)
+{
+    return warp_of_group() * 16 + 2 * r + ((r / 4) ^ second);
+}
+
+/* What this lane's tokens multiply their codes by, for each group of channels. */
+struct row_factors {
+    uint32_t x[2][RANK / KL_LATENTS_GROUP];
+
+    __device__ explicit row_factors(const uint8_t *page)
+    {
+#pragma unroll
+        for (int second = 0; second < 2; second++) {
+            const int token = token_of_row(lane_id() / 4, second);
+            const float4 s =
+                *reinterpret_cast<const float4 *>(page + token * ROW_BYTES + SCALES_AT);
+            x[second][0] = code_factors(s.x, s.x), x[second][1] = code_factors(s.y, s.y);
+            x[second][2] = code_factors(s.z, s.z), x[second][3] = code_factors(s.w, s.w);
+        }
+    }
+};
+
+/* Operand A of 64 channels: codes, of 16 channels first those with even numbers; or the others,
+ * which are bf16. `row`: where this lane's loads begin. */
+__device__ __forceinline__ void load_tokens(const uint8_t *row, int array,
+                                            const row_factors &factors, uint32_t (&to)[4][4])
+{
+    uint32_t x[4];
+    if (array * 64 < RANK) {
+        const uint32_t first = factors.x[0][array / 2], second = factors.x[1][array / 2];
+#pragma unroll
+        for (int step = 0; step < 4; step += 2) {
+            ldmatrix(x, row + array * 64 + step * CHUNK);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                to[step + i][0] = even_codes(x[2 * i], first);
+                to[step + i][1] = even_codes(x[2 * i + 1], second);
+                to[step + i][2] = odd_codes(x[2 * i], first);
+                to[step + i][3] = odd_codes(x[2 * i + 1], second);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int step = 0; step < 4; step++) ldmatrix(to[step], row + ROPE_AT + step * 32);
+    }
+}
+
+/* scores[4 j + i]: row r + 8 (i / 2), column 8 j + 2 (lane % 4) + i % 2: of a head, and 32 further
+ * on what its query lacks. */
+__device__ __forceinline__ void score_page(const uint8_t *page, const uint8_t *query,
+                                           float (&scores)[HEADS])
+{
+    const int lane = lane_id();
+    const uint8_t *row =
+        page + token_of_row(lane % 8, lane / 8 % 2) * ROW_BYTES + lane / 16 * CHUNK;
+    const row_factors factors(page);
+    const uint64_t b = wgmma_descriptor(query);
+    uint32_t tokens[2][4][4];
+#pragma unroll
+    for (int i = 0; i < HEADS; i++) scores[i] = 0;
+#pragma unroll
+    for (int array = 0; array < ARRAYS; array++) {
+        uint32_t(&x)[4][4] = tokens[array % 2];
+        if (array >= 2) wgmma_wait<1>(); /* x has been read */
+        load_tokens(row, array, factors, x);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; step++)
+            wgmma<2 * HEADS>(scores, x[step], wgmma_moved(b, array * ARRAY_BYTES + step * 32));
+        wgmma_commit();
+    }
+    wgmma_wait<0>();
+    wgmma_settle(scores);
+}
+
+/* ---- softmax, by the same -------------------------------------------------------------- */
+
+/* Of a thread's eight heads, number 2 j + e is this one. */
+__device__ int head_of_thread(int i)
+{
+    return i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
+}
+
+/* Maxima, known to all, and a thread's own parts of the sums. */
+struct softmax_state {
+    float max[EACH], sum[EACH];
+};
+
+/* Over the eight lanes that have the same heads: lane r / 4 gets that of head number r / 4. */
+template <class F> __device__ float over_rows(float (&x)[EACH], F f)
+{
+#pragma unroll
+    for (int d = EACH / 2; d > 0; d /= 2) {
+        const bool upper = (lane_id() / 4 & d) != 0;
+#pragma unroll
+        for (int i = 0; i < d; i++) {
+            const float mine = upper ? x[i + d] : x[i], given = upper ? x[i] : x[i + d];
+            x[i] = f(mine, __shfl_xor_sync(ALL_LANES, given, 4 * d));
+        }
+    }
+    return x[0];
+}
+
+/* x[i][t]: of token 2 r + t and head number i, its halves added; what is past `left` forgotten. */
+__device__ __forceinline__ void take_scores(const float (&scores)[HEADS], int left,
+                                            float (&x)[EACH][2])
+{
+    const int r = lane_id() / 4, token = warp_of_group() * 16 + 2 * r;
+    const bool swapped = r >= 4;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int at = i / 2 * 4 + i % 2; /* and 16 further on what the query lacks */
+        const float first = scores[at] + scores[at + 16];
+        const float second = scores[at + 2] + scores[at + 18];
+        x[i][0] = token < left ? swapped ? second : first : -INFINITY;
+        x[i][1] = token + 1 < left ? swapped ? first : second : -INFINITY;
+    }
+}
+
+/* Writes the probabilities, and what the sums before are to be multiplied by. */
+__device__ __forceinline__ void softmax_page(const float (&x)[EACH][2],
+                                             const float (*tops)[WARPS], softmax_state &state,
+                                             uint8_t *weights, float *keeps)
+{
+    const int r = lane_id() / 4, token = warp_of_group() * 16 + 2 * r;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int head = head_of_thread(i);
+        const float4 t = *reinterpret_cast<const float4 *>(tops[head]);
+        const float top = fmaxf(state.max[i], fmaxf(fmaxf(t.x, t.y), fmaxf(t.z, t.w)));
+        const float keep = exp2f(state.max[i] - top);
+        const uint32_t w = pack_bf16(exp2f(x[i][0] - top), exp2f(x[i][1] - top));
+        uint8_t *to = weights + swizzled<128>(head, token / 8) + token % 8 * 2;
+        *reinterpret_cast<uint32_t *>(to) = w;
+        state.max[i] = top;
+        state.sum[i] = state.sum[i] * keep + low_half(w) + high_half(w);
+        if (warp_of_group() == 0 && r == 0) keeps[head] = keep;
+    }
+}
+
+__device__ void store_sums(const mla_arguments &a, const mla_piece &it, long long h0,
+                           softmax_state &state, float (*sums)[WARPS])
+{
+    const int r = lane_id() / 4, head = head_of_thread(r);
+    sums[head][warp_of_group()] = over_rows(state.sum, [](float x, float y) { return x + y; });
+    sync_scores();
+    if (warp_of_group() != 0 || h0 + head >= a.H) return;
+    const float4 t = *reinterpret_cast<const float4 *>(sums[head]);
+    float max = state.max[0];
+#pragma unroll
+    for (int i = 1; i < EACH; i++)
+        if (i == r) max = state.max[i];
+    a.max[it.slot * a.H + h0 + head] = max;
+    a.sum[it.slot * a.H + h0 + head] = t.x + t.y + t.z + t.w;
+}
+
+__device__ void make_weights(const mla_arguments &a, long long h0, shared_memory &s)
+{
+    mla_place<STAGES> at;
+    mla_place<WEIGHT_SLOTS> to;
+    mla_place<1> query;
+    float scores[HEADS], x[EACH][2], most[EACH];
+    mla_walk walk(a, blockIdx.x);
+    for (mla_piece it; walk.next(&it); query.advance()) {
+        softmax_state state;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) state.max[i] = -INFINITY, state.sum[i] = 0;
+        barrier_wait(&s.query_full, query.phase);
+        for (int i = 0; i < it.pages; i++) {
+            barrier_wait(s.full + at.slot, at.phase);
+            score_page(s.page[at.slot], s.query, scores);
+            if (i + 1 == it.pages && lane_id() == 0) barrier_arrive(&s.query_empty);
+            take_scores(scores, it.tokens(i), x);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) most[j] = fmaxf(x[j][0], x[j][1]);
+            const float top = over_rows(most, [](float y, float z) { return fmaxf(y, z); });
+            s.tops[to.slot][head_of_thread(lane_id() / 4)][warp_of_group()] = top;
+            sync_scores();
+            barrier_wait(s.taken + to.slot, to.phase ^ 1);
+            softmax_page(x, s.tops[to.slot], state, s.weights[to.slot], s.keep[to.slot]);
+            fence_async_proxy();
+            __syncwarp();
+            if (lane_id() == 0) barrier_arrive(s.ready + to.slot);
+            at.advance(), to.advance();
+        }
+        store_sums(a, it, h0, state, s.sums);
+    }
+}
+
+/* ---- the context, by a warpgroup ------------------------------------------------------- */
+
+constexpr int TILES = RANK / CHUNK / WARPS; /* of a warp: 16 channels each, of one group */
+static_assert(TILES * CHUNK == KL_LATENTS_GROUP);
+typedef float context_sums[TILES][HEADS / 2];
+
+/* Of the warp's group, for tokens `token` and the next one; zeros past the sequence's length. */
+__device__ uint32_t factors_of(const uint8_t *page, int token, int left)
+{
+    const uint8_t *at = page + token * ROW_BYTES + SCALES_AT + warp_of_group() * 4;
+    const float first = *reinterpret_cast<const float *>(at);
+    const float second = *reinterpret_cast<const float *>(at + ROW_BYTES);
+    return code_factors(token < left ? first : 0.0f, token + 1 < left ? second : 0.0f);
+}
+
+/* Operand A of 16 tokens: rows r and r + 8 of tile j are channels 2 r and 2 r + 1 of the warp's
+ * chunk j. Codes are finite, so that a factor of zero hides what is past the length. */
+__device__ __forceinline__ void load_channels(const uint8_t *page, int step, int left,
+                                              uint32_t (&to)[TILES][4])
+{
+    const int lane = lane_id(), token = step * 16 + lane % 4 * 2;
+    const uint8_t *row = page + (step * 16 + lane % 16) * ROW_BYTES +
+                         (warp_of_group() * TILES + lane / 16) * CHUNK;
+    const uint32_t low = factors_of(page, token, left),
+                   high = factors_of(page, token + 8, left);
+#pragma unroll
+    for (int j = 0; j < TILES; j += 2) {
+        uint32_t x[4];
+        ldmatrix_transposed(x, row + j * CHUNK);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            to[j + i][0] = even_codes(x[2 * i], low), to[j + i][1] = odd_codes(x[2 * i], low);
+            to[j + i][2] = even_codes(x[2 * i + 1], high);
+            to[j + i][3] = odd_codes(x[2 * i + 1], high);
+        }
+    }
+}
+
+__device__ __forceinline__ void keep_context(const float *keeps, context_sums &acc)
+{
+#pragma unroll
+    for (int j = 0; j < HEADS / 8; j++) {
+        const float2 keep =
+            *reinterpret_cast<const float2 *>(keeps + 8 * j + lane_id() % 4 * 2);
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            acc[m][4 * j] *= keep.x, acc[m][4 * j + 1] *= keep.y;
+            acc[m][4 * j + 2] *= keep.x, acc[m][4 * j + 3] *= keep.y;
+        }
+    }
+}
+
+/* context = keep context + c^T weights; the first tokens are there before the weights are. */
+__device__ __forceinline__ void add_page(const uint8_t *page, int left, const uint8_t *weights,
+                                         const float *keeps, barrier *ready, uint32_t phase,
+                                         context_sums &acc)
+{
+    uint32_t channels[2][TILES][4];
+    load_channels(page, 0, left, channels[0]);
+    barrier_wait(ready, phase);
+    keep_context(keeps, acc);
+    const uint64_t b = wgmma_descriptor(weights);
+#pragma unroll
+    for (int step = 0; step < TOKENS / 16; step++) {
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+            wgmma<HEADS>(acc[m], channels[step % 2][m], wgmma_moved(b, step * 32));
+        wgmma_commit();
+        if (step + 1 == TOKENS / 16) break;
+        wgmma_wait<1>(); /* the step before has read what the next one takes */
+        load_channels(page, step + 1, left, channels[(step + 1) % 2]);
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < TILES; m++) wgmma_settle(acc[m]);
+}
+
+/* acc[m][4 j + i]: channel 16 (8 warp + m) + 2 (lane / 4) + i / 2 of head 8 j + 2 (lane % 4) +
+ * i % 2. */
+__device__ void store_context(const mla_arguments &a, long long slot, long long h0,
+                              const context_sums &acc)
+{
+    const int channel = warp_of_group() * KL_LATENTS_GROUP + lane_id() / 4 * 2;
+#pragma unroll
+    for (int j = 0; j < HEADS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const long long h = h0 + 8 * j + lane_id() % 4 * 2 + i;
+            if (h >= a.H) continue;
+            float *to = a.context + (slot * a.H + h) * RANK + channel;
+#pragma unroll
+            for (int m = 0; m < TILES; m++)
+                *reinterpret_cast<float2 *>(to + m * CHUNK) = {acc[m][4 * j + i],
+                                                               acc[m][4 * j + 2 + i]};
+        }
+}
+
+__device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory &s)
+{
+    mla_place<STAGES> at;
+    mla_place<WEIGHT_SLOTS> from;
+    context_sums acc;
+    mla_walk walk(a, blockIdx.x);
+    for (mla_piece it; walk.next(&it);) {
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int i = 0; i < HEADS / 2; i++) acc[m][i] = 0;
+        for (int i = 0; i < it.pages; i++) {
+            barrier_wait(s.full + at.slot, at.phase);
+            add_page(s.page[at.slot], it.tokens(i), s.weights[from.slot], s.keep[from.slot],
+                     s.ready + from.slot, from.phase, acc);
+            if (lane_id() == 0)
+                barrier_arrive(s.empty + at.slot), barrier_arrive(s.taken + from.slot);
+            at.advance(), from.advance();
+        }
+        store_context(a, it.slot, h0, acc);
+    }
+}
+
+/* ---- the kernel ------------------------------------------------------------------------ */
+
+__device__ void make_barriers(shared_memory &s)
+{
+    for (int i = 0; i < STAGES; i++)
+        barrier_init(s.full + i, 1), barrier_init(s.empty + i, WARPS);
+    for (int i = 0; i < WEIGHT_SLOTS; i++)
+        barrier_init(s.ready + i, WARPS), barrier_init(s.taken + i, WARPS);
+    barrier_init(&s.query_full, 1), barrier_init(&s.query_empty, WARPS);
+    barrier_init_done();
+}
+
+__global__ __launch_bounds__(THREADS,
+                             1) void mla_attend_fp8(__grid_constant__ const mla_arguments a)
+{
+    extern __shared__ char memory[];
+    /* An offset, for the compiler to know that what follows is shared memory. */
+    shared_memory &s =
+        *reinterpret_cast<shared_memory *>(memory + (0 - shared_address(memory)) % 1024);
+    const long long h0 = static_cast<long long>(blockIdx.y) * HEADS;
+    let_next_start();
+    if (threadIdx.x == 0) make_barriers(s);
+    __syncthreads();
+    wait_for_inputs();
+    if (threadIdx.x < WARPGROUP) {
+        registers_down_to<BRING_REGISTERS>();
+        if (warp_id() == 0) bring_pages(a, s);
+    } else if (threadIdx.x < 2 * WARPGROUP) {
+        registers_up_to<SCORE_REGISTERS>();
+        make_weights(a, h0, s);
+    } else {
+        registers_up_to<CONTEXT_REGISTERS>();
+        add_contexts(a, h0, s);
+    }
+}
+
+} // namespace
+
+kl_status kl_cuda_mla_attend_fp8(const mla_arguments &a, int blocks, cudaStream_t stream,
+                                 kl_error *err)
+{
+    const long long items = a.shares > 0 ? a.shares : a.N * a.splits;
+    const dim3 grid(static_cast<unsigned>(items < blocks ? items : blocks),
+                    static_cast<unsigned>(mla_divide_up(a.H, HEADS)));
+    KL_CUDA_TRY(cudaFuncSetAttribute(mla_attend_fp8,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES),
+                err);
+    return kl_cuda_launch(mla_attend_fp8, grid, THREADS, SHARED_BYTES, stream, err, a);
+}
