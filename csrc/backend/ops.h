@@ -70,10 +70,10 @@ typedef struct {
     size_t bytes;
 } kl_workspace;
 
-/* out[t, :] = table[ids[t], :]. */
+/* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor ids;   /* [T] i32, in [0, rows)                            */
+    kl_tensor ids;   /* [T] i32, in [-1, rows)                           */
     kl_weight table; /* [rows, D], f32 or bf16, count 1                  */
     kl_tensor out;   /* [T, D] f32 or bf16                               */
 } kl_embedding;

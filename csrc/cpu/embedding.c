@@ -41,9 +41,14 @@ static void pick_task(void *ctx, int64_t task, int worker)
     const size_t from_bytes = (size_t)p->D * kl_dtype_bytes(p->from_dtype);
     const size_t to_bytes = (size_t)p->D * kl_dtype_bytes(p->to_dtype);
     const int64_t first = task * p->per_task, end = first + p->per_task;
-    for (int64_t i = first; i < end && i < p->n; i++)
-        convert_row((const char *)p->from + (size_t)p->rows[i] * from_bytes, p->from_dtype,
-                    (char *)p->to + (size_t)i * to_bytes, p->to_dtype, p->D);
+    for (int64_t i = first; i < end && i < p->n; i++) {
+        char *const to = (char *)p->to + (size_t)i * to_bytes;
+        if (p->rows[i] < 0)
+            memset(to, 0, to_bytes);
+        else
+            convert_row((const char *)p->from + (size_t)p->rows[i] * from_bytes, p->from_dtype,
+                        to, p->to_dtype, p->D);
+    }
 }
 
 static void run(kl_backend *be, pick *p)

@@ -46,6 +46,29 @@ static kl_status make_cache(kl_engine *e, kl_error *err)
                          err);
 }
 
+/* Where a step runs while it is enqueued, one that is ahead would bring each token a step late.
+ * Backends that record do not, and enqueue a step in no time. */
+static kl_status make_flights(kl_engine *e, kl_error *err)
+{
+    const kl_backend_vtbl *const vt = e->be->vt;
+    if (vt->record_begin == NULL) return KL_OK;
+    e->flight_bytes = kl_plan_flight_bytes(&e->config, &e->plan);
+    for (int i = 0; i < 2; i++) {
+        KL_TRY(vt->alloc_host(e->be, e->flight_bytes, &e->flights[i].host, err));
+        KL_TRY(vt->new_mark(e->be, &e->flights[i].mark, err));
+    }
+    return KL_OK;
+}
+
+static void free_flights(kl_engine *e)
+{
+    for (int i = 0; i < 2; i++) {
+        const kl_flight *f = &e->flights[i];
+        if (f->host != NULL) e->be->vt->free_host(e->be, f->host, e->flight_bytes);
+        if (f->mark != NULL) e->be->vt->free_mark(e->be, f->mark);
+    }
+}
+
 static kl_status make_scratch(kl_engine *e, kl_error *err)
 {
     KL_TRY(alloc_block(e, e->plan.scratch_bytes, &e->scratch, err));
@@ -65,7 +88,8 @@ static kl_status make_engine(kl_engine *e, const kl_engine_options *options, kl_
     KL_TRY(kl_plan_check(&e->plan, err));
     KL_TRY(make_weights(e, err));
     KL_TRY(make_cache(e, err));
-    return make_scratch(e, err);
+    KL_TRY(make_scratch(e, err));
+    return make_flights(e, err);
 }
 
 kl_status kl_engine_new(kl_backend *be, const kl_config *config,
@@ -87,7 +111,9 @@ kl_status kl_engine_new(kl_backend *be, const kl_config *config,
 
 void kl_engine_free(kl_engine *e)
 {
+    kl_error ignored;
     if (e == NULL) return;
+    (void)e->be->vt->sync(e->be, &ignored); /* a step that nobody waits for may be under way */
     kl_recordings_free(&e->recordings, e->be);
     free_block(e, e->weight_block, e->plan.weight_bytes);
     free_block(e, e->cache_block, cache_bytes(&e->plan));
@@ -98,6 +124,7 @@ void kl_engine_free(kl_engine *e)
     if (e->host != NULL) e->be->vt->free_host(e->be, e->host, e->host_bytes);
     for (int i = 0; i < 2; i++)
         if (e->marks[i] != NULL) e->be->vt->free_mark(e->be, e->marks[i]);
+    free_flights(e);
     kl_free(e->slots);
     kl_free(e->counts);
     kl_free(e);
@@ -123,6 +150,7 @@ kl_pass kl_engine_pass(kl_engine *e)
                     .row_block = kl_plan_draws(&e->plan),
                     .marks = e->marks};
     kl_arena_init(&pass.arena, e->scratch, e->plan.scratch_bytes);
+    e->n_passes++;
     return pass;
 }
 

@@ -36,8 +36,7 @@ static kl_event *push_event(kl_generation *g, const kl_request_state *q, int32_t
     return event;
 }
 
-/* A request ends by what befell it. */
-static void fail(kl_generation *g, kl_request_state *q, const kl_error *err)
+void kl_generation_fail(kl_generation *g, kl_request_state *q, const kl_error *err)
 {
     push_event(g, q, -1, KL_FINISH_ERROR)->error = *err;
     kl_request_end(g, q);
@@ -50,7 +49,7 @@ static void fail_numerical(kl_generation *g, kl_request_state *q)
                  "generate: request %lld: logits after %lld tokens must be finite",
                  (long long)q->id, (long long)(q->r.n_prompt + q->n_new));
     kl_prefix_distrust(&g->e->prefix, &q->place);
-    fail(g, q, &err);
+    kl_generation_fail(g, q, &err);
 }
 
 static void report_token(kl_generation *g, const kl_request_state *q, int64_t row,
@@ -65,8 +64,7 @@ static void report_token(kl_generation *g, const kl_request_state *q, int64_t ro
     }
 }
 
-/* A drawn token: append it, report it, and end the request if it is the last. */
-static void take_token(kl_generation *g, int64_t row)
+void kl_generation_take_token(kl_generation *g, int64_t row)
 {
     kl_request_state *q = g->of_row[row];
     const int32_t id = g->ids[row];
@@ -128,7 +126,7 @@ static kl_status open_sequence(kl_generation *g, kl_request_state *q, kl_seq *se
 static void turn_away(kl_generation *g, const kl_error *err)
 {
     kl_request_state *q = kl_generation_pop(g);
-    fail(g, q, err);
+    kl_generation_fail(g, q, err);
     kl_request_free(q);
 }
 
@@ -145,7 +143,7 @@ static bool first_is_spared(const kl_generation *g)
     return false;
 }
 
-static bool first_fits(const kl_generation *g)
+bool kl_generation_first_fits(const kl_generation *g)
 {
     const kl_cache *c = &g->e->cache;
     const int64_t places = g->e->plan.max_batch - g->n_running;
@@ -168,7 +166,7 @@ static void admit(kl_generation *g)
         if (q->r.max_new_tokens == 0) {
             push_event(g, q, -1, KL_FINISH_LENGTH);
             kl_request_free(kl_generation_pop(g));
-        } else if (!first_fits(g)) {
+        } else if (!kl_generation_first_fits(g)) {
             return;
         } else if (open_sequence(g, q, &seq, &err) != KL_OK) {
             turn_away(g, &err);
@@ -223,7 +221,8 @@ static void end_changed(kl_generation *g)
     for (int64_t i = 0; i < g->n_running; i++) {
         kl_request_state *q = g->running[i];
         kl_error err;
-        if (q->r.in_place && check_in_place(g, q, &err) != KL_OK) fail(g, q, &err);
+        if (q->r.in_place && check_in_place(g, q, &err) != KL_OK)
+            kl_generation_fail(g, q, &err);
     }
 }
 
@@ -238,7 +237,7 @@ static void take_draws(kl_generation *g, int64_t n_items)
         const int64_t taken = g->guessed ? g->taken[k] : draws;
         q->n_drafted += g->guessed ? draws - 1 : 0;
         q->n_accepted += g->guessed ? taken - 1 : 0;
-        for (int64_t i = 0; i < taken; i++) take_token(g, row + i);
+        for (int64_t i = 0; i < taken; i++) kl_generation_take_token(g, row + i);
         row += draws;
     }
 }
@@ -256,24 +255,12 @@ static kl_status advance_prompts(kl_generation *g, int64_t n_items, kl_error *er
     return KL_OK;
 }
 
-static kl_step sampling_step(const kl_generation *g)
-{
-    return (kl_step){.sampling = g->sampling,
-                     .seen = g->penalties ? g->seen : NULL,
-                     .taken = g->guessed ? g->taken : NULL,
-                     .ids = g->ids,
-                     .id_logprobs = g->logprobs,
-                     .top = g->top,
-                     .top_ids = g->top_ids,
-                     .top_logprobs = g->top_logprobs};
-}
-
 /* Let the caller change the logits [n_rows, vocab], then draw from them. */
 static kl_status process_and_sample(kl_generation *g, float *logits, int64_t n_rows,
                                     kl_logits_fn process, void *ctx, kl_error *err)
 {
     const int64_t vocab = g->e->config.vocab_size;
-    const kl_step step = sampling_step(g);
+    const kl_step step = kl_generation_sampling_step(g);
     for (int64_t row = 0; process != NULL && row < n_rows; row++) {
         const kl_request_state *q = g->of_row[row];
         if (!q->r.process) continue;
@@ -283,10 +270,14 @@ static kl_status process_and_sample(kl_generation *g, float *logits, int64_t n_r
     return kl_engine_sample(g->e, logits, n_rows, &step, err);
 }
 
-/* What ended a step ends its requests; only the caller's own wish to stop is told at once. */
+/* What ended a step ends those of its requests that have not ended in it; only the caller's own
+ * wish to stop is told at once. */
 static kl_status end_failed(kl_generation *g, int64_t n_items, const kl_error *err)
 {
-    for (int64_t k = 0; k < n_items; k++) fail(g, g->running[g->items[k].request], err);
+    for (int64_t k = 0; k < n_items; k++) {
+        kl_request_state *q = g->running[g->items[k].request];
+        if (q->sched.phase != KL_SCHED_DONE) kl_generation_fail(g, q, err);
+    }
     return err->status == KL_ERR_CANCELLED ? KL_ERR_CANCELLED : KL_OK;
 }
 
@@ -298,7 +289,7 @@ static kl_status draw_first(kl_generation *g, kl_logits_fn process, void *ctx, k
         if (q->sched.phase != KL_SCHED_PROMPT || q->sched.fed < q->sched.n_prompt) continue;
         kl_generation_make_row(g, q);
         if (process_and_sample(g, q->logits, 1, process, ctx, err) == KL_OK) {
-            take_token(g, 0);
+            kl_generation_take_token(g, 0);
             continue;
         }
         g->items[0] = (kl_sched_item){i, 0, true};
@@ -311,7 +302,9 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
                            void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err)
 {
     const int64_t n_rows = kl_generation_make_rows(g, n_items);
-    kl_step step = sampling_step(g);
+    if (kl_generation_can_fly(g, n_items, n_rows))
+        return kl_generation_fly(g, n_rows, poll, poll_ctx, err);
+    kl_step step = kl_generation_sampling_step(g);
     step.feeds = g->feeds;
     step.n_feeds = n_items;
     step.rows = g->rows;
@@ -350,12 +343,15 @@ static int64_t choose_items(kl_generation *g)
     return n_items;
 }
 
+/* The step of these items; where one is under way, that. */
 static kl_status run_step(kl_generation *g, int64_t n_items, kl_logits_fn process,
                           void *process_ctx, kl_poll_fn poll, void *poll_ctx, kl_error *err)
 {
     const int64_t done_before = g->stats.prompt_done;
     const double start = now_s();
-    const kl_status status = run_items(g, n_items, process, process_ctx, poll, poll_ctx, err);
+    const kl_status status =
+        g->n_flying > 0 ? kl_generation_fly_on(g, poll, poll_ctx, err)
+                        : run_items(g, n_items, process, process_ctx, poll, poll_ctx, err);
     double *const total =
         g->stats.prompt_done > done_before ? &g->stats.prefill_s : &g->stats.decode_s;
     *total += now_s() - start;
@@ -377,6 +373,10 @@ static kl_status run_one(kl_generation *g, kl_logits_fn process, void *process_c
 {
     *ran = true;
     kl_generation_sweep(g);
+    if (g->n_flying > 0) {
+        g->step_due = false;
+        return run_step(g, 0, process, process_ctx, poll, poll_ctx, err);
+    }
     admit(g);
     if (tells_first(g)) return KL_OK;
     end_changed(g);

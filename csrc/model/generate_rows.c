@@ -82,6 +82,18 @@ void kl_generation_make_row(kl_generation *g, kl_request_state *q)
     fill_seen(g, 1);
 }
 
+kl_step kl_generation_sampling_step(const kl_generation *g)
+{
+    return (kl_step){.sampling = g->sampling,
+                     .seen = g->penalties ? g->seen : NULL,
+                     .taken = g->guessed ? g->taken : NULL,
+                     .ids = g->ids,
+                     .id_logprobs = g->logprobs,
+                     .top = g->top,
+                     .top_ids = g->top_ids,
+                     .top_logprobs = g->top_logprobs};
+}
+
 /* ---- guesses --------------------------------------------------------------------------- */
 
 bool kl_request_stops_at(const kl_request_state *q, int32_t id)

@@ -259,11 +259,14 @@ void kl_generation_sweep(kl_generation *g)
 {
     int64_t kept = 0;
     for (int64_t i = 0; i < g->n_running; i++)
-        if (g->running[i]->sched.phase == KL_SCHED_DONE)
+        if (g->running[i]->sched.phase == KL_SCHED_DONE) {
+            kl_generation_forget(g, g->running[i]);
             kl_request_free(g->running[i]);
-        else
+        } else {
             g->running[kept++] = g->running[i];
+        }
     g->n_running = kept;
+    kl_generation_settle(g);
 }
 
 /* A request leaves the queue from anywhere. */

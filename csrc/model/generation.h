@@ -54,7 +54,7 @@ struct kl_generation {
     kl_sampling *sampling;
     int32_t *rows, *ids;
     float *logprobs;
-    kl_request_state **of_row; /* the request of a row */
+    kl_request_state **of_row; /* the request of a row; NULL: it is over, and the step is not */
     float *logits;             /* [max_batch, vocab], for a processor; host memory of be */
 
     /* Taken when a request first asks for them: [max_rows, words] and [max_rows, max_top]. */
@@ -66,6 +66,8 @@ struct kl_generation {
     int top;
     bool penalties, processed;
     bool guessed; /* some tokens of this step are guesses */
+
+    int64_t n_flying; /* rows of the step under way (generate_ahead.c); 0: none is */
 };
 
 /* The first that waits leaves the queue. */
@@ -90,6 +92,30 @@ int64_t kl_generation_draws(const kl_generation *g, const kl_sched_item *item);
 int64_t kl_generation_make_rows(kl_generation *g, int64_t n_items);
 /* The only row of a draw without a step. */
 void kl_generation_make_row(kl_generation *g, kl_request_state *q);
+/* Where the draws of a step go, and how they are made. */
+kl_step kl_generation_sampling_step(const kl_generation *g);
+/* A drawn token: append it, report it, and end the request if it is the last. */
+void kl_generation_take_token(kl_generation *g, int64_t row);
+/* A request ends by what befell it. */
+void kl_generation_fail(kl_generation *g, kl_request_state *q, const kl_error *err);
+/* Whether the first that waits can be admitted now. */
+bool kl_generation_first_fits(const kl_generation *g);
+
+/* Whether the step that is laid out, of n_items feeds and n_rows draws, can run with the next one
+ * behind it. */
+bool kl_generation_can_fly(kl_generation *g, int64_t n_items, int64_t n_rows);
+/* Run it so: the next one is under way when its tokens are taken. */
+kl_status kl_generation_fly(kl_generation *g, int64_t n_rows, kl_poll_fn poll, void *poll_ctx,
+                            kl_error *err);
+/* Take the tokens of the step under way, with the next one behind it where that may be. If it
+ * fails, those that were in it have ended. */
+kl_status kl_generation_fly_on(kl_generation *g, kl_poll_fn poll, void *poll_ctx,
+                               kl_error *err);
+/* A request's memory goes. */
+void kl_generation_forget(kl_generation *g, const kl_request_state *q);
+/* Where all whose step is under way are over, nobody waits for it. */
+void kl_generation_settle(kl_generation *g);
+
 /* Whether a token ends a request. */
 bool kl_request_stops_at(const kl_request_state *q, int32_t id);
 

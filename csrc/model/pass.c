@@ -45,11 +45,26 @@ size_t kl_pass_layout_outputs(kl_pass_outputs *out, const kl_pass_shape *s, void
     *out = (kl_pass_outputs){0};
     if (!s->sampling && !s->targets) return 0;
     out->logprobs = take(&a, KL_F32, s->R, 0);
-    if (s->sampling) out->ids = take(&a, KL_I32, s->R, 0);
+    if (s->top > 0) {
+        out->top_ids = take(&a, KL_I32, s->R, s->top);
+        out->top_logprobs = take(&a, KL_F32, s->R, s->top);
+    }
     if (s->targets) out->greedy = take(&a, KL_U8, s->R, 0);
-    if (s->top == 0) return a.used;
-    out->top_ids = take(&a, KL_I32, s->R, s->top);
-    out->top_logprobs = take(&a, KL_F32, s->R, s->top);
+    if (s->sampling) out->ids = take(&a, KL_I32, s->R, 0);
+    return a.used;
+}
+
+bool kl_pass_feeds_itself(const kl_pass_shape *s)
+{
+    return s->decode && s->sampling && s->all_rows;
+}
+
+/* Bytes of the ids at the beginning of the inputs, and at the end of such a step's outputs. */
+static size_t ids_bytes(const kl_pass_shape *s)
+{
+    kl_arena a;
+    kl_arena_init(&a, NULL, 0);
+    take(&a, KL_I32, s->T, 0);
     return a.used;
 }
 
@@ -205,8 +220,9 @@ kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err)
     kl_arena_rewind(&p->arena, 0);
     p->in_bytes = kl_pass_layout_inputs(&p->in, shape, vocab, NULL);
     p->out_bytes = kl_pass_layout_outputs(&p->out, shape, NULL);
+    const size_t shared = kl_pass_feeds_itself(shape) ? ids_bytes(shape) : 0;
+    p->out_block = kl_arena_take(&p->arena, p->out_bytes - shared);
     p->in_block = kl_arena_take(&p->arena, p->in_bytes);
-    p->out_block = kl_arena_take(&p->arena, p->out_bytes);
     if (shape->verify && p->cache->n_kda > 0)
         p->kept = kl_arena_take(&p->arena, (size_t)p->cache->n_kda * kl_kda_kept_bytes(p));
     KL_TRY(check_arena(p, "step", err));
@@ -215,9 +231,11 @@ kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err)
     return KL_OK;
 }
 
-kl_status kl_pass_send(kl_pass *p, const void *inputs, kl_error *err)
+kl_status kl_pass_send(kl_pass *p, const void *inputs, bool follows, kl_error *err)
 {
-    return p->be->vt->copy_in(p->be, p->in_block, inputs, p->in_bytes, err);
+    const size_t there = follows ? ids_bytes(&p->shape) : 0;
+    return p->be->vt->copy_in(p->be, (char *)p->in_block + there, (const char *)inputs + there,
+                              p->in_bytes - there, err);
 }
 
 kl_status kl_pass_fetch(kl_pass *p, void *outputs, kl_error *err)

@@ -50,11 +50,11 @@ typedef struct {
 
 /* What comes back of the rows that are sampled or have targets, in a block of its own. */
 typedef struct {
-    kl_tensor ids;          /* [R] i32, drawn                        */
     kl_tensor logprobs;     /* [R] f32, of the drawn or the targets  */
-    kl_tensor greedy;       /* [R] u8, of the targets                */
     kl_tensor top_ids;      /* [R, top] i32                          */
     kl_tensor top_logprobs; /* [R, top] f32                          */
+    kl_tensor greedy;       /* [R] u8, of the targets                */
+    kl_tensor ids;          /* [R] i32, drawn                        */
 } kl_pass_outputs;
 
 /* Where a part of a layer begins and ends: the fields of these names of kl_linear and of what else
@@ -92,11 +92,16 @@ size_t kl_pass_layout_inputs(kl_pass_inputs *in, const kl_pass_shape *shape, int
                              void *block);
 size_t kl_pass_layout_outputs(kl_pass_outputs *out, const kl_pass_shape *shape, void *block);
 
+/* Whether the ids that such a step draws are those that the next one of its batch reads. Then its
+ * blocks overlap in them on the device: the next step's inputs can be sent without ids before this
+ * one has run, and it feeds itself. */
+bool kl_pass_feeds_itself(const kl_pass_shape *shape);
+
 /* Begin a step of this shape: both blocks, at the start of the arena. */
 kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err);
-/* Its parts. The copies are on their way when they return: the caller waits with sync() before
- * it touches the host's blocks again. */
-kl_status kl_pass_send(kl_pass *p, const void *inputs, kl_error *err);
+/* Its parts. The copies are on their way when they return: the caller waits with sync() or a mark
+ * before it touches the host's blocks again. follows: the ids are there already, see above. */
+kl_status kl_pass_send(kl_pass *p, const void *inputs, bool follows, kl_error *err);
 kl_status kl_pass_compute(kl_pass *p, kl_error *err); /* embedding, layers, head */
 kl_status kl_pass_fetch(kl_pass *p, void *outputs, kl_error *err);
 

@@ -106,7 +106,7 @@ static kl_status measure_weights(const planner *s, kl_weights *w, size_t *bytes,
     return KL_OK;
 }
 
-enum { N_LARGEST = 6 };
+enum { N_LARGEST = 6, TOKEN_STEP = 1 };
 
 /* The steps that need most: a full prefill of which every row is wanted, one token of every
  * sequence, sampled, the last tokens of prompts that fill a step, the rows of
@@ -127,8 +127,8 @@ static void largest_shapes(const kl_config *config, const kl_plan *plan,
         out[i].targets = i == 0 || i == 4;
         out[i].sampling = out[i].seen = !out[i].targets;
     }
-    out[1].T = out[1].R = N;
-    out[1].decode = true;
+    out[TOKEN_STEP].T = out[TOKEN_STEP].R = N;
+    out[TOKEN_STEP].decode = true;
     out[2].R = N;
     out[3].T = out[3].N = out[3].B = 0;
     out[3].R = plan->max_batch;
@@ -139,19 +139,31 @@ static void largest_shapes(const kl_config *config, const kl_plan *plan,
     out[5].verify = true;
 }
 
+static size_t block_bytes(const kl_config *config, const kl_pass_shape *shape)
+{
+    kl_pass_inputs in;
+    kl_pass_outputs out;
+    return kl_pass_layout_inputs(&in, shape, config->vocab_size, NULL) +
+           kl_pass_layout_outputs(&out, shape, NULL);
+}
+
 size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan)
 {
     kl_pass_shape shapes[N_LARGEST];
     size_t most = 0;
     largest_shapes(config, plan, shapes);
     for (int i = 0; i < N_LARGEST; i++) {
-        kl_pass_inputs in;
-        kl_pass_outputs out;
-        const size_t bytes = kl_pass_layout_inputs(&in, &shapes[i], config->vocab_size, NULL) +
-                             kl_pass_layout_outputs(&out, &shapes[i], NULL);
+        const size_t bytes = block_bytes(config, &shapes[i]);
         if (bytes > most) most = bytes;
     }
     return most;
+}
+
+size_t kl_plan_flight_bytes(const kl_config *config, const kl_plan *plan)
+{
+    kl_pass_shape shapes[N_LARGEST];
+    largest_shapes(config, plan, shapes);
+    return block_bytes(config, &shapes[TOKEN_STEP]);
 }
 
 static kl_status measure_passes(kl_pass *p, const kl_plan *plan, size_t *bytes, kl_error *err)

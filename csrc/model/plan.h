@@ -25,5 +25,7 @@ static inline int64_t kl_plan_draws(const kl_plan *plan)
 
 /* Bytes of the host's blocks of inputs and outputs, for any step of a plan. */
 size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan);
+/* The same for token steps alone. */
+size_t kl_plan_flight_bytes(const kl_config *config, const kl_plan *plan);
 
 #endif

@@ -21,8 +21,8 @@ kl_status kl_check_ids(const char *op, const int32_t *ids, int64_t n, int64_t vo
     return KL_OK;
 }
 
-static kl_status check_feed(kl_engine *e, const kl_step *s, int64_t i, int64_t *total,
-                            kl_error *err)
+static kl_status check_feed(kl_engine *e, const kl_step *s, bool follows, int64_t i,
+                            int64_t *total, kl_error *err)
 {
     const kl_feed *f = &s->feeds[i];
     KL_TRY(kl_cache_find(&e->cache, f->seq, false, &e->slots[i], err));
@@ -40,16 +40,18 @@ static kl_status check_feed(kl_engine *e, const kl_step *s, int64_t i, int64_t *
             (long long)e->plan.step_tokens, (long long)f->n_tokens, (long long)*total);
     e->counts[i] = f->n_tokens;
     *total += f->n_tokens;
+    if (follows) return KL_OK;
     return kl_check_ids("step", f->tokens, f->n_tokens, e->config.vocab_size, err);
 }
 
-static kl_status check_feeds(kl_engine *e, const kl_step *s, int64_t *total, kl_error *err)
+static kl_status check_feeds(kl_engine *e, const kl_step *s, bool follows, int64_t *total,
+                             kl_error *err)
 {
     if (s->n_feeds < 1 || s->n_feeds > e->plan.max_batch)
         return kl_fail(err, KL_ERR_VALUE, "step: feeds must number 1 to %lld, got %lld",
                        (long long)e->plan.max_batch, (long long)s->n_feeds);
     *total = 0;
-    for (int64_t i = 0; i < s->n_feeds; i++) KL_TRY(check_feed(e, s, i, total, err));
+    for (int64_t i = 0; i < s->n_feeds; i++) KL_TRY(check_feed(e, s, follows, i, total, err));
     return kl_cache_check_growth(&e->cache, e->slots, e->counts, s->n_feeds, err);
 }
 
@@ -213,7 +215,7 @@ static void copy_from(const kl_tensor *t, void *to)
 }
 
 /* After the cache has grown: the tables hold the new pages, lengths are still the old ones. */
-static void fill_feeds(kl_engine *e, const kl_step *s, const kl_pass_inputs *in)
+static void fill_feeds(kl_engine *e, const kl_step *s, bool follows, const kl_pass_inputs *in)
 {
     int32_t *ids = in->ids.data, *cu = in->cu_seqlens.data, *slots = in->slots.data;
     int32_t *lengths = in->lengths.data, *table = in->table.data;
@@ -222,7 +224,7 @@ static void fill_feeds(kl_engine *e, const kl_step *s, const kl_pass_inputs *in)
     for (int64_t i = 0; i < s->n_feeds; i++) {
         const kl_cache_seq *seq = &e->cache.seqs[e->slots[i]];
         const int64_t count = s->feeds[i].n_tokens;
-        memcpy(ids + cu[i], s->feeds[i].tokens, (size_t)count * sizeof *ids);
+        if (!follows) memcpy(ids + cu[i], s->feeds[i].tokens, (size_t)count * sizeof *ids);
         cu[i + 1] = cu[i] + (int32_t)count;
         slots[i] = (int32_t)e->slots[i];
         lengths[i] = (int32_t)(seq->length + count);
@@ -232,12 +234,13 @@ static void fill_feeds(kl_engine *e, const kl_step *s, const kl_pass_inputs *in)
 }
 
 /* Lay out the host's blocks as the device's are, one behind the other, and fill the first. */
-static void fill_inputs(kl_engine *e, const kl_step *s, const kl_pass *p)
+static void fill_inputs(kl_engine *e, const kl_pass *p, bool follows, void *host)
 {
+    const kl_step *const s = p->step;
     kl_pass_inputs in;
-    kl_pass_layout_inputs(&in, &p->shape, e->config.vocab_size, e->host);
+    kl_pass_layout_inputs(&in, &p->shape, e->config.vocab_size, host);
     if (p->shape.T > 0) {
-        fill_feeds(e, s, &in);
+        fill_feeds(e, s, follows, &in);
         copy_to(&in.rows, s->rows);
     }
     if (p->shape.targets) copy_to(&in.targets, s->targets);
@@ -246,25 +249,25 @@ static void fill_inputs(kl_engine *e, const kl_step *s, const kl_pass *p)
     if (p->shape.seen) copy_to(&in.seen, s->seen);
 }
 
-static void *host_outputs(const kl_engine *e, const kl_pass *p)
+static void *host_outputs(void *host, size_t in_bytes)
 {
-    return (char *)e->host + p->in_bytes;
+    return (char *)host + in_bytes;
 }
 
 /* What has come back, to the caller's arrays. */
-static void hand_over(const kl_engine *e, const kl_step *s, const kl_pass *p)
+static void hand_over(const kl_step *s, const kl_pass_shape *shape, void *outputs)
 {
     kl_pass_outputs out;
-    kl_pass_layout_outputs(&out, &p->shape, host_outputs(e, p));
-    if (p->shape.sampling) {
+    kl_pass_layout_outputs(&out, shape, outputs);
+    if (shape->sampling) {
         copy_from(&out.ids, s->ids);
         copy_from(&out.logprobs, s->id_logprobs);
     }
-    if (p->shape.targets) {
+    if (shape->targets) {
         copy_from(&out.logprobs, s->logprobs);
         copy_from(&out.greedy, s->greedy);
     }
-    if (p->shape.top > 0) {
+    if (shape->top > 0) {
         copy_from(&out.top_ids, s->top_ids);
         copy_from(&out.top_logprobs, s->top_logprobs);
     }
@@ -272,16 +275,17 @@ static void hand_over(const kl_engine *e, const kl_step *s, const kl_pass *p)
 
 /* ---- the step -------------------------------------------------------------------------- */
 
-static kl_status run_step(kl_engine *e, kl_pass *p, int64_t total, kl_error *err)
+static kl_status enqueue(kl_engine *e, kl_pass *p, int64_t total, bool follows, void *host,
+                         kl_error *err)
 {
     const kl_step *const s = p->step;
     KL_TRY(kl_cache_grow(&e->cache, e->slots, e->counts, s->n_feeds, err));
     const kl_pass_shape shape = shape_of(e, s, total);
     KL_TRY(kl_pass_start(p, &shape, err));
-    fill_inputs(e, s, p);
-    KL_TRY(kl_pass_send(p, e->host, err));
+    fill_inputs(e, p, follows, host);
+    KL_TRY(kl_pass_send(p, host, follows, err));
     KL_TRY(kl_recordings_compute(&e->recordings, p, err));
-    return kl_pass_fetch(p, host_outputs(e, p), err);
+    return kl_pass_fetch(p, host_outputs(host, p->in_bytes), err);
 }
 
 /* Wait for the device even after a failure: the buffers of this step are the next one's. */
@@ -306,25 +310,31 @@ static void count_taken(kl_engine *e, const kl_step *s)
     }
 }
 
+/* After a step: its sequences are longer by what they have read, or broken. */
+static void advance(kl_engine *e, const kl_step *s, bool ok)
+{
+    for (int64_t i = 0; i < s->n_feeds; i++) {
+        if (ok)
+            kl_cache_advance(&e->cache, e->slots[i], e->counts[i]);
+        else
+            e->cache.seqs[e->slots[i]].broken = true;
+    }
+}
+
 kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err)
 {
     int64_t total;
     KL_TRY(kl_engine_check_loaded(e, err));
-    KL_TRY(check_feeds(e, step, &total, err));
+    KL_TRY(check_feeds(e, step, false, &total, err));
     KL_TRY(check_rows(e, step, total, err));
     if (step->taken != NULL) KL_TRY(check_guesses(step, total, err));
 
     kl_pass pass = kl_engine_pass(e);
     pass.step = step;
-    const kl_status status = finish(e, run_step(e, &pass, total, err), err);
-    if (status == KL_OK) hand_over(e, step, &pass);
+    const kl_status status = finish(e, enqueue(e, &pass, total, false, e->host, err), err);
+    if (status == KL_OK) hand_over(step, &pass.shape, host_outputs(e->host, pass.in_bytes));
     if (status == KL_OK && step->taken != NULL) count_taken(e, step);
-    for (int64_t i = 0; i < step->n_feeds; i++) {
-        if (status == KL_OK)
-            kl_cache_advance(&e->cache, e->slots[i], e->counts[i]);
-        else
-            e->cache.seqs[e->slots[i]].broken = true;
-    }
+    advance(e, step, status == KL_OK);
     return status;
 }
 
@@ -334,10 +344,10 @@ static kl_status run_sample(kl_engine *e, kl_pass *p, const float *logits, int64
     const kl_pass_shape shape = {
         .R = n_rows, .sampling = true, .seen = p->step->seen != NULL, .top = p->step->top};
     KL_TRY(kl_pass_start(p, &shape, err));
-    fill_inputs(e, p->step, p);
-    KL_TRY(kl_pass_send(p, e->host, err));
+    fill_inputs(e, p, false, e->host);
+    KL_TRY(kl_pass_send(p, e->host, false, err));
     KL_TRY(kl_pass_sample_logits(p, logits, err));
-    return kl_pass_fetch(p, host_outputs(e, p), err);
+    return kl_pass_fetch(p, host_outputs(e->host, p->in_bytes), err);
 }
 
 kl_status kl_engine_sample(kl_engine *e, const float *logits, int64_t n_rows,
@@ -348,6 +358,59 @@ kl_status kl_engine_sample(kl_engine *e, const float *logits, int64_t n_rows,
     kl_pass pass = kl_engine_pass(e);
     pass.step = step;
     const kl_status status = finish(e, run_sample(e, &pass, logits, n_rows, err), err);
-    if (status == KL_OK) hand_over(e, step, &pass);
+    if (status == KL_OK) hand_over(step, &pass.shape, host_outputs(e->host, pass.in_bytes));
     return status;
+}
+
+/* ---- steps ahead ----------------------------------------------------------------------- */
+
+/* Enqueued with everything it may still be read by: the mark is behind the copy of its outputs. */
+static kl_status fly(kl_engine *e, kl_flight *f, const kl_step *s, int64_t total, bool follows,
+                     kl_error *err)
+{
+    kl_pass pass = kl_engine_pass(e);
+    pass.step = s;
+    KL_TRY(enqueue(e, &pass, total, follows, f->host, err));
+    KL_TRY(e->be->vt->set_mark(e->be, f->mark, err));
+    f->shape = pass.shape;
+    f->in_bytes = pass.in_bytes;
+    return KL_OK;
+}
+
+kl_status kl_engine_launch(kl_engine *e, const kl_step *s, bool follows, kl_error *err)
+{
+    kl_flight *const f = &e->flights[(e->first_flight + e->n_flights) % 2];
+    int64_t total;
+    KL_TRY(kl_engine_check_loaded(e, err));
+    KL_TRY(check_feeds(e, s, follows, &total, err));
+    KL_TRY(check_rows(e, s, total, err));
+    KL_TRY(e->be->vt->wait_mark(e->be, f->mark, err)); /* of one that nobody waited for */
+
+    kl_status status = fly(e, f, s, total, follows, err);
+    if (status != KL_OK) status = finish(e, status, err);
+    advance(e, s, status == KL_OK);
+    if (status != KL_OK) return status;
+    e->n_flights++;
+    e->pass_of_flight = e->n_passes;
+    return KL_OK;
+}
+
+bool kl_engine_can_follow(const kl_engine *e)
+{
+    return e->n_flights == 1 && e->pass_of_flight == e->n_passes;
+}
+
+kl_status kl_engine_land(kl_engine *e, const kl_step *s, kl_error *err)
+{
+    const kl_flight *const f = &e->flights[e->first_flight];
+    e->first_flight = (e->first_flight + 1) % 2;
+    e->n_flights--;
+    KL_TRY(e->be->vt->wait_mark(e->be, f->mark, err));
+    hand_over(s, &f->shape, host_outputs(f->host, f->in_bytes));
+    return KL_OK;
+}
+
+void kl_engine_abandon(kl_engine *e)
+{
+    e->n_flights = 0;
 }

@@ -1,7 +1,7 @@
 /*
  * embedding.cu -- picking rows: embedding and gather.
  *
- * Computes     out[n, :] = from[rows[n], :], in the dtype of out
+ * Computes     out[n, :] = from[rows[n], :], in the dtype of out; zeros where rows[n] is -1
  * Shapes       from [R, D]; rows [N] i32; out [N, D]
  * Layout       dense, row-major
  * Precision    a copy, widened or rounded to the dtype of out
@@ -34,7 +34,8 @@ __global__ __launch_bounds__(THREADS) void pick_kernel(const From *from, const i
     const int64_t n = blockIdx.x;
     let_next_start();
     wait_for_inputs();
-    from += rows[n] * D;
+    const int row = rows[n];
+    if (row >= 0) from += row * D;
     to += n * D;
     for (int64_t first = threadIdx.x * VEC; first < D; first += THREADS * VEC * UNROLL) {
         vec<From, VEC> x[UNROLL];
@@ -48,7 +49,8 @@ __global__ __launch_bounds__(THREADS) void pick_kernel(const From *from, const i
             const int64_t i = first + u * THREADS * VEC;
             vec<To, VEC> y;
 #pragma unroll
-            for (int j = 0; j < VEC; j++) y.x[j] = convert<To>(x[u].x[j]);
+            for (int j = 0; j < VEC; j++)
+                y.x[j] = row < 0 ? from_float<To>(0.0f) : convert<To>(x[u].x[j]);
             if (i < D) *reinterpret_cast<vec<To, VEC> *>(to + i) = y;
         }
     }

@@ -7,7 +7,7 @@
 
 /* ---- rows -------------------------------------------------------------------------------- */
 
-static const int32_t IDS[] = {3, 0, 49, 49, 7, 12, 31, 2, 48};
+static const int32_t IDS[] = {3, 0, 49, 49, 7, 12, 31, 2, 48, -1};
 enum { PICKED = 9, ROWS = 50 };
 
 static void embedding_and_gather(void)
@@ -15,10 +15,10 @@ static void embedding_and_gather(void)
     static const int64_t widths[] = {1, 37, 64, 2304};
     for (int i = 0; i < 16; i++) {
         parts p = {0};
-        kl_embedding a = {.ids = integers(PICKED, IDS),
+        kl_embedding a = {.ids = integers(PICKED + 1, IDS),
                           .table =
                               weight(i % 2 == 0 ? KL_W_F32 : KL_W_BF16, ROWS, widths[i / 4])};
-        a.out = tensor(ACTS[i / 2 % 2], true, 2, PICKED, widths[i / 4], 1, 1);
+        a.out = tensor(ACTS[i / 2 % 2], true, 2, PICKED + 1, widths[i / 4], 1, 1);
         IN(a.ids);
         WEIGHT(a.table);
         OUT(a.out, 0);

@@ -1,128 +1,9 @@
 /*
- * test_recording.c -- token steps from recordings, over the CPU's operations: a backend that
- * notes calls while it records and makes them again when asked.
+ * test_recording.c -- token steps from recordings.
  */
-#include "test.h"
+#include "recorder.h"
 
-#include "base/memory.h"
-#include "model/engine_struct.h"
-#include "tiny_model.h"
-
-enum { VOCAB = 97, MAX_CALLS = 256, MAX_EVENTS = 512, N_REQUESTS = 5 };
-
-/* ---- a backend that records ------------------------------------------------------------ */
-
-typedef struct call {
-    kl_status (*run)(kl_backend *be, const struct call *c, kl_error *err);
-    union {
-#define KL_FIELD(op) kl_##op op;
-        KL_OPS(KL_FIELD)
-#undef KL_FIELD
-    } args;
-} call;
-
-struct kl_recording {
-    int n;
-    call calls[MAX_CALLS];
-};
-
-static const kl_backend_vtbl *cpu;
-static kl_recording *noting; /* NULL: calls are made */
-static int n_made, n_freed, n_replayed, n_enqueued;
-static bool fail_begin, fail_end;
-static int fail_call; /* the k-th call that would be noted fails; 0: none */
-
-#define KL_DEFINE(op)                                                                          \
-    static kl_status run_##op(kl_backend *be, const call *c, kl_error *err)                    \
-    {                                                                                          \
-        return cpu->op(be, &c->args.op, err);                                                  \
-    }                                                                                          \
-    static kl_status note_##op(kl_backend *be, const kl_##op *a, kl_error *err)                \
-    {                                                                                          \
-        if (noting == NULL) {                                                                  \
-            n_enqueued++;                                                                      \
-            return cpu->op(be, a, err);                                                        \
-        }                                                                                      \
-        if (fail_call != 0 && noting->n + 1 == fail_call)                                      \
-            return kl_fail(err, KL_ERR_DEVICE, "as the test asked");                           \
-        EXPECT(noting->n < MAX_CALLS);                                                         \
-        call *c = &noting->calls[noting->n++];                                                 \
-        c->run = run_##op;                                                                     \
-        c->args.op = *a;                                                                       \
-        return KL_OK;                                                                          \
-    }
-KL_OPS(KL_DEFINE)
-#undef KL_DEFINE
-
-/* Not something that can be repeated: the host's memory has other contents by then. */
-static kl_status copy_now(kl_backend *be, void *dst, const void *src, size_t n, kl_error *err)
-{
-    EXPECT(noting == NULL);
-    return cpu->copy_in(be, dst, src, n, err);
-}
-
-static kl_status record_begin(kl_backend *be, kl_error *err)
-{
-    (void)be;
-    EXPECT(noting == NULL);
-    if (fail_begin) return kl_fail(err, KL_ERR_DEVICE, "as the test asked");
-    noting = kl_calloc(1, sizeof *noting);
-    return noting == NULL ? kl_fail(err, KL_ERR_MEMORY, "no memory") : KL_OK;
-}
-
-static kl_status record_end(kl_backend *be, kl_recording **out, kl_error *err)
-{
-    (void)be;
-    EXPECT(noting != NULL);
-    *out = fail_end ? NULL : noting;
-    n_made += !fail_end;
-    if (fail_end) kl_free(noting);
-    noting = NULL;
-    return fail_end ? kl_fail(err, KL_ERR_DEVICE, "as the test asked") : KL_OK;
-}
-
-static kl_status replay(kl_backend *be, kl_recording *r, kl_error *err)
-{
-    n_replayed++;
-    for (int i = 0; i < r->n; i++) KL_TRY(r->calls[i].run(be, &r->calls[i], err));
-    return KL_OK;
-}
-
-static void free_recording(kl_backend *be, kl_recording *r)
-{
-    (void)be;
-    n_freed++;
-    kl_free(r);
-}
-
-static kl_backend *open_cpu(void)
-{
-    const kl_backend_options options = {.threads = 1};
-    kl_backend *be = NULL;
-    kl_error err = {KL_OK, ""};
-    EXPECT(kl_backend_open("cpu", NULL, &options, &be, &err) == KL_OK);
-    return be;
-}
-
-static kl_backend *open_recording(void)
-{
-    static kl_backend_vtbl table;
-    kl_backend *be = open_cpu();
-    cpu = be->vt;
-    table = *cpu;
-#define KL_ENTRY(op) table.op = note_##op;
-    KL_OPS(KL_ENTRY)
-#undef KL_ENTRY
-    table.copy_in = table.copy_out = copy_now;
-    table.record_begin = record_begin;
-    table.record_end = record_end;
-    table.replay = replay;
-    table.free_recording = free_recording;
-    be->vt = &table;
-    n_made = n_freed = n_replayed = n_enqueued = fail_call = 0;
-    fail_begin = fail_end = false;
-    return be;
-}
+enum { VOCAB = 97, MAX_EVENTS = 512, N_REQUESTS = 5 };
 
 static kl_engine *open_engine(kl_backend *be)
 {
@@ -185,7 +66,7 @@ static int64_t generate(kl_engine *e, outcome *out)
 static void replayed_steps_have_the_bits_of_enqueued_ones(void)
 {
     static outcome wanted[MAX_EVENTS], got[MAX_EVENTS];
-    kl_backend *plain = open_cpu(), *be = open_recording();
+    kl_backend *plain = open_cpu(), *be = open_recording(false);
     kl_engine *a = open_engine(plain), *b = open_engine(be);
     const int64_t n = generate(a, wanted);
     EXPECT(n == 30 + 50 + 70 + 90 + 110);
@@ -245,7 +126,7 @@ static kl_step step_of(batch *b, int n, int top)
 static void the_table_has_an_end(void)
 {
     batch b;
-    kl_backend *be = open_recording();
+    kl_backend *be = open_recording(false);
     kl_engine *e = open_engine(be);
     kl_error err = {KL_OK, ""};
     for (int n = 1; n <= 4; n++) {
@@ -270,7 +151,7 @@ static void logits_and_captures_are_enqueued(void)
 {
     static float stream[4 * 24];
     batch b;
-    kl_backend *be = open_recording();
+    kl_backend *be = open_recording(false);
     kl_engine *e = open_engine(be);
     kl_error err = {KL_OK, ""};
     const kl_capture capture = {1, stream};
@@ -301,7 +182,7 @@ static void failures_leave_a_usable_engine(void)
     enum { BEGIN, CALL, END, STOP, N };
     batch b;
     int calls = 0;
-    kl_backend *be = open_recording();
+    kl_backend *be = open_recording(false);
     kl_engine *e = open_engine(be);
     kl_error err = {KL_OK, ""};
     make_batch(e, &b);

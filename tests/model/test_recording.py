@@ -79,6 +79,44 @@ def test_generations_take_turns(engine):
     assert take_turns(engine, None) == want
 
 
+def test_stop_tokens(engine):
+    """A step is under way when a stop token comes: it does nothing to the next request."""
+    whole = finish(engine.generate(requests(1)), None)
+    tokens = [e[1] for e in whole]
+    for token in dict.fromkeys(tokens[:24]):
+        end = tokens.index(token)
+        events = finish(engine.generate([requests(1)[0] | dict(stop_ids=[token])]), None)
+        assert [e[1:3] for e in events] == [e[1:3] for e in whole[: end + 1]]
+        assert events[-1][3] == "stop" and engine.usage() == (0, 0)
+
+
+def test_a_stop_beside_others(path):
+    """Those beside it go on; a step counts it once more, so this takes rows that stand alone."""
+    e = open_engine(
+        path, device="cuda", format="bf16", max_batch=3, max_context=512, invariant=True
+    )
+    alone = [finish(e.generate([r]), unchanged) for r in requests(2)]
+    for end in (3, 4, 17, 64):
+        stop = dict(stop_ids=[alone[0][end][1]])
+        first = [x[1] for x in alone[0]].index(alone[0][end][1])
+        both = finish(e.generate([requests(2)[0] | stop, requests(2)[1]]), None)
+        assert [x[1:3] for x in both if x[0] == 0] == [x[1:3] for x in alone[0][: first + 1]]
+        assert [x[1:3] for x in both if x[0] == 1] == [x[1:3] for x in alone[1]]
+    e.close()
+
+
+def test_leaving_early(engine):
+    """A generation that is left, or closed, with a step under way."""
+    want = finish(engine.generate(requests(2)), None)
+    for steps in range(1, 12):
+        generation = engine.generate(requests(2))
+        events = generation.run(steps, None, None)
+        assert events == want[: len(events)]
+        generation.close()
+        assert engine.usage() == (0, 0)
+    assert finish(engine.generate(requests(2)), None) == want
+
+
 def test_nothing_else_is_touched(engine):
     """Sequences at rest, forks and prompts between replayed steps are what they are without."""
     ids = np.random.default_rng(9).integers(3, 199, 100).tolist()
