@@ -1,11 +1,27 @@
 /*
- * ends.h -- the norm before a product and the sum after it, as operations, for backends that run
- * them so.
+ * ends.h -- the norm before a product and the sum after it: the act between them, and the two as
+ * operations, for backends that run them so.
  */
 #ifndef KL_BACKEND_ENDS_H
 #define KL_BACKEND_ENDS_H
 
 #include "backend/ops.h"
+
+/* Of h: with a norm before it, not x's. */
+static inline kl_dtype kl_linear_act(const kl_linear *a)
+{
+    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+}
+
+static inline kl_dtype kl_mlp_act(const kl_mlp *a)
+{
+    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+}
+
+static inline kl_dtype kl_moe_act(const kl_moe *a)
+{
+    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+}
 
 /* h = norm(x). An x of another dtype than h goes in as a residual, which nothing is added to. */
 static inline kl_rms_norm kl_norm_before(kl_tensor x, kl_tensor weight, float eps, kl_tensor h)

@@ -124,11 +124,6 @@ typedef struct {
     float norm_eps;        /* > 0 with a norm_weight                     */
 } kl_linear;
 
-static inline kl_dtype kl_linear_act(const kl_linear *a)
-{
-    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
-}
-
 /* Two linear maps of one act, neither of which reads the other's result: the results of two
  * calls of linear, whose workspaces go unused. */
 typedef struct {
@@ -149,11 +144,6 @@ typedef struct {
     kl_dtype act;          /* as in linear                               */
     float norm_eps;
 } kl_mlp;
-
-static inline kl_dtype kl_mlp_act(const kl_mlp *a)
-{
-    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
-}
 
 /* Depthwise causal convolution over time, then an optional SiLU:
  *     y[t, c] = act( sum_j weight[c, j] * x[t - (W-1) + j, c] )
@@ -420,11 +410,6 @@ typedef struct {
     float scaling;
     bool renormalize;
 } kl_moe;
-
-static inline kl_dtype kl_moe_act(const kl_moe *a)
-{
-    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
-}
 
 /* Log-probabilities of given next tokens, without a [T, rows] matrix:
  *     z = hidden lm_head^T;  logprobs[t] = z[targets[t]] - logsumexp(z)

@@ -236,8 +236,10 @@ static void take_draws(kl_generation *g, int64_t n_items)
         const int64_t draws = kl_generation_draws(g, &g->items[k]);
         const int64_t taken = g->guessed ? g->taken[k] : draws;
         q->n_drafted += g->guessed ? draws - 1 : 0;
-        q->n_accepted += g->guessed ? taken - 1 : 0;
-        for (int64_t i = 0; i < taken; i++) kl_generation_take_token(g, row + i);
+        for (int64_t i = 0; i < taken; i++) {
+            q->n_accepted += i < taken - 1; /* had been guessed; the caller may stop at any */
+            kl_generation_take_token(g, row + i);
+        }
         row += draws;
     }
 }

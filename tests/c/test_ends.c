@@ -4,6 +4,8 @@
  */
 #include "pieces.h"
 
+#include "backend/ends.h"
+
 typedef struct {
     kl_dtype act, x;
     int64_t tokens, in, out;

@@ -124,6 +124,8 @@ def test_streams(model):
         (c.text, c.token_id, c.logprob, c.top) for c in guessed
     ]
     assert guessed[-1].stats.accepted > 0 and guessed[-1].finish_reason == "length"
+    for n, chunk in enumerate(guessed, 1):  # whoever stops here has had no more
+        assert chunk.stats.accepted <= n
     for chunk in model.stream(ROUND, **ASK, speculate=9):
         if chunk.stats.accepted:
             break  # in the middle of a step's tokens
