@@ -16,10 +16,9 @@
  *              the summaries of segments (both warpgroups take rows, 64 of C and 64 of M), then
  *              for the outputs
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
- *              an H100; bound by what preparing takes, most of the instructions
- * Measured     H100, 8,192 tokens of 32 heads: 398 us (28 % of the roofline), with the softplus
- *              gate 453, before preparing shed a fifth of its instructions; H200 372 and 403
- *              (benchmarks/bench_kda.py, 2026-11-22)
+ *              an H100; bound by what preparing takes, which waits more than it issues
+ * Measured     H200, 8,192 tokens of 32 heads: 305 us (26 % of its roofline of 78 us), with the
+ *              softplus gate 343; H100 before: 398 and 453 (benchmarks/bench_kda.py, 2026-11-22)
  */
 #include "kda_prefill_scan.cuh"
 
@@ -31,13 +30,13 @@ constexpr int GROUPS = 4; /* warpgroups; in blocks that scan, one prepares */
 constexpr int THREADS = GROUPS * GROUP;
 /* Roles of the warpgroups of a block that scans. */
 enum { CHAIN, OUTPUT, BRING, PREPARE };
-/* A chain warp holds its rows of the state beside their operands; the others give up for it. */
-constexpr int CHAIN_REGISTERS = 168, OTHER_REGISTERS = 112;
-/* Of those who bring chunks, where two are chains. */
-constexpr int BRING_REGISTERS = 64;
+/* Registers of a thread: at first, and those of a chain warp, which holds its rows of the state
+ * beside their operands; the other two roles of a block that scans give up for it. */
+constexpr int REGISTERS = 128, CHAIN_REGISTERS = 168;
+constexpr int OUTPUT_REGISTERS = 112, BRING_REGISTERS = 48;
 static_assert(SCANNERS == PREPARERS);
-static_assert(CHAIN_REGISTERS + 3 * OTHER_REGISTERS <= 512);
-static_assert(2 * CHAIN_REGISTERS + OTHER_REGISTERS + BRING_REGISTERS <= 512);
+static_assert(REGISTERS * THREADS == 64 * 1024);
+static_assert(2 * CHAIN_REGISTERS + BRING_REGISTERS + REGISTERS <= 4 * REGISTERS);
 /* Chunks in flight: more than what all groups prepare at once, and 16 MB. Of a pair: as many let
  * as many groups prepare ahead of it; more than 64 chunks ahead serve nobody. */
 constexpr int RING = 512, FEWEST_SLOTS = 8, MOST_SLOTS = 64;
@@ -78,7 +77,7 @@ __device__ void init_barriers(scan_memory &m)
 {
     for (int i = 0; i < STAGES; i++) {
         barrier_init(&m.full[i], WARP + 1);
-        barrier_init(&m.empty[i], 2 * SCANNERS);
+        barrier_init(&m.empty[i], 2 * SCANNERS + 1); /* and who publishes */
     }
     for (int w = 0; w < SCANNERS; w++) {
         barrier_init(&m.has_state[w], 1);
@@ -98,10 +97,10 @@ __device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
         registers_up_to<CHAIN_REGISTERS>();
         run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m);
     } else if (group == BRING) {
-        registers_down_to<outputs ? OTHER_REGISTERS : BRING_REGISTERS>();
-        if (w == 0) bring_chunks(s, m);
+        registers_down_to<BRING_REGISTERS>();
+        bring_chunks(s, w, m);
     } else if constexpr (outputs) {
-        registers_down_to<OTHER_REGISTERS>();
+        registers_down_to<OUTPUT_REGISTERS>();
         run_output(s, w, m);
     } else {
         registers_up_to<CHAIN_REGISTERS>();
@@ -138,7 +137,6 @@ __global__ __launch_bounds__(THREADS,
     if (scans && group != PREPARE) {
         scan_chunks<pass>(s, group, w % PREPARERS, m.scan);
     } else {
-        registers_down_to<OTHER_REGISTERS>();
         prepare_chunks(a, p, m.lanes, group, group == PREPARE ? m.prepare : m.more[group]);
     }
 }

@@ -36,13 +36,14 @@ constexpr float LOST_TO_TF32 = 2 * 0.00035221f;
 static_assert(GROUP == KDA_K, "a thread has a channel");
 static_assert(PREPARERS * 4 * CHANNELS == KDA_K, "a warp has 32 channels");
 
-/* What turns A into X. */
+/* What turns A into X, in the place of X's two parts until they are known. */
 struct inverse_memory {
     float A[2][BLOCK][BLOCK];   /* diagonal blocks, transposed */
     float A_left[BLOCK][BLOCK]; /* the block below them        */
     float product[BLOCK][BLOCK];
-    float X[KDA_TOKENS][KDA_TOKENS + 4]; /* (1 + A)^-1 */
 };
+static_assert(sizeof(inverse_memory) == sizeof(kda_chunk::X) + sizeof(kda_chunk::X_low));
+static_assert(offsetof(kda_chunk, X_low) == offsetof(kda_chunk, X) + sizeof(kda_chunk::X));
 
 /* A chunk to prepare. */
 struct item {
@@ -55,18 +56,22 @@ struct item {
 
 /* Shared memory of a group. */
 struct alignas(128) prepare_memory {
-    float part[PREPARERS][TILES][2][OCTET][OCTET]; /* A and M over a warp's channels */
+    kda_chunk chunk; /* until it is copied to its slot */
     union {
-        float4 left[OCTETS][2][GROUP]; /* a lane's k times its decays up to the octet's end */
-        inverse_memory inverse;        /* afterwards */
+        float part[PREPARERS][TILES][2][OCTET][OCTET]; /* A and M over a warp's channels */
+        float X[KDA_TOKENS][KDA_TOKENS + 4];           /* (1 + A)^-1, afterwards */
     };
     float squares[2][KDA_TOKENS][PREPARERS]; /* sums of k^2 and q^2 */
-    bf16 M[KDA_TOKENS][KDA_TOKENS];
-    float total[KDA_K]; /* log2 of the chunk's decays */
+    float total[KDA_K];                      /* log2 of the chunk's decays */
     float beta[KDA_TOKENS];
     float bias[KDA_K]; /* of the gate */
     item items[2];     /* the group's and its next */
 };
+
+__device__ inline inverse_memory &inverse_of(prepare_memory &m)
+{
+    return reinterpret_cast<inverse_memory &>(m.chunk.X);
+}
 
 __device__ inline void group_barrier(int group)
 {

@@ -6,10 +6,11 @@
  * of the channels that both sides share: so these come from registers. An octet's rows, its k
  * above its q, meet the k of its own and of earlier octets:
  *     sum_d x_i k_j 2^(L_i - L_j) = sum_d (x_i 2^(L_i - m)) (k_j 2^(m - L_j))
- * with L the sums of log2-decays and m their value in the middle of i's octet. Against earlier
- * octets the right factor's exponent is negative and the left one's reaches back four tokens at
- * most; within the octet both span four tokens. If four tokens decay by more than 2^-100, the
- * octet's own product is formed pair by pair from differences, and m is its start.
+ * with L the sums of log2-decays and m their value where the octet starts, 0: against earlier
+ * octets both exponents are negative then, and the left factor is what E x is made of. Within the
+ * octet the right one's is not; where eight tokens decay by more than 2^-100, m is the value in
+ * the middle there, four tokens away at most, and if those decay by as much, the octet's own
+ * product is formed pair by pair from differences.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_OCTETS_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_OCTETS_H
@@ -17,6 +18,12 @@
 #include "kda_prefill_group.cuh"
 
 namespace kda {
+
+/* The lane's first channel of a head. */
+__device__ inline int lane_channel()
+{
+    return warp_id() % PREPARERS * 32 + lane_id() % 4 * CHANNELS;
+}
 
 /* ---- A and M ----------------------------------------------------------------------------- */
 
@@ -47,8 +54,10 @@ __device__ inline uint32_t to_tf32(float x)
 }
 
 /* Left operands of m16n8k8, for the lane's channels 2 s and 2 s + 1: rows of k above rows of q. */
+using left_rows = uint32_t[CHANNELS / 2][4];
+
 __device__ inline void left_operands(const float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                     const float (&f)[CHANNELS], uint32_t (&a)[CHANNELS / 2][4])
+                                     const float (&f)[CHANNELS], left_rows &a)
 {
 #pragma unroll
     for (int s = 0; s < CHANNELS / 2; s++) {
@@ -59,15 +68,13 @@ __device__ inline void left_operands(const float (&k)[CHANNELS], const float (&q
 }
 
 /* An octet's rows against the k of an octet: 8 x 8 of A and of M, over the warp's channels. */
-__device__ inline void multiply_octets(const uint32_t (&a)[CHANNELS / 2][4],
-                                       const float (&k)[CHANNELS], const float (&f)[CHANNELS],
+__device__ inline void multiply_octets(const left_rows &a, const float (&k)[CHANNELS],
                                        float (*to)[OCTET][OCTET])
 {
     float sum[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int s = 0; s < CHANNELS / 2; s++) {
-        const uint32_t b[2] = {to_tf32(k[2 * s] * f[2 * s]),
-                               to_tf32(k[2 * s + 1] * f[2 * s + 1])};
+        const uint32_t b[2] = {to_tf32(k[2 * s]), to_tf32(k[2 * s + 1])};
         mma_tf32(sum, a[s], b);
     }
     const int row = lane_id() / 4, column = lane_id() % 4 * 2;
@@ -87,6 +94,9 @@ __device__ inline char *lane_piece(kda_chunk &out)
            (piece % 8 ^ row) * 16;
 }
 
+constexpr int LAST_ROW = 4 * (OCTET - 1); /* its first lane */
+constexpr float FURTHEST = 0x1p-100f;     /* 2^-STEEPEST     */
+
 enum operand { K_DECAYED, Q_DECAYED, K_LEFT };
 static_assert(offsetof(kda_chunk, q_decayed) == Q_DECAYED * sizeof(kda_chunk::k_decayed));
 static_assert(offsetof(kda_chunk, k_left) == K_LEFT * sizeof(kda_chunk::k_decayed));
@@ -99,106 +109,152 @@ __device__ inline void write_piece(char *lane, operand which, int o, const uint4
 
 /* ---- a chunk ----------------------------------------------------------------------------- */
 
-__device__ inline void put_left(prepare_memory &m, int c, const float (&x)[CHANNELS])
+/* Where the lane keeps its k of octet c < 3 times their decays up to the end of the latest octet,
+ * half of the channels: in its own pieces of F k and, octet 1, where X is to come. The last octet
+ * writes F k of an octet when it has read what the lane keeps there. */
+__device__ inline float4 *left_piece(prepare_memory &m, char *lane, int c, int half)
 {
-    const int thread = threadIdx.x % GROUP;
-    m.left[c][0][thread] = float4{x[0], x[1], x[2], x[3]};
-    m.left[c][1][thread] = float4{x[4], x[5], x[6], x[7]};
+    char *X = reinterpret_cast<char *>(m.chunk.X) + threadIdx.x % GROUP * 16;
+    char *own = lane + K_LEFT * sizeof(kda_chunk::k_decayed) + c * OCTET * KDA_K;
+    return reinterpret_cast<float4 *>(c == 1 ? X + half * GROUP * 16
+                                             : own + half * OCTET * KDA_K);
 }
 
-__device__ inline void get_left(const prepare_memory &m, int c, float (&x)[CHANNELS])
+__device__ inline void put_left(prepare_memory &m, char *lane, int c,
+                                const float (&x)[CHANNELS])
 {
-    const int thread = threadIdx.x % GROUP;
-    const float4 u = m.left[c][0][thread], v = m.left[c][1][thread];
+    *left_piece(m, lane, c, 0) = float4{x[0], x[1], x[2], x[3]};
+    *left_piece(m, lane, c, 1) = float4{x[4], x[5], x[6], x[7]};
+}
+
+__device__ inline void get_left(prepare_memory &m, char *lane, int c, float (&x)[CHANNELS])
+{
+    const float4 u = *left_piece(m, lane, c, 0), v = *left_piece(m, lane, c, 1);
     x[0] = u.x, x[1] = u.y, x[2] = u.z, x[3] = u.w;
     x[4] = v.x, x[5] = v.y, x[6] = v.z, x[7] = v.w;
 }
 
-/* An octet's rows against the k of the octets before it, which then reach to its end; with the
- * last octet they are what the chunk leaves. */
-__device__ inline void meet_earlier(const uint32_t (&rows)[CHANNELS / 2][4], int o,
-                                    const float (&to_middle)[CHANNELS],
-                                    const float (&to_end)[CHANNELS], prepare_memory &m,
-                                    char *out)
+/* An octet's rows, over its start, against the k of the octets before it, which then reach to its
+ * end; with the last octet they are what the chunk leaves. */
+__device__ inline void meet_earlier(const left_rows &rows, int o, const float (&end)[CHANNELS],
+                                    prepare_memory &m, char *out)
 {
 #pragma unroll 1
     for (int c = 0; c < o; c++) {
         float k[CHANNELS];
-        get_left(m, c, k);
-        multiply_octets(rows, k, to_middle, m.part[warp_id() % PREPARERS][tile_of(o, c)]);
+        get_left(m, out, c, k);
+        multiply_octets(rows, k, m.part[warp_id() % PREPARERS][tile_of(o, c)]);
         if (o == OCTETS - 1) {
-            write_piece(out, K_LEFT, c, pack(k, to_end));
+            write_piece(out, K_LEFT, c, pack(k, end));
         } else {
 #pragma unroll
-            for (int i = 0; i < CHANNELS; i++) k[i] *= to_end[i];
-            put_left(m, c, k);
+            for (int i = 0; i < CHANNELS; i++) k[i] *= end[i];
+            put_left(m, out, c, k);
         }
     }
 }
 
-/* Octet o, given its log2-decays; `before` are the sums of those of the octets before it. */
+/* The rows as they have been since the chunk's start, E k and E q. */
+__device__ inline void write_rows(const left_rows &a, const float (&start)[CHANNELS], int o,
+                                  char *out)
+{
+    uint32_t k[CHANNELS / 2], q[CHANNELS / 2];
+#pragma unroll
+    for (int s = 0; s < CHANNELS / 2; s++) {
+        const float x = start[2 * s], y = start[2 * s + 1];
+        k[s] = pack_bf16(__uint_as_float(a[s][0]) * x, __uint_as_float(a[s][2]) * y);
+        q[s] = pack_bf16(__uint_as_float(a[s][1]) * x, __uint_as_float(a[s][3]) * y);
+    }
+    write_piece(out, K_DECAYED, o, uint4{k[0], k[1], k[2], k[3]});
+    write_piece(out, Q_DECAYED, o, uint4{q[0], q[1], q[2], q[3]});
+}
+
+/* An octet's own product, and its k up to its end, where that may be 2^-STEEPEST or less. */
+__device__ inline void meet_itself_far(float (&k)[CHANNELS], const float (&q)[CHANNELS],
+                                       const float (&L)[CHANNELS],
+                                       const float (&above)[CHANNELS],
+                                       float (*own)[OCTET][OCTET])
+{
+    bool steep = false;
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) steep |= fabsf(above[i]) > STEEPEST;
+    if (__any_sync(ALL_LANES, steep)) {
+        steep_octet(k, q, L, own);
+    } else {
+        float f[CHANNELS], other[CHANNELS];
+        left_rows rows;
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) {
+            f[i] = exp2_approx(above[i]);
+            other[i] = k[i] * exp2_approx(-above[i]);
+        }
+        left_operands(k, q, f, rows);
+        multiply_octets(rows, other, own);
+    }
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++)
+        k[i] *= exp2_approx(__shfl_sync(ALL_LANES, L[i], LAST_ROW + lane_id() % 4) - L[i]);
+}
+
+/* The sums of an octet's log2-decays to the chunk's, by the lanes that have its last row. */
+__device__ inline void add_to_total(const float (&L)[CHANNELS], int o, prepare_memory &m)
+{
+    if (lane_id() < LAST_ROW) return;
+    float *total = &m.total[lane_channel()], x[CHANNELS] = {};
+    if (o > 0) load_floats(total, x);
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) x[i] += L[i];
+    store_floats(total, x);
+}
+
+/* Octet o, given its log2-decays; `start` are the decays of those before it. */
 __device__ inline void prepare_octet(int o, float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                     const lane_gates &decays, float (&before)[CHANNELS],
+                                     const lane_gates &decays, float (&start)[CHANNELS],
                                      prepare_memory &m, char *out)
 {
     float L[CHANNELS], above[CHANNELS]; /* sums of log2-decays; the same over the middle's */
-    float middle[CHANNELS], total[CHANNELS], f[CHANNELS];
+    float f[CHANNELS], end[CHANNELS];
+    left_rows rows;
+    bool far = false;
     float(*own)[OCTET][OCTET] = m.part[warp_id() % PREPARERS][tile_of(o, o)];
     sum_over_octet(decays, L, above);
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) {
-        middle[i] = L[i] - above[i];
-        total[i] = __shfl_sync(ALL_LANES, L[i], 4 * (OCTET - 1) + lane_id() % 4);
-        f[i] = exp2_approx(L[i] + before[i]);
-        before[i] += total[i];
+        f[i] = exp2_approx(L[i]);
+        end[i] = __shfl_sync(ALL_LANES, f[i], LAST_ROW + lane_id() % 4);
+        far |= !(end[i] >= FURTHEST);
     }
-    write_piece(out, K_DECAYED, o, pack(k, f));
-    write_piece(out, Q_DECAYED, o, pack(q, f));
-
-    bool steep = false;
-    uint32_t rows[CHANNELS / 2][4];
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) steep |= fabsf(above[i]) > STEEPEST;
-    steep = __any_sync(ALL_LANES, steep);
-    if (steep) {
-        steep_octet(k, q, L, own);
-        /* The octet's start serves the earlier octets, then, for any decay. */
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) above[i] = L[i], middle[i] = 0;
-    }
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) f[i] = exp2_approx(above[i]);
+    add_to_total(L, o, m);
     left_operands(k, q, f, rows);
-    if (!steep) {
+    write_rows(rows, start, o, out);
 #pragma unroll
-        for (int i = 0; i < CHANNELS; i++) f[i] = exp2_approx(-above[i]);
-        multiply_octets(rows, k, f, own);
-    }
+    for (int i = 0; i < CHANNELS; i++) start[i] *= end[i];
+    if (__any_sync(ALL_LANES, far)) {
+        meet_itself_far(k, q, L, above, own);
+    } else {
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-        k[i] *= exp2_approx(total[i] - L[i]);
-        middle[i] = exp2_approx(middle[i]);
-        total[i] = exp2_approx(total[i]);
+        for (int i = 0; i < CHANNELS; i++) k[i] *= exp2_approx(-L[i]);
+        multiply_octets(rows, k, own);
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) k[i] *= end[i];
     }
-    meet_earlier(rows, o, middle, total, m, out);
+    meet_earlier(rows, o, end, m, out);
     const float one[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
     if (o == OCTETS - 1)
         write_piece(out, K_LEFT, o, pack(k, one));
     else
-        put_left(m, o, k);
+        put_left(m, out, o, k);
 }
 
 /* The head's columns that a lane reads. */
 struct lane_columns {
     long long qk, g;
-    int channel;
 };
 
 __device__ inline lane_columns columns_of(const item &c)
 {
-    const int channel = warp_id() % PREPARERS * 32 + lane_id() % 4 * CHANNELS;
-    return {static_cast<long long>(c.hk) * KDA_K + channel,
-            static_cast<long long>(c.h) * KDA_K + gate_channel(), channel};
+    return {static_cast<long long>(c.hk) * KDA_K + lane_channel(),
+            static_cast<long long>(c.h) * KDA_K + gate_channel()};
 }
 
 /* What an octet needs from device memory: the lane's pieces of its row. */
@@ -276,10 +332,10 @@ __device__ inline float2 factors_of(const prepare_memory &m, int row, bool norma
 }
 
 __device__ inline void prepare_octets(const kda_arguments &a, const item &c,
-                                      const lane_columns &at, prepare_memory &m, kda_chunk &out)
+                                      const lane_columns &at, prepare_memory &m)
 {
     const head_gate gate = gate_of(a, c.h);
-    float before[CHANNELS] = {};
+    float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
     octet_reader from(a, c, at);
     raw_octet x;
     from.read(x);
@@ -294,12 +350,8 @@ __device__ inline void prepare_octets(const kda_arguments &a, const item &c,
         unpack_gates(x.g, a.g.is_bf16, decays);
         apply_gate(a, gate, c.tokens - OCTET * o, &m.bias[gate_channel()], decays);
         if (o < OCTETS - 1) from.read(x);
-        prepare_octet(o, k, q, decays, before, m, lane_piece(out));
+        prepare_octet(o, k, q, decays, start, m, lane_piece(m.chunk));
     }
-    if (lane_id() / 4 > 0) return;
-    float4 *to = reinterpret_cast<float4 *>(&m.total[at.channel]);
-    to[0] = float4{before[0], before[1], before[2], before[3]};
-    to[1] = float4{before[4], before[5], before[6], before[7]};
 }
 
 } // namespace kda

@@ -5,6 +5,7 @@
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_PREPARE_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_PREPARE_H
 
+#include "../device/barrier.cuh"
 #include "kda_prefill_octets.cuh"
 #include "kda_prefill_squares.cuh"
 
@@ -33,10 +34,34 @@ __device__ inline void write_flag(unsigned *p, unsigned x)
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
-/* What this thread wrote to device memory is there before the copy engine reads it. */
+__device__ inline void write_release(unsigned *p, unsigned x)
+{
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+/* What this thread has seen of device memory comes before what the copy engine does there. */
 __device__ inline void fence_global_for_copies()
 {
     asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+/* From shared to device memory by the copy engine; addresses and bytes are multiples of 16. The
+ * thread waits with wait_for_copies_out(). */
+__device__ inline void copy_bytes_out(void *global, const void *shared, uint32_t bytes)
+{
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+                 "cp.async.bulk.commit_group;" ::"l"(global),
+                 "r"(shared_address(shared)), "r"(bytes)
+                 : "memory");
+}
+
+/* Until all of the thread's have been read from shared memory, or are done. */
+template <bool only_read> __device__ void wait_for_copies_out()
+{
+    if constexpr (only_read)
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    else
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 /* ---- a chunk ----------------------------------------------------------------------------- */
@@ -46,24 +71,25 @@ __device__ inline bool is_leader()
     return warp_id() % PREPARERS == PREPARERS - 1;
 }
 
-/* Sums of squares over a warp's channels. */
-__device__ inline void sum_squares(const uint4 (&raw)[OCTETS], float (*to)[PREPARERS])
+/* Sums of squares over a warp's channels: the diagonal of an octet's rows times themselves, k
+ * above q. */
+__device__ inline void sum_squares(const uint4 &k, const uint4 &q, int o, prepare_memory &m)
 {
-#pragma unroll
-    for (int o = 0; o < OCTETS; o++) {
-        float v[CHANNELS], sum = 0;
-        unpack(raw[o], 1.0f, v);
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) sum = fmaf(v[i], v[i], sum);
-        sum = warp_sum<4>(sum);
-        if (lane_id() % 4 == 0) to[OCTET * o + lane_id() / 4][warp_id() % PREPARERS] = sum;
-    }
+    const uint32_t low[4] = {k.x, q.x, k.y, q.y}, high[4] = {k.z, q.z, k.w, q.w};
+    float of_k[4] = {0, 0, 0, 0}, of_q[4] = {0, 0, 0, 0};
+    mma_bf16(of_k, low, {k.x, k.y});
+    mma_bf16(of_k, high, {k.z, k.w});
+    mma_bf16(of_q, low, {q.x, q.y});
+    mma_bf16(of_q, high, {q.z, q.w});
+    const int row = lane_id() / 4, warp = warp_id() % PREPARERS;
+    if (lane_id() % 4 != row / 2) return;
+    m.squares[0][OCTET * o + row][warp] = row % 2 ? of_k[1] : of_k[0];
+    m.squares[1][OCTET * o + row][warp] = row % 2 ? of_q[3] : of_q[2];
 }
 
-/* The factors that bring rows to unit length come from here; meanwhile() runs while they load. */
-template <class F>
-__device__ void find_squares(const kda_arguments &a, const item &c, const lane_columns &at,
-                             prepare_memory &m, F meanwhile)
+/* The factors that bring rows to unit length come from here. */
+__device__ inline void find_squares(const kda_arguments &a, const item &c,
+                                    const lane_columns &at, prepare_memory &m)
 {
     uint4 k[OCTETS], q[OCTETS];
 #pragma unroll
@@ -71,9 +97,8 @@ __device__ void find_squares(const kda_arguments &a, const item &c, const lane_c
         k[o] = load_piece(a.k, c, at.qk, o);
         q[o] = load_piece(a.q, c, at.qk, o);
     }
-    meanwhile();
-    sum_squares(k, m.squares[0]);
-    sum_squares(q, m.squares[1]);
+#pragma unroll
+    for (int o = 0; o < OCTETS; o++) sum_squares(k[o], q[o], o, m);
 }
 
 /* Whether the chunk that lay in an item's slot has been copied by all tiles of its pair: a warp
@@ -81,6 +106,8 @@ __device__ void find_squares(const kda_arguments &a, const item &c, const lane_c
 struct room {
     const unsigned *taken = nullptr;
     unsigned seen;
+
+    room() = default;
 
     __device__ room(const kda_plan &p, const item &c, bool asks)
     {
@@ -97,16 +124,29 @@ struct room {
     }
 };
 
-/* A chunk that is written but not yet said to be. It is said when the group has begun the next:
- * by then the writes have arrived, and the release does not wait for them. */
-struct announcement {
+/* A chunk on its way from shared memory to its slot, by the thread that sent it. */
+struct delivery {
     unsigned *flag = nullptr;
     unsigned value;
 
-    __device__ void say()
+    __device__ void send(const kda_plan &p, const item &c, prepare_memory &m)
+    {
+        copy_bytes_out(&p.ring[c.slot], &m.chunk, sizeof m.chunk);
+        flag = &p.ready[c.slot * KDA_FLAG], value = c.serial + 1;
+    }
+
+    /* The next chunk may take its place. */
+    __device__ void wait_until_read() const
+    {
+        if (flag != nullptr) wait_for_copies_out<true>();
+    }
+
+    /* To those who wait for the chunk. The group has begun the next: the copy has ended. */
+    __device__ void announce()
     {
         if (flag == nullptr) return;
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+        wait_for_copies_out<false>();
+        write_release(flag, value);
         flag = nullptr;
     }
 };
@@ -122,30 +162,27 @@ __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int he
     if (!x.is_bf16) prefetch_line(from + 256), prefetch_line(from + 384);
 }
 
-__device__ inline void prepare_chunk(const kda_arguments &a, const kda_plan &p, const item &c,
-                                     int group, prepare_memory &m, announcement &last)
+/* Up to the last barrier, which the caller has. `last` is of the thread that sends. */
+__device__ inline room prepare_chunk(const kda_arguments &a, const kda_plan &p, const item &c,
+                                     int group, prepare_memory &m, delivery &last)
 {
     const lane_columns at = columns_of(c);
-    kda_chunk &out = p.ring[c.slot];
-    room space(p, c, is_leader());
     load_beta(a, c, m);
     load_bias(a, c, m);
-    const auto say_last = [&] { last.say(); };
-    if (a.normalize)
-        find_squares(a, c, at, m, say_last);
-    else
-        say_last();
-    space.wait(p, c);
+    if (a.normalize) find_squares(a, c, at, m);
+    last.wait_until_read();
     group_barrier(group);
-    prepare_octets(a, c, at, m, out);
+    last.announce();
+    prepare_octets(a, c, at, m);
     group_barrier(group);
     add_parts(m);
-    write_decays(m, out);
+    write_decays(m);
     group_barrier(group);
+    const room space(p, c, is_leader());
     invert(m, group);
-    write_squares(m, out);
-    fence_global_for_copies();
-    last = {&p.ready[c.slot * KDA_FLAG], c.serial + 1};
+    write_inverse(m);
+    fence_async_proxy();
+    return space;
 }
 
 /* ---- all chunks -------------------------------------------------------------------------- */
@@ -201,12 +238,12 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
                                       const kda_lanes_of_call &lanes, int group,
                                       prepare_memory &m)
 {
-    const bool first = threadIdx.x % GROUP == 0, leads = is_leader();
-    announcement last;
+    const bool leads = is_leader();
+    delivery last;
     leader tickets;
-    /* Of M's octets above the diagonal two are read: they stay zero. */
+    /* M's octets above the diagonal stay zero. */
     for (int i = threadIdx.x % GROUP; i < KDA_TOKENS * KDA_TOKENS / 2; i += GROUP)
-        reinterpret_cast<uint32_t *>(m.M)[i] = 0;
+        reinterpret_cast<uint32_t *>(m.chunk.M)[i] = 0;
     if (leads) {
         tickets.ask(p, 2);
         tickets.take();
@@ -220,12 +257,17 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
             tickets.ask(p, 1); /* needed after the chunk */
             tickets.put(a, p, lanes, m.items[(n + 1) % 2]);
         }
-        if (c.tokens > 0) prepare_chunk(a, p, c, group, m, last);
+        const bool sends = leads && c.tokens > 0;
+        room space;
+        if (c.tokens > 0) space = prepare_chunk(a, p, c, group, m, last);
         if (leads) tickets.take();
-        group_barrier(group); /* and the chunk is written */
-        if (!first) last.flag = nullptr;
+        group_barrier(group);
+        if (!sends) continue;
+        space.wait(p, c);
+        __syncwarp();
+        if (lane_id() == 0) last.send(p, c, m);
     }
-    if (first) last.say();
+    last.announce();
 }
 
 } // namespace kda

@@ -25,6 +25,7 @@ namespace kda {
 
 constexpr int STAGES = 4;
 constexpr int SCANNERS = KDA_V_TILE / ROWS; /* warps of each of the two kinds */
+constexpr int FETCHERS = 2;                 /* of those who bring chunks */
 constexpr int TILES_OF_TOKENS = KDA_TOKENS / 8;
 constexpr int STEPS = KDA_TOKENS / 16, K_STEPS = KDA_K / 16; /* of a product, 16 deep */
 constexpr int V_PITCH = KDA_V_TILE + 8; /* of a token's values: 16 bytes off a bank's round */
@@ -57,16 +58,28 @@ struct scan_memory {
 
 /* ---- chunks on their way ----------------------------------------------------------------- */
 
-/* The chunks of smaller serials have been copied, their barriers tell: their slots may be filled
- * again. */
+/* The chunks of smaller serials have been copied: their slots may be filled again. */
 __device__ inline void publish(const scanner &s, unsigned serial)
 {
     if (lane_id() == 0)
         write_flag(&s.p.taken[(s.pair * s.p.tiles + s.tile) * KDA_FLAG], serial);
 }
 
-/* The chunk, and the values of its tokens, zeros past the last. */
-__device__ inline void fetch(const scanner &s, const walk &at, stage &to, barrier *full)
+/* All lanes have done what they do before; one of them says so. */
+__device__ inline void warp_arrive(barrier *b)
+{
+    __syncwarp();
+    if (lane_id() == 0) barrier_arrive(b);
+}
+
+/* The stage of chunk number `count` is to be filled. */
+__device__ inline void wait_until_empty(scan_memory &m, unsigned count)
+{
+    if (count >= STAGES) barrier_wait(&m.empty[count % STAGES], (count / STAGES - 1) % 2);
+}
+
+/* The values of a chunk's tokens, zeros past the last. */
+__device__ inline void fetch_values(const scanner &s, const walk &at, stage &to, barrier *full)
 {
     constexpr int PIECES = KDA_V_TILE / 8; /* of a token */
     const int lane = lane_id(), tokens = at.tokens_here();
@@ -74,12 +87,6 @@ __device__ inline void fetch(const scanner &s, const walk &at, stage &to, barrie
               piece = lane % PIECES;
     const bf16 *v = static_cast<const bf16 *>(s.a.v.data) + at.token(s) * s.a.v.stride +
                     at.h * s.a.V + s.tile * KDA_V_TILE;
-    if (lane == 0) {
-        const int slot = s.pair * s.p.slots + static_cast<int>(at.serial % s.p.slots);
-        fence_global_for_copies();
-        barrier_arrive_expecting(full, static_cast<int>(sizeof(kda_chunk)));
-        copy_bytes(&to.chunk, &s.p.ring[slot], sizeof(kda_chunk), full);
-    }
 #pragma unroll
     for (int n = 0; n < KDA_TOKENS * PIECES / WARP; n++) {
         const int token = n * (WARP / PIECES) + lane / PIECES;
@@ -90,34 +97,40 @@ __device__ inline void fetch(const scanner &s, const walk &at, stage &to, barrie
     barrier_arrive_after_copies(full);
 }
 
-__device__ inline void wait_until_ready(const scanner &s, scan_memory &m, unsigned serial,
-                                        unsigned count)
+/* A chunk, once it is ready and its stage is free. */
+__device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned count,
+                                   scan_memory &m)
 {
-    const unsigned *ready = &s.p.ready[(s.pair * s.p.slots + serial % s.p.slots) * KDA_FLAG];
-    if (read_acquire(ready) == serial + 1) return;
-    /* Whoever prepares it may wait for a slot, if serials have a gap here. */
-    for (unsigned back = min(count, 2u); back > 0; back--) /* copies may end in any order */
-        barrier_wait(&m.full[(count - back) % STAGES], (count - back) / STAGES % 2);
-    publish(s, serial);
-    while (read_flag(ready) != serial + 1) {
+    const int slot = s.pair * s.p.slots + static_cast<int>(at.serial % s.p.slots);
+    const unsigned *ready = &s.p.ready[slot * KDA_FLAG], i = count % STAGES;
+    while (read_flag(ready) != at.serial + 1) {
     }
     read_acquire(ready);
+    wait_until_empty(m, count);
+    if (lane_id() > 0) return;
+    fence_global_for_copies();
+    barrier_arrive_expecting(&m.full[i], static_cast<int>(sizeof(kda_chunk)));
+    copy_bytes(&m.stages[i].chunk, &s.p.ring[slot], sizeof(kda_chunk), &m.full[i]);
 }
 
-/* One warp brings the chunks of the walk, and the values beside them. */
-__device__ inline void bring_chunks(const scanner &s, scan_memory &m)
+/* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the
+ * round trips to a flag and a chunk take longer than the chain does; one brings the values; one
+ * says which have come. */
+__device__ inline void bring_chunks(const scanner &s, int w, scan_memory &m)
 {
-    unsigned count = 0, previous = 0; /* the serial of the chunk before */
+    unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
         const unsigned i = count % STAGES;
-        if (count >= STAGES) barrier_wait(&m.empty[i], (count / STAGES - 1) % 2);
-        wait_until_ready(s, m, at.serial, count);
-        fetch(s, at, m.stages[i], &m.full[i]);
-        if (count >= 2) {
-            barrier_wait(&m.full[(count - 2) % STAGES], (count - 2) / STAGES % 2);
-            publish(s, previous);
+        if (w < FETCHERS && count % FETCHERS == static_cast<unsigned>(w)) {
+            fetch_chunk(s, at, count, m);
+        } else if (w == FETCHERS) {
+            wait_until_empty(m, count);
+            fetch_values(s, at, m.stages[i], &m.full[i]);
+        } else if (w > FETCHERS) {
+            publish(s, at.serial); /* also where serials have a gap here */
+            barrier_wait(&m.full[i], count / STAGES % 2);
+            warp_arrive(&m.empty[i]);
         }
-        previous = at.serial;
     }
 }
 
@@ -151,14 +164,14 @@ __device__ inline void get(uint32_t (&a)[4], const uint4 &from)
     a[0] = from.x, a[1] = from.y, a[2] = from.z, a[3] = from.w;
 }
 
-/* sum += a x^T over 128 channels, x given by the descriptor of its first half. */
-__device__ inline void multiply_channels(token_sums &sum, const uint32_t (&a)[K_STEPS][4],
-                                         uint64_t x)
+/* sum += a x^T over half of the channels, x given by the descriptor of its first half. */
+__device__ inline void multiply_half(token_sums &sum, const uint32_t (&a)[K_STEPS][4],
+                                     uint64_t x, int half)
 {
-    constexpr int HALF = K_STEPS / 2, HALF_BYTES = KDA_TOKENS * KDA_K;
+    constexpr int EACH = K_STEPS / 2, BYTES = KDA_TOKENS * KDA_K;
 #pragma unroll
-    for (int k = 0; k < K_STEPS; k++)
-        wgmma<KDA_TOKENS>(sum[0], a[k], wgmma_moved(x, k / HALF * HALF_BYTES + k % HALF * 32));
+    for (int k = 0; k < EACH; k++)
+        wgmma<KDA_TOKENS>(sum[0], a[half * EACH + k], wgmma_moved(x, half * BYTES + 32 * k));
 }
 
 /* sum += a x^T over tokens. */
@@ -201,13 +214,6 @@ __device__ inline void settle(token_sums &x)
     for (int t = 0; t < TILES_OF_TOKENS; t++) wgmma_settle(x[t]);
 }
 
-/* All lanes have done what they do before; one of them says so. */
-__device__ inline void warp_arrive(barrier *b)
-{
-    __syncwarp();
-    if (lane_id() == 0) barrier_arrive(b);
-}
-
 /* Descriptors of the operands in the first stage; those of the next lie behind. */
 struct descriptors {
     uint64_t k_decayed, q_decayed, k_left, M, X, X_low;
@@ -226,78 +232,117 @@ __device__ inline uint64_t of_stage(uint64_t descriptor, unsigned i)
     return wgmma_moved(descriptor, i * sizeof(stage));
 }
 
-/* Chunk number `count`, in stage i. The products are the warpgroup's, all else is the warp's. */
-template <chain_rows rows>
-__device__ inline void chain_chunk(warp_state &state, const descriptors &d, unsigned i, int w,
-                                   unsigned count, scan_memory &m)
+/* What a lane takes from a chunk before its products. */
+struct chain_inputs {
+    lane_decays decays;
+    uint32_t v[STEPS][4] = {};
+
+    template <chain_rows rows> __device__ void load(scan_memory &m, int w, unsigned count)
+    {
+        const stage &in = m.stages[count % STAGES];
+        barrier_wait(&m.full[count % STAGES], count / STAGES % 2);
+        load_decays(decays, in.chunk);
+        if constexpr (rows != OF_UNITS) load_values(v, in.v, w * ROWS);
+    }
+};
+
+/* S += u x, x the descriptor of F k. */
+__device__ inline void add_update(warp_state &state, const uint32_t (&u)[STEPS][4], uint64_t x)
 {
     constexpr int ROW_BYTES = 128;
-    const stage &in = m.stages[i];
-    handoff &hand = m.hands[w];
-    uint32_t S[K_STEPS][4], high[STEPS][4], low[STEPS][4], v[STEPS][4] = {};
-    token_sums old = {}, U = {};
-    lane_decays decays;
-    load_decays(decays, in.chunk);
-    if constexpr (rows != OF_UNITS) load_values(v, in.v, w * ROWS);
-#pragma unroll
-    for (int k = 0; k < K_STEPS; k++) to_left(S[k], &state.S[8 * k]);
     wgmma_fence();
-    multiply_channels(old, S, of_stage(d.k_decayed, i));
-    wgmma_commit();
-    if constexpr (rows == OF_OUTPUT) {
-        if (count > 0) barrier_wait(&m.took_state[w], (count - 1) % 2);
 #pragma unroll
-        for (int k = 0; k < K_STEPS; k++) put(hand.S[k][lane_id()], S[k]);
-        warp_arrive(&m.has_state[w]);
-    }
-    state.decay(decays); /* the products read the operands, not the state */
-    wgmma_wait<0>();
-    settle(old);
+    for (int k = 0; k < STEPS; k++)
+        wgmma_transposed<KDA_K>(state.S, u[k], wgmma_moved(x, 16 * ROW_BYTES * k));
+    wgmma_commit();
+}
 
-    subtract_from(high, v, old);
+/* old = S (E k)^T, and S as left operands; those of its second half are made beside the products of
+ * the first. */
+__device__ inline void multiply_state(token_sums &old, uint32_t (&S)[K_STEPS][4],
+                                      const warp_state &state, uint64_t k_decayed)
+{
+    constexpr int EACH = K_STEPS / 2;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int k = half * EACH; k < half * EACH + EACH; k++) to_left(S[k], &state.S[8 * k]);
+        wgmma_fence();
+        multiply_half(old, S, k_decayed, half);
+    }
+    wgmma_commit();
+}
+
+/* To the output warp, once it has taken the last chunk's. */
+template <int steps>
+__device__ inline void hand_over(left_operand<steps> &to, const uint32_t (&x)[steps][4],
+                                 unsigned count, barrier *took, barrier *has)
+{
+    if (count > 0) barrier_wait(took, (count - 1) % 2);
+#pragma unroll
+    for (int k = 0; k < steps; k++) put(to[k][lane_id()], x[k]);
+    warp_arrive(has);
+}
+
+/* U = X (V - old), of which high has V - old. */
+__device__ inline void correct(token_sums &U, const uint32_t (&high)[STEPS][4],
+                               const descriptors &d, unsigned i)
+{
     wgmma_fence();
     multiply_tokens(U, high, of_stage(d.X, i));
     multiply_tokens(U, high, of_stage(d.X_low, i));
     wgmma_commit();
     wgmma_wait<0>();
     settle(U);
+}
+
+/* Chunk number `count`, up to the products that make the next state; the stage before is done
+ * with. The products are the warpgroup's, all else is the warp's. */
+template <chain_rows rows>
+__device__ inline void chain_chunk(warp_state &state, const chain_inputs &in,
+                                   const descriptors &d, int w, unsigned count, scan_memory &m)
+{
+    const unsigned i = count % STAGES;
+    handoff &hand = m.hands[w];
+    uint32_t S[K_STEPS][4], high[STEPS][4], low[STEPS][4];
+    token_sums old = {}, U = {};
+    multiply_state(old, S, state, of_stage(d.k_decayed, i));
+    if (count > 0) warp_arrive(&m.empty[(count - 1) % STAGES]);
+    if constexpr (rows == OF_OUTPUT)
+        hand_over<K_STEPS>(hand.S, S, count, &m.took_state[w], &m.has_state[w]);
+    state.decay(in.decays); /* the products read the operands, not the state */
+    wgmma_wait<0>();
+    settle(old);
+    subtract_from(high, in.v, old);
+    correct(U, high, d, i);
 
 #pragma unroll
-    for (int k = 0; k < STEPS; k++) {
-        to_left(high[k], U[2 * k]);
-        to_left_low(low[k], high[k], U[2 * k]);
-    }
-    wgmma_fence();
+    for (int k = 0; k < STEPS; k++) to_left(high[k], U[2 * k]);
+    add_update(state, high, of_stage(d.k_left, i));
 #pragma unroll
-    for (int k = 0; k < STEPS; k++) {
-        const uint64_t b = wgmma_moved(of_stage(d.k_left, i), 16 * ROW_BYTES * k);
-        wgmma_transposed<KDA_K>(state.S, high[k], b);
-        wgmma_transposed<KDA_K>(state.S, low[k], b);
-    }
-    wgmma_commit();
-    if constexpr (rows == OF_OUTPUT) {
-        if (count > 0) barrier_wait(&m.took_update[w], (count - 1) % 2);
-#pragma unroll
-        for (int k = 0; k < STEPS; k++) put(hand.U[k][lane_id()], high[k]);
-        warp_arrive(&m.has_update[w]);
-    }
-    wgmma_wait<0>();
-    wgmma_settle(state.S);
+    for (int k = 0; k < STEPS; k++) to_left_low(low[k], high[k], U[2 * k]);
+    add_update(state, low, of_stage(d.k_left, i));
+    if constexpr (rows == OF_OUTPUT)
+        hand_over<STEPS>(hand.U, high, count, &m.took_update[w], &m.has_update[w]);
 }
 
 template <chain_rows rows>
 __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
 {
     const descriptors d(m.stages[0].chunk);
+    const bool owns = owns_rows(s, w, rows);
     unsigned count = 0;
     warp_state state = {};
+    chain_inputs in;
     for (walk at(s); at.valid; at.next(s), count++) {
-        const unsigned i = count % STAGES;
-        const bool owns = owns_rows(s, w, rows);
-        if (at.chunk == 0 && owns) begin_rows<rows>(state, s, at, w);
-        barrier_wait(&m.full[i], count / STAGES % 2);
-        chain_chunk<rows>(state, d, i, w, count, m);
-        warp_arrive(&m.empty[i]);
+        if (at.chunk == 0) {
+            if (owns) begin_rows<rows>(state, s, at, w);
+            in.load<rows>(m, w, count);
+        }
+        chain_chunk<rows>(state, in, d, w, count, m);
+        if (!at.is_last()) in.load<rows>(m, w, count + 1); /* beside the last products */
+        wgmma_wait<0>();
+        wgmma_settle(state.S);
         if (!owns) continue;
         if (at.is_last()) end_rows<rows>(state, s, at, w);
         if (rows != OF_OUTPUT) continue;
@@ -319,7 +364,8 @@ __device__ inline void make_output(token_sums &out, const descriptors &d, unsign
     for (int k = 0; k < K_STEPS; k++) get(S[k], hand.S[k][lane_id()]);
     warp_arrive(&m.took_state[w]);
     wgmma_fence();
-    multiply_channels(out, S, of_stage(d.q_decayed, i));
+    multiply_half(out, S, of_stage(d.q_decayed, i), 0);
+    multiply_half(out, S, of_stage(d.q_decayed, i), 1);
     wgmma_commit();
     barrier_wait(&m.has_update[w], count % 2);
 #pragma unroll

@@ -25,7 +25,7 @@ __device__ inline void put_sums(prepare_memory &m, int tile, int is_M, int i, in
         const float one = 1 + LOST_TO_TF32;
         const float x = column <= row ? sum.x * one : 0.0f;
         const float y = column + 1 <= row ? sum.y * one : 0.0f;
-        *reinterpret_cast<uint32_t *>(square_piece(m.M, row, column / 8) + 2 * j) =
+        *reinterpret_cast<uint32_t *>(square_piece(m.chunk.M, row, column / 8) + 2 * j) =
             pack_bf16(x, y);
         return;
     }
@@ -33,11 +33,12 @@ __device__ inline void put_sums(prepare_memory &m, int tile, int is_M, int i, in
     const float x = column < row ? sum.x * beta : 0.0f;
     const float y = column + 1 < row ? sum.y * beta : 0.0f;
     const int b = row / BLOCK;
+    inverse_memory &to = inverse_of(m);
     if (column / BLOCK == b) {
-        m.inverse.A[b][column % BLOCK][row % BLOCK] = x;
-        m.inverse.A[b][column % BLOCK + 1][row % BLOCK] = y;
+        to.A[b][column % BLOCK][row % BLOCK] = x;
+        to.A[b][column % BLOCK + 1][row % BLOCK] = y;
     } else
-        *reinterpret_cast<float2 *>(&m.inverse.A_left[row - BLOCK][column]) = float2{x, y};
+        *reinterpret_cast<float2 *>(&to.A_left[row - BLOCK][column]) = float2{x, y};
 }
 
 __device__ inline void add_parts(prepare_memory &m)
@@ -73,13 +74,13 @@ __device__ inline void invert_diagonal(prepare_memory &m)
 #pragma unroll
         for (int i = (l + 1) / 4 * 4; i < BLOCK; i += 4) {
             float A[4];
-            load_floats(&m.inverse.A[b][l][i], A);
+            load_floats(&inverse_of(m).A[b][l][i], A);
 #pragma unroll
             for (int c = 0; c < 4; c++)
                 if (i + c > l) x[i + c] = fmaf(-A[c], x[l], x[i + c]);
         }
 #pragma unroll
-    for (int i = 0; i < BLOCK; i++) m.inverse.X[b * BLOCK + i][b * BLOCK + j] = x[i];
+    for (int i = 0; i < BLOCK; i++) m.X[b * BLOCK + i][b * BLOCK + j] = x[i];
 }
 
 /* to[i][j] = sign sum_l a[i][l] x[l][j] of 16 x 16 blocks: a thread has two elements. */
@@ -107,40 +108,38 @@ __device__ void multiply_blocks(const float *a, const float *x, float sign, floa
 __device__ inline void invert(prepare_memory &m, int group)
 {
     constexpr int PITCH = KDA_TOKENS + 4;
+    inverse_memory &in = inverse_of(m);
     if (warp_id() % PREPARERS == 0) invert_diagonal(m);
     group_barrier(group);
-    multiply_blocks<BLOCK, PITCH, BLOCK>(&m.inverse.A_left[0][0], &m.inverse.X[0][0], 1.0f,
-                                         &m.inverse.product[0][0]);
+    multiply_blocks<BLOCK, PITCH, BLOCK>(&in.A_left[0][0], &m.X[0][0], 1.0f, &in.product[0][0]);
     group_barrier(group);
-    multiply_blocks<PITCH, BLOCK, PITCH>(&m.inverse.X[BLOCK][BLOCK], &m.inverse.product[0][0],
-                                         -1.0f, &m.inverse.X[BLOCK][0]);
+    multiply_blocks<PITCH, BLOCK, PITCH>(&m.X[BLOCK][BLOCK], &in.product[0][0], -1.0f,
+                                         &m.X[BLOCK][0]);
     group_barrier(group);
 }
 
 /* ---- results ----------------------------------------------------------------------------- */
 
-/* Eight neighbours of a row of M, X and X_low, zeros above the diagonal. */
-__device__ inline void write_squares(prepare_memory &m, kda_chunk &out)
+/* Eight neighbours of a row of X and X_low, zeros above the diagonal. */
+__device__ inline void write_inverse(prepare_memory &m)
 {
     const int row = threadIdx.x % GROUP / 4, piece = threadIdx.x % 4, column = 8 * piece;
     float high[8], low[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int j = column + i;
-        const float x = j <= row ? m.inverse.X[row][j] * m.beta[j] : 0.0f;
+        const float x = j <= row ? m.X[row][j] * m.beta[j] : 0.0f;
         high[i] = to_float(from_float<bf16>(x));
         low[i] = x - high[i];
     }
-    *reinterpret_cast<uint4 *>(square_piece(out.M, row, piece)) =
-        *reinterpret_cast<const uint4 *>(square_piece(m.M, row, piece));
-    store_floats(reinterpret_cast<bf16 *>(square_piece(out.X, row, piece)), high);
-    store_floats(reinterpret_cast<bf16 *>(square_piece(out.X_low, row, piece)), low);
+    store_floats(reinterpret_cast<bf16 *>(square_piece(m.chunk.X, row, piece)), high);
+    store_floats(reinterpret_cast<bf16 *>(square_piece(m.chunk.X_low, row, piece)), low);
 }
 
-__device__ inline void write_decays(const prepare_memory &m, kda_chunk &out)
+__device__ inline void write_decays(prepare_memory &m)
 {
     const int i = threadIdx.x % GROUP;
-    out.decay[i % 8 / 2][i / 8 * 2 + i % 2] = expm1f(m.total[i] * LN_2);
+    m.chunk.decay[i % 8 / 2][i / 8 * 2 + i % 2] = expm1f(m.total[i] * LN_2);
 }
 
 } // namespace kda
