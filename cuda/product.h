@@ -30,7 +30,8 @@ kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_works
 size_t kl_cuda_product_workspace(const kl_cuda_product *p);
 
 /* The ways to compute it: a weight that streams by once, for a few tokens; tiles of tokens and
- * outputs, for many (not float32 weights); those two on the tensor cores and only where
+ * outputs, for many (not float32 weights; on a batch-invariant backend with the bits of the
+ * former); those two on the tensor cores and only where
  * kl_cuda_product_run() finds alignment and bf16; and the one that takes everything. None of these
  * takes a norm or a residual. */
 kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error *err);
@@ -38,11 +39,13 @@ kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_erro
 kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 
 /* Where few's conditions hold and x fits in shared memory beside weights that are on their way
- * before it is there, with a norm: a float32 weight by one token, without an `up` or a residual.
+ * before it is there, with a norm: a float32 weight by one token, without an `up` or a residual;
+ * of the same weight, without a norm, also by several tokens, with the bits of one.
  * And streaming as in few, also with a residual, bit for bit; or two such products of one h at
  * once: neither has an `up`, and their weights are of one format or the first's is bf16. */
-bool kl_cuda_product_single_takes(const kl_cuda_product *p);
+bool kl_cuda_product_single_takes(const kl_cuda_product *p); /* whatever T */
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err);
+kl_status kl_cuda_product_f32(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 bool kl_cuda_product_step_takes(const kl_cuda_product *p);
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first,

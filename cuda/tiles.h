@@ -14,7 +14,8 @@ struct moe_tile {
 };
 
 constexpr int MOE_SHARED = -1;
-constexpr int MOST_TILE_ROWS = 320; /* n of a tile */
+constexpr int MOST_TILE_ROWS = 320;    /* n of a tile */
+constexpr int ORDERED_TILE_ROWS = 128; /* of kl_cuda_ordered_run() */
 
 /* out = x w^T, or with a second weight silu(x w^T) * (x up^T), for rows [first, first + n) of
  * the matrices: column i of out is row first + i. */
@@ -35,7 +36,10 @@ struct kl_cuda_tile_product {
     int64_t n_tiles, T;
 };
 
-/* On the current device. */
+/* On the current device. Bits of the second do not depend on the tile: they are those of
+ * kl_cuda_product_few(). */
 kl_status kl_cuda_tiles_run(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err);
+kl_status kl_cuda_ordered_run(const kl_cuda_tile_product *p, cudaStream_t stream,
+                              kl_error *err);
 
 #endif

@@ -283,10 +283,6 @@ typedef struct {
  * u8 [P, 64, row_bytes] at a multiple of 16 bytes, rows as kl_latents_row_of(rank, rope) has
  * them. An operation on 8-bit pages has the result that it would have on pages of act which hold
  * what is read from them. */
-static inline bool kl_latents_are_packed(const kl_tensor *pages)
-{
-    return pages->dtype == KL_U8;
-}
 
 /* Write the latents of new tokens into their sequences' pages:
  *     row = [ rms_norm(raw[:rank]) * norm_weight | raw[rank:] ]

@@ -17,6 +17,8 @@
 #ifndef KL_BASE_LATENTS_H
 #define KL_BASE_LATENTS_H
 
+#include "base/tensor.h"
+
 #include <stdint.h>
 #include <string.h>
 
@@ -40,6 +42,12 @@ typedef struct {
     int64_t rope_at, scales_at; /* bytes of a row before    */
     int64_t row_bytes;
 } kl_latents_row;
+
+/* Whether pages hold 8-bit rows; else rows of act. */
+static inline bool kl_latents_are_packed(const kl_tensor *pages)
+{
+    return pages->dtype == KL_U8;
+}
 
 /* Wraps on absurd shapes, which no tensor has. */
 KL_LATENTS_CONST kl_latents_row kl_latents_row_of(int64_t rank, int64_t rope)

@@ -104,12 +104,14 @@ struct moe_step {
     const float *logits; /* or null */
     route_rule rule;
     float *residual; /* or null */
+    bool apart;      /* with the bits of the other paths: each expert's sum by itself */
 };
 
-bool kl_cuda_moe_is_step(kl_backend *be, const kl_moe_experts *a); /* whether they are for it */
+bool kl_cuda_moe_is_step(const kl_moe_experts *a);    /* whether they are for it */
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a); /* of what tensor cores take */
 kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err);
 
-extern const moe_path kl_moe_general, kl_moe_few, kl_moe_many;
+/* The third has the bits of the second, the last has not. */
+extern const moe_path kl_moe_general, kl_moe_few, kl_moe_ordered, kl_moe_many;
 
 #endif

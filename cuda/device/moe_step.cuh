@@ -92,4 +92,9 @@ bool kl_cuda_moe_step_inner_takes(kl_weight_format format, int64_t D);
 kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format format,
                                  cudaStream_t stream, kl_error *err);
 
+/* Likewise the sum of the experts, of moe_step::apart. */
+bool kl_cuda_moe_step_apart_takes(const moe_step_arguments &a, kl_weight_format format);
+kl_status kl_cuda_moe_step_apart(const moe_step_arguments &a, kl_weight_format format,
+                                 cudaStream_t stream, kl_error *err);
+
 #endif

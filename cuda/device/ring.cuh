@@ -398,36 +398,36 @@ __device__ void norm_unit(const shared_rows &to, const row_source &s, int t, int
     *to.unit(t, u) = {h[0], h[1], h[2], h[3]};
 }
 
-/* As rms_norm stores it, but that the squares are summed in another order: a thread those of its
- * units, then butterflies and warps in order. `sums` holds a float for each warp and token. The
- * weight of a thread's first units is asked for together with x. */
+/* To the bit as rms_norm stores it, of up to NORM_COLS columns. `sums` holds NORM_SUMS floats for
+ * each token. The weight of a thread's first units is asked for together with x. */
 template <int threads, class X>
 __device__ void norm_rows(const shared_rows &to, const row_source &s, float *sums)
 {
-    constexpr int WARPS = threads / WARP, HELD = 2 * 256 / threads;
+    constexpr int HELD = 2 * 256 / threads, STRIDE = NORM_SUMS * WARP;
+    static_assert(STRIDE % threads == 0);
     const int units = to.pitch / 16;
     float weight[HELD][8], v[8];
 #pragma unroll
     for (int i = 0; i < HELD; i++)
         load_unit(weight[i], s.norm_weight, threadIdx.x + i * threads, s.cols);
 #pragma unroll 1
-    for (int t = 0; t < s.T; t++) {
-        float sum = 0;
-#pragma unroll 2
-        for (int u = threadIdx.x; u < units; u += threads) {
-            load_unit(v, static_cast<const X *>(s.x) + t * s.stride, u, s.cols);
+    for (int t = 0; t < s.T; t++)
 #pragma unroll
-            for (int j = 0; j < 8; j++) sum = fmaf(v[j], v[j], sum);
+        for (int first = threadIdx.x; first < STRIDE; first += threads) {
+            float sum = 0;
+#pragma unroll 2
+            for (int u = first; u - lane_id() < units; u += STRIDE) { /* the whole warp */
+                load_unit(v, static_cast<const X *>(s.x) + t * s.stride, u, s.cols);
+                sum += warp_sum(sum_of_squares(v));
+            }
+            if (lane_id() == 0) sums[t * NORM_SUMS + first / WARP] = sum;
         }
-        sum = warp_sum(sum);
-        if (lane_id() == 0) sums[t * WARPS + warp_id()] = sum;
-    }
     __syncthreads();
 #pragma unroll 1
     for (int t = 0; t < s.T; t++) {
         float sum = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += sums[t * WARPS + w];
+        for (int i = 0; i < NORM_SUMS; i++) sum += sums[t * NORM_SUMS + i];
         const float inverse = inverse_rms(sum, s.cols, s.eps);
 #pragma unroll
         for (int i = 0; i < HELD; i++)

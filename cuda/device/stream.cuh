@@ -9,7 +9,8 @@
  *
  * The warps of a block take turns along the columns; a warp keeps DEPTH steps on their way and
  * asks for the next one as soon as it has used one. The sums of the warps are added in their
- * order. Neither that order nor an mma's depends on how many rows of x there are.
+ * order. Neither that order nor an mma's depends on how many rows of x there are; for many of them
+ * kernels/linear_ordered.cu has it too, so whoever changes it here changes it there.
  *
  * Weights of one byte become bf16 exactly: the pieces of four lanes are one group, whose scale
  * is applied to the f32 sum of their products. Those of four bits become q * scale, rounded to

@@ -83,7 +83,7 @@ struct ring_place {
     }
 };
 
-__device__ inline const tile_operand &operand_of(const tile_arguments &p, const moe_tile &tile)
+template <class A> __device__ const auto &operand_of(const A &p, const moe_tile &tile)
 {
     return tile.expert == MOE_SHARED ? p.shared : p.routed;
 }
@@ -93,7 +93,7 @@ template <bool gated> constexpr int TILE_WIDTH = gated ? TILE_ROWS / 2 : TILE_RO
 
 /* Tiles of a band come first: blocks that run together share rows of x, and of weights where
  * their tiles are of one matrix. */
-template <bool gated> __device__ tile_item item_at(const tile_arguments &p, int i)
+template <bool gated, class A> __device__ tile_item item_at(const A &p, int i)
 {
     const int band = i / (BAND * p.groups), rest = i % (BAND * p.groups);
     const int width = min(BAND, p.n_tiles - band * BAND);
@@ -109,7 +109,7 @@ __device__ inline int items_of(const tile_arguments &p)
 }
 
 /* A surplus tile, or columns that one of the operands does not have, are no work. */
-__device__ inline bool has_work(const tile_operand &o, const tile_item &item)
+template <class O> __device__ bool has_work(const O &o, const tile_item &item)
 {
     return item.tile.n > 0 && item.column < o.n;
 }

@@ -6,6 +6,11 @@
 
 #include "types.cuh"
 
+/* Rows of up to NORM_COLS columns have their squares added in one order wherever they are
+ * normalised: those of an access, by butterflies those of 32 accesses, then every eighth of these,
+ * then the eight sums. */
+constexpr int NORM_COLS = 16384, NORM_SUMS = 8;
+
 /* Elements of T in a piece of N that one access takes. */
 template <class T, int N>
 constexpr int access_of = N * sizeof(T) > 16 ? 16 / static_cast<int>(sizeof(T)) : N;
@@ -32,6 +37,14 @@ template <int N, class T> __device__ void store_wide(T *to, const float (&from)[
         for (int j = 0; j < M; j++) part[j] = from[i + j];
         store_floats<M>(to + i, part);
     }
+}
+
+template <int N> __device__ float sum_of_squares(const float (&x)[N])
+{
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) sum = fmaf(x[i], x[i], sum);
+    return sum;
 }
 
 /* Host: the same alignment for rows of n elements, `stride` apart, as the accesses above need. A

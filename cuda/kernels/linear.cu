@@ -5,13 +5,14 @@
  * Shapes       linear: x [T, in], w [O, in], out [T, O];  mlp: x, out [T, D], w1, w3 [I, D]
  * Layout       rows strided; h, the inner product of mlp and what is added to a residual lie
  *              dense in the workspace
- * Precision    that of linear_{single,step,few,many,any}.cu; inner rounded to act
+ * Precision    that of linear_{single,f32,step,few,many,any}.cu; inner rounded to act
  * Grid         theirs
  * Roofline     theirs; the inner product of mlp is written and read once more, 2 * 2 T I bytes
  * Measured     those of the kernels
  */
 #include "../blas.h"
 #include "../device/weight.cuh"
+#include "../device/wide.cuh"
 #include "../product.h"
 #include "backend/ends.h"
 
@@ -130,8 +131,8 @@ kl_cuda_product product_of(const kl_linear *a)
     };
 }
 
-/* The ways to compute a product: linear_{single,step,few,many,any}.cu and cuBLASLt. */
-enum class way { SINGLE, STEP, FEW, MANY, ANY, BLAS };
+/* The ways to compute a product: linear_{single,f32,step,few,many,any}.cu and cuBLASLt. */
+enum class way { SINGLE, F32, STEP, FEW, MANY, ANY, BLAS };
 
 way way_of(kl_backend *be, const kl_cuda_product *p)
 {
@@ -139,20 +140,23 @@ way way_of(kl_backend *be, const kl_cuda_product *p)
     if (p->T > FEW_TOKENS && !invariant && kl_cuda_blas_takes(p)) return way::BLAS;
     if (!suits_tensor_cores(p)) return way::ANY;
     const way few = kl_cuda_product_step_takes(p) ? way::STEP : way::FEW;
-    if (kl_cuda_product_single_takes(p) && !invariant) return way::SINGLE;
+    if (kl_cuda_product_single_takes(p)) {
+        if (p->T == 1) return way::SINGLE;
+        if (invariant) return way::F32;
+    }
     if (p->w.format == KL_W_F32) return few;
-    return suits_streaming(p) && !invariant ? few : way::MANY;
+    return suits_streaming(p) ? few : way::MANY;
 }
 
-/* Whether the kernel of a way does the norm and the sum itself. Its norm's order of sums is not
- * that of rms_norm, which other numbers of tokens would have. */
+/* Whether the kernel of a way does the norm and the sum itself. The norm of more tokens is
+ * rms_norm's, whose order of sums is the same up to NORM_COLS. */
 bool takes_ends(kl_backend *be, way w, const kl_cuda_product *p)
 {
+    const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (!p->norms && !p->adds) return true;
-    if (w != way::STEP && w != way::SINGLE) return false;
-    return !p->norms ||
-           (p->T <= NORM_TOKENS && !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant &&
-            is_aligned(p->norm_weight, 0, sizeof(float), 16));
+    if (w != way::STEP && (w != way::SINGLE || p->adds)) return false;
+    return !p->norms || (p->T <= NORM_TOKENS && (!invariant || p->w.cols <= NORM_COLS) &&
+                         is_aligned(p->norm_weight, 0, sizeof(float), 16));
 }
 
 /* ---- norm, product, sum as kernels of their own -------------------------------------------- */
@@ -218,6 +222,8 @@ kl_status run_way(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace 
     switch (w) {
     case way::SINGLE:
         return kl_cuda_product_single(be, p, err);
+    case way::F32:
+        return kl_cuda_product_f32(be, p, err);
     case way::STEP:
         return kl_cuda_product_step(be, p, err);
     case way::FEW:

@@ -4,15 +4,18 @@
  * Shapes       x [T, in]; w, up [O, in]; out [T, O]
  * Layout       rows of x and of out strided; weights in pieces of 16 bytes
  * Precision    bf16 x; weights rounded to bf16; f32 sums; f32 or bf16 out, bf16 with two weights
- * Grid         that of linear_tiles.cu, which does the work
+ * Grid         that of linear_tiles.cu, which does the work, or on a batch-invariant backend that of
+ *              linear_ordered.cu
  * Roofline     2 T O in flops at 800 TFLOP/s
- * Measured     that of linear_tiles.cu
+ * Measured     those of the two
  */
 #include "../product.h"
 #include "../tiles.h"
 
 kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
+    const bool ordered = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+    const int64_t most = ordered ? ORDERED_TILE_ROWS : MOST_TILE_ROWS;
     const kl_cuda_tile_operand all = {
         .w = p->w,
         .up = p->up,
@@ -29,8 +32,9 @@ kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_erro
         .shared = all,
         .out_dtype = p->out_dtype,
         .tiles = nullptr,
-        .n_tiles = (p->T + MOST_TILE_ROWS - 1) / MOST_TILE_ROWS,
+        .n_tiles = (p->T + most - 1) / most,
         .T = p->T,
     };
-    return kl_cuda_tiles_run(&tiles, kl_cuda_stream(be), err);
+    return ordered ? kl_cuda_ordered_run(&tiles, kl_cuda_stream(be), err)
+                   : kl_cuda_tiles_run(&tiles, kl_cuda_stream(be), err);
 }

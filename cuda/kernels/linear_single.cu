@@ -72,7 +72,7 @@ __global__ __launch_bounds__(THREADS) void product_single_kernel(
     const __grid_constant__ single_arguments a)
 {
     extern __shared__ __align__(128) unsigned char shared[];
-    __shared__ float sums[WARPS];
+    __shared__ float sums[NORM_SUMS];
     const shared_rows x = {shared + WARPS * ROW_BYTES, shared_rows::pitch_of(a.x.cols)};
     uint4 *const own = reinterpret_cast<uint4 *>(shared + warp_id() * ROW_BYTES) + lane_id();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp_id();
@@ -108,8 +108,8 @@ size_t shared_bytes(const kl_cuda_product *p)
 bool kl_cuda_product_single_takes(const kl_cuda_product *p)
 {
     const bool counts = p->w.cols <= static_cast<int64_t>(RING_MOST_SHARED); /* in an int */
-    return counts && p->w.format == KL_W_F32 && p->T == 1 && p->up.data == nullptr &&
-           !p->adds && shared_bytes(p) <= RING_MOST_SHARED;
+    return counts && p->w.format == KL_W_F32 && p->up.data == nullptr &&
+           shared_bytes(p) <= RING_MOST_SHARED;
 }
 
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err)

@@ -10,6 +10,7 @@
  * Measured     those of the kernels
  */
 #include "../device/moe.cuh"
+#include "../device/wide.cuh"
 #include "../product.h"
 
 namespace {
@@ -52,8 +53,9 @@ kl_cuda_product router_of(const kl_moe *a, const kl_moe_parts &p)
 
 bool is_single(kl_backend *be, const kl_moe *a, const kl_cuda_product &router)
 {
+    const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     return a->x.shape[0] == 1 && router.act == KL_BF16 && router.w.cols % 8 == 0 &&
-           !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant &&
+           (!invariant || !router.norms || router.w.cols <= NORM_COLS) && /* as rms_norm */
            is_aligned(router.x, 0, 1, 16) && is_aligned(router.norm_weight, 0, 1, 16) &&
            has_pieces(weight_view_of(router.w)) && kl_cuda_product_single_takes(&router);
 }
@@ -78,6 +80,7 @@ kl_status run_step(kl_backend *be, const kl_moe *a, const kl_moe_parts &p, kl_er
                  .scaling = a->scaling,
                  .renormalize = a->renormalize},
         .residual = static_cast<float *>(a->residual.data),
+        .apart = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant,
     };
     return kl_cuda_moe_step_run(step, kl_cuda_stream(be), err);
 }
@@ -98,7 +101,7 @@ kl_status kl_cuda_moe(kl_backend *be, const kl_moe *a, kl_error *err)
     kl_moe_parts p = kl_moe_parts_of(a, scratch);
     p.router.ws = p.experts.ws = {scratch + p.bytes, a->ws.bytes - p.bytes};
     KL_TRY(run_router(be, a, p, err));
-    if (chooses(a) && kl_cuda_moe_is_step(be, &p.experts)) return run_step(be, a, p, err);
+    if (chooses(a) && kl_cuda_moe_is_step(&p.experts)) return run_step(be, a, p, err);
     KL_TRY(kl_cuda_moe_route(be, &p.route, err));
     KL_TRY(kl_cuda_moe_experts(be, &p.experts, err));
     return kl_tensor_absent(&a->residual) ? KL_OK : kl_cuda_rms_norm(be, &p.add, err);

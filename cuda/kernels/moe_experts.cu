@@ -12,7 +12,7 @@
  *              slices of columns, which bounds the workspace; a window's tiles are known only on
  *              the device, their bound here, and surplus blocks leave
  * Order        a row's bits depend on the path and on no other row; the number of tokens decides
- *              the path, on a batch-invariant backend the shapes of the weights alone
+ *              the path, on a batch-invariant backend among those that have the same bits
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
  *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
  * Measured     H100 with another job beside, bf16, 256 experts, 8 chosen and a shared one, D =
@@ -160,7 +160,8 @@ const moe_path *path_of(const kl_moe_experts *a, const sizes &s, bool invariant)
 {
     if (!is_fast(a)) return &kl_moe_general;
     if (has_f32(a)) return &kl_moe_few;
-    return s.pairs <= FEW_PAIRS * s.E && !invariant ? &kl_moe_few : &kl_moe_many;
+    if (s.pairs <= FEW_PAIRS * s.E) return &kl_moe_few;
+    return invariant ? &kl_moe_ordered : &kl_moe_many;
 }
 
 window window_of(const kl_moe_experts *a, const sizes &s, bool invariant, cudaStream_t stream)
@@ -296,10 +297,9 @@ kl_status run_window(window &w, kl_error *err)
 
 } // namespace
 
-bool kl_cuda_moe_is_step(kl_backend *be, const kl_moe_experts *a)
+bool kl_cuda_moe_is_step(const kl_moe_experts *a)
 {
-    return !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant && is_fast(a) &&
-           kl_cuda_moe_step_takes(a);
+    return is_fast(a) && kl_cuda_moe_step_takes(a);
 }
 
 size_t kl_cuda_moe_experts_workspace(kl_backend *, const kl_moe_experts *a)
@@ -318,9 +318,10 @@ kl_status kl_cuda_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error 
                        static_cast<long long>(WINDOW_PAIRS),
                        static_cast<long long>(0xffff * COMBINE_THREADS),
                        static_cast<long long>(s.top_k), static_cast<long long>(s.D));
-    if (kl_cuda_moe_is_step(be, a))
-        return kl_cuda_moe_step_run({a, nullptr, {}, nullptr}, kl_cuda_stream(be), err);
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+    if (kl_cuda_moe_is_step(a))
+        return kl_cuda_moe_step_run({a, nullptr, {}, nullptr, invariant}, kl_cuda_stream(be),
+                                    err);
     window w = window_of(a, s, invariant, kl_cuda_stream(be));
     for (; w.first < T; w.first += s.n) KL_TRY(run_window(w, err));
     return KL_OK;

@@ -5,9 +5,10 @@
  * Shapes       x [., K] rows gathered; w, up [E, N, K]; out [., N]; K and N multiples of 64
  * Layout       dense, 16-byte aligned rows; w and up of one format
  * Precision    x bf16; weights to bf16 unless they are; f32 sums; out bf16 gated, f32 plain
- * Grid         that of linear_tiles.cu, which does the work; float32 weights have no tiles of
- *              tensor cores for many rows and stream by as for few
- * Order        one chain over the columns, the same for every tile
+ * Grid         that of linear_tiles.cu, or in the order of moe_experts_few.cu of linear_ordered.cu,
+ *              which do the work; float32 weights have no tiles of tensor cores for many rows and
+ *              stream by as for few
+ * Order        theirs
  * Roofline     2 * rows * N * K flops; 8192 tokens of the model's layer are 1.04e12, 1.3 ms at
  *              800 TFLOP/s, and 3.6 GB of bf16 weights, 1.2 ms at 3.0 TB/s
  * Measured     that of linear_tiles.cu
@@ -43,9 +44,9 @@ kl_cuda_tile_operand operand_from(const moe_operand &o, bool gated)
     };
 }
 
-kl_status run_many(moe_product p, bool gated, kl_dtype act, cudaStream_t stream, kl_error *err)
+kl_cuda_tile_product tiles_of(const moe_product &p, bool gated, kl_dtype act)
 {
-    const kl_cuda_tile_product tiles = {
+    return {
         .routed = operand_from(p.routed, gated),
         .shared = operand_from(p.shared, gated),
         .out_dtype = gated ? act : KL_F32,
@@ -53,9 +54,22 @@ kl_status run_many(moe_product p, bool gated, kl_dtype act, cudaStream_t stream,
         .n_tiles = p.n_tiles,
         .T = 0,
     };
+}
+
+kl_status run_many(moe_product p, bool gated, kl_dtype act, cudaStream_t stream, kl_error *err)
+{
+    const kl_cuda_tile_product tiles = tiles_of(p, gated, act);
     return kl_cuda_tiles_run(&tiles, stream, err);
+}
+
+kl_status run_ordered(moe_product p, bool gated, kl_dtype act, cudaStream_t stream,
+                      kl_error *err)
+{
+    const kl_cuda_tile_product tiles = tiles_of(p, gated, act);
+    return kl_cuda_ordered_run(&tiles, stream, err);
 }
 
 } // namespace
 
 const moe_path kl_moe_many = {MOST_TILE_ROWS, run_many};
+const moe_path kl_moe_ordered = {ORDERED_TILE_ROWS, run_ordered};

@@ -298,8 +298,10 @@ bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
     if (a->x.shape[0] != 1 || experts > MAX_STEP_EXPERTS || a->w1.cols > MAX_COLS ||
         widest > MAX_COLS || !same_formats(a))
         return false;
-    const int64_t steps = steps_of_halves(arguments_of({a, nullptr, {}, nullptr}));
+    const moe_step_arguments args = arguments_of({a, nullptr, {}, nullptr, false});
+    const int64_t steps = steps_of_halves(args);
     return kl_cuda_moe_step_inner_takes(a->w1.format, a->w1.cols) &&
+           kl_cuda_moe_step_apart_takes(args, a->w2.format) &&
            with_format(a->w2.format,
                        [&](auto f) { return out_bytes<f.value>(steps) <= RING_MOST_SHARED; });
 }
@@ -308,5 +310,6 @@ kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error 
 {
     const moe_step_arguments args = arguments_of(s);
     KL_TRY(kl_cuda_moe_step_inner(args, s.experts->w1.format, stream, err));
-    return run_out(args, s.experts->w2.format, stream, err);
+    return s.apart ? kl_cuda_moe_step_apart(args, s.experts->w2.format, stream, err)
+                   : run_out(args, s.experts->w2.format, stream, err);
 }

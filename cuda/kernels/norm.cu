@@ -10,11 +10,11 @@
  * Grid         rms_norm: a block a row, which stays in registers between the sum and the scaling;
  *              gated: a part of a warp a row. Rows that are not aligned, or longer than the
  *              registers hold, are read twice by a block
- * Order        a thread sums its elements in rising order, then butterflies and warps: a function
- *              of D and the layout alone
+ * Order        a function of D and the layout alone: rms_norm's that of wide.cuh; else a thread
+ *              sums its elements in rising order, then butterflies and warps
  * Roofline     each element once each way: bf16 x, f32 residual, T = 8192, D = 2304 are 226 MB:
  *              memory-bound, 75 us on an H100 (3.0 TB/s); gated, H D = 4096, 201 MB, 67 us
- * Measured     not timed yet; right on an H100, beside the CPU's results (2026-11-22)
+ * Measured     not timed yet; right on an H200, beside the CPU's results (2026-11-22)
  */
 #include "../device/launch.cuh"
 #include "../device/math.cuh"
@@ -44,6 +44,20 @@ struct gated_arguments {
 };
 
 /* ---- rms_norm -------------------------------------------------------------------------- */
+
+/* As wide.cuh has it, of N times 32 accesses. */
+template <int N> __device__ float add_in_order(const float *parts)
+{
+    float sum = 0;
+#pragma unroll
+    for (int first = 0; first < NORM_SUMS; first++) {
+        float part = 0;
+#pragma unroll
+        for (int i = first; i < N; i += NORM_SUMS) part += parts[i];
+        sum += part;
+    }
+    return sum;
+}
 
 /* The pieces of VEC elements that a thread has of a row, THREADS * VEC apart. */
 template <int VEC, int THREADS> __device__ int64_t element_of(int chunk)
@@ -80,7 +94,8 @@ template <class A, class R, int VEC, int THREADS, int CHUNKS>
 __global__
 __launch_bounds__(THREADS) void rms_norm_kernel(__grid_constant__ const rms_arguments a)
 {
-    __shared__ float sums[THREADS / WARP];
+    constexpr int WARPS = THREADS / WARP;
+    __shared__ float sums[CHUNKS * WARPS];
     const int64_t t = blockIdx.x;
     float r[CHUNKS][VEC], weight[CHUNKS][VEC];
     let_next_start();
@@ -92,18 +107,19 @@ __launch_bounds__(THREADS) void rms_norm_kernel(__grid_constant__ const rms_argu
     read_sum<A, R, VEC, THREADS>(a, t, r);
     if (a.out == nullptr) return;
 
-    /* Asked for before the barrier: they arrive while the sum is taken. */
-    float sum = 0;
+        /* Asked for before the barrier: they arrive while the sum is taken. */
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
         const int64_t i = element_of<VEC, THREADS>(c);
         if (i < a.D) load_wide(a.weight + i, weight[c]);
     }
 #pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-        for (int j = 0; j < VEC; j++) sum = fmaf(r[c][j], r[c][j], sum);
-    const float inverse = inverse_rms(block_sum<THREADS>(sum, sums), a.D, a.eps);
+    for (int c = 0; c < CHUNKS; c++) {
+        const float part = warp_sum(sum_of_squares(r[c]));
+        if (lane_id() == 0) sums[c * WARPS + warp_id()] = part;
+    }
+    __syncthreads();
+    const float inverse = inverse_rms(add_in_order<CHUNKS * WARPS>(sums), a.D, a.eps);
 
     A *out = static_cast<A *>(a.out) + t * a.D;
 #pragma unroll
@@ -235,6 +251,7 @@ kl_status launch_rms(const rms_arguments &a, int64_t T, bool wide, cudaStream_t 
         return launch(op, rms_norm_kernel<A, R, VEC, 96, 3>, T, 96, a, stream, err);
     if (wide && pieces <= 1024)
         return launch(op, rms_norm_kernel<A, R, VEC, 256, 4>, T, 256, a, stream, err);
+    static_assert(NORM_COLS == 2048 * 16 / sizeof(bf16));
     if (wide && pieces <= 2048)
         return launch(op, rms_norm_kernel<A, R, VEC, 512, 4>, T, 512, a, stream, err);
     return launch(op, rms_norm_loop_kernel<A, R>, T, LOOP_THREADS, a, stream, err);

@@ -52,7 +52,7 @@ def parts(rows=ROWS):
 
 @pytest.mark.parametrize("act", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("out, width", [(320, 256), (7, 130)])
+@pytest.mark.parametrize("out, width", [(320, 256), (7, 130), (72, 2312)])
 def test_linear(same, format, act, out, width):
     x = randn(ROWS, width, dtype=act)
     w = ops.quantize(randn(out, width, seed=1) / width**0.5, format)
@@ -63,8 +63,8 @@ def test_linear(same, format, act, out, width):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_moe_experts(same, format, shared):
-    E, D, inner, top_k = 16, 256, 128, 4
+@pytest.mark.parametrize("E, D, inner, top_k", [(16, 256, 128, 4), (5, 64, 1088, 3)])
+def test_moe_experts(same, format, shared, E, D, inner, top_k):
     w = [
         ops.quantize(randn(E, *shape, seed=i) / 16, format)
         for i, shape in enumerate([(inner, D), (inner, D), (D, inner)])
