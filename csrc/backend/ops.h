@@ -112,7 +112,8 @@ typedef struct {
  *     h = x / sqrt(mean(x^2) + norm_eps) * norm_weight, rounded to act   with a norm_weight
  *     residual += h w^T, rounded to act first                           instead of an out
  * These are the bits of rms_norm, linear and rms_norm's sum one after the other; on CUDA the
- * mean may be summed in another order than rms_norm's. */
+ * mean may be summed in another order than rms_norm's, and h w^T of a norm of a single token in
+ * another than that of an x. */
 typedef struct {
     kl_workspace ws;
     kl_tensor x;           /* [T, in] act, with a norm_weight f32 or act; rows strided */

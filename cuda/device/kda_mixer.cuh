@@ -40,6 +40,22 @@ __device__ inline long long mixer_slot(const mixer_arguments &a, unsigned n)
     return a.kda.slots == nullptr ? n : a.kda.slots[n];
 }
 
+/* A load that stays where it is written, before it is known whether its address was right: the
+ * compiler would rather have it where the value is used. */
+__device__ inline bf16 load_here(const bf16 *from)
+{
+    unsigned short x;
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
+    return __ushort_as_bfloat16(x);
+}
+
+__device__ inline float load_here(const float *from)
+{
+    float x;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+    return x;
+}
+
 /* One channel of the convolution. */
 template <class A> struct mixer_channel {
     long long c;
@@ -66,14 +82,14 @@ template <class A> struct mixer_channel {
 
     __device__ void read_input(const mixer_arguments &a, unsigned n)
     {
-        input = static_cast<const A *>(a.qkv)[n * a.qkv_stride + c];
+        input = load_here(static_cast<const A *>(a.qkv) + n * a.qkv_stride + c);
     }
 
     __device__ void read_window(const mixer_arguments &a, long long slot)
     {
         const A *const from = window(a, slot);
 #pragma unroll
-        for (int j = 0; j < MIXER_PAST; j++) past[j] = from[j];
+        for (int j = 0; j < MIXER_PAST; j++) past[j] = load_here(from + j);
     }
 
     /* The window moves. */

@@ -2,126 +2,339 @@
  * kda_mixer.cu -- a KDA layer between its projections, in one kernel for a token step.
  *
  * Computes     q, k, v = silu(conv(qkv));  o = kda_decode(q, k, v, g, beta);
- *              out = o / sqrt(mean(o^2) + eps) * weight * sigmoid(z), as backend/ops.h has it
+ *              out = o / sqrt(mean(o^2) + eps) * weight * sigmoid(z), as backend/ops.h has it. Of a
+ *              few tokens also g = f_low f_b^T and z = g_low g_b^T; else these are there
  * Shapes       qkv [N, H (2 K + V)]; g [N, H, K]; beta [N, H]; z, out [N, H, V]; state
- *              [S, H, V, K]; windows [S, C, 3]
- * Layout       the states and windows dense; of the others the first axis may be strided
- * Precision    f32 or bf16 in and out, f32 arithmetic and state; q, k, v and o are rounded to the
- *              activations' type where the three operations store them
- * Grid         a block for each sequence and head. 128 threads each convolve q, k and v and make
- *              the decays, while the state comes to shared memory; then a warp has 8 rows of it, a
- *              lane the same four channels of each. Before its inputs are there a block asks the
- *              L2 for its state
- * Order        that of short_conv.cu, kda_decode.cu and norm.cu: the same bits. Sums of 8 rows take
- *              the butterfly's steps together, each half of the lanes keeping half of the rows
- * Roofline     2 * 4 * N*H*V*K bytes of state: 4 MiB a sequence with H = 32, V = K = 128: 1.41 us
- *              on an H100 (3.0 TB/s)
- * Measured     H200, in a step (bf16, context 1024, N = 1): 8.3 us after its gates' products, which
- *              take 1.9 and 2.7; with them, alone and cold, N = 16 29.7 us (2.4 TB/s), 64 85.2
- *              (3.3), 128 157 (3.6) (2026-11-22)
+ *              [S, H, V, K]; windows [S, C, 3]. With the gates' products N <= 4, all sides 128
+ * Layout       the states, windows and weights dense; of the others the first axis may be strided
+ * Precision    f32 or bf16 in and out, f32 arithmetic and state; q, k, v, z and o are rounded to the
+ *              activations' type where the operations store them; weights as in linear_step.cu
+ * Grid         a block for each sequence and head. 128 threads each convolve q, k and v, while the
+ *              state comes to shared memory; a warp makes 16 channels of g or of z from rows of
+ *              weights in its registers; then it has 8 rows of the state, a lane the same four
+ *              channels of each
+ * Order        that of linear_step.cu, short_conv.cu, kda_decode.cu and norm.cu: the same bits. Sums
+ *              of 8 rows take the butterfly's steps together, each half of the lanes keeping half
+ * Roofline     2 * 4 * N*H*V*K bytes of state: 4 MiB a sequence with H = 32, V = K = 128, and 2 MiB
+ *              of weights in bf16: 2.1 us on an H100 (3.0 TB/s)
+ * Measured     H200, in a step (bf16, context 1024, N = 1), from the end of the kernel before: 6.2 us;
+ *              alone and cold, N = 1 6.8 us, 2 8.3, 4 11.4 (1.7 TB/s); with g and z from
+ *              kernels of their own N = 16 29.7 us (2.4 TB/s), 64 85.2 (3.3), 128 157 (3.6)
+ *              (2026-11-22)
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"
+#include "../device/stream.cuh"
 
 namespace {
 
 constexpr int ROWS = 8, WARPS = 16, THREADS = WARPS * WARP;
 constexpr int SIDE = MIXER_SIDE; /* threads that share a role */
 constexpr int STATE_BYTES = SIDE * SIDE * 4;
+constexpr int64_t GATE_TOKENS = 4; /* past them reading f_b for every token costs more */
 static_assert(THREADS == 4 * SIDE && WARPS * ROWS == SIDE);
 
 struct arguments {
     mixer_arguments mixer;
-    const void *z;
+    const void *z; /* or null, with kda.g: then they are products */
     long long z_stride;
+    const bf16 *f_low, *g_low;
+    long long f_stride, g_stride;
+    weight_view f_b, g_b;
+    bool unsettled; /* one of the weights; then none of the layer's is taken for written */
 };
 
 /* What the block knows of its head. Channels past K and rows past V are zero. */
 struct head {
     float q[SIDE], k[SIDE], decay[SIDE], decay_low[SIDE]; /* the decay is the sum of both */
-    float v[SIDE], o[SIDE], gate[SIDE];
+    float v[SIDE], o[SIDE], gate[SIDE], norm_weight[SIDE];
+    uint4 low[2 * SIDE / 8]; /* f_low, g_low */
     float beta;
 };
 
-/* Ask for what the block will read but for its inputs. */
-template <class A> __device__ void ask_ahead(const mixer_arguments &a, unsigned n, unsigned h)
+/* Whose head of whose token the block has, and what of it this thread: channel i of q, k or v (role
+ * 0, 1, 2), or of what comes beside the convolution. */
+struct place {
+    unsigned n, h;
+    int role, i;
+    bool inside;
+
+    __device__ explicit place(const kda_arguments &a)
+    {
+        const unsigned H = static_cast<unsigned>(a.H);
+        n = blockIdx.x / H, h = blockIdx.x % H;
+        role = threadIdx.x / SIDE, i = threadIdx.x % SIDE;
+        inside = i < (role == 2 ? a.V : a.K);
+    }
+};
+
+/* ---- gates ------------------------------------------------------------------------------- */
+
+__device__ inline void share_decay(const kda_arguments &a, const kda_channel &c, float g, int i,
+                                   head &s)
 {
-    const long long slot = mixer_slot_guess(a, n);
+    const float log_decay = kda_log_decay(a, c, g), decay = expf(log_decay);
+    s.decay[i] = decay;
+    s.decay_low[i] = kda_decay_low(log_decay, decay);
+}
+
+/* g and z are in memory: a channel of the decay is role 3's, one of z role 2's. */
+template <class A> struct given_gates {
+    static constexpr bool PRODUCTS = false;
+    kda_channel channel;
+    float value;
+
+    __device__ void ask(const arguments &p, const place &at)
+    {
+        value = 0;
+        if (at.role == 3 && at.inside) channel = kda_channel_of(p.mixer.kda, at.h, at.i);
+    }
+
+    __device__ void read(const arguments &p, const place &at, head &)
+    {
+        if (!at.inside) return;
+        const kda_arguments &a = p.mixer.kda;
+        if (at.role == 3) value = kda_load(a.g, at.n, at.h * a.K + at.i);
+        if (at.role == 2)
+            value =
+                to_float(static_cast<const A *>(p.z)[at.n * p.z_stride + at.h * a.V + at.i]);
+    }
+
+    __device__ void share(const arguments &p, const place &at, head &s) const
+    {
+        if (at.role == 3) {
+            s.decay[at.i] = s.decay_low[at.i] = 0;
+            if (at.inside) share_decay(p.mixer.kda, channel, value, at.i, s);
+        }
+        if (at.role == 2) s.gate[at.i] = sigmoid(value);
+    }
+
+    __device__ void multiply(const arguments &, head &) const {}
+};
+
+/* They are products of g_low and f_low with 16 rows of g_b (the first half of the warps) and of
+ * f_b, in linear_step.cu's order: its warps' steps of the columns in turn. */
+template <kl_weight_format format> struct own_gates {
+    using F = stream_format<format, 1>;
+    static constexpr bool PRODUCTS = true;
+    static constexpr int STEPS = SIDE / F::STEP;
+    uint4 raw[STEPS][2]; /* of rows r and r + 8, as an mma's lanes have them */
+    float scale[STEPS][2];
+    kda_channel channel;
+
+    static __device__ bool is_decay() { return warp_id() >= WARPS / 2; }
+
+    static __device__ int first() { return warp_id() % (WARPS / 2) * STREAM_ROWS; }
+
+    /* Of the head: which this lane is given. */
+    static __device__ int own()
+    {
+        return first() + lane_id() / STREAM_LANES + lane_id() % 2 * 8;
+    }
+
+    static __device__ int column(int step)
+    {
+        return step * F::STEP + lane_id() % STREAM_LANES * F::PIECE;
+    }
+
+    __device__ void ask(const arguments &p, const place &at)
+    {
+        const weight_view &w = is_decay() ? p.f_b : p.g_b;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const weight_row row = row_of(w, static_cast<int64_t>(at.h) * SIDE + first() +
+                                                 lane_id() / STREAM_LANES + 8 * e);
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                raw[i][e] = load_once(row.data + column(i) / F::PIECE * 16);
+                scale[i][e] = scale_at<format>(row, column(i));
+            }
+        }
+        channel = kda_channel_of(p.mixer.kda, at.h, own());
+    }
+
+    /* 16 bytes of f_low or of g_low, by a few threads of role 3. */
+    __device__ void read(const arguments &p, const place &at, head &s)
+    {
+        constexpr int EACH = SIDE / 8;
+        if (at.role != 3 || at.i >= 2 * EACH) return;
+        const bf16 *const from =
+            at.i < EACH ? p.f_low + at.n * p.f_stride : p.g_low + at.n * p.g_stride;
+        copy_async(&s.low[at.i], from + at.i % EACH * 8, true);
+        copy_commit();
+    }
+
+    __device__ void share(const arguments &, const place &, head &) const
+    {
+        copy_wait<0>();
+    }
+
+    /* Of both rows with x, which stands in all columns of the mma: each lane has both. A step is
+     * another warp's there: rounded before it is added. */
+    __device__ void sums_of(const uint4 *x, float (&sum)[2]) const
+    {
+        sum[0] = sum[1] = 0;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            uint32_t top[F::TERMS][F::PIECE / 2], bottom[F::TERMS][F::PIECE / 2];
+            float acc[4] = {};
+            F::split(raw[s][0], scale[s][0], top);
+            F::split(raw[s][1], scale[s][1], bottom);
+#pragma unroll
+            for (int i = 0; i < F::PIECE / 4; i++) {
+                const uint4 v = x[column(s) / 8 + i / 2];
+                mma_bf16(
+                    acc,
+                    {top[0][2 * i], bottom[0][2 * i], top[0][2 * i + 1], bottom[0][2 * i + 1]},
+                    {i % 2 == 0 ? v.x : v.z, i % 2 == 0 ? v.y : v.w});
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                sum[e] += F::WHOLE ? __fmul_rn(scale[s][e], acc[2 * e]) : acc[2 * e];
+        }
+    }
+
+    __device__ void multiply(const arguments &p, head &s) const
+    {
+        float both[2];
+        sums_of(s.low + (is_decay() ? 0 : SIDE / 8), both);
+        const float x = lane_id() % 2 == 0 ? both[0] : both[1];
+        if (lane_id() % STREAM_LANES >= 2) return; /* others have the same */
+        if (is_decay())
+            share_decay(p.mixer.kda, channel, x, own(), s);
+        else
+            s.gate[own()] = sigmoid(to_float(from_float<bf16>(x)));
+    }
+};
+
+/* ---- a token of a head ------------------------------------------------------------------- */
+
+/* Ask the L2 for what lies in a slot: nobody sees that who is still writing there. */
+template <class A>
+__device__ void ask_ahead(const mixer_arguments &a, const place &at, long long slot)
+{
     const int K = a.kda.K, V = static_cast<int>(a.kda.V);
     const int first = warp_id() * ROWS, rows = min(ROWS, V - first);
-    const float *state = a.kda.state + (slot * a.kda.H + h) * V * K;
+    const float *state = a.kda.state + (slot * a.kda.H + at.h) * V * K;
     if (lane_id() == 0 && rows > 0) prefetch_l2(state + first * K, rows * K * 4);
-    const int role = threadIdx.x / SIDE, i = threadIdx.x % SIDE;
-    if (role == 3) {
-        if (a.kda.dt_bias != nullptr && i < K) prefetch_line(a.kda.dt_bias + h * K + i);
-    } else if (i < (role == 2 ? V : K)) {
-        const mixer_channel<A> channel(a, role, h, i);
-        prefetch_line(a.taps + channel.c * MIXER_WIDTH);
-        prefetch_line(channel.window(a, slot));
-    }
-}
-
-/* The convolution's output for one channel; its window moves. */
-template <class A>
-__device__ float convolve(const mixer_arguments &a, unsigned n, long long slot,
-                          mixer_channel<A> channel)
-{
-    channel.read_window(a, slot);
-    channel.read_input(a, n);
-    channel.read_taps(a);
-    channel.write_window(a, slot);
-    return channel.output();
-}
-
-template <class A>
-__device__ void prepare(const arguments &p, unsigned n, unsigned h, long long slot, head &s)
-{
-    const mixer_arguments &a = p.mixer;
-    const int role = threadIdx.x / SIDE, i = threadIdx.x % SIDE;
-    const bool inside = i < (role == 2 ? a.kda.V : a.kda.K);
-    if (role < 3) {
-        const float x = inside ? convolve<A>(a, n, slot, {a, role, h, i}) : 0.0f;
-        (role == 0 ? s.q : role == 1 ? s.k : s.v)[i] = x;
-        if (role == 2 && inside)
-            s.gate[i] = sigmoid(
-                to_float(static_cast<const A *>(p.z)[n * p.z_stride + h * a.kda.V + i]));
-        return;
-    }
-    if (i == SIDE - 1) s.beta = sigmoid(kda_load(a.kda.beta, n, h));
-    float decay = 0, low = 0;
-    if (inside) {
-        const float log_decay = kda_log_decay(a.kda, kda_channel_of(a.kda, h, i),
-                                              kda_load(a.kda.g, n, h * a.kda.K + i));
-        decay = expf(log_decay);
-        low = kda_decay_low(log_decay, decay);
-    }
-    s.decay[i] = decay, s.decay_low[i] = low;
+    if (at.role < 3 && at.inside)
+        prefetch_line(mixer_channel<A>(a, at.role, at.h, at.i).window(a, slot));
 }
 
 /* A warp's rows of the state. The copy engine brings them to shared memory, as they lie: the
  * registers would be too few while the head is prepared. */
-__device__ inline void ask_rows(float *held, const float *state, int rows, int K, barrier *here)
-{
-    if (lane_id() != 0) return;
-    const int bytes = rows > 0 ? min(rows, ROWS) * K * 4 : 0;
-    barrier_init(here, 1);
-    barrier_init_done();
-    barrier_arrive_expecting(here, bytes);
-    if (bytes > 0) copy_bytes(held, state, bytes, here);
-}
+struct held_rows {
+    float *states;
+    barrier *barriers;
+    int K, V;
 
-/* One token on the warp's rows; o of rows.row(). */
-__device__ inline float step(mixer_rows<ROWS> &rows, const mixer_arguments &a, const head &s)
-{
-    float q[4], k[4];
-    mixer_unit(s.k, warp_sum(mixer_squares(s.k)), k);
-    rows.multiply(s.decay, s.decay_low);
-    rows.learn(k, s.v[warp_id() * ROWS + rows.row()], s.beta);
-    mixer_unit(s.q, warp_sum(mixer_squares(s.q)), q);
-    return a.kda.scale * rows.dot(q);
-}
+    __device__ float *own() const { return states + warp_id() * ROWS * K; }
 
-template <class A>
+    __device__ void prepare() const
+    {
+        if (lane_id() != 0) return;
+        barrier_init(barriers + warp_id(), 1);
+        barrier_init_done();
+    }
+
+    /* Not while others are asked for. */
+    __device__ void ask(const float *state) const
+    {
+        if (lane_id() != 0) return;
+        const int rows = min(ROWS, V - warp_id() * ROWS), bytes = rows > 0 ? rows * K * 4 : 0;
+        barrier_arrive_expecting(barriers + warp_id(), bytes);
+        if (bytes > 0) copy_bytes(own(), state, bytes, barriers + warp_id());
+    }
+
+    /* For the first or the second that were asked for. */
+    __device__ void wait(uint32_t phase) const { barrier_wait(barriers + warp_id(), phase); }
+};
+
+template <class A, class gates_type> struct token {
+    const arguments &p;
+    const mixer_arguments &a;
+    const place &at;
+    mixer_channel<A> channel;
+    gates_type gates;
+    float beta;
+
+    /* What never changes. */
+    __device__ token(const arguments &p, const place &at)
+        : p(p), a(p.mixer), at(at), channel(a, at.role, at.h, at.i)
+    {
+        if (at.role < 3 && at.inside) channel.read_taps(a);
+        gates.ask(p, at);
+        beta = 0;
+    }
+
+    __device__ float *state(long long slot) const
+    {
+        return a.kda.state + ((slot * a.kda.H + at.h) * a.kda.V + warp_id() * ROWS) * a.kda.K;
+    }
+
+    __device__ void read_slot(long long slot, const held_rows &held)
+    {
+        held.ask(state(slot));
+        if (at.role < 3 && at.inside) channel.read_window(a, slot);
+    }
+
+    /* All of it is on its way at once, where the guess was right; the slot. */
+    __device__ long long read(long long guess, const held_rows &held, head &s)
+    {
+        const long long slot = mixer_slot(a, at.n);
+        read_slot(guess, held);
+        if (at.role < 3 && at.inside) channel.read_input(a, at.n);
+        if (at.role == 3 && at.i == SIDE - 1) beta = kda_load(a.kda.beta, at.n, at.h);
+        gates.read(p, at, s);
+        if (slot != guess) {
+            held.wait(0);
+            __syncwarp(); /* nobody may still wait for what the next phase would undo */
+            read_slot(slot, held);
+        }
+        return slot;
+    }
+
+    /* What the block needs, up to a barrier. */
+    __device__ void share(head &s) const
+    {
+        if (at.role < 3)
+            (at.role == 0   ? s.q
+             : at.role == 1 ? s.k
+                            : s.v)[at.i] = at.inside ? channel.output() : 0.0f;
+        else if (at.i == SIDE - 1)
+            s.beta = sigmoid(beta);
+        gates.share(p, at, s);
+        if constexpr (gates_type::PRODUCTS) {
+            __syncthreads();
+            gates.multiply(p, s);
+        }
+    }
+
+    /* The token on the warp's rows; o to the block, up to a barrier. */
+    __device__ void recur(mixer_rows<ROWS> &rows, head &s) const
+    {
+        float q[4], k[4];
+        mixer_unit(s.k, warp_sum(mixer_squares(s.k)), k);
+        rows.multiply(s.decay, s.decay_low);
+        rows.learn(k, s.v[warp_id() * ROWS + rows.row()], s.beta);
+        mixer_unit(s.q, warp_sum(mixer_squares(s.q)), q);
+        const float o = a.kda.scale * rows.dot(q);
+        if (lane_id() % rows.LANES == 0)
+            s.o[warp_id() * ROWS + rows.row()] = to_float(from_float<A>(o));
+    }
+
+    /* By the first warps. */
+    __device__ void finish(const head &s) const
+    {
+        const int V = static_cast<int>(a.kda.V);
+        const float inverse = inverse_rms(mixer_sum_of_squares<A>(s.o, V), V, a.eps);
+        const float out = s.o[at.i] * inverse * s.norm_weight[at.i] * s.gate[at.i];
+        if (at.i < V)
+            static_cast<A *>(a.out)[(at.n * a.kda.H + at.h) * V + at.i] = from_float<A>(out);
+    }
+};
+
+template <class A, class gates_type>
 __global__ __launch_bounds__(THREADS,
                              2) void kda_mixer_kernel(__grid_constant__ const arguments p)
 {
@@ -129,33 +342,32 @@ __global__ __launch_bounds__(THREADS,
     __shared__ __align__(16) head s;
     __shared__ barrier here[WARPS];
     const mixer_arguments &a = p.mixer;
-    const unsigned H = static_cast<unsigned>(a.kda.H), n = blockIdx.x / H, h = blockIdx.x % H;
-    const int K = a.kda.K, V = static_cast<int>(a.kda.V);
-    const int first = warp_id() * ROWS;
+    const held_rows held = {states, here, a.kda.K, static_cast<int>(a.kda.V)};
+    const place at(a.kda);
     let_next_start();
-    ask_ahead<A>(a, n, h);
-    wait_for_inputs();
+    const long long guess = mixer_slot_guess(a, at.n);
+    if (p.unsettled) wait_for_inputs();
+    ask_ahead<A>(a, at, guess);
+    held.prepare();
+    if (at.role == 0) s.norm_weight[at.i] = at.i < held.V ? a.norm_weight[at.i] : 0.0f;
+    token<A, gates_type> own(p, at);
 
-    const long long slot = mixer_slot(a, n);
-    float *const state = a.kda.state + ((slot * H + h) * V + first) * K;
-    float *const held = states + first * K;
-    ask_rows(held, state, V - first, K, &here[warp_id()]);
-    prepare<A>(p, n, h, slot, s);
+    wait_for_inputs();
+    const long long slot = own.read(guess, held, s);
+    if (at.role < 3 && at.inside) own.channel.write_window(a, slot);
+    own.share(s);
     __syncthreads();
     mixer_rows<ROWS> rows;
-    barrier_wait(&here[warp_id()], 0);
-    rows.read(held, V - first, K);
-    const float o = step(rows, a, s);
-    if (lane_id() % rows.LANES == 0) s.o[first + rows.row()] = to_float(from_float<A>(o));
-    rows.write(state, V - first, K);
+    const int below = held.V - warp_id() * ROWS;
+    held.wait(slot != guess);
+    rows.read(held.own(), below, held.K);
+    own.recur(rows, s);
+    rows.write(own.state(slot), below, held.K);
     __syncthreads();
-    const int i = threadIdx.x;
-    if (warp_id() >= SIDE / WARP) return;
-    const float inverse = inverse_rms(mixer_sum_of_squares<A>(s.o, V), V, a.eps);
-    if (i < V)
-        static_cast<A *>(a.out)[(n * a.kda.H + h) * V + i] =
-            from_float<A>(s.o[i] * inverse * a.norm_weight[i] * s.gate[i]);
+    if (at.role == 0) own.finish(s);
 }
+
+/* ---- host -------------------------------------------------------------------------------- */
 
 bool takes(const kl_kda_mixer *a, const kl_kda_mixer_parts &p)
 {
@@ -165,22 +377,68 @@ bool takes(const kl_kda_mixer *a, const kl_kda_mixer_parts &p)
            is_wide(p.norm.z, V, a->out.dtype == KL_BF16 ? 8 : 4);
 }
 
-kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p, kl_error *err)
+bool takes_gate(const kl_tensor &low, const kl_weight &w)
 {
-    const arguments args = {
+    return w.cols == SIDE && w.format != KL_W_F32 && has_pieces(weight_view_of(w)) &&
+           is_wide(low, SIDE, 8);
+}
+
+bool takes_gates(const kl_kda_mixer *a)
+{
+    return a->out.dtype == KL_BF16 && a->qkv.shape[0] <= GATE_TOKENS &&
+           a->state.shape[2] == SIDE && a->state.shape[3] == SIDE &&
+           a->f_b.format == a->g_b.format && takes_gate(a->f_low, a->f_b) &&
+           takes_gate(a->g_low, a->g_b);
+}
+
+arguments arguments_of(const kl_kda_mixer *a, const kl_kda_mixer_parts &p)
+{
+    return {
         .mixer = mixer_arguments_of(a, p),
         .z = p.norm.z.data,
         .z_stride = p.norm.z.stride[0],
+        .f_low = static_cast<const bf16 *>(a->f_low.data),
+        .g_low = static_cast<const bf16 *>(a->g_low.data),
+        .f_stride = a->f_low.stride[0],
+        .g_stride = a->g_low.stride[0],
+        .f_b = weight_view_of(a->f_b),
+        .g_b = weight_view_of(a->g_b),
+        .unsettled = a->f_b.unsettled || a->g_b.unsettled,
     };
-    const unsigned blocks = static_cast<unsigned>(a->qkv.shape[0] * a->state.shape[1]);
+}
+
+template <class A, class gates_type>
+kl_status launch(kl_backend *be, const arguments &a, int64_t N, kl_error *err)
+{
+    const auto kernel = kda_mixer_kernel<A, gates_type>;
+    KL_TRY(kl_cuda_allow_shared(kernel, STATE_BYTES, err));
+    return kl_cuda_launch(kernel, static_cast<unsigned>(N * a.mixer.kda.H), THREADS,
+                          STATE_BYTES, kl_cuda_stream(be), err, a);
+}
+
+kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p, kl_error *err)
+{
+    const arguments args = arguments_of(a, p);
     return with_float_type(a->out.dtype, [&](auto t) {
-        const auto kernel = kda_mixer_kernel<decltype(t)>;
-        KL_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         STATE_BYTES),
-                    err);
-        return kl_cuda_launch(kernel, blocks, THREADS, STATE_BYTES, kl_cuda_stream(be), err,
-                              args);
+        return launch<decltype(t), given_gates<decltype(t)>>(be, args, a->qkv.shape[0], err);
     });
+}
+
+kl_status run_with_gates(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p,
+                         kl_error *err)
+{
+    const arguments args = arguments_of(a, p);
+    const int64_t N = a->qkv.shape[0];
+    switch (a->f_b.format) {
+    case KL_W_INT8:
+        return launch<bf16, own_gates<KL_W_INT8>>(be, args, N, err);
+    case KL_W_INT4:
+        return launch<bf16, own_gates<KL_W_INT4>>(be, args, N, err);
+    case KL_W_FP8:
+        return launch<bf16, own_gates<KL_W_FP8>>(be, args, N, err);
+    default:
+        return launch<bf16, own_gates<KL_W_BF16>>(be, args, N, err);
+    }
 }
 
 } // namespace
@@ -197,6 +455,7 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     if (a->qkv.shape[0] == 0) return KL_OK;
     if (a->guesses) return kl_cuda_kda_mixer_guesses(be, a, p, err);
+    if (takes(a, p) && takes_gates(a)) return run_with_gates(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
     KL_TRY(kl_cuda_short_conv(be, &p.conv, err));

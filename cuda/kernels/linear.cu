@@ -250,7 +250,9 @@ bool suits_pair(kl_backend *be, const kl_cuda_product *first, const kl_cuda_prod
 {
     const bool formats = first->w.format == second->w.format || first->w.format == KL_W_BF16;
     const bool step = way_of(be, first) == way::STEP && way_of(be, second) == way::STEP;
-    return formats && step && same_input(first, second) && first->w.rows > 0 &&
+    const bool halved =
+        kl_cuda_product_step_halves(be, first) || kl_cuda_product_step_halves(be, second);
+    return formats && step && !halved && same_input(first, second) && first->w.rows > 0 &&
            takes_ends(be, way::STEP, first) && takes_ends(be, way::STEP, second);
 }
 

@@ -9,12 +9,15 @@
  *              sums; f32 or bf16 out
  * Grid         blocks that stay, two a multiprocessor, take tiles of 16 rows of weights in turn;
  *              warps share out the columns. A tile with a second weight holds 8 rows of each. Of
- *              two products the first's tiles come first
+ *              two products the first's tiles come first. Of a single token and few rows a tile
+ *              is 8 rows, the halves of whose columns meet two halves of x: twice as many blocks
+ *              have all of the weight on its way
  * Order        an output: a warp's columns in rising order, then warps in order: that of
- *              linear_few.cu
+ *              linear_few.cu; of tiles of halves the warp's two sums are added before
  * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
  * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 12288 and 288
- *              rows of 2304 in 12.6 us, [2304, 4096] 6.5, [4096, 128] 1.9 (2026-11-22)
+ *              rows of 2304 in 17.0 us, during which most of [2304, 4096] comes, too: that in
+ *              3.9 (2026-11-22)
  */
 #include "../device/product.cuh"
 #include "../device/ring.cuh"
@@ -22,6 +25,20 @@
 namespace {
 
 constexpr int64_t MOST_ROWS = 1 << 30; /* an int counts them */
+
+/* Blocks of halves on a multiprocessor where so much of its shared memory is enough for each, and
+ * how many an H100 or H200 holds. */
+constexpr unsigned HALF_BLOCKS = 3;
+constexpr size_t HALF_SHARED = 75 << 10;
+constexpr int64_t HALF_TILES = 396;
+
+/* What the 16 rows of a tile are: those of a weight, 8 of each of two, or 8 and then the second
+ * halves of their columns. */
+enum class tile_of { ROWS, PAIRS, HALVES };
+
+/* Outputs of a token in a tile. */
+template <tile_of kind>
+constexpr int EACH_OF = kind == tile_of::ROWS ? STREAM_ROWS : STREAM_ROWS / 2;
 
 struct step_product {
     weight_view w, up;
@@ -39,12 +56,15 @@ struct step_arguments {
 };
 
 /* Row i of a tile. Rows past the end repeat the last one, which is read anyway. */
-template <bool gated>
+template <tile_of kind>
 __device__ weight_row tile_row(const step_product &p, unsigned tile, int i)
 {
-    constexpr unsigned EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
-    const unsigned row = tile * EACH + i % EACH, last = static_cast<unsigned>(p.w.rows) - 1;
-    return row_of(gated && i >= EACH ? p.up : p.w, row < last ? row : last);
+    constexpr unsigned EACH = EACH_OF<kind>;
+    const unsigned last = static_cast<unsigned>(p.w.rows) - 1;
+    const unsigned row = min(tile * EACH + i % EACH, last);
+    const bool second = i >= EACH;
+    if (kind == tile_of::HALVES) return row_of(p.w, 2 * int64_t{row} + second);
+    return row_of(kind == tile_of::PAIRS && second ? p.up : p.w, row);
 }
 
 /* Whose the tile is; `tile` becomes its number in that product. */
@@ -57,7 +77,7 @@ __device__ inline const step_product &product_of(const step_arguments &a, unsign
 
 /* What the ring is to hold next: this warp's steps of the block's tiles. `format` is that of the
  * scales; weights without any bring words of their own in place of them, which nobody reads. */
-template <kl_weight_format format, bool gated> struct tile_walk {
+template <kl_weight_format format, tile_of kind> struct tile_walk {
     const step_arguments &a;
     unsigned tile;
     int steps = 0; /* of the tile, still to be asked for */
@@ -78,8 +98,8 @@ template <kl_weight_format format, bool gated> struct tile_walk {
             steps = ring_steps(row_bytes);
             if (steps == 0) continue;
             const int r = lane_id() / STREAM_LANES;
-            feed.start(scaled(tile_row<gated>(p, own, r)),
-                       scaled(tile_row<gated>(p, own, r + 8)), row_bytes);
+            feed.start(scaled(tile_row<kind>(p, own, r)), scaled(tile_row<kind>(p, own, r + 8)),
+                       row_bytes);
             return;
         }
     }
@@ -101,9 +121,49 @@ template <kl_weight_format format, bool gated> struct tile_walk {
     }
 };
 
+/* The sums of the block's warps, and what this thread finds there: at most one output, of N * 8
+ * tokens and 16 rows. */
+template <int N, tile_of kind> struct tile_sums {
+    static constexpr int EACH = EACH_OF<kind>;
+    static constexpr int FLOATS = STREAM_FLOATS<N>;
+
+    static __device__ void share(float *sums, const float (&acc)[N][4])
+    {
+        stream_share<N>(sums, acc);
+    }
+
+    static __device__ float sum(const float *sums, int token, int row)
+    {
+        const float y = stream_sum<N>(sums, token, row);
+        if constexpr (kind == tile_of::ROWS) return y;
+        return silu(y) * stream_sum<N>(sums, token, row + EACH);
+    }
+};
+
+/* The halves of a single token's x are two columns of the mma: one lane has both sums of a row. */
+template <int N> struct tile_sums<N, tile_of::HALVES> {
+    static constexpr int EACH = EACH_OF<tile_of::HALVES>;
+    static constexpr int FLOATS = STREAM_WARPS * EACH;
+
+    static __device__ void share(float *sums, const float (&acc)[N][4])
+    {
+        if (lane_id() % STREAM_LANES == 0)
+            sums[warp_id() * EACH + lane_id() / STREAM_LANES] = acc[0][0] + acc[0][3];
+    }
+
+    static __device__ float sum(const float *sums, int, int row)
+    {
+        float y = 0;
+#pragma unroll
+        for (int w = 0; w < STREAM_WARPS; w++) y += sums[w * EACH + row];
+        return y;
+    }
+};
+
 /* The output of this thread: at most one, of N * 8 tokens and 16 rows. */
-template <int N, bool gated> struct tile_output {
-    static constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS;
+template <int N, tile_of kind> struct tile_output {
+    static constexpr int EACH = EACH_OF<kind>;
+    static constexpr bool ADDS = kind != tile_of::PAIRS;
     static_assert(N * STREAM_TOKENS * EACH <= STREAM_THREADS);
     float before; /* of a residual: asked for long before it is needed */
 
@@ -124,7 +184,7 @@ template <int N, bool gated> struct tile_output {
     __device__ tile_output(const step_product &p, unsigned tile, int T)
     {
         before = 0;
-        if (!gated && p.residual != nullptr && is_inside(p, tile, T))
+        if (ADDS && p.residual != nullptr && is_inside(p, tile, T))
             before = p.residual[place(p, tile)];
     }
 
@@ -132,9 +192,8 @@ template <int N, bool gated> struct tile_output {
     {
         if (!is_inside(p, tile, T)) return;
         const int64_t at = place(p, tile);
-        float y = stream_sum<N>(sums, token(), row());
-        if constexpr (gated) y = silu(y) * stream_sum<N>(sums, token(), row() + EACH);
-        if (!gated && p.residual != nullptr)
+        const float y = tile_sums<N, kind>::sum(sums, token(), row());
+        if (ADDS && p.residual != nullptr)
             p.residual[at] = before + to_float(from_float<bf16>(y));
         else if (p.out_is_bf16)
             static_cast<bf16 *>(p.out)[at] = from_float<bf16>(y);
@@ -143,23 +202,23 @@ template <int N, bool gated> struct tile_output {
     }
 };
 
-template <kl_weight_format format, int N, bool gated, kl_weight_format scales>
+template <kl_weight_format format, int N, tile_of kind, kl_weight_format scales>
 __device__ void multiply_tile(const step_product &p, unsigned tile, int T, shared_rows x,
                               float *sums, weight_ring<scales> &ring,
-                              tile_walk<scales, gated> &walk)
+                              tile_walk<scales, kind> &walk)
 {
     const int r = lane_id() / STREAM_LANES;
-    const bool odd[2] = {ring_feed<format>::odd(tile_row<gated>(p, tile, r)),
-                         ring_feed<format>::odd(tile_row<gated>(p, tile, r + 8))};
+    const bool odd[2] = {ring_feed<format>::odd(tile_row<kind>(p, tile, r)),
+                         ring_feed<format>::odd(tile_row<kind>(p, tile, r + 8))};
     float acc[N][4] = {};
-    ring_x<format, N> columns(x, T);
-    const tile_output<N, gated> output(p, tile, T);
+    ring_x<format, N> columns(x, kind == tile_of::HALVES ? 2 * T : T);
+    const tile_output<N, kind> output(p, tile, T);
     for (int n = ring_steps(static_cast<int>(p.w.row_bytes)); n > 0; n--) {
         ring_multiply(acc, ring.template take<format>(odd), columns);
         columns.advance();
         walk.put(ring);
     }
-    stream_share<N>(sums, acc);
+    tile_sums<N, kind>::share(sums, acc);
     __syncthreads();
     output.store(p, tile, T, sums);
 }
@@ -168,7 +227,7 @@ __device__ void multiply_tile(const step_product &p, unsigned tile, int T, share
 template <kl_weight_format first, kl_weight_format second>
 constexpr kl_weight_format SCALES = weight_codec<first>::GROUP > 0 ? first : second;
 
-template <kl_weight_format first, kl_weight_format second, int N, bool gated>
+template <kl_weight_format first, kl_weight_format second, int N, tile_of kind>
 __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_kernel(
     const __grid_constant__ step_arguments a)
 {
@@ -178,35 +237,57 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_
     float *const sums = reinterpret_cast<float *>(x.data + a.x.T * x.pitch);
     ring_type ring(shared);
     if (a.unsettled) wait_for_inputs();
-    tile_walk<SCALES<first, second>, gated> walk(a);
+    tile_walk<SCALES<first, second>, kind> walk(a);
 #pragma unroll 1
     for (int d = 0; d < RING_DEPTH; d++) walk.put(ring);
     prefetch_rows<STREAM_THREADS>(a.x);
     wait_for_inputs();
     let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
-    bring_rows<STREAM_THREADS>(x, a.x, sums);
+    if constexpr (kind == tile_of::HALVES)
+        copy_rows<STREAM_THREADS>(x, a.x);
+    else
+        bring_rows<STREAM_THREADS>(x, a.x, sums);
     __syncthreads();
+    const int T = kind == tile_of::HALVES ? a.x.T / 2 : a.x.T;
     float *own = sums; /* this tile's: those of the one before are being read */
     for (unsigned t = blockIdx.x; t < a.tiles; t += gridDim.x) {
-        own = own == sums ? sums + STREAM_FLOATS<N> : sums;
+        own = own == sums ? sums + tile_sums<N, kind>::FLOATS : sums;
         unsigned tile = t;
         const step_product &p = product_of(a, tile);
         if (first == second || t < a.first_tiles) /* one piece of code where one will do */
-            multiply_tile<first, N>(p, tile, a.x.T, x, own, ring, walk);
+            multiply_tile<first, N>(p, tile, T, x, own, ring, walk);
         else
-            multiply_tile<second, N>(p, tile, a.x.T, x, own, ring, walk);
+            multiply_tile<second, N>(p, tile, T, x, own, ring, walk);
     }
 }
 
 /* ---- host ------------------------------------------------------------------------------ */
 
-size_t shared_bytes(kl_weight_format scales, const kl_cuda_product *p)
+int64_t tiles_of(const kl_cuda_product *p)
+{
+    const int each = is_gated(p) ? STREAM_ROWS / 2 : STREAM_ROWS;
+    return (p->w.rows + each - 1) / each;
+}
+
+/* x and the rows of the weight as two rows each: only where the sum over a row is plain, and may
+ * have an order of its own. */
+bool is_halved(kl_backend *be, const kl_cuda_product *p)
+{
+    const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+    constexpr int64_t UNIT = 256; /* columns: two steps of every format, or more */
+    return !invariant && p->T == 1 && !is_gated(p) && !p->norms && p->w.cols % UNIT == 0 &&
+           2 * tiles_of(p) <= HALF_TILES;
+}
+
+size_t shared_bytes(kl_weight_format scales, const kl_cuda_product *p, bool halved)
 {
     const size_t scaled = kl_weight_group(scales) > 0 ? RING_SCALES : 0;
-    const size_t sums = p->T <= STREAM_TOKENS ? STREAM_FLOATS<1> : STREAM_FLOATS<2>;
-    return RING_DEPTH * (RING_PIECES + scaled) +
-           static_cast<size_t>(p->T) * shared_rows::pitch_of(p->w.cols) +
-           2 * sums * sizeof(float);
+    const size_t sums = halved                  ? tile_sums<1, tile_of::HALVES>::FLOATS
+                        : p->T <= STREAM_TOKENS ? STREAM_FLOATS<1>
+                                                : STREAM_FLOATS<2>;
+    const size_t x = halved ? 2 * shared_rows::pitch_of(p->w.cols / 2)
+                            : p->T * shared_rows::pitch_of(p->w.cols);
+    return RING_DEPTH * (RING_PIECES + scaled) + x + 2 * sums * sizeof(float);
 }
 
 step_product step_of(const kl_cuda_product *p)
@@ -226,20 +307,25 @@ bool is_unsettled(const kl_cuda_product *p)
     return p->w.unsettled || p->up.unsettled;
 }
 
-int64_t tiles_of(const kl_cuda_product *p)
+/* As the kernel takes it, x and the weight by halves of their columns. */
+void halve(step_arguments &a)
 {
-    const int each = is_gated(p) ? STREAM_ROWS / 2 : STREAM_ROWS;
-    return (p->w.rows + each - 1) / each;
+    a.x.T = 2, a.x.cols /= 2, a.x.stride = a.x.cols;
+    weight_view &w = a.first.w;
+    w.cols /= 2, w.row_bytes /= 2, w.groups /= 2;
+    a.tiles = a.first_tiles *= 2;
 }
 
-template <kl_weight_format first, kl_weight_format second, int N, bool gated>
+template <kl_weight_format first, kl_weight_format second, int N, tile_of kind>
 kl_status launch(kl_backend *be, const step_arguments &a, size_t shared, kl_error *err)
 {
-    const auto kernel = product_step_kernel<first, second, N, gated>;
+    const auto kernel = product_step_kernel<first, second, N, kind>;
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
-    const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
+    const bool three = kind == tile_of::HALVES && shared <= HALF_SHARED;
+    const unsigned most =
+        static_cast<unsigned>(multiprocessors) * (three ? HALF_BLOCKS : RING_BLOCKS);
     return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
                           kl_cuda_stream(be), err, a);
 }
@@ -247,8 +333,8 @@ kl_status launch(kl_backend *be, const step_arguments &a, size_t shared, kl_erro
 template <kl_weight_format first, kl_weight_format second>
 kl_status launch_for(kl_backend *be, const step_arguments &a, size_t shared, kl_error *err)
 {
-    return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, false>(be, a, shared, err)
-                                  : launch<first, second, 2, false>(be, a, shared, err);
+    return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, tile_of::ROWS>(be, a, shared, err)
+                                  : launch<first, second, 2, tile_of::ROWS>(be, a, shared, err);
 }
 
 } // namespace
@@ -256,19 +342,28 @@ kl_status launch_for(kl_backend *be, const step_arguments &a, size_t shared, kl_
 bool kl_cuda_product_step_takes(const kl_cuda_product *p)
 {
     return p->T <= 2 * STREAM_TOKENS && p->w.rows <= MOST_ROWS &&
-           shared_bytes(p->w.format, p) <= RING_MOST_SHARED;
+           shared_bytes(p->w.format, p, false) <= RING_MOST_SHARED;
+}
+
+bool kl_cuda_product_step_halves(kl_backend *be, const kl_cuda_product *p)
+{
+    return kl_cuda_product_step_takes(p) && is_halved(be, p);
 }
 
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
     const unsigned tiles = static_cast<unsigned>(tiles_of(p));
-    const step_arguments a = {row_source_of(p), step_of(p), step_of(p), tiles, tiles,
-                              is_unsettled(p)};
-    const size_t shared = shared_bytes(p->w.format, p);
+    step_arguments a = {row_source_of(p), step_of(p), step_of(p), tiles, tiles,
+                        is_unsettled(p)};
+    const bool halved = is_halved(be, p);
+    const size_t shared = shared_bytes(p->w.format, p, halved);
+    if (halved) halve(a);
     return with_format(p->w.format, [&](auto f) {
-        if (!is_gated(p)) return launch_for<f.value, f.value>(be, a, shared, err);
-        return p->T <= STREAM_TOKENS ? launch<f.value, f.value, 1, true>(be, a, shared, err)
-                                     : launch<f.value, f.value, 2, true>(be, a, shared, err);
+        constexpr kl_weight_format w = f.value;
+        if (halved) return launch<w, w, 1, tile_of::HALVES>(be, a, shared, err);
+        if (!is_gated(p)) return launch_for<w, w>(be, a, shared, err);
+        return p->T <= STREAM_TOKENS ? launch<w, w, 1, tile_of::PAIRS>(be, a, shared, err)
+                                     : launch<w, w, 2, tile_of::PAIRS>(be, a, shared, err);
     });
 }
 
@@ -282,7 +377,7 @@ kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first
                               tiles,
                               tiles + static_cast<unsigned>(tiles_of(second)),
                               is_unsettled(first) || is_unsettled(second)};
-    const size_t shared = shared_bytes(second->w.format, second);
+    const size_t shared = shared_bytes(second->w.format, second, false);
     return with_format(second->w.format, [&](auto f) {
         if (first->w.format == f.value) return launch_for<f.value, f.value>(be, a, shared, err);
         return launch_for<KL_W_BF16, f.value>(be, a, shared, err);

@@ -100,8 +100,8 @@ static const int32_t LONGER[N + 1] = {0, 200, 200, 201, 266, 330};
 typedef struct {
     int64_t H, K, V, W;
     kl_gate gate;
-    bool single;
-    int64_t R; /* columns of f_low; g_low has as many, or two more where they are odd */
+    int single; /* so many tokens, each of its own sequence; 0: ragged sequences */
+    int64_t R;  /* columns of f_low; g_low has as many, or two more where they are odd */
     kl_weight_format format;
 } mixer_case;
 
@@ -118,7 +118,8 @@ static void make_gates_negative(kl_kda_mixer *a)
 static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *ragged)
 {
     static const int32_t ones[N + 1] = {0, 1, 2, 3, 4, 5};
-    const int64_t tokens = c->single ? N : ragged[N], C = c->H * (2 * c->K + c->V);
+    const int n = c->single ? c->single : N;
+    const int64_t tokens = c->single ? n : ragged[N], C = c->H * (2 * c->K + c->V);
     const int64_t more = c->R + c->R % 2 * 2;
     kl_tensor qkv = tensor(act, false, 2, tokens, C + 6, 1, 1);
     kl_tensor low = tensor(act, false, 2, tokens, c->R + more + 8, 1, 1);
@@ -131,15 +132,15 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *r
                       .g_b = weight(c->format, c->H * c->V, more),
                       .beta = tensor(act, false, 2, tokens, c->H, 1, 1),
                       .state = tensor(KL_F32, false, 4, SLOTS, c->H, c->V, c->K),
-                      .slots = integers(N, SLOTS_OF),
-                      .cu_seqlens = integers(N + 1, c->single ? ones : ragged),
+                      .slots = integers(n, SLOTS_OF),
+                      .cu_seqlens = integers(n + 1, c->single ? ones : ragged),
                       .norm_weight = tensor(KL_F32, false, 1, c->V, 1, 1, 1),
                       .out = tensor(act, true, 3, tokens, c->H, c->V, 1),
                       .gate = c->gate,
                       .lower_bound = -5,
                       .scale = 0.1f,
                       .eps = 1e-5f,
-                      .single = c->single};
+                      .single = c->single > 0};
     if (c->gate == KL_GATE_DIRECT) make_gates_negative(&a);
     a.g_b.unsettled = c->gate == KL_GATE_BOUNDED; /* changes no bit */
     if (c->gate == KL_GATE_SOFTPLUS) a.A_log = tensor(KL_F32, false, 1, c->H, 1, 1, 1);
@@ -182,24 +183,26 @@ static void check_mixer(const mixer_case *c, kl_dtype act)
 static void mixers(void)
 {
     static const mixer_case cases[] = {
-        {3, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_BF16},
-        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_INT8},
-        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_INT4},
-        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_FP8},
-        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_F32},
-        {2, 128, 128, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
-        {2, 128, 128, 4, KL_GATE_DIRECT, true, 128, KL_W_BF16},
-        {2, 128, 128, 4, KL_GATE_BOUNDED, true, 128, KL_W_BF16},
-        {3, 128, 72, 4, KL_GATE_SOFTPLUS, true, 128, KL_W_BF16},
-        {3, 64, 128, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_INT8},
-        {2, 20, 40, 4, KL_GATE_SOFTPLUS, true, 32, KL_W_BF16},
-        {2, 20, 36, 4, KL_GATE_SOFTPLUS, true, 19, KL_W_BF16},
-        {2, 19, 21, 4, KL_GATE_SOFTPLUS, true, 19, KL_W_INT8},
-        {2, 64, 160, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
-        {2, 136, 64, 4, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
-        {2, 64, 64, 3, KL_GATE_SOFTPLUS, true, 64, KL_W_BF16},
-        {2, 128, 128, 4, KL_GATE_SOFTPLUS, false, 128, KL_W_BF16},
-        {2, 19, 21, 1, KL_GATE_BOUNDED, false, 19, KL_W_BF16},
+        {3, 128, 128, 4, KL_GATE_SOFTPLUS, 4, 128, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 5, 128, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 5, 128, KL_W_INT8},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 4, 128, KL_W_INT8},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 4, 128, KL_W_INT4},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 4, 128, KL_W_FP8},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 4, 128, KL_W_F32},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 4, 64, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_DIRECT, 4, 128, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_BOUNDED, 4, 128, KL_W_BF16},
+        {3, 128, 72, 4, KL_GATE_SOFTPLUS, 4, 128, KL_W_BF16},
+        {3, 64, 128, 4, KL_GATE_SOFTPLUS, 4, 64, KL_W_INT8},
+        {2, 20, 40, 4, KL_GATE_SOFTPLUS, 4, 32, KL_W_BF16},
+        {2, 20, 36, 4, KL_GATE_SOFTPLUS, 4, 19, KL_W_BF16},
+        {2, 19, 21, 4, KL_GATE_SOFTPLUS, 4, 19, KL_W_INT8},
+        {2, 64, 160, 4, KL_GATE_SOFTPLUS, 4, 64, KL_W_BF16},
+        {2, 136, 64, 4, KL_GATE_SOFTPLUS, 4, 64, KL_W_BF16},
+        {2, 64, 64, 3, KL_GATE_SOFTPLUS, 4, 64, KL_W_BF16},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 128, KL_W_BF16},
+        {2, 19, 21, 1, KL_GATE_BOUNDED, 0, 19, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j]);
@@ -351,7 +354,7 @@ static void unset_strides_whole(kl_backend *be, void *call)
 
 static void unset_strides(void)
 {
-    static const mixer_case c = {2, 16, 8, 4, KL_GATE_SOFTPLUS, false, 8, KL_W_BF16};
+    static const mixer_case c = {2, 16, 8, 4, KL_GATE_SOFTPLUS, 0, 8, KL_W_BF16};
     static const int32_t all[2] = {0, T};
     parts p = {0};
     kl_kda_mixer a = mixer_of(&c, KL_BF16, RAGGED);
@@ -378,12 +381,12 @@ static void unset_strides(void)
 static void guesses(void)
 {
     static const mixer_case cases[] = {
-        {3, 128, 128, 4, KL_GATE_SOFTPLUS, false, 128, KL_W_BF16},
-        {2, 128, 72, 4, KL_GATE_BOUNDED, false, 128, KL_W_INT8},
-        {2, 20, 40, 4, KL_GATE_DIRECT, false, 32, KL_W_BF16},
-        {2, 8, 8, 4, KL_GATE_SOFTPLUS, false, 8, KL_W_F32},
-        {2, 19, 21, 3, KL_GATE_SOFTPLUS, false, 19, KL_W_BF16},
-        {2, 19, 21, 1, KL_GATE_BOUNDED, false, 19, KL_W_BF16},
+        {3, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 128, KL_W_BF16},
+        {2, 128, 72, 4, KL_GATE_BOUNDED, 0, 128, KL_W_INT8},
+        {2, 20, 40, 4, KL_GATE_DIRECT, 0, 32, KL_W_BF16},
+        {2, 8, 8, 4, KL_GATE_SOFTPLUS, 0, 8, KL_W_F32},
+        {2, 19, 21, 3, KL_GATE_SOFTPLUS, 0, 19, KL_W_BF16},
+        {2, 19, 21, 1, KL_GATE_BOUNDED, 0, 19, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int j = 0; j < 2; j++)
