@@ -25,7 +25,7 @@ struct moe_step_arguments {
     int D, n_shared, top_k;
     int row_bytes, groups;                      /* of w1 and w3, the shared expert's too */
     unsigned shared_tiles, expert_tiles, tiles; /* of the inner kernel: an expert's, all */
-    bool unsettled; /* the shared expert's w1 or w3: see kl_weight */
+    bool unsettled; /* a weight that is read before the wait: see kl_weight */
 };
 
 /* ---- the choice ------------------------------------------------------------------------ */
@@ -38,6 +38,13 @@ struct chosen_experts {
     unsigned keys[FEW_EXPERTS]; /* and what they are chosen by */
 };
 
+/* Before the wait: the bias comes from memory, and would come last. */
+__device__ inline void prefetch_choice(const moe_step_arguments &a)
+{
+    if (a.logits == nullptr || a.rule.bias == nullptr) return;
+    if (const int i = threadIdx.x * 32; i < a.rule.E) prefetch_line(a.rule.bias + i);
+}
+
 /* What the choice is made from, by all threads. The out kernel starts when all blocks of the inner
  * one have waited for what came before: that is complete then, and the out kernel may read it
  * before its own wait, past the L1, which that wait alone would clean. */
@@ -47,8 +54,8 @@ __device__ inline void load_choice(const moe_step_arguments &a, chosen_experts &
     const int i = threadIdx.x;
     if (a.logits != nullptr) {
         const bool inside = i < a.rule.E;
+        const float bias = inside && a.rule.bias != nullptr ? __ldcg(a.rule.bias + i) : 0;
         const float score = inside ? sigmoid(__ldcg(a.logits + i)) : 0;
-        const float bias = inside && a.rule.bias != nullptr ? a.rule.bias[i] : 0;
         to.scores[i] = score;
         to.keys[i] = inside ? key_of(a.rule.bias != nullptr ? score + bias : score) : TAKEN;
     } else if (i < a.top_k) {
@@ -87,10 +94,11 @@ kl_status launch_step(K kernel, unsigned blocks, size_t shared, const moe_step_a
     return kl_cuda_launch(kernel, blocks, STREAM_THREADS, shared, stream, err, a);
 }
 
-/* The inner products of all experts, if a block of it finds the shared memory. */
+/* The inner products of all experts, if a block of it finds the shared memory; `apart`: see
+ * moe_step. */
 bool kl_cuda_moe_step_inner_takes(kl_weight_format format, int64_t D);
 kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format format,
-                                 cudaStream_t stream, kl_error *err);
+                                 bool apart, cudaStream_t stream, kl_error *err);
 
 /* Likewise the sum of the experts, of moe_step::apart. */
 bool kl_cuda_moe_step_apart_takes(const moe_step_arguments &a, kl_weight_format format);

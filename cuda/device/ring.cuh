@@ -152,11 +152,12 @@ struct ring_pieces {
     float scale[2];
 };
 
-/* `format` decides about the scales; weights without any pass through every ring. */
-template <kl_weight_format format> struct weight_ring {
+/* `format` decides about the scales; weights without any pass through every ring. DEPTH: steps on
+ * their way. */
+template <kl_weight_format format, int DEPTH = RING_DEPTH> struct weight_ring {
     static constexpr bool SCALED = weight_codec<format>::GROUP > 0;
     static constexpr int SLOT = RING_PIECES + (SCALED ? RING_SCALES : 0);
-    static constexpr int BYTES = RING_DEPTH * SLOT; /* of shared memory */
+    static constexpr int BYTES = DEPTH * SLOT; /* of shared memory */
 
     unsigned char *first, *slot;
 
@@ -200,7 +201,7 @@ template <kl_weight_format format> struct weight_ring {
     /* The oldest step, once it is there. */
     template <kl_weight_format f> __device__ ring_pieces take(const bool (&odd)[2]) const
     {
-        copy_wait<RING_DEPTH - 1>();
+        copy_wait<DEPTH - 1>();
         ring_pieces p = {{*piece(0), *piece(1)}, {1, 1}};
         if constexpr (weight_codec<f>::GROUP > 0) {
             const uint2 words = *reinterpret_cast<const uint2 *>(scales());

@@ -16,7 +16,8 @@
  *              second halves, both; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     H200, in a step (bf16, context 1024): 16.5 us, 60 % of 4.3 TB/s (2026-11-22)
+ * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 10.3 us, 96 % of
+ *              4.3 TB/s, int8 12.2, int4 10.5 (2026-11-22)
  */
 #include "../device/moe_step.cuh"
 
@@ -24,17 +25,11 @@ namespace {
 
 constexpr int64_t MAX_COLS = 1 << 20; /* products of sizes stay within an int */
 
-/* An expert as a block of the out kernel visits it. */
-struct visit {
-    weight_row first; /* of the block's 8 */
-    float weight;
-    int start; /* the first of its half's steps among those of all experts */
-};
-
-__device__ inline const weight_view &down_of(const moe_step_arguments &a, int v)
-{
-    return v < a.n_shared ? a.shared_w2 : a.w2;
-}
+/* Steps on their way: with so many, three blocks find room on a multiprocessor, so that the model's
+ * 288 all do and none waits for another's end; without scales one also beside two of the inner
+ * kernel. */
+template <kl_weight_format format>
+constexpr int OUT_DEPTH = weight_codec<format>::GROUP > 0 ? 5 : 6;
 
 /* Steps in half of a row. */
 __host__ __device__ inline int half_steps(const weight_view &w)
@@ -42,76 +37,105 @@ __host__ __device__ inline int half_steps(const weight_view &w)
     return static_cast<int>((w.row_bytes + 2 * RING_STEP - 1) / (2 * RING_STEP));
 }
 
+__host__ __device__ inline int steps_of_shared(const moe_step_arguments &a)
+{
+    return a.n_shared > 0 ? half_steps(a.shared_w2) : 0;
+}
+
 __host__ __device__ inline int steps_of_halves(const moe_step_arguments &a)
 {
-    return (a.n_shared > 0 ? half_steps(a.shared_w2) : 0) + a.top_k * half_steps(a.w2);
+    return steps_of_shared(a) + a.top_k * half_steps(a.w2);
 }
 
-/* Steps of all experts' first halves one behind the other; those of the second halves lie in the
- * other rows of the same products. */
-template <kl_weight_format format> struct out_walk {
-    using feed_type = ring_feed<format>;
-
-    const moe_step_arguments &a;
-    const visit *visits;
-    const uint8_t *experts; /* of each step */
-    int steps;
-
-    /* Where this lane's pieces of step s lie, and whether their rows have them. */
-    __device__ void find(weight_row (&rows)[2], bool (&inside)[2], int s) const
-    {
-        const int v = experts[s], lane = lane_id();
-        const weight_view &w = down_of(a, v);
-        const int at = (s - visits[v].start) * RING_STEP + lane % STREAM_LANES * 16;
-        const int r = lane / STREAM_LANES, half = half_steps(w) * RING_STEP;
-        const weight_row first = visits[v].first;
-        rows[0] = {first.data + r * w.row_bytes + at, first.scales};
-        if constexpr (feed_type::SCALED) rows[0].scales += r * w.groups + feed_type::groups(at);
-        rows[1] = {rows[0].data + half, rows[0].scales};
-        if constexpr (feed_type::SCALED) rows[1].scales += feed_type::groups(half);
-        inside[0] = at < w.row_bytes;
-        inside[1] = at + half < w.row_bytes;
-    }
-
-    __device__ void put(weight_ring<format> &ring, int s) const
-    {
-        if (s >= steps) return ring.put_none();
-        weight_row rows[2];
-        bool inside[2];
-        find(rows, inside, s);
-        if constexpr (feed_type::SCALED)
-            for (weight_row &row : rows) row.scales -= is_odd(row.scales);
-        ring.template put<format>(rows, inside);
-    }
-
-    __device__ ring_pieces take(const weight_ring<format> &ring, int s) const
-    {
-        if constexpr (!feed_type::SCALED) return ring.template take<format>({false, false});
-        weight_row rows[2];
-        bool inside[2];
-        find(rows, inside, s);
-        return ring.template take<format>({is_odd(rows[0].scales), is_odd(rows[1].scales)});
-    }
+/* A step of all experts, whose first halves come one behind the other; those of the second halves
+ * lie in the other rows of the same products. */
+struct alignas(16) out_step {
+    const uint8_t *data; /* of the expert's first of the block's 8 rows */
+    const bf16 *scales;
+    int at;     /* bytes of a row before the step */
+    int column; /* the expert's first, in the inner products */
+    float weight;
 };
 
-/* By all threads; a barrier follows. */
-__device__ void list_visits(const moe_step_arguments &a, const chosen_experts &chosen,
-                            visit *visits, uint8_t *experts, int steps)
+__device__ inline out_step step_of(const moe_step_arguments &a, const chosen_experts &chosen,
+                                   int s)
 {
-    const int before = a.n_shared > 0 ? half_steps(a.shared_w2) : 0, each = half_steps(a.w2);
+    const int shared = steps_of_shared(a), each = half_steps(a.w2);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * EACH;
-    for (int v = threadIdx.x; v < a.n_shared + a.top_k; v += STREAM_THREADS) {
-        const int j = v - a.n_shared;
-        if (j < 0)
-            visits[v] = {row_of(a.shared_w2, row), 1.0f, 0};
-        else
-            visits[v] = {row_of(a.w2, chosen.ids[j] * a.w2.rows + row), chosen.weights[j],
-                         before + j * each};
+    if (s < shared) {
+        const weight_row first = row_of(a.shared_w2, row);
+        return {first.data, first.scales, s * RING_STEP, 0, 1.0f};
     }
-#pragma unroll 1
-    for (int s = threadIdx.x; s < steps; s += STREAM_THREADS)
-        experts[s] = static_cast<uint8_t>(s < before ? 0 : a.n_shared + (s - before) / each);
+    const int j = (s - shared) / each, at = (s - shared - j * each) * RING_STEP;
+    const weight_row first = row_of(a.w2, chosen.ids[j] * a.w2.rows + row);
+    const int before = a.n_shared * static_cast<int>(a.shared_w2.cols);
+    return {first.data, first.scales, at, before + j * static_cast<int>(a.w2.cols),
+            chosen.weights[j]};
 }
+
+/* A lane's share of an expert's rows. */
+struct half_rows {
+    int skip,
+        groups; /* bytes from the first row to this lane's, with its piece; groups to its row */
+    int half, end; /* bytes of half a row; of a row, less those before the piece */
+};
+
+__device__ inline half_rows half_rows_of(const weight_view &w)
+{
+    const int r = lane_id() / STREAM_LANES, piece = lane_id() % STREAM_LANES * 16;
+    const int row_bytes = static_cast<int>(w.row_bytes);
+    return {r * row_bytes + piece, r * static_cast<int>(w.groups), half_steps(w) * RING_STEP,
+            row_bytes - piece};
+}
+
+/* What the ring is to hold next. */
+template <kl_weight_format format> struct out_walk {
+    using feed_type = ring_feed<format>;
+    static constexpr int DEPTH = OUT_DEPTH<format>;
+    using ring_type = weight_ring<format, DEPTH>;
+
+    const out_step *list;
+    int steps, shared_steps;
+    half_rows shared, routed;
+    uint32_t odd =
+        0; /* two bits a step, the oldest first: which halves the scales are, of words */
+
+    __device__ out_walk(const moe_step_arguments &a, const out_step *steps_of_all)
+        : list(steps_of_all), steps(steps_of_halves(a)), shared_steps(steps_of_shared(a)),
+          shared(half_rows_of(a.shared_w2)), routed(half_rows_of(a.w2))
+    {
+    }
+
+    __device__ void put(ring_type &ring, int s)
+    {
+        odd >>= 2;
+        if (s >= steps) return ring.put_none();
+        const out_step &step = list[s];
+        const bool is_shared = s < shared_steps;
+        const half_rows own = {
+            is_shared ? shared.skip : routed.skip, is_shared ? shared.groups : routed.groups,
+            is_shared ? shared.half : routed.half, is_shared ? shared.end : routed.end};
+        weight_row rows[2] = {{step.data + (own.skip + step.at), nullptr}};
+        rows[1].data = rows[0].data + own.half;
+        if constexpr (feed_type::SCALED) {
+            const int before = step.at + lane_id() % STREAM_LANES * 16;
+            rows[0].scales = step.scales + (own.groups + feed_type::groups(before));
+            rows[1].scales = rows[0].scales + feed_type::groups(own.half);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t second = is_odd(rows[i].scales);
+                rows[i].scales -= second;
+                odd |= second << (2 * (DEPTH - 1) + i);
+            }
+        }
+        ring.template put<format>(rows, {step.at < own.end, step.at + own.half < own.end});
+    }
+
+    __device__ ring_pieces take(const ring_type &ring) const
+    {
+        return ring.template take<format>({(odd & 1) != 0, (odd & 2) != 0});
+    }
+};
 
 /* The inner products as two rows of x: the experts' first halves and their second ones, each of
  * whole steps, UNITS times 16 bytes of x. Where they come from is found out before they are there,
@@ -120,20 +144,17 @@ template <int UNITS> struct inner_copy {
     static constexpr int BATCH =
         5; /* with 256 threads all of the model's 9 times 1024 columns */
     const moe_step_arguments &a;
-    const visit *visits;
-    const uint8_t *experts;
-    const int steps;
+    const out_step *list;
+    const int steps, shared_steps;
     int from[BATCH]; /* column; -1: zeros, past the end of an expert's */
 
     __device__ int find(int i) const
     {
-        const int token = i >= steps * UNITS, at = i - token * steps * UNITS;
-        const int v = experts[at / UNITS], j = v - a.n_shared;
-        const weight_view &w = down_of(a, v);
-        const int own = at - (visits[v].start - token * half_steps(w)) * UNITS;
-        const int cols = static_cast<int>(w.cols);
-        const int before = a.n_shared * static_cast<int>(a.shared_w2.cols);
-        return 8 * own < cols ? (j < 0 ? 0 : before + j * cols) + 8 * own : -1;
+        const int second = i >= steps * UNITS, at = i - second * steps * UNITS;
+        const int s = at / UNITS;
+        const weight_view &w = s < shared_steps ? a.shared_w2 : a.w2;
+        const int own = (list[s].at / RING_STEP + second * half_steps(w)) * UNITS + at % UNITS;
+        return 8 * own < static_cast<int>(w.cols) ? list[s].column + 8 * own : -1;
     }
 
     __device__ void prepare()
@@ -168,18 +189,19 @@ template <int UNITS> struct inner_copy {
 
 /* This warp's share of the sum of row lane / 4, in the lanes that are multiples of 4. */
 template <kl_weight_format format>
-__device__ float multiply_experts(const out_walk<format> &walk, weight_ring<format> &ring,
+__device__ float multiply_experts(out_walk<format> &walk,
+                                  typename out_walk<format>::ring_type &ring,
                                   const shared_rows &inner)
 {
     float top = 0, bottom = 0;
     ring_x<format, 1> columns(inner, 2);
 #pragma unroll 1
     for (int s = warp_id(); s < walk.steps; s += STREAM_WARPS) {
-        const float weight = walk.visits[walk.experts[s]].weight;
+        const float weight = walk.list[s].weight;
         float part[1][4] = {};
-        ring_multiply<format, 1>(part, walk.take(ring, s), columns);
+        ring_multiply<format, 1>(part, walk.take(ring), columns);
         columns.advance();
-        walk.put(ring, s + RING_DEPTH * STREAM_WARPS);
+        walk.put(ring, s + walk.DEPTH * STREAM_WARPS);
         top = fmaf(weight, part[0][0], top); /* of the first half, rows 0 to 7 by row 0 of x */
         bottom = fmaf(weight, part[0][3], bottom);
     }
@@ -190,27 +212,29 @@ template <kl_weight_format format>
 __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_out_kernel(
     __grid_constant__ const moe_step_arguments a)
 {
+    using walk_type = out_walk<format>;
+    using ring_type = typename walk_type::ring_type;
     constexpr int UNITS = RING_STEP / 16 * weight_codec<format>::PIECE / 8;
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ float sums[STREAM_WARPS * EACH];
     __shared__ chosen_experts chosen;
-    __shared__ visit visits[MAX_STEP_EXPERTS];
     const int steps = steps_of_halves(a);
-    const shared_rows inner = {shared + weight_ring<format>::BYTES,
+    const shared_rows inner = {shared + ring_type::BYTES,
                                shared_rows::pitch_of(int64_t{steps} * UNITS * 8)};
-    uint8_t *const experts = inner.data + 2 * inner.pitch;
-    const out_walk<format> walk = {a, visits, experts, steps};
-    weight_ring<format> ring(shared);
+    out_step *const list = reinterpret_cast<out_step *>(inner.data + 2 * inner.pitch);
+    walk_type walk(a, list);
+    ring_type ring(shared);
     let_next_start();
+    if (a.unsettled) wait_for_inputs(); /* scales come through the L1 */
     load_choice(a, chosen);
     __syncthreads();
     if (warp_id() == 0) choose(a, chosen);
     __syncthreads();
-    list_visits(a, chosen, visits, experts, steps);
+    for (int s = threadIdx.x; s < steps; s += STREAM_THREADS) list[s] = step_of(a, chosen, s);
     __syncthreads();
 #pragma unroll 1
-    for (int d = 0; d < RING_DEPTH; d++) walk.put(ring, warp_id() + d * STREAM_WARPS);
-    inner_copy<UNITS> products = {a, visits, experts, steps, {}};
+    for (int d = 0; d < walk.DEPTH; d++) walk.put(ring, warp_id() + d * STREAM_WARPS);
+    inner_copy<UNITS> products = {a, list, steps, walk.shared_steps, {}};
     products.prepare();
 
     wait_for_inputs();
@@ -261,15 +285,17 @@ moe_step_arguments arguments_of(const moe_step &s)
         .shared_tiles = static_cast<unsigned>(shared_rows / EACH),
         .expert_tiles = static_cast<unsigned>(a->w1.rows / EACH),
         .tiles = static_cast<unsigned>((shared_rows + top_k * a->w1.rows) / EACH),
-        .unsettled = a->shared_w1.unsettled || a->shared_w3.unsettled,
+        .unsettled = a->w2.unsettled || a->shared_w1.unsettled || a->shared_w3.unsettled ||
+                     a->shared_w2.unsettled,
     };
 }
 
 template <kl_weight_format format> size_t out_bytes(int64_t steps)
 {
     const int64_t cols = steps * STREAM_LANES * weight_codec<format>::PIECE;
-    return weight_ring<format>::BYTES + 2 * static_cast<size_t>(shared_rows::pitch_of(cols)) +
-           static_cast<size_t>(steps);
+    return out_walk<format>::ring_type::BYTES +
+           2 * static_cast<size_t>(shared_rows::pitch_of(cols)) +
+           static_cast<size_t>(steps) * sizeof(out_step);
 }
 
 kl_status run_out(const moe_step_arguments &a, kl_weight_format format, cudaStream_t stream,
@@ -309,7 +335,7 @@ bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
 kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err)
 {
     const moe_step_arguments args = arguments_of(s);
-    KL_TRY(kl_cuda_moe_step_inner(args, s.experts->w1.format, stream, err));
+    KL_TRY(kl_cuda_moe_step_inner(args, s.experts->w1.format, s.apart, stream, err));
     return s.apart ? kl_cuda_moe_step_apart(args, s.experts->w2.format, stream, err)
                    : run_out(args, s.experts->w2.format, stream, err);
 }

@@ -5,16 +5,19 @@
  *              first. Which they are: given, or moe_route of the token's logits
  * Shapes       h [D]; w1, w3 [E, I, D]; D and I multiples of 64
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
- * Precision    bf16 in and out; int4 weights to bf16, the others exact; f32 sums
+ * Precision    bf16 in and out; weights exact, of int8 and int4 by whole numbers (device/digits.cuh);
+ *              f32 sums. With the bits of the other paths: int4 weights to bf16
  * Grid         blocks that stay, two a multiprocessor, take tiles of 8 rows of w1 and of w3 in turn,
  *              the shared expert's before all others: these are on their way before h and the
  *              logits are there
  * Order        a warp's columns in rising order, then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
  *              3.0 TB/s
- * Measured     H200, in a step (bf16, context 1024): 25.8 us, 76 % of 4.3 TB/s (2026-11-22)
+ * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 26.6 us, 74 % of
+ *              4.3 TB/s, int8 16.4, int4 15.4 (2026-11-22)
  */
 #include "../device/barrier.cuh"
+#include "../device/digits.cuh"
 #include "../device/moe_step.cuh"
 
 namespace {
@@ -96,7 +99,7 @@ template <kl_weight_format format> struct inner_walk {
         left = steps;
     }
 
-    __device__ void put(weight_ring<format> &ring)
+    template <class Ring> __device__ void put(Ring &ring)
     {
         if (left == 0) enter();
         if (left == 0) return ring.put_none();
@@ -106,49 +109,140 @@ template <kl_weight_format format> struct inner_walk {
     }
 };
 
-/* h on its way to shared memory, zeros behind it. */
-__device__ void copy_row(const shared_rows &to, const moe_step_arguments &a)
-{
-    for (int u = threadIdx.x; u < to.pitch / 16; u += STREAM_THREADS) {
-        const bool inside = 8 * u < a.D;
-        copy_async(to.unit(0, u), a.h + (inside ? 8 * u : 0), inside);
-    }
-    copy_commit();
-}
+/* How h lies in shared memory, and a warp's products of a tile with it: in lanes that are multiples
+ * of 4 the sums of row lane / 4 of the gates and of the ups. */
+template <kl_weight_format format, bool digits> struct inner_row {
+    using ring_type = weight_ring<format>;
+    const shared_rows x;
 
-template <kl_weight_format format>
+    static __host__ __device__ int bytes_of(int D) { return shared_rows::pitch_of(D); }
+
+    __device__ inner_row(unsigned char *shared, int D) : x{shared, bytes_of(D)} {}
+
+    /* After the wait: on its way, zeros behind it. */
+    __device__ void ask(const moe_step_arguments &a)
+    {
+        for (int u = threadIdx.x; u < x.pitch / 16; u += STREAM_THREADS) {
+            const bool inside = 8 * u < a.D;
+            copy_async(x.unit(0, u), a.h + (inside ? 8 * u : 0), inside);
+        }
+        copy_commit();
+    }
+
+    /* A barrier follows. */
+    __device__ void bring(const moe_step_arguments &) const { copy_wait<0>(); }
+
+    template <class Walk>
+    __device__ void multiply(float (&sums)[2], const bool (&odd)[2], ring_type &ring,
+                             Walk &walk) const
+    {
+        float acc[1][4] = {};
+        ring_x<format, 1> columns(x, 1);
+        for (int n = walk.steps; n > 0; n--) {
+            ring_multiply<format, 1>(acc, ring.template take<format>(odd), columns);
+            columns.advance();
+            walk.put(ring);
+        }
+        sums[0] = acc[0][0], sums[1] = acc[0][2];
+    }
+};
+
+template <kl_weight_format format> struct inner_row<format, true> {
+    using ring_type = digit_ring<format, RING_DEPTH>;
+    using row_type = digit_row<format>;
+    static constexpr int HELD = 2; /* units of a thread that are asked for early */
+    const row_type x;
+    const int units;
+    uint4 held[HELD];
+
+    static __host__ __device__ int chunks_of(int D)
+    {
+        return row_type::chunks_of(shared_rows::pitch_of(D) / 2);
+    }
+
+    static __host__ __device__ int bytes_of(int D) { return row_type::bytes_of(chunks_of(D)); }
+
+    __device__ inner_row(unsigned char *shared, int D)
+        : x(shared, chunks_of(D)), units(chunks_of(D) * DIGIT_CHUNK / 8)
+    {
+    }
+
+    __device__ static uint4 unit(const moe_step_arguments &a, int u)
+    {
+        return 8 * u < a.D ? *reinterpret_cast<const uint4 *>(a.h + 8 * u) : uint4{};
+    }
+
+    __device__ void ask(const moe_step_arguments &a)
+    {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) held[i] = unit(a, threadIdx.x + i * STREAM_THREADS);
+    }
+
+    __device__ void bring(const moe_step_arguments &a) const
+    {
+        const int first = threadIdx.x - lane_id(); /* of a warp's units: all lanes or none */
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (first + i * STREAM_THREADS < units)
+                put(threadIdx.x + i * STREAM_THREADS, held[i]);
+        for (int at = HELD * STREAM_THREADS; first + at < units; at += STREAM_THREADS)
+            put(threadIdx.x + at, unit(a, threadIdx.x + at));
+    }
+
+    __device__ void put(int u, uint4 raw) const
+    {
+        x.put(u, raw, u < units);
+    }
+
+    template <class Walk>
+    __device__ void multiply(float (&sums)[2], const bool (&odd)[2], ring_type &ring,
+                             Walk &walk) const
+    {
+        float acc[2] = {};
+        ring_digits<format> columns(x);
+        for (int n = walk.steps; n > 0; n--) {
+            digits_multiply(acc, ring.take(odd), columns);
+            columns.advance();
+            walk.put(ring);
+        }
+        sums[0] = digits_total<format>(acc[0]), sums[1] = digits_total<format>(acc[1]);
+    }
+};
+
+template <kl_weight_format format, bool digits>
 __device__ void multiply_tile(const moe_step_arguments &a, const tile_place &tile,
-                              const shared_rows &h, float *sums, weight_ring<format> &ring,
+                              const inner_row<format, digits> &h, float *sums,
+                              typename inner_row<format, digits>::ring_type &ring,
                               inner_walk<format> &walk)
 {
     weight_row rows[2];
     tile.find(rows, a, walk.experts);
     const bool odd[2] = {ring_feed<format>::odd(rows[0]), ring_feed<format>::odd(rows[1])};
-    float acc[1][4] = {};
-    ring_x<format, 1> columns(h, 1);
-    for (int n = walk.steps; n > 0; n--) {
-        ring_multiply<format, 1>(acc, ring.template take<format>(odd), columns);
-        columns.advance();
-        walk.put(ring);
-    }
+    float sum[2];
+    h.multiply(sum, odd, ring, walk);
     if (lane_id() % STREAM_LANES == 0) {
         float *const own = sums + warp_id() * STREAM_ROWS + lane_id() / STREAM_LANES;
-        own[0] = acc[0][0];
-        own[EACH] = acc[0][2];
+        own[0] = sum[0];
+        own[EACH] = sum[1];
     }
 }
 
-template <kl_weight_format format>
-__global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_inner_kernel(
-    __grid_constant__ const moe_step_arguments a)
+/* Registers: the digits of int4 take more than 64 a thread. */
+template <kl_weight_format format, bool digits>
+__global__ __launch_bounds__(
+    STREAM_THREADS,
+    digits &&format == KL_W_INT4
+        ? 3
+        : 4) void moe_step_inner_kernel(__grid_constant__ const moe_step_arguments a)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ float sums[2][STREAM_WARPS * STREAM_ROWS]; /* of this tile and the one before */
     __shared__ chosen_experts chosen;
     __shared__ gated_expert experts[MAX_STEP_EXPERTS];
     __shared__ barrier listed; /* the first warp chooses while the others are at shared tiles */
-    const shared_rows h = {shared + weight_ring<format>::BYTES, shared_rows::pitch_of(a.D)};
-    weight_ring<format> ring(shared);
+    using ring_type = typename inner_row<format, digits>::ring_type;
+    inner_row<format, digits> h(shared + ring_type::BYTES, a.D);
+    ring_type ring(shared);
     inner_walk<format> walk(a, experts, &listed);
     if (threadIdx.x == 0) {
         barrier_init(&listed, 1);
@@ -159,11 +253,12 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_inne
     int put = 0;
 #pragma unroll 1
     for (; put < RING_DEPTH && walk.is_shared(); put++) walk.put(ring);
+    prefetch_choice(a);
     wait_for_inputs();
     let_next_start(); /* not before: see load_choice() */
-    copy_row(h, a);
+    h.ask(a);
     load_choice(a, chosen);
-    copy_wait<0>();
+    h.bring(a);
     __syncthreads();
     if (warp_id() == 0) {
         choose(a, chosen);
@@ -191,27 +286,38 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_inne
     }
 }
 
-template <kl_weight_format format> size_t inner_bytes(int64_t D)
+template <kl_weight_format format, bool digits> size_t inner_bytes(int64_t D)
 {
-    return weight_ring<format>::BYTES + static_cast<size_t>(shared_rows::pitch_of(D));
+    using row_type = inner_row<format, digits>;
+    return row_type::ring_type::BYTES +
+           static_cast<size_t>(row_type::bytes_of(static_cast<int>(D)));
+}
+
+template <kl_weight_format format, bool digits>
+kl_status launch(const moe_step_arguments &a, cudaStream_t stream, kl_error *err)
+{
+    int multiprocessors;
+    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
+    const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
+    return launch_step(moe_step_inner_kernel<format, digits>, a.tiles < most ? a.tiles : most,
+                       inner_bytes<format, digits>(a.D), a, stream, err);
 }
 
 } // namespace
 
 bool kl_cuda_moe_step_inner_takes(kl_weight_format format, int64_t D)
 {
-    return with_format(format,
-                       [&](auto f) { return inner_bytes<f.value>(D) <= RING_MOST_SHARED; });
+    return with_format(format, [&](auto f) {
+        return inner_bytes<f.value, false>(D) <= RING_MOST_SHARED &&
+               inner_bytes<f.value, HAS_DIGITS<f.value>>(D) <= RING_MOST_SHARED;
+    });
 }
 
 kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format format,
-                                 cudaStream_t stream, kl_error *err)
+                                 bool apart, cudaStream_t stream, kl_error *err)
 {
-    int multiprocessors;
-    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
     return with_format(format, [&](auto f) {
-        return launch_step(moe_step_inner_kernel<f.value>, a.tiles < most ? a.tiles : most,
-                           inner_bytes<f.value>(a.D), a, stream, err);
+        return apart ? launch<f.value, false>(a, stream, err)
+                     : launch<f.value, HAS_DIGITS<f.value>>(a, stream, err);
     });
 }

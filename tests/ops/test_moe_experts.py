@@ -199,6 +199,27 @@ def test_a_single_token_is_a_row_of_two(format):
 
 
 @every_device
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+@pytest.mark.parametrize("largest, meets", [(64, False), (1e4, False), (1e4, True)])
+def test_one_x_far_above_its_neighbours(format, largest, meets):
+    """Of a single token, which CUDA multiplies with weights that are whole numbers as a whole
+    number itself, of 30 bits for the largest of a group: the others, of 1e-3, are off by up to
+    2^-30 of it (device/digits.cuh), in gate and in up. It shows where no weight `meets` it."""
+    given, want = make_case(1, 192, 128, 0, 12, 4, format=format, dtype=BF16)
+    x = given["x"] * BF16(1e-3)
+    x[0, 5], x[0, 128:160] = largest, 0
+    for name in () if meets else ("w1", "w3"):
+        w = want[name].astype(np.float32)
+        w[..., 5] = 0
+        given[name], want[name] = ops.quantize(w, format), reference.quantize(w, format).dequantize()
+    got = run(given, x=x)
+    off = 0 if meets or format not in ("int8", "int4") else 2 * 2.0**-30 * largest / 1e-3
+    assert relative(got, reference.moe_experts(**{**want, "x": x})) < tolerance(BF16) + off
+    x[0, 5] = np.nan
+    assert np.isnan(run(given, x=x).astype(np.float32)).all()
+
+
+@every_device
 @pytest.mark.parametrize("T, E, top_k", [(1024, 33, 4), (1025, 33, 4), (3000, 300, 3)])
 def test_many_pairs(T, E, top_k):
     """More of them than a block of CUDA's plan takes: 4096, and the first past it."""
