@@ -28,8 +28,9 @@ struct moe_operand {
 struct moe_product {
     moe_operand routed, shared;
     const moe_tile *tiles;
-    int64_t n_tiles;
-    int64_t groups; /* blocks for a tile; the launcher's own */
+    int64_t n_tiles;    /* with the surplus, which has no rows            */
+    const int *surplus; /* how many of the last tiles are; null: none     */
+    int64_t groups;     /* blocks for a tile; the launcher's own          */
 };
 
 __device__ inline moe_tile tile_of_block(const moe_product &p)
@@ -78,11 +79,12 @@ struct moe_plan {
     const int *ids; /* [pairs]                                  */
     int *tokens;    /* [pairs] the token of each sorted pair    */
     int *places;    /* [pairs] where each pair was sorted to    */
-    moe_tile *tiles;
+    moe_tile *tiles; /* the shared expert's, then the routed ones', then the surplus */
+    int *surplus;
     int *counts; /* scratch, [kl_cuda_moe_plan_counts()]     */
     int pairs, top_k, E, tile;
-    int routed_tiles; /* the bound; the shared expert's tiles follow */
-    int shared_rows;  /* tokens, or 0 without a shared expert        */
+    int routed_tiles;              /* the bound                                 */
+    int shared_rows, shared_tiles; /* tokens and tiles, 0 without a shared expert */
 };
 
 int64_t kl_cuda_moe_plan_counts(int64_t pairs, int64_t E);
@@ -113,5 +115,9 @@ kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error 
 
 /* The third has the bits of the second, the last has not. */
 extern const moe_path kl_moe_general, kl_moe_few, kl_moe_ordered, kl_moe_many;
+
+/* What few does where x does not fit in shared memory. */
+kl_status kl_cuda_moe_stream(moe_product p, bool gated, kl_dtype act, cudaStream_t stream,
+                             kl_error *err);
 
 #endif

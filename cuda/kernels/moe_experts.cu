@@ -72,7 +72,8 @@ struct sizes {
     int64_t D, I, E, top_k, I2; /* I2: the shared expert's width, 0 without one */
     int64_t n, pairs;           /* tokens and pairs of a window                 */
     int64_t slice;              /* columns of out in one down product           */
-    size_t tokens, places, tiles, counts, inner, results, end; /* offsets in the workspace */
+    /* Offsets in the workspace. */
+    size_t tokens, places, tiles, surplus, counts, inner, results, end;
 };
 
 int64_t tiles_of(int64_t rows, int64_t tile)
@@ -110,6 +111,7 @@ sizes sizes_of(const kl_moe_experts *a)
     s.places = take(&s.end, s.pairs, sizeof(int));
     s.tiles = take(&s.end, bound_routed_tiles(s, s.pairs, MIN_TILE) + tiles_of(s.n, MIN_TILE),
                    sizeof(moe_tile));
+    s.surplus = take(&s.end, 1, sizeof(int));
     s.counts = take(&s.end, kl_cuda_moe_plan_counts(s.pairs, s.E), sizeof(int));
     s.inner = take(&s.end, s.pairs * s.I + s.n * s.I2, kl_dtype_bytes(a->x.dtype));
     /* The bound, not what the slices of this many rows take: more tokens never ask for less. */
@@ -126,7 +128,7 @@ struct window {
     const moe_path *path;
     cudaStream_t stream;
     int64_t first, n, pairs, routed_tiles, shared_tiles;
-    int *tokens, *places, *counts;
+    int *tokens, *places, *surplus, *counts;
     moe_tile *tiles;
     char *inner;
     float *results;
@@ -171,6 +173,7 @@ window window_of(const kl_moe_experts *a, const sizes &s, bool invariant, cudaSt
     w.tokens = reinterpret_cast<int *>(ws + s.tokens);
     w.places = reinterpret_cast<int *>(ws + s.places);
     w.tiles = reinterpret_cast<moe_tile *>(ws + s.tiles);
+    w.surplus = reinterpret_cast<int *>(ws + s.surplus);
     w.counts = reinterpret_cast<int *>(ws + s.counts);
     w.inner = ws + s.inner;
     w.results = reinterpret_cast<float *>(ws + s.results);
@@ -184,6 +187,7 @@ kl_status run_plan(const window &w, kl_error *err)
         .tokens = w.tokens,
         .places = w.places,
         .tiles = w.tiles,
+        .surplus = w.surplus,
         .counts = w.counts,
         .pairs = static_cast<int>(w.pairs),
         .top_k = static_cast<int>(w.s->top_k),
@@ -191,6 +195,7 @@ kl_status run_plan(const window &w, kl_error *err)
         .tile = w.path->tile,
         .routed_tiles = static_cast<int>(w.routed_tiles),
         .shared_rows = w.shared_tiles > 0 ? static_cast<int>(w.n) : 0,
+        .shared_tiles = static_cast<int>(w.shared_tiles),
     };
     return kl_cuda_moe_plan(p, w.stream, err);
 }
@@ -201,11 +206,12 @@ kl_status run_product(const window &w, const moe_operand &routed, const moe_oper
 {
     const kl_dtype act = w.a->x.dtype;
     const moe_product all = {routed, shared == nullptr ? routed : *shared, w.tiles,
-                             w.routed_tiles + w.shared_tiles, 0};
+                             w.shared_tiles + w.routed_tiles, w.surplus};
     if (shared == nullptr || shared->format == routed.format || w.path == &kl_moe_general)
         return w.path->run(all, gated, act, w.stream, err);
-    const moe_product first = {routed, routed, w.tiles, w.routed_tiles, 0};
-    const moe_product second = {*shared, *shared, w.tiles + w.routed_tiles, w.shared_tiles, 0};
+    const moe_product first = {routed, routed, w.tiles + w.shared_tiles, w.routed_tiles,
+                               w.surplus};
+    const moe_product second = {*shared, *shared, w.tiles, w.shared_tiles, nullptr};
     KL_TRY(w.path->run(first, gated, act, w.stream, err));
     return w.path->run(second, gated, act, w.stream, err);
 }

@@ -3,7 +3,7 @@
  *
  * Computes     places[p], where pair p = (token, choice) goes in a stable sort by expert;
  *              tokens[places[p]]; the tiles of each expert's rows and of the shared one's
- * Shapes       ids, tokens, places [pairs]; tiles [routed_tiles + those of the shared expert]
+ * Shapes       ids, tokens, places [pairs]; tiles [those of the shared expert + routed_tiles]
  * Layout       dense; an expert's rows lie together
  * Precision    integers
  * Grid         a counting sort: a warp counts a segment of the pairs and later places it. Up to 4096
@@ -146,17 +146,17 @@ __device__ int even_tile(int rows, int tile)
 
 __device__ void write_tiles(const moe_plan &p, const plan_scratch &s, int used)
 {
+    moe_tile *const routed = p.tiles + p.shared_tiles;
     for (int e = threadIdx.x; e < p.E; e += blockDim.x) {
         const int total = s.totals[e], size = even_tile(total, p.tile);
         for (int done = 0, i = s.tile_starts[e]; done < total; done += size, i++)
-            p.tiles[i] = {e, s.starts[e] + done, min(size, total - done)};
+            routed[i] = {e, s.starts[e] + done, min(size, total - done)};
     }
-    for (int i = used + threadIdx.x; i < p.routed_tiles; i += blockDim.x)
-        p.tiles[i] = {0, 0, 0};
+    for (int i = used + threadIdx.x; i < p.routed_tiles; i += blockDim.x) routed[i] = {0, 0, 0};
+    if (threadIdx.x == 0) *p.surplus = p.routed_tiles - used;
     const int size = even_tile(p.shared_rows, p.tile);
-    for (int i = threadIdx.x; i * size < p.shared_rows; i += blockDim.x)
-        p.tiles[p.routed_tiles + i] = {MOE_SHARED, i * size,
-                                       min(size, p.shared_rows - i * size)};
+    for (int i = threadIdx.x; i < p.shared_tiles; i += blockDim.x)
+        p.tiles[i] = {MOE_SHARED, i * size, min(size, p.shared_rows - i * size)};
 }
 
 /* The block's pairs to their places, warp after warp of it behind the blocks before. */
