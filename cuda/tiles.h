@@ -15,6 +15,7 @@ struct moe_tile {
 
 constexpr int MOE_SHARED = -1;
 constexpr int MOST_TILE_ROWS = 320;    /* n of a tile */
+constexpr int NARROW_TILE_ROWS = 64;   /* n where all are narrow */
 constexpr int ORDERED_TILE_ROWS = 128; /* of kl_cuda_ordered_run() */
 
 /* out = x w^T, or with a second weight silu(x w^T) * (x up^T), for rows [first, first + n) of
@@ -33,7 +34,9 @@ struct kl_cuda_tile_product {
     kl_cuda_tile_operand routed, shared; /* shared: of tiles of MOE_SHARED; else routed again */
     kl_dtype out_dtype;                  /* bf16 with a second weight                        */
     const moe_tile *tiles;               /* on the device; NULL: rows [0, T) of matrix 0     */
+    const int *surplus; /* on the device: how many of the last tiles are; NULL: none */
     int64_t n_tiles, T;
+    bool narrow; /* no tile is wider than NARROW_TILE_ROWS */
 };
 
 /* On the current device. Bits of the second do not depend on the tile: they are those of

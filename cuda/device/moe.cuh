@@ -76,9 +76,9 @@ inline kl_status moe_grid(moe_product &p, int64_t width, unsigned *blocks, kl_er
 
 /* What moe_experts_plan.cu is asked for, pairs = tokens * top_k of them at least one. */
 struct moe_plan {
-    const int *ids; /* [pairs]                                  */
-    int *tokens;    /* [pairs] the token of each sorted pair    */
-    int *places;    /* [pairs] where each pair was sorted to    */
+    const int *ids;  /* [pairs]                                  */
+    int *tokens;     /* [pairs] the token of each sorted pair    */
+    int *places;     /* [pairs] where each pair was sorted to    */
     moe_tile *tiles; /* the shared expert's, then the routed ones', then the surplus */
     int *surplus;
     int *counts; /* scratch, [kl_cuda_moe_plan_counts()]     */
@@ -113,8 +113,8 @@ bool kl_cuda_moe_is_step(const kl_moe_experts *a);    /* whether they are for it
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a); /* of what tensor cores take */
 kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err);
 
-/* The third has the bits of the second, the last has not. */
-extern const moe_path kl_moe_general, kl_moe_few, kl_moe_ordered, kl_moe_many;
+/* The third has the bits of the second, the last two have not. */
+extern const moe_path kl_moe_general, kl_moe_few, kl_moe_ordered, kl_moe_some, kl_moe_many;
 
 /* What few does where x does not fit in shared memory. */
 kl_status kl_cuda_moe_stream(moe_product p, bool gated, kl_dtype act, cudaStream_t stream,

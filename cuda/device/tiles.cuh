@@ -26,17 +26,26 @@ constexpr int TILE_THREADS = (1 + MULTIPLIERS) * WARPGROUP;
  * 216 = 3 * 168. Sums take 160. */
 constexpr int FILL_REGISTERS = 72, MULTIPLY_REGISTERS = 216;
 
-constexpr int STAGES = 4;
-constexpr int LAG = 2; /* steps a filler sends off before it waits for one */
 constexpr int X_ROW_BYTES = 2 * STEP_K;
-constexpr int X_BYTES = MOST_TILE_ROWS * X_ROW_BYTES;
 constexpr int BAND = 12; /* tiles whose blocks run together, times 11 groups: 132 */
 
-template <kl_weight_format format> constexpr int W_BYTES = TILE_ROWS *step_bytes<format>;
-template <kl_weight_format format> constexpr int STAGE_BYTES = X_BYTES + W_BYTES<format>;
-/* The barriers follow the stages; those begin at a multiple of 1024. */
-template <kl_weight_format format>
-constexpr int TILE_SHARED_BYTES = STAGES *STAGE_BYTES<format> + 2 * STAGES * 8 + 1024;
+/* A kernel's tiles, of at most ROWS rows of x, and how they cut shared memory. Where tiles are
+ * narrow, weights are what there is to read: as many steps as fit are on their way. */
+template <kl_weight_format format, int ROWS> struct tile_shape {
+    static constexpr int MOST_SHARED = 227 << 10, ALIGNED = 1024, BARRIERS = 2 * 8;
+    static constexpr kl_weight_format FORMAT = format;
+    static constexpr int MOST_ROWS = ROWS;
+    static constexpr int X_BYTES = ROWS * X_ROW_BYTES;
+    static constexpr int W_BYTES = TILE_ROWS * step_bytes<format>;
+    static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+    static constexpr int STAGES =
+        ROWS == MOST_TILE_ROWS ? 4 : (MOST_SHARED - ALIGNED) / (STAGE_BYTES + BARRIERS);
+    static constexpr int LAG =
+        STAGES / 2; /* steps a filler sends off before it waits for one */
+    /* The barriers follow the stages; those begin at a multiple of 1024. */
+    static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + BARRIERS) + ALIGNED;
+    static_assert(STAGE_BYTES % ALIGNED == 0 && SHARED_BYTES <= MOST_SHARED);
+};
 
 /* An operand as the kernel takes it. */
 struct tile_operand {
@@ -54,6 +63,7 @@ struct tile_operand {
 struct tile_arguments {
     tile_operand routed, shared;
     const moe_tile *tiles;
+    const int *surplus;  /* how many of the last tiles are; null: none */
     int n_tiles, groups; /* blocks of TILE_ROWS for a tile      */
     int tile, T;         /* without `tiles`: rows of each, of all */
 };
@@ -65,21 +75,21 @@ struct tile_item {
 };
 
 /* What a block's threads share. */
-template <kl_weight_format format> struct tile_ring {
+template <class S> struct tile_ring {
     uint8_t *stages;
     barrier *full, *empty;
 
-    __device__ uint8_t *x(int slot) const { return stages + slot * STAGE_BYTES<format>; }
-    __device__ uint8_t *w(int slot) const { return x(slot) + X_BYTES; }
+    __device__ uint8_t *x(int slot) const { return stages + slot * S::STAGE_BYTES; }
+    __device__ uint8_t *w(int slot) const { return x(slot) + S::X_BYTES; }
 };
 
-struct ring_place {
+template <class S> struct ring_place {
     int slot = 0;
     uint32_t phase = 0;
 
     __device__ void advance()
     {
-        if (++slot == STAGES) slot = 0, phase ^= 1;
+        if (++slot == S::STAGES) slot = 0, phase ^= 1;
     }
 };
 
@@ -93,25 +103,26 @@ template <bool gated> constexpr int TILE_WIDTH = gated ? TILE_ROWS / 2 : TILE_RO
 
 /* Tiles of a band come first: blocks that run together share rows of x, and of weights where
  * their tiles are of one matrix. */
-template <bool gated, class A> __device__ tile_item item_at(const A &p, int i)
+template <bool gated, class A> __device__ tile_item item_at(const A &p, int n_tiles, int i)
 {
     const int band = i / (BAND * p.groups), rest = i % (BAND * p.groups);
-    const int width = min(BAND, p.n_tiles - band * BAND);
+    const int width = min(BAND, n_tiles - band * BAND);
     const int at = band * BAND + rest % width;
     const int first = at * p.tile;
     return {p.tiles != nullptr ? p.tiles[at] : moe_tile{0, first, min(p.tile, p.T - first)},
             static_cast<int64_t>(rest / width) * TILE_WIDTH<gated>};
 }
 
-__device__ inline int items_of(const tile_arguments &p)
+/* After the wait: the plan's tiles without the surplus. */
+template <class A> __device__ int tiles_of(const A &p)
 {
-    return p.n_tiles * p.groups;
+    return p.n_tiles - (p.surplus == nullptr ? 0 : *p.surplus);
 }
 
-/* A surplus tile, or columns that one of the operands does not have, are no work. */
+/* Columns that one of the operands does not have are no work. */
 template <class O> __device__ bool has_work(const O &o, const tile_item &item)
 {
-    return item.tile.n > 0 && item.column < o.n;
+    return item.column < o.n;
 }
 
 __device__ inline int steps_of(const tile_operand &o)
@@ -122,9 +133,9 @@ __device__ inline int steps_of(const tile_operand &o)
 /* ---- the warpgroup that fills ---------------------------------------------------------- */
 
 /* What a thread copies of the rows of x: one 16-byte piece of every 16th row. */
-struct tile_copier {
+template <int ROWS> struct tile_copier {
     static constexpr int PIECES = X_ROW_BYTES / 16, STRIDE = WARPGROUP / PIECES;
-    static constexpr int EACH = MOST_TILE_ROWS / STRIDE;
+    static constexpr int EACH = ROWS / STRIDE;
     const bf16 *from[EACH]; /* null past the tile's rows */
 
     __device__ void aim(const tile_operand &o, const moe_tile &tile)
@@ -155,14 +166,14 @@ struct tile_copier {
 };
 
 /* Rows of weights of an item: two boxes of 64, of both weights in a gated product. */
-template <kl_weight_format format, bool gated>
+template <class S, bool gated>
 __device__ void copy_weights(uint8_t *to, const tile_operand &o, int row, int step, barrier *b)
 {
-    constexpr int BYTES = step_bytes<format>;
-    barrier_arrive_expecting(b, W_BYTES<format>);
+    constexpr int BYTES = step_bytes<S::FORMAT>;
+    barrier_arrive_expecting(b, S::W_BYTES);
     copy_box(to, &o.maps[0], step * BYTES, row, b);
-    copy_box(to + W_BYTES<format> / 2, &o.maps[1], step * BYTES,
-             gated ? row : row + TILE_ROWS / 2, b);
+    copy_box(to + S::W_BYTES / 2, &o.maps[1], step * BYTES, gated ? row : row + TILE_ROWS / 2,
+             b);
 }
 
 __device__ inline int first_weight_row(const tile_operand &o, const tile_item &item)
@@ -173,8 +184,8 @@ __device__ inline int first_weight_row(const tile_operand &o, const tile_item &i
 
 /* Steps that a filling thread has sent off and not yet announced. cp.async writes by another
  * way than the one wgmma reads by: hence the fence, and the lag, so that nobody waits for it. */
-struct fill_announcer {
-    ring_place at;
+template <class S> struct fill_announcer {
+    ring_place<S> at;
     int pending = 0;
 
     template <int left> __device__ void announce(barrier *full)
@@ -188,30 +199,31 @@ struct fill_announcer {
     }
 };
 
-template <kl_weight_format format, bool gated>
-__device__ void fill_ring(const tile_arguments &p, const tile_ring<format> &ring)
+template <class S, bool gated>
+__device__ void fill_ring(const tile_arguments &p, const tile_ring<S> &ring)
 {
-    ring_place at;
-    fill_announcer sent;
-    for (int i = blockIdx.x; i < items_of(p); i += gridDim.x) {
-        const tile_item item = item_at<gated>(p, i);
+    ring_place<S> at;
+    fill_announcer<S> sent;
+    const int n_tiles = tiles_of(p);
+    for (int i = blockIdx.x; i < n_tiles * p.groups; i += gridDim.x) {
+        const tile_item item = item_at<gated>(p, n_tiles, i);
         const tile_operand &o = operand_of(p, item.tile);
         if (!has_work(o, item)) continue;
         const int row = first_weight_row(o, item), steps = steps_of(o);
-        tile_copier rows;
+        tile_copier<S::MOST_ROWS> rows;
         rows.aim(o, item.tile);
         for (int s = 0; s < steps; s++) {
             barrier_wait(ring.empty + at.slot, at.phase ^ 1);
             if (threadIdx.x == 0)
-                copy_weights<format, gated>(ring.w(at.slot), o, row, s, ring.full + at.slot);
+                copy_weights<S, gated>(ring.w(at.slot), o, row, s, ring.full + at.slot);
             rows.copy(ring.x(at.slot), s * STEP_K, o.K);
             copy_commit();
             sent.pending++;
-            if (sent.pending > LAG) sent.announce<LAG>(ring.full);
+            if (sent.pending > S::LAG) sent.template announce<S::LAG>(ring.full);
             at.advance();
         }
     }
-    sent.announce<0>(ring.full);
+    sent.template announce<0>(ring.full);
 }
 
 /* ---- the warpgroups that multiply ------------------------------------------------------ */
@@ -274,11 +286,12 @@ __device__ fragment_scales<format> scales_of(const tile_operand &o, const tile_i
 
 /* acc = the item's sums. While one half of a step is multiplied, the other's operand A is made
  * ready; a slot is handed back when both have been read. */
-template <kl_weight_format format, bool gated, int N>
+template <class S, bool gated, int N>
 __device__ __forceinline__ void multiply_item(float (&acc)[N / 2], const tile_operand &o,
-                                              const tile_item &item,
-                                              const tile_ring<format> &ring, ring_place &at)
+                                              const tile_item &item, const tile_ring<S> &ring,
+                                              ring_place<S> &at)
 {
+    constexpr kl_weight_format format = S::FORMAT;
     const tile_rows<gated> rows;
     const int steps = steps_of(o);
     fragment_scales<format> scales = scales_of<format, gated>(o, item, rows);

@@ -32,8 +32,10 @@ kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_erro
         .shared = all,
         .out_dtype = p->out_dtype,
         .tiles = nullptr,
+        .surplus = nullptr,
         .n_tiles = (p->T + most - 1) / most,
         .T = p->T,
+        .narrow = false,
     };
     return ordered ? kl_cuda_ordered_run(&tiles, kl_cuda_stream(be), err)
                    : kl_cuda_tiles_run(&tiles, kl_cuda_stream(be), err);

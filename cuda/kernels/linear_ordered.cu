@@ -44,6 +44,7 @@ struct ordered_operand {
 struct ordered_arguments {
     ordered_operand routed, shared;
     const moe_tile *tiles;
+    const int *surplus;  /* how many of the last tiles are; null: none */
     int n_tiles, groups; /* blocks of TILE_ROWS for a tile      */
     int tile, T;         /* without `tiles`: rows of each, of all */
 };
@@ -298,7 +299,9 @@ __global__ __launch_bounds__(THREADS,
     extern __shared__ __align__(128) unsigned char shared[];
     block_rows &rows = *reinterpret_cast<block_rows *>(shared + S::COUNT * S::BYTES);
     wait_for_inputs();
-    const tile_item item = item_at<gated>(p, static_cast<int>(blockIdx.x));
+    const int i = static_cast<int>(blockIdx.x), n_tiles = tiles_of(p);
+    if (i >= n_tiles * p.groups) return;
+    const tile_item item = item_at<gated>(p, n_tiles, i);
     const ordered_operand &o = operand_of(p, item.tile);
     if (!has_work(o, item)) return;
     find_rows<gated>(rows, o, item);
@@ -340,6 +343,7 @@ kl_status arguments_from(const kl_cuda_tile_product *p, int64_t width, ordered_a
         .routed = operand_from(p->routed),
         .shared = operand_from(p->shared),
         .tiles = p->tiles,
+        .surplus = p->surplus,
         .n_tiles = static_cast<int>(p->n_tiles),
         .groups = static_cast<int>(groups),
         .tile =

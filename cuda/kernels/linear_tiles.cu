@@ -5,15 +5,18 @@
  * Layout       rows of x and out strided; weights in pieces of 16 bytes, both of one format
  * Precision    x bf16; weights rounded to bf16; f32 sums; f32 or bf16 out
  * Grid         a block a multiprocessor, which takes every 132nd item: 128 rows of a weight (64
- *              of each in the gated product) by a tile of up to 320 rows of x. One warpgroup
- *              fills a ring of four steps, two multiply (device/tiles.cuh)
+ *              of each in the gated product) by a tile of up to 320 rows of x, or of 64 where all
+ *              are narrow. One warpgroup fills a ring of four steps, of as many as fit beside
+ *              narrow tiles; two multiply (device/tiles.cuh)
  * Order        one chain over the columns, 16 at a time, the same for every tile and T
  * Roofline     2 * rows * N * K flops at 800 TFLOP/s, or the weights at 3.0 TB/s: with 256 rows
  *              an expert both take about the same time
  * Measured     H100, 8192 tokens, 8 of 256 experts: gate and up 1.81 ms, down 0.87 ms in bf16;
  *              [12288, 2304] int8 0.82 ms, 567 TFLOP/s (cuBLAS in bf16 756). H200: the layer of
- *              experts 2.55 ms, 409 TFLOP/s (2026-11-22)
+ *              experts 2.55 ms, 409 TFLOP/s; by narrow tiles 64 tokens 755 us (4.2 TB/s), 128 865,
+ *              256 897, 1024 995 (2026-11-22)
  */
+#include "../device/launch.cuh"
 #include "../device/tiles.cuh"
 #include "../driver.h"
 
@@ -107,44 +110,44 @@ __device__ __forceinline__ void store_item(const float (&acc)[N / 2], const tile
 
 /* ---- kernel ---------------------------------------------------------------------------- */
 
-template <kl_weight_format format, bool gated, class Out, int N>
+template <class S, bool gated, class Out, int N>
 __device__ __forceinline__ void multiply_and_store(const tile_operand &o, const tile_item &item,
-                                                   const tile_ring<format> &ring,
-                                                   ring_place &at)
+                                                   const tile_ring<S> &ring, ring_place<S> &at)
 {
     float acc[N / 2];
-    multiply_item<format, gated, N>(acc, o, item, ring, at);
+    multiply_item<S, gated, N>(acc, o, item, ring, at);
     store_item<N, gated, Out>(acc, o, item);
 }
 
 /* With as many columns of wgmma as the tile has rows, in steps of 32. */
-template <kl_weight_format format, bool gated, class Out, int N = 32>
+template <class S, bool gated, class Out, int N = 32>
 __device__ __forceinline__ void multiply_rows(const tile_operand &o, const tile_item &item,
-                                              const tile_ring<format> &ring, ring_place &at)
+                                              const tile_ring<S> &ring, ring_place<S> &at)
 {
-    if constexpr (N == MOST_TILE_ROWS)
-        multiply_and_store<format, gated, Out, N>(o, item, ring, at);
+    if constexpr (N == S::MOST_ROWS)
+        multiply_and_store<S, gated, Out, N>(o, item, ring, at);
     else if (item.tile.n <= N)
-        multiply_and_store<format, gated, Out, N>(o, item, ring, at);
+        multiply_and_store<S, gated, Out, N>(o, item, ring, at);
     else
-        multiply_rows<format, gated, Out, N + 32>(o, item, ring, at);
+        multiply_rows<S, gated, Out, N + 32>(o, item, ring, at);
 }
 
-template <kl_weight_format format> __device__ tile_ring<format> ring_in(uint8_t *shared)
+template <class S> __device__ tile_ring<S> ring_in(uint8_t *shared)
 {
-    tile_ring<format> ring;
-    ring.stages = shared + (1024 - shared_address(shared) % 1024) % 1024;
-    ring.full = reinterpret_cast<barrier *>(ring.x(STAGES));
-    ring.empty = ring.full + STAGES;
+    constexpr unsigned ALIGNED = S::ALIGNED;
+    tile_ring<S> ring;
+    ring.stages = shared + (ALIGNED - shared_address(shared) % ALIGNED) % ALIGNED;
+    ring.full = reinterpret_cast<barrier *>(ring.x(S::STAGES));
+    ring.empty = ring.full + S::STAGES;
     return ring;
 }
 
 /* A phase of `full` ends with every filling thread's pieces and the bytes of the weights, one of
  * `empty` with every multiplying warp. */
-template <kl_weight_format format> __device__ void open_ring(const tile_ring<format> &ring)
+template <class S> __device__ void open_ring(const tile_ring<S> &ring)
 {
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < S::STAGES; i++) {
             barrier_init(ring.full + i, WARPGROUP + 1);
             barrier_init(ring.empty + i, MULTIPLIERS * WARPGROUP / WARP);
         }
@@ -153,23 +156,26 @@ template <kl_weight_format format> __device__ void open_ring(const tile_ring<for
     __syncthreads();
 }
 
-template <kl_weight_format format, bool gated, class Out>
+template <class S, bool gated, class Out>
 __global__ __launch_bounds__(TILE_THREADS,
                              1) void tiles_kernel(__grid_constant__ const tile_arguments p)
 {
     extern __shared__ __align__(1024) uint8_t shared[];
-    const tile_ring<format> ring = ring_in<format>(shared);
+    const tile_ring<S> ring = ring_in<S>(shared);
     open_ring(ring);
+    wait_for_inputs();
+    let_next_start();
     if (threadIdx.x < WARPGROUP) {
         registers_down_to<FILL_REGISTERS>();
-        fill_ring<format, gated>(p, ring);
+        fill_ring<S, gated>(p, ring);
     } else {
         registers_up_to<MULTIPLY_REGISTERS>();
-        ring_place at;
-        for (int i = blockIdx.x; i < items_of(p); i += gridDim.x) {
-            const tile_item item = item_at<gated>(p, i);
+        ring_place<S> at;
+        const int n_tiles = tiles_of(p);
+        for (int i = blockIdx.x; i < n_tiles * p.groups; i += gridDim.x) {
+            const tile_item item = item_at<gated>(p, n_tiles, i);
             const tile_operand &o = operand_of(p, item.tile);
-            if (has_work(o, item)) multiply_rows<format, gated, Out>(o, item, ring, at);
+            if (has_work(o, item)) multiply_rows<S, gated, Out>(o, item, ring, at);
         }
     }
 }
@@ -249,6 +255,7 @@ kl_status arguments_from(const kl_cuda_tile_product *p, int64_t width, tile_argu
     KL_TRY(operand_from<format>(p->routed, p->out_dtype, &a->routed, err));
     KL_TRY(operand_from<format>(p->shared, p->out_dtype, &a->shared, err));
     a->tiles = p->tiles;
+    a->surplus = p->surplus;
     a->n_tiles = static_cast<int>(p->n_tiles);
     a->groups = static_cast<int>(groups);
     a->tile = static_cast<int>(tile);
@@ -256,44 +263,49 @@ kl_status arguments_from(const kl_cuda_tile_product *p, int64_t width, tile_argu
     return KL_OK;
 }
 
-template <kl_weight_format format, bool gated, class Out>
+template <class S, bool gated, class Out>
 kl_status launch(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err)
 {
-    const auto kernel = tiles_kernel<format, gated, Out>;
-    constexpr int BYTES = TILE_SHARED_BYTES<format>;
+    const auto kernel = tiles_kernel<S, gated, Out>;
+    constexpr int BYTES = S::SHARED_BYTES;
     tile_arguments a;
     int multiprocessors;
-    KL_TRY(arguments_from<format>(p, TILE_WIDTH<gated>, &a, err));
+    KL_TRY(arguments_from<S::FORMAT>(p, TILE_WIDTH<gated>, &a, err));
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    KL_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES), err);
+    KL_TRY(kl_cuda_allow_shared(kernel, BYTES, err));
     const int items = a.n_tiles * a.groups;
-    const int blocks = items < multiprocessors ? items : multiprocessors;
-    kernel<<<blocks, TILE_THREADS, BYTES, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    const unsigned blocks =
+        static_cast<unsigned>(items < multiprocessors ? items : multiprocessors);
+    return kl_cuda_launch(kernel, blocks, TILE_THREADS, BYTES, stream, err, a);
 }
 
-template <kl_weight_format format>
+template <class S>
 kl_status launch_for(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err)
 {
-    if (p->routed.up.data != nullptr) return launch<format, true, bf16>(p, stream, err);
-    return p->out_dtype == KL_BF16 ? launch<format, false, bf16>(p, stream, err)
-                                   : launch<format, false, float>(p, stream, err);
+    if (p->routed.up.data != nullptr) return launch<S, true, bf16>(p, stream, err);
+    return p->out_dtype == KL_BF16 ? launch<S, false, bf16>(p, stream, err)
+                                   : launch<S, false, float>(p, stream, err);
+}
+
+template <int ROWS>
+kl_status run_tiles(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err)
+{
+    switch (p->routed.w.format) {
+    case KL_W_INT8:
+        return launch_for<tile_shape<KL_W_INT8, ROWS>>(p, stream, err);
+    case KL_W_INT4:
+        return launch_for<tile_shape<KL_W_INT4, ROWS>>(p, stream, err);
+    case KL_W_FP8:
+        return launch_for<tile_shape<KL_W_FP8, ROWS>>(p, stream, err);
+    default:
+        return launch_for<tile_shape<KL_W_BF16, ROWS>>(p, stream, err);
+    }
 }
 
 } // namespace
 
 kl_status kl_cuda_tiles_run(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err)
 {
-    switch (p->routed.w.format) {
-    case KL_W_INT8:
-        return launch_for<KL_W_INT8>(p, stream, err);
-    case KL_W_INT4:
-        return launch_for<KL_W_INT4>(p, stream, err);
-    case KL_W_FP8:
-        return launch_for<KL_W_FP8>(p, stream, err);
-    default:
-        return launch_for<KL_W_BF16>(p, stream, err);
-    }
+    return p->narrow ? run_tiles<NARROW_TILE_ROWS>(p, stream, err)
+                     : run_tiles<MOST_TILE_ROWS>(p, stream, err);
 }

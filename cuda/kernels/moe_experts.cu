@@ -15,9 +15,9 @@
  *              the path, on a batch-invariant backend among those that have the same bits
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
  *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
- * Measured     H100 with another job beside, bf16, 256 experts, 8 chosen and a shared one, D =
- *              2304, I = 1024: T = 1 55 us in four kernels (plan 3.8, 31.9, 17.1, combine 2.0),
- *              T = 16 0.51 ms, T = 128 1.3 ms, T = 2048 1.6 ms (2026-11-22)
+ * Measured     H200, bf16, 256 experts, 8 chosen and a shared one, D = 2304, I = 1024: T = 8 204 us,
+ *              16 346, 32 540, 64 755, 128 865, 256 897, 1024 995; all tokens of 8 experts: T = 8
+ *              52, 64 65, 256 121 (2026-11-22). H100, T = 2048 1.6 ms
  */
 #include "../device/moe.cuh"
 #include "../device/warp.cuh"
@@ -28,8 +28,11 @@ constexpr int64_t WINDOW_PAIRS = 65536; /* 256 for each of 256 experts: weights 
 constexpr int64_t RESULT_BYTES = 704
                                  << 20; /* of the experts, beyond which D is sliced        */
 constexpr int64_t SLICE = 128;          /* a slice is a multiple: whole tiles of a path    */
-constexpr int64_t FEW_PAIRS = 4; /* an expert, up to which its weights stream by         */
-constexpr int MIN_TILE = 8;      /* of the paths                                    */
+/* An expert. Below the first its weights stream by in tiles of 8 tokens; from there on tiles of 64
+ * read them as fast, and where all tokens are of a few experts in a fifth of the time. */
+constexpr int64_t FEW_PAIRS = 2;
+constexpr int64_t SOME_PAIRS = 32; /* up to which narrow tiles are faster than wide ones */
+constexpr int MIN_TILE = 8;        /* of the paths                                       */
 constexpr int COMBINE_THREADS = 256;
 
 int64_t least(int64_t a, int64_t b)
@@ -162,8 +165,9 @@ const moe_path *path_of(const kl_moe_experts *a, const sizes &s, bool invariant)
 {
     if (!is_fast(a)) return &kl_moe_general;
     if (has_f32(a)) return &kl_moe_few;
-    if (s.pairs <= FEW_PAIRS * s.E) return &kl_moe_few;
-    return invariant ? &kl_moe_ordered : &kl_moe_many;
+    if (s.pairs < FEW_PAIRS * s.E) return &kl_moe_few;
+    if (invariant) return &kl_moe_ordered;
+    return s.pairs <= SOME_PAIRS * s.E ? &kl_moe_some : &kl_moe_many;
 }
 
 window window_of(const kl_moe_experts *a, const sizes &s, bool invariant, cudaStream_t stream)

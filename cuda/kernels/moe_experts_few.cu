@@ -28,7 +28,7 @@ constexpr int DEPTH = weight_codec<format>::GROUP > 0 ? 6 : RING_DEPTH;
 
 template <kl_weight_format format> using few_ring = weight_ring<format, DEPTH<format>>;
 
-constexpr int64_t MAX_COLS = 1 << 20; /* sizes stay within an int */
+constexpr int64_t MAX_COLS = 1 << 20;                         /* sizes stay within an int */
 constexpr size_t SUMS = 2 * STREAM_FLOATS<1> * sizeof(float); /* of two items in turn */
 static_assert(SUMS % 128 == 0, "rows of x lie behind them");
 
@@ -37,7 +37,7 @@ static_assert(SUMS % 128 == 0, "rows of x lie behind them");
 template <bool gated> struct few_place {
     static constexpr int EACH = gated ? STREAM_ROWS / 2 : STREAM_ROWS; /* rows of a matrix */
     const moe_product &p;
-    int64_t left; /* items of the block from this one on */
+    int64_t left;  /* items of the block from this one on */
     int at, group; /* the tile; which of its matrix' rows */
     moe_tile tile;
 
@@ -148,7 +148,8 @@ __device__ void gather_rows(const shared_rows &to, const few_place<gated> &item)
     }
 }
 
-template <bool gated> __device__ void store_item(const few_place<gated> &item, const float *sums)
+template <bool gated>
+__device__ void store_item(const few_place<gated> &item, const float *sums)
 {
     constexpr int EACH = few_place<gated>::EACH;
     const int i = threadIdx.x % EACH, t = threadIdx.x / EACH;

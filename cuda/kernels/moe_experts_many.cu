@@ -44,32 +44,41 @@ kl_cuda_tile_operand operand_from(const moe_operand &o, bool gated)
     };
 }
 
-kl_cuda_tile_product tiles_of(const moe_product &p, bool gated, kl_dtype act)
+kl_cuda_tile_product tiles_of(const moe_product &p, bool gated, bool narrow, kl_dtype act)
 {
     return {
         .routed = operand_from(p.routed, gated),
         .shared = operand_from(p.shared, gated),
         .out_dtype = gated ? act : KL_F32,
         .tiles = p.tiles,
+        .surplus = p.surplus,
         .n_tiles = p.n_tiles,
         .T = 0,
+        .narrow = narrow,
     };
 }
 
 kl_status run_many(moe_product p, bool gated, kl_dtype act, cudaStream_t stream, kl_error *err)
 {
-    const kl_cuda_tile_product tiles = tiles_of(p, gated, act);
+    const kl_cuda_tile_product tiles = tiles_of(p, gated, false, act);
+    return kl_cuda_tiles_run(&tiles, stream, err);
+}
+
+kl_status run_some(moe_product p, bool gated, kl_dtype act, cudaStream_t stream, kl_error *err)
+{
+    const kl_cuda_tile_product tiles = tiles_of(p, gated, true, act);
     return kl_cuda_tiles_run(&tiles, stream, err);
 }
 
 kl_status run_ordered(moe_product p, bool gated, kl_dtype act, cudaStream_t stream,
                       kl_error *err)
 {
-    const kl_cuda_tile_product tiles = tiles_of(p, gated, act);
+    const kl_cuda_tile_product tiles = tiles_of(p, gated, false, act);
     return kl_cuda_ordered_run(&tiles, stream, err);
 }
 
 } // namespace
 
+const moe_path kl_moe_some = {NARROW_TILE_ROWS, run_some};
 const moe_path kl_moe_many = {MOST_TILE_ROWS, run_many};
 const moe_path kl_moe_ordered = {ORDERED_TILE_ROWS, run_ordered};
