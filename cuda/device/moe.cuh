@@ -109,6 +109,10 @@ struct moe_step {
     bool apart;      /* with the bits of the other paths: each expert's sum by itself */
 };
 
+/* moe_experts, whose y is added to a residual [T, D] instead, if there is one. */
+kl_status kl_cuda_moe_experts_to(kl_backend *be, const kl_moe_experts *a, float *residual,
+                                 kl_error *err);
+
 bool kl_cuda_moe_is_step(const kl_moe_experts *a);    /* whether they are for it */
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a); /* of what tensor cores take */
 kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err);

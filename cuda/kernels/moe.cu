@@ -103,6 +103,5 @@ kl_status kl_cuda_moe(kl_backend *be, const kl_moe *a, kl_error *err)
     KL_TRY(run_router(be, a, p, err));
     if (chooses(a) && kl_cuda_moe_is_step(&p.experts)) return run_step(be, a, p, err);
     KL_TRY(kl_cuda_moe_route(be, &p.route, err));
-    KL_TRY(kl_cuda_moe_experts(be, &p.experts, err));
-    return kl_tensor_absent(&a->residual) ? KL_OK : kl_cuda_rms_norm(be, &p.add, err);
+    return kl_cuda_moe_experts_to(be, &p.experts, static_cast<float *>(a->residual.data), err);
 }

@@ -1,7 +1,8 @@
 /*
  * moe_experts.cu -- a layer of experts: its products in turn, and their weighted sum.
  *
- * Computes     out[t] = sum_j weights[t, j] * expert_{ids[t, j]}(x[t]) + shared(x[t])
+ * Computes     y[t] = sum_j weights[t, j] * expert_{ids[t, j]}(x[t]) + shared(x[t]);  out = y, or
+ *              residual += y, rounded
  * Shapes       x, out [T, D]; ids, weights [T, top_k]; w1, w3 [E, I, D]; w2 [E, D, I]
  * Layout       dense. (token, choice) pairs are sorted by expert in moe_experts_plan.cu, so that a
  *              product reads an expert's matrix for a tile of its tokens; the shared expert is one
@@ -19,6 +20,7 @@
  *              16 346, 32 540, 64 755, 128 865, 256 897, 1024 995; all tokens of 8 experts: T = 8
  *              52, 64 65, 256 121 (2026-11-22). H100, T = 2048 1.6 ms
  */
+#include "../device/launch.cuh"
 #include "../device/moe.cuh"
 #include "../device/warp.cuh"
 
@@ -47,6 +49,7 @@ struct combine_arguments {
     const int *places;       /* [n, top_k]                         */
     const float *weights;    /* [n, top_k]                         */
     void *out;               /* [n, D], from the slice's first column */
+    float *residual;         /* likewise, or null                  */
     int64_t slice, D;
     int top_k;
 };
@@ -55,6 +58,8 @@ template <class act>
 __global__ __launch_bounds__(COMBINE_THREADS) void moe_combine_kernel(
     __grid_constant__ const combine_arguments a)
 {
+    let_next_start();
+    wait_for_inputs();
     const int64_t t = blockIdx.x;
     const int64_t column = static_cast<int64_t>(blockIdx.y) * COMBINE_THREADS + threadIdx.x;
     if (column >= a.slice) return;
@@ -65,7 +70,11 @@ __global__ __launch_bounds__(COMBINE_THREADS) void moe_combine_kernel(
     for (int j = 0; j < a.top_k; j++)
         sum = fmaf(weights[j], a.y[places[j] * a.slice + column], sum);
     if (a.shared != nullptr) sum += a.shared[t * a.slice + column];
-    static_cast<act *>(a.out)[t * a.D + column] = from_float<act>(sum);
+    const int64_t at = t * a.D + column;
+    if (a.residual != nullptr)
+        a.residual[at] += to_float(from_float<act>(sum));
+    else
+        static_cast<act *>(a.out)[at] = from_float<act>(sum);
 }
 
 /* ---- host: sizes ----------------------------------------------------------------------- */
@@ -127,6 +136,7 @@ sizes sizes_of(const kl_moe_experts *a)
 
 struct window {
     const kl_moe_experts *a;
+    float *residual; /* or null */
     const sizes *s;
     const moe_path *path;
     cudaStream_t stream;
@@ -170,10 +180,15 @@ const moe_path *path_of(const kl_moe_experts *a, const sizes &s, bool invariant)
     return s.pairs <= SOME_PAIRS * s.E ? &kl_moe_some : &kl_moe_many;
 }
 
-window window_of(const kl_moe_experts *a, const sizes &s, bool invariant, cudaStream_t stream)
+window window_of(const kl_moe_experts *a, float *residual, const sizes &s, bool invariant,
+                 cudaStream_t stream)
 {
     char *ws = static_cast<char *>(a->ws.data);
-    window w = {.a = a, .s = &s, .path = path_of(a, s, invariant), .stream = stream};
+    window w = {.a = a,
+                .residual = residual,
+                .s = &s,
+                .path = path_of(a, s, invariant),
+                .stream = stream};
     w.tokens = reinterpret_cast<int *>(ws + s.tokens);
     w.places = reinterpret_cast<int *>(ws + s.places);
     w.tiles = reinterpret_cast<moe_tile *>(ws + s.tiles);
@@ -276,6 +291,7 @@ kl_status run_slice(const window &w, const char *shared_inner, int64_t column, i
         .weights = static_cast<const float *>(a->weights.data) + w.first * w.s->top_k,
         .out = static_cast<char *>(a->out.data) +
                static_cast<size_t>(at) * kl_dtype_bytes(a->out.dtype),
+        .residual = w.residual == nullptr ? nullptr : w.residual + at,
         .slice = n,
         .D = w.s->D,
         .top_k = static_cast<int>(w.s->top_k),
@@ -283,9 +299,8 @@ kl_status run_slice(const window &w, const char *shared_inner, int64_t column, i
     const dim3 grid(static_cast<unsigned>(w.n),
                     static_cast<unsigned>(tiles_of(n, COMBINE_THREADS)));
     return with_float_type(a->out.dtype, [&](auto t) {
-        moe_combine_kernel<decltype(t)><<<grid, COMBINE_THREADS, 0, w.stream>>>(c);
-        KL_CUDA_TRY(cudaGetLastError(), err);
-        return KL_OK;
+        return kl_cuda_launch(moe_combine_kernel<decltype(t)>, grid, COMBINE_THREADS, 0,
+                              w.stream, err, c);
     });
 }
 
@@ -319,6 +334,12 @@ size_t kl_cuda_moe_experts_workspace(kl_backend *, const kl_moe_experts *a)
 
 kl_status kl_cuda_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error *err)
 {
+    return kl_cuda_moe_experts_to(be, a, nullptr, err);
+}
+
+kl_status kl_cuda_moe_experts_to(kl_backend *be, const kl_moe_experts *a, float *residual,
+                                 kl_error *err)
+{
     const int64_t T = a->x.shape[0];
     const sizes s = sizes_of(a);
     if (T == 0) return KL_OK;
@@ -330,9 +351,9 @@ kl_status kl_cuda_moe_experts(kl_backend *be, const kl_moe_experts *a, kl_error 
                        static_cast<long long>(s.top_k), static_cast<long long>(s.D));
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (kl_cuda_moe_is_step(a))
-        return kl_cuda_moe_step_run({a, nullptr, {}, nullptr, invariant}, kl_cuda_stream(be),
+        return kl_cuda_moe_step_run({a, nullptr, {}, residual, invariant}, kl_cuda_stream(be),
                                     err);
-    window w = window_of(a, s, invariant, kl_cuda_stream(be));
+    window w = window_of(a, residual, s, invariant, kl_cuda_stream(be));
     for (; w.first < T; w.first += s.n) KL_TRY(run_window(w, err));
     return KL_OK;
 }

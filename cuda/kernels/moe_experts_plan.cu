@@ -11,7 +11,7 @@
  *              counts them
  * Roofline     16 bytes a pair, 1 MB for 8192 tokens with 8 choices: a launch or two
  * Measured     H100, 65536 pairs by one block: 0.115 ms, by many in an earlier form 12 us
- *              (2026-11-22); this form not timed yet
+ *              (2026-11-22); this form not timed alone
  */
 #include "../device/launch.cuh"
 #include "../device/moe.cuh"
@@ -21,9 +21,8 @@ namespace {
 
 constexpr int MAX_WARPS = 32, MIN_WARPS = 8;
 constexpr int64_t BLOCK_PAIRS = 4096;
-constexpr int64_t SHARED_LIMIT = 227 * 1024; /* of a block on capability 9.0 */
-/* Of it for arrays: of 256 experts and more an array is left, fewer have not so many. */
-constexpr size_t MOST_ARRAYS = SHARED_LIMIT - 1024;
+/* Of a block on capability 9.0, less what the sums of warps take. */
+constexpr int64_t MOST_SHARED = 227 * 1024 - 1024;
 
 struct plan_arguments {
     moe_plan p;
@@ -116,25 +115,47 @@ __device__ void add_blocks(const plan_arguments &a, const plan_scratch &s)
     __syncthreads();
 }
 
-/* One warp: the first pair and the first tile of every expert; returns the number of tiles. */
+/* Of experts, or of all before one. */
+struct pairs_and_tiles {
+    int pairs, tiles;
+
+    __device__ void add(const pairs_and_tiles &x) { pairs += x.pairs, tiles += x.tiles; }
+};
+
+/* Sums over this warp's experts up to this lane's. */
+__device__ pairs_and_tiles scan_warp(pairs_and_tiles x)
+{
+    for (int d = 1; d < WARP; d *= 2) {
+        const pairs_and_tiles below = {__shfl_up_sync(ALL_LANES, x.pairs, d),
+                                       __shfl_up_sync(ALL_LANES, x.tiles, d)};
+        if (lane_id() >= d) x.add(below);
+    }
+    return x;
+}
+
+/* All threads: the first pair and the first tile of every expert; returns the number of tiles. */
 __device__ int scan_experts(const moe_plan &p, const plan_scratch &s)
 {
-    int pairs = 0, tiles = 0;
-    for (int base = 0; base < p.E; base += WARP) {
-        const int e = base + lane_id();
-        const int total = e < p.E ? s.totals[e] : 0;
-        int upto = total, t = (total + p.tile - 1) / p.tile;
-        const int own = t;
-        for (int d = 1; d < WARP; d *= 2) {
-            const int p_below = __shfl_up_sync(ALL_LANES, upto, d);
-            const int t_below = __shfl_up_sync(ALL_LANES, t, d);
-            if (lane_id() >= d) upto += p_below, t += t_below;
+    __shared__ pairs_and_tiles warps[MAX_WARPS];
+    pairs_and_tiles before = {0, 0};
+    for (int base = 0; base < p.E; base += blockDim.x) {
+        const int e = base + threadIdx.x, total = e < p.E ? s.totals[e] : 0;
+        const int tiles = (total + p.tile - 1) / p.tile;
+        const pairs_and_tiles upto = scan_warp({total, tiles});
+        if (lane_id() == WARP - 1) warps[warp_id()] = upto;
+        __syncthreads();
+        pairs_and_tiles start = before;
+        for (int w = 0; w < static_cast<int>(blockDim.x) / WARP; w++) {
+            if (w < warp_id()) start.add(warps[w]);
+            before.add(warps[w]);
         }
-        if (e < p.E) s.starts[e] = pairs + upto - total, s.tile_starts[e] = tiles + t - own;
-        pairs += __shfl_sync(ALL_LANES, upto, WARP - 1);
-        tiles += __shfl_sync(ALL_LANES, t, WARP - 1);
+        if (e < p.E) {
+            s.starts[e] = start.pairs + upto.pairs - total;
+            s.tile_starts[e] = start.tiles + upto.tiles - tiles;
+        }
+        __syncthreads();
     }
-    return tiles;
+    return before.tiles;
 }
 
 /* Rows of each of as few tiles as can be, all of about one size. */
@@ -185,6 +206,8 @@ __global__ __launch_bounds__(MAX_WARPS *WARP) void moe_count_kernel(
     __grid_constant__ const plan_arguments a)
 {
     const plan_scratch s = scratch_of(a);
+    let_next_start();
+    wait_for_inputs();
     count_pairs(a, s);
     for (int e = threadIdx.x; e < a.p.E; e += blockDim.x)
         a.p.counts[blockIdx.x * a.p.E + e] = s.totals[e];
@@ -193,16 +216,13 @@ __global__ __launch_bounds__(MAX_WARPS *WARP) void moe_count_kernel(
 __global__ __launch_bounds__(MAX_WARPS *WARP) void moe_plan_kernel(
     __grid_constant__ const plan_arguments a)
 {
-    __shared__ int used;
     const plan_scratch s = scratch_of(a);
+    let_next_start();
+    wait_for_inputs();
     count_pairs(a, s);
     if (gridDim.x > 1) add_blocks(a, s);
-    if (warp_id() == 0) {
-        const int tiles = scan_experts(a.p, s);
-        if (lane_id() == 0) used = tiles;
-    }
-    __syncthreads();
-    if (blockIdx.x == 0) write_tiles(a.p, s, used);
+    const int tiles = scan_experts(a.p, s);
+    if (blockIdx.x == 0) write_tiles(a.p, s, tiles);
     place_pairs(a, s);
 }
 
@@ -215,11 +235,10 @@ template <class K>
 kl_status launch(K kernel, const plan_arguments &a, cudaStream_t stream, kl_error *err)
 {
     const int warps = a.counters < MIN_WARPS ? MIN_WARPS : a.counters;
-    const int bytes = (a.counters + 4) * a.p.E * static_cast<int>(sizeof(int));
-    KL_TRY(kl_cuda_allow_shared(kernel, MOST_ARRAYS, err));
-    kernel<<<static_cast<unsigned>(blocks_of(a.p.pairs)), warps * WARP, bytes, stream>>>(a);
-    KL_CUDA_TRY(cudaGetLastError(), err);
-    return KL_OK;
+    const size_t bytes = (a.counters + 4) * static_cast<size_t>(a.p.E) * sizeof(int);
+    KL_TRY(kl_cuda_allow_shared(kernel, MOST_SHARED, err));
+    return kl_cuda_launch(kernel, static_cast<unsigned>(blocks_of(a.p.pairs)),
+                          static_cast<unsigned>(warps) * WARP, bytes, stream, err, a);
 }
 
 } // namespace
@@ -231,10 +250,10 @@ int64_t kl_cuda_moe_plan_counts(int64_t pairs, int64_t E)
 
 kl_status kl_cuda_moe_plan(const moe_plan &p, cudaStream_t stream, kl_error *err)
 {
-    const int64_t arrays = SHARED_LIMIT / 4 / p.E - 5; /* less four, and the static */
+    const int64_t arrays = MOST_SHARED / 4 / p.E - 4;
     if (arrays < 1)
         return kl_fail(err, KL_ERR_VALUE, "moe_experts: E must be <= %lld, got %d",
-                       static_cast<long long>(SHARED_LIMIT / 24), p.E);
+                       static_cast<long long>(MOST_SHARED / 20), p.E);
     const bool one = blocks_of(p.pairs) == 1;
     plan_arguments a = {.p = p, .block_pairs = one ? p.pairs : static_cast<int>(BLOCK_PAIRS)};
     const int64_t rounds = (a.block_pairs + WARP - 1) / WARP;
