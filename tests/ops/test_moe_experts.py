@@ -137,10 +137,12 @@ def test_formats_may_differ(shared_format):
 
 
 # Multiples of 64, which the tensor cores take on CUDA: a single token, with and without a shared
-# expert of another width, few pairs an expert, tiles of some sizes up to 320 rows, more than those.
+# expert of another width, few pairs an expert, also of matrices too wide for their kernel, up to 32
+# an expert, tiles of some sizes up to 320 rows, more than those.
 TILED = (
     (1, 192, 64, 128, 16, 2), (1, 64, 192, 0, 8, 8), (1, 320, 192, 64, 5, 3), (2, 128, 64, 64, 4, 2),
-    (9, 192, 64, 128, 16, 2), (300, 128, 64, 64, 16, 4), (700, 64, 128, 64, 9, 2),
+    (9, 192, 64, 128, 16, 2), (4, 2624, 64, 64, 4, 2), (4, 64, 2624, 0, 4, 2),
+    (60, 128, 64, 64, 16, 4), (300, 128, 64, 64, 16, 4), (700, 64, 128, 64, 9, 2),
     (1400, 64, 64, 64, 5, 2),
 )  # fmt: skip
 
@@ -163,9 +165,13 @@ def test_tiled_sizes(format, shape):
 
 @every_device
 @pytest.mark.parametrize("format", CUDA_FORMATS)
-def test_experts_of_any_number_of_rows(format):
-    """From none to more than three tiles; some fill 32, 64, ... rows, some one more."""
-    counts = (1, 0, 31, 32, 33, 95, 129, 160, 161, 225, 257, 289, 320, 321, 650, 0, 1000)
+@pytest.mark.parametrize("counts", [
+    (1, 0, 31, 32, 33, 95, 129, 160, 161, 225, 257, 289, 320, 321, 650, 0, 1000),
+    (1, 0, 31, 32, 33, 63, 64, 65, 129, 200, *14 * (0,)),
+    (7, 8, 9, 16, 17, 0, 1, *14 * (0,)),
+])  # fmt: skip
+def test_experts_of_any_number_of_rows(format, counts):
+    """From none to more than three tiles of each kind; some fill 32, 64, ... rows, some one more."""
     T = sum(counts)
     given, want = make_case(T, 64, 128, 0, len(counts), 1, format=format, dtype=BF16)
     ids = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
