@@ -41,9 +41,10 @@ kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error
 /* Where few's conditions hold and x fits in shared memory beside weights that are on their way
  * before it is there, with a norm: a float32 weight by one token, without an `up` or a residual;
  * of the same weight, without a norm, also by several tokens, with the bits of one.
- * And streaming as in few, also with a residual, bit for bit unless it halves the columns, as not
- * on a batch-invariant backend; or two such products of one h at once, which it does not halve:
- * neither has an `up`, and their weights are of one format or the first's is bf16. */
+ * And streaming as in few, also with a residual, bit for bit unless it halves the columns or makes
+ * x whole numbers, as not on a batch-invariant backend; or two such products of one h at once,
+ * which it does not halve: neither has an `up`, and their weights are of one format or the first's
+ * is bf16. */
 bool kl_cuda_product_single_takes(const kl_cuda_product *p); /* whatever T */
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_f32(kl_backend *be, const kl_cuda_product *p, kl_error *err);

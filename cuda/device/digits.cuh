@@ -124,6 +124,16 @@ template <kl_weight_format format> struct digit_row {
     }
 };
 
+/* Of a row that lies in shared memory, by all threads, between barriers. */
+template <int threads, kl_weight_format format>
+__device__ void digits_of_row(const digit_row<format> &to, const shared_rows &x, int units)
+{
+    for (int first = threadIdx.x - lane_id(); first < units; first += threads) {
+        const int u = first + lane_id();
+        to.put(u, u < units ? *x.unit(0, u) : uint4{}, u < units);
+    }
+}
+
 /* Where a lane finds the digits that meet its pieces. */
 template <kl_weight_format format> struct ring_digits {
     using row_type = digit_row<format>;
@@ -236,6 +246,15 @@ template <kl_weight_format format, int DEPTH> struct digit_ring {
             }
         }
         return s;
+    }
+
+    /* The same of weights without scales that pass through this ring. */
+    template <kl_weight_format f> __device__ ring_pieces take(const bool (&)[2]) const
+    {
+        static_assert(weight_codec<f>::GROUP == 0);
+        copy_wait<DEPTH - 1>();
+        const uint4 *const own = reinterpret_cast<const uint4 *>(slot) + place();
+        return {{own[0], own[STREAM_THREADS]}, {1, 1}};
     }
 
     __device__ static float scale_of(uint32_t word, bool odd)

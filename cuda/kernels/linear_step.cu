@@ -6,7 +6,8 @@
  * Shapes       x [T, in]; w, up [O, in]; out, residual [T, O]; T <= 16
  * Layout       rows of x and of out strided, the residual dense; weights in pieces of 16 bytes
  * Precision    x bf16, before a norm also f32; int4 weights rounded to bf16, the others exact; f32
- *              sums; f32 or bf16 out
+ *              sums; f32 or bf16 out. A single token's rows of int8 that are not cut into halves by
+ *              whole numbers (device/digits.cuh)
  * Grid         blocks that stay, two a multiprocessor, take tiles of 16 rows of weights in turn;
  *              warps share out the columns. A tile with a second weight holds 8 rows of each. Of
  *              two products the first's tiles come first. Of a single token and few rows a tile
@@ -19,6 +20,7 @@
  *              rows of 2304 in 17.0 us, during which most of [2304, 4096] comes, too: that in
  *              3.9 (2026-11-22)
  */
+#include "../device/digits.cuh"
 #include "../device/product.cuh"
 #include "../device/ring.cuh"
 
@@ -31,6 +33,9 @@ constexpr int64_t MOST_ROWS = 1 << 30; /* an int counts them */
 constexpr unsigned HALF_BLOCKS = 3;
 constexpr size_t HALF_SHARED = 75 << 10;
 constexpr int64_t HALF_TILES = 396;
+
+/* A step for each warp. Of 128 columns the digits take 0.3 us longer than they save. */
+constexpr int64_t LEAST_DIGIT_COLS = 512;
 
 /* What the 16 rows of a tile are: those of a weight, 8 of each of two, or 8 and then the second
  * halves of their columns. */
@@ -110,7 +115,7 @@ template <kl_weight_format format, tile_of kind> struct tile_walk {
         return row;
     }
 
-    __device__ void put(weight_ring<format> &ring)
+    template <class Ring> __device__ void put(Ring &ring)
     {
         if (steps == 0) return ring.put_none();
         ring.put(feed);
@@ -202,22 +207,93 @@ template <int N, tile_of kind> struct tile_output {
     }
 };
 
-template <kl_weight_format format, int N, tile_of kind, kl_weight_format scales>
-__device__ void multiply_tile(const step_product &p, unsigned tile, int T, shared_rows x,
-                              float *sums, weight_ring<scales> &ring,
+/* x in shared memory: T rows as bf16, */
+template <kl_weight_format format, bool digits> struct step_rows {
+    using ring_type = weight_ring<format>;
+    const shared_rows plain;
+
+    static __host__ __device__ int bytes_of(int T, int cols)
+    {
+        return T * shared_rows::pitch_of(cols);
+    }
+
+    __device__ step_rows(unsigned char *shared, int cols)
+        : plain{shared, shared_rows::pitch_of(cols)}
+    {
+    }
+
+    __device__ void finish() const {}
+};
+
+/* and of a single one the digits, too. */
+template <kl_weight_format format> struct step_rows<format, true> {
+    using ring_type = digit_ring<format, RING_DEPTH>;
+    const shared_rows plain;
+    const int chunks;
+    const digit_row<format> whole;
+
+    static __host__ __device__ int chunks_of(int cols)
+    {
+        return digit_row<format>::chunks_of(shared_rows::pitch_of(cols) / 2);
+    }
+
+    static __host__ __device__ int bytes_of(int, int cols)
+    {
+        return shared_rows::pitch_of(cols) + digit_row<format>::bytes_of(chunks_of(cols));
+    }
+
+    __device__ step_rows(unsigned char *shared, int cols)
+        : plain{shared, shared_rows::pitch_of(cols)}, chunks(chunks_of(cols)),
+          whole(shared + plain.pitch, chunks)
+    {
+    }
+
+    /* After a barrier; another follows. */
+    __device__ void finish() const
+    {
+        digits_of_row<STREAM_THREADS>(whole, plain, chunks * DIGIT_CHUNK / 8);
+        __syncthreads();
+    }
+};
+
+/* This warp's share of the sums of a tile, in so many steps. */
+template <kl_weight_format format, int N, kl_weight_format scales, bool digits, class Walk>
+__device__ void multiply_steps(float (&acc)[N][4], const bool (&odd)[2], int steps, int rows,
+                               const step_rows<scales, digits> &x,
+                               typename step_rows<scales, digits>::ring_type &ring, Walk &walk)
+{
+    if constexpr (digits && format == scales) {
+        float own[2] = {};
+        ring_digits<format> columns(x.whole);
+        for (; steps > 0; steps--) {
+            digits_multiply(own, ring.take(odd), columns);
+            columns.advance();
+            walk.put(ring);
+        }
+        acc[0][0] = digits_total<format>(own[0]), acc[0][2] = digits_total<format>(own[1]);
+    } else {
+        ring_x<format, N> columns(x.plain, rows);
+        for (; steps > 0; steps--) {
+            ring_multiply(acc, ring.template take<format>(odd), columns);
+            columns.advance();
+            walk.put(ring);
+        }
+    }
+}
+
+template <kl_weight_format format, int N, tile_of kind, kl_weight_format scales, bool digits>
+__device__ void multiply_tile(const step_product &p, unsigned tile, int T,
+                              const step_rows<scales, digits> &x, float *sums,
+                              typename step_rows<scales, digits>::ring_type &ring,
                               tile_walk<scales, kind> &walk)
 {
     const int r = lane_id() / STREAM_LANES;
     const bool odd[2] = {ring_feed<format>::odd(tile_row<kind>(p, tile, r)),
                          ring_feed<format>::odd(tile_row<kind>(p, tile, r + 8))};
     float acc[N][4] = {};
-    ring_x<format, N> columns(x, kind == tile_of::HALVES ? 2 * T : T);
     const tile_output<N, kind> output(p, tile, T);
-    for (int n = ring_steps(static_cast<int>(p.w.row_bytes)); n > 0; n--) {
-        ring_multiply(acc, ring.template take<format>(odd), columns);
-        columns.advance();
-        walk.put(ring);
-    }
+    multiply_steps<format>(acc, odd, ring_steps(static_cast<int>(p.w.row_bytes)),
+                           kind == tile_of::HALVES ? 2 * T : T, x, ring, walk);
     tile_sums<N, kind>::share(sums, acc);
     __syncthreads();
     output.store(p, tile, T, sums);
@@ -227,14 +303,16 @@ __device__ void multiply_tile(const step_product &p, unsigned tile, int T, share
 template <kl_weight_format first, kl_weight_format second>
 constexpr kl_weight_format SCALES = weight_codec<first>::GROUP > 0 ? first : second;
 
-template <kl_weight_format first, kl_weight_format second, int N, tile_of kind>
+template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, bool digits>
 __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_kernel(
     const __grid_constant__ step_arguments a)
 {
-    using ring_type = weight_ring<SCALES<first, second>>;
+    using rows_type = step_rows<SCALES<first, second>, digits>;
+    using ring_type = typename rows_type::ring_type;
     extern __shared__ __align__(128) unsigned char shared[];
-    const shared_rows x = {shared + ring_type::BYTES, shared_rows::pitch_of(a.x.cols)};
-    float *const sums = reinterpret_cast<float *>(x.data + a.x.T * x.pitch);
+    const rows_type x(shared + ring_type::BYTES, a.x.cols);
+    float *const sums =
+        reinterpret_cast<float *>(x.plain.data + rows_type::bytes_of(a.x.T, a.x.cols));
     ring_type ring(shared);
     if (a.unsettled) wait_for_inputs();
     tile_walk<SCALES<first, second>, kind> walk(a);
@@ -244,10 +322,11 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_
     wait_for_inputs();
     let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
     if constexpr (kind == tile_of::HALVES)
-        copy_rows<STREAM_THREADS>(x, a.x);
+        copy_rows<STREAM_THREADS>(x.plain, a.x);
     else
-        bring_rows<STREAM_THREADS>(x, a.x, sums);
+        bring_rows<STREAM_THREADS>(x.plain, a.x, sums);
     __syncthreads();
+    x.finish();
     const int T = kind == tile_of::HALVES ? a.x.T / 2 : a.x.T;
     float *own = sums; /* this tile's: those of the one before are being read */
     for (unsigned t = blockIdx.x; t < a.tiles; t += gridDim.x) {
@@ -279,15 +358,20 @@ bool is_halved(kl_backend *be, const kl_cuda_product *p)
            2 * tiles_of(p) <= HALF_TILES;
 }
 
-size_t shared_bytes(kl_weight_format scales, const kl_cuda_product *p, bool halved)
+/* Of a block with such a ring, for x as the kernel takes it. */
+template <kl_weight_format scales, bool digits, int SUMS> size_t bytes_of(const row_source &x)
 {
-    const size_t scaled = kl_weight_group(scales) > 0 ? RING_SCALES : 0;
-    const size_t sums = halved                  ? tile_sums<1, tile_of::HALVES>::FLOATS
-                        : p->T <= STREAM_TOKENS ? STREAM_FLOATS<1>
-                                                : STREAM_FLOATS<2>;
-    const size_t x = halved ? 2 * shared_rows::pitch_of(p->w.cols / 2)
-                            : p->T * shared_rows::pitch_of(p->w.cols);
-    return RING_DEPTH * (RING_PIECES + scaled) + x + 2 * sums * sizeof(float);
+    using rows_type = step_rows<scales, digits>;
+    return rows_type::ring_type::BYTES + static_cast<size_t>(rows_type::bytes_of(x.T, x.cols)) +
+           2 * SUMS * sizeof(float);
+}
+
+/* Whether x is also made whole numbers. */
+bool has_digits(kl_backend *be, const kl_cuda_product *p)
+{
+    return !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant && p->T == 1 &&
+           p->w.format == KL_W_INT8 && p->w.cols >= LEAST_DIGIT_COLS &&
+           bytes_of<KL_W_INT8, true, STREAM_FLOATS<1>>(row_source_of(p)) <= RING_MOST_SHARED;
 }
 
 step_product step_of(const kl_cuda_product *p)
@@ -316,10 +400,12 @@ void halve(step_arguments &a)
     a.tiles = a.first_tiles *= 2;
 }
 
-template <kl_weight_format first, kl_weight_format second, int N, tile_of kind>
-kl_status launch(kl_backend *be, const step_arguments &a, size_t shared, kl_error *err)
+template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, bool digits>
+kl_status launch(kl_backend *be, const step_arguments &a, kl_error *err)
 {
-    const auto kernel = product_step_kernel<first, second, N, kind>;
+    const auto kernel = product_step_kernel<first, second, N, kind, digits>;
+    const size_t shared =
+        bytes_of<SCALES<first, second>, digits, tile_sums<N, kind>::FLOATS>(a.x);
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
@@ -330,11 +416,13 @@ kl_status launch(kl_backend *be, const step_arguments &a, size_t shared, kl_erro
                           kl_cuda_stream(be), err, a);
 }
 
-template <kl_weight_format first, kl_weight_format second>
-kl_status launch_for(kl_backend *be, const step_arguments &a, size_t shared, kl_error *err)
+template <kl_weight_format first, kl_weight_format second, tile_of kind>
+kl_status launch_for(kl_backend *be, const step_arguments &a, bool digits, kl_error *err)
 {
-    return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, tile_of::ROWS>(be, a, shared, err)
-                                  : launch<first, second, 2, tile_of::ROWS>(be, a, shared, err);
+    if constexpr (second == KL_W_INT8)
+        if (digits) return launch<first, second, 1, kind, true>(be, a, err);
+    return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, kind, false>(be, a, err)
+                                  : launch<first, second, 2, kind, false>(be, a, err);
 }
 
 } // namespace
@@ -342,7 +430,13 @@ kl_status launch_for(kl_backend *be, const step_arguments &a, size_t shared, kl_
 bool kl_cuda_product_step_takes(const kl_cuda_product *p)
 {
     return p->T <= 2 * STREAM_TOKENS && p->w.rows <= MOST_ROWS &&
-           shared_bytes(p->w.format, p, false) <= RING_MOST_SHARED;
+           with_format(p->w.format, [&](auto f) {
+               const row_source x = row_source_of(p);
+               const size_t bytes = p->T <= STREAM_TOKENS
+                                        ? bytes_of<f.value, false, STREAM_FLOATS<1>>(x)
+                                        : bytes_of<f.value, false, STREAM_FLOATS<2>>(x);
+               return bytes <= RING_MOST_SHARED;
+           });
 }
 
 bool kl_cuda_product_step_halves(kl_backend *be, const kl_cuda_product *p)
@@ -355,15 +449,13 @@ kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_erro
     const unsigned tiles = static_cast<unsigned>(tiles_of(p));
     step_arguments a = {row_source_of(p), step_of(p), step_of(p), tiles, tiles,
                         is_unsettled(p)};
-    const bool halved = is_halved(be, p);
-    const size_t shared = shared_bytes(p->w.format, p, halved);
+    const bool halved = is_halved(be, p), digits = has_digits(be, p);
     if (halved) halve(a);
     return with_format(p->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;
-        if (halved) return launch<w, w, 1, tile_of::HALVES>(be, a, shared, err);
-        if (!is_gated(p)) return launch_for<w, w>(be, a, shared, err);
-        return p->T <= STREAM_TOKENS ? launch<w, w, 1, tile_of::PAIRS>(be, a, shared, err)
-                                     : launch<w, w, 2, tile_of::PAIRS>(be, a, shared, err);
+        if (halved) return launch<w, w, 1, tile_of::HALVES, false>(be, a, err);
+        return is_gated(p) ? launch_for<w, w, tile_of::PAIRS>(be, a, digits, err)
+                           : launch_for<w, w, tile_of::ROWS>(be, a, digits, err);
     });
 }
 
@@ -377,9 +469,11 @@ kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first
                               tiles,
                               tiles + static_cast<unsigned>(tiles_of(second)),
                               is_unsettled(first) || is_unsettled(second)};
-    const size_t shared = shared_bytes(second->w.format, second, false);
+    const bool digits = has_digits(be, second);
     return with_format(second->w.format, [&](auto f) {
-        if (first->w.format == f.value) return launch_for<f.value, f.value>(be, a, shared, err);
-        return launch_for<KL_W_BF16, f.value>(be, a, shared, err);
+        constexpr kl_weight_format w = f.value;
+        return first->w.format == w
+                   ? launch_for<w, w, tile_of::ROWS>(be, a, digits, err)
+                   : launch_for<KL_W_BF16, w, tile_of::ROWS>(be, a, digits, err);
     });
 }

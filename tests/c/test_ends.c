@@ -174,6 +174,9 @@ static void ends_of_two_products(void)
             check_ended_pair(&low, &wide, true, f);
             check_ended_pair(&low, &wide, false, f);
             check_ended_pair(&adds, &wide, false, f);
+            const ends_case long_low = {KL_BF16, KL_F32, T_, 784, 40, true, false};
+            const ends_case long_wide = {KL_BF16, KL_F32, T_, 784, 200, true, false};
+            check_ended_pair(&long_low, &long_wide, false, f);
         }
 }
 
@@ -231,6 +234,7 @@ static void ends_of_an_mlp(void)
                 used = 0;
                 check_mlp_ends(ACTS[act], f, tokens[i], 64);
                 check_mlp_ends(ACTS[act], f, tokens[i], 41);
+                check_mlp_ends(ACTS[act], f, tokens[i], 784);
             }
     used = 0;
 }

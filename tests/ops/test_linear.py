@@ -133,7 +133,7 @@ def test_tiles(format, K, O):
 
 # Columns that tensor cores can take, rows of x that can be read in wide pieces: less than a group,
 # a group and a half, the turns of a block's warps with a rest. O: no multiple of a tile's 16.
-STREAMED = ((8, 5), (64, 33), (200, 16), (1024, 37), (2304, 48), (4104, 19))
+STREAMED = ((8, 5), (64, 33), (200, 16), (784, 19), (1024, 37), (2304, 48), (4104, 19))
 
 
 @pytest.mark.parametrize("format", CUDA_FORMATS)
