@@ -148,6 +148,7 @@ TILED = (
 
 
 FIVE_ROUNDINGS = 4.5e-3
+SEVEN_ROUNDINGS = 5.3e-3
 
 
 @every_device
@@ -196,12 +197,16 @@ def test_a_nan_stays_in_its_row_of_a_tile(shape):
 @every_device
 @pytest.mark.parametrize("format", CUDA_FORMATS)
 def test_a_single_token_is_a_row_of_two(format):
-    """Alone it has kernels of its own on CUDA. Its experts may be named twice."""
+    """Alone it has kernels of its own on CUDA, which take int4 as it is where those of two tokens
+    round its three weights (test_tiled_sizes); inner product and output are rounded in both calls:
+    sqrt(7) 1.66e-3 = 4.4e-3, and a fifth for the spread of narrow matrices. Its experts may be
+    named twice."""
     given, _ = make_case(2, 192, 128, 64, 16, 4, format=format, dtype=BF16)
+    bound = SEVEN_ROUNDINGS if format == "int4" else tolerance(BF16)
     given["ids"][1] = (3, 7, 3, 0)
     both = run(given)
     for t in (0, 1):
-        assert same_sums(run(given, **tokens(given, t, t + 1))[0], both[t], tolerance(BF16))
+        assert same_sums(run(given, **tokens(given, t, t + 1))[0], both[t], bound)
 
 
 @every_device
