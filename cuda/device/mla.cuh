@@ -166,8 +166,40 @@ struct mla_shares {
 struct mla_piece {
     long long n, slot, first;
     int pages, last;
+    bool ends; /* with the sequence's last page */
 
     __device__ int tokens(int i) const { return i + 1 < pages ? KL_PAGE_TOKENS : last; }
+
+    /* The first pages, as many as a ring has room for: they may be brought before the kernel's inputs
+     * are there. Lengths and tables are inputs of the call, whose first kernel lets others start
+     * once it has its own; and of pages it writes the last one of a sequence alone. */
+    __device__ int early() const
+    {
+        const int settled = pages - (ends ? 1 : 0);
+        return settled < MLA_TENSOR_STAGES ? settled : MLA_TENSOR_STAGES;
+    }
+};
+
+/* Numbers of a piece's pages, one after the other, by a whole warp: read 32 at a time, while the
+ * ones before are still brought. */
+struct mla_page_numbers {
+    const int *table;
+    int pages, now, coming;
+
+    __device__ mla_page_numbers(const mla_arguments &a, const mla_piece &it)
+        : table(a.block_table + it.n * a.B + it.first), pages(it.pages), now(0),
+          coming(number(lane_id()))
+    {
+    }
+
+    __device__ int number(int i) const { return i < pages ? table[i] : 0; }
+
+    /* Of page i, for i = 0, 1, ... */
+    __device__ int at(int i)
+    {
+        if (i % WARP == 0) now = coming, coming = number(i + WARP + lane_id());
+        return __shfl_sync(ALL_LANES, now, i % WARP);
+    }
 };
 
 /* The pieces of a block of mla_decode_tensor.cu one after the other, by a whole warp. Units, pages
@@ -226,6 +258,7 @@ struct mla_walk {
         out->slot = __shfl_sync(ALL_LANES, slot, from);
         out->first = __shfl_sync(ALL_LANES, first, from);
         out->pages = __shfl_sync(ALL_LANES, static_cast<int>(pages), from);
+        out->ends = __shfl_sync(ALL_LANES, pages == left, from) != 0;
         out->last = __shfl_sync(
             ALL_LANES, static_cast<int>(tokens < KL_PAGE_TOKENS ? tokens : KL_PAGE_TOKENS),
             from);

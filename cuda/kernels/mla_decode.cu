@@ -15,8 +15,8 @@
  * Order        sums over channels in slices by warp; the cut into pieces follows from all lengths,
  *              on a batch-invariant backend from the row's own
  * Roofline     half of w_kv_b once for all rows: 4.2 MB with the model's shapes, 1.4 us at 3.0 TB/s
- * Measured     H200, the whole operation, caches cold, in a graph: one row of 1K tokens 17.8 us, 8K
- *              23.3, 128K 63.4 (55 % of roofline), 1M 325 (87 %); 32 rows of 8K 115, 64 rows 202,
+ * Measured     H200, the whole operation, caches cold, in a graph: one row of 1K tokens 16.0 us, 8K
+ *              21.9, 128K 63.3 (55 % of roofline), 1M 323 (87 %); 32 rows of 8K 115, 64 rows 202,
  *              64 of 1K 75 (2026-11-22)
  */
 #include "../device/latents.cuh"
@@ -137,6 +137,7 @@ __device__ void absorb_rows(const mla_arguments &a, long long block)
     if (a.unsettled) wait_for_inputs();
     weights.load(w, a.rank, a.nope, cols, pairs);
     wait_for_inputs();
+    let_next_start();
 
     for (long long i0 = 0; i0 < a.nope; i0 += ABSORB_STEP) {
         if (i0 > 0) weights.load(w + i0 * a.rank, a.rank, a.nope - i0, cols, pairs);
@@ -162,17 +163,18 @@ __device__ void absorb_rows(const mla_arguments &a, long long block)
     if (tile == 0) copy_rope<T>(a, h, n0, rows);
 }
 
-/* append_blocks: 0 where nothing is appended. */
+/* append_blocks: 0 where nothing is appended. The attention begins with memory that kernels before
+ * this one may write: it is not to start before they have ended. */
 template <int ROWS, class T, class W>
 __global__ __launch_bounds__(THREADS, ROWS == 1 ? 4 : 2) void mla_absorb(
     __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
     unsigned append_blocks)
 {
-    let_next_start();
     if (blockIdx.x >= append_blocks) {
         absorb_rows<ROWS, T, W>(a, blockIdx.x - append_blocks);
     } else {
         wait_for_inputs();
+        let_next_start();
         append_rows<T>(a, latents);
     }
 }

@@ -175,6 +175,7 @@ template <bool packed> __device__ void absorb(const mla_arguments &a, long long 
     if (a.unsettled) wait_for_inputs();
     bring_weights(a, t, s);
     wait_for_inputs();
+    let_next_start();
     bring_queries(a, t, s);
     copy_commit();
     copy_rope<packed>(a, t);
@@ -206,17 +207,19 @@ template <bool packed> __device__ void ask_for_pages(const mla_arguments &a, int
     prefetch_l2(static_cast<const char *>(a.pages) + page * BYTES, BYTES);
 }
 
+/* The attention begins with memory that kernels before this one may write: it is not to start before
+ * they have ended. */
 template <bool packed>
 __global__ __launch_bounds__(THREADS, 8) void mla_absorb_tensor(
     __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
     errands before)
 {
-    let_next_start();
     if (blockIdx.x >= before.append + before.ask) {
         absorb<packed>(a, blockIdx.x - before.append - before.ask);
         return;
     }
     wait_for_inputs();
+    let_next_start();
     if (blockIdx.x < before.append) {
         const long long n = static_cast<long long>(blockIdx.x) * WARPS + warp_id();
         if (n < a.N) write_latents_as<bf16, packed>(latents, n, n, a.lengths[n] - 1);

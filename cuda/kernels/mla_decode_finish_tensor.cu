@@ -184,11 +184,10 @@ template <int count> __device__ float4 tree_sum(float4 (&x)[count])
 /* This warp's runs of a row, of its lane's channels; the first pieces are on their way before
  * their factors are known. */
 template <int runs>
-__device__ float4 merge_runs(const mla_arguments &a, long long n, long long h, int first_run,
-                             float *factors)
+__device__ float4 merge_runs(const mla_arguments &a, const mla_pieces &pieces, long long h,
+                             int first_run, float *factors)
 {
     constexpr int WIDE = runs < 4 ? runs : 4, TURNS = runs == 1 ? 16 : 8 / runs;
-    const mla_pieces pieces(a, n);
     const int count = static_cast<int>(pieces.count), channel = block_of_cluster() * CHANNELS;
     const float4 *from = reinterpret_cast<const float4 *>(
                              a.context + (pieces.first * a.H + h) * RANK + channel) +
@@ -223,20 +222,22 @@ template <int runs>
 __device__ void merge_whole_rows(const mla_arguments &a, long long n0, int rows, long long h,
                                  shared_memory<runs> &s)
 {
-    for (int row = warp_id(); row < rows; row += WARPS)
-        store_merged(s, row, merge_runs<runs>(a, n0 + row, h, 0, s.factors[warp_id()]));
+    for (int row = warp_id(); row < rows; row += WARPS) {
+        const mla_pieces pieces(a, n0 + row);
+        store_merged(s, row, merge_runs<runs>(a, pieces, h, 0, s.factors[warp_id()]));
+    }
 }
 
 /* Warps that share a row. */
 template <int runs>
-__device__ void merge_shared_rows(const mla_arguments &a, long long n0, int rows, long long h,
-                                  shared_memory<runs> &s)
+__device__ void merge_shared_rows(const mla_arguments &a, const mla_pieces &pieces, int rows,
+                                  long long h, shared_memory<runs> &s)
 {
     constexpr int SHARE = RUNS / runs; /* warps of a row */
     const int row = warp_id() / SHARE, run = warp_id() % SHARE * runs;
     if (row < rows)
         reinterpret_cast<float4 *>(s.parts[warp_id()])[lane_id()] =
-            merge_runs<runs>(a, n0 + row, h, run, s.factors[warp_id()]);
+            merge_runs<runs>(a, pieces, h, run, s.factors[warp_id()]);
     __syncthreads();
     if (warp_id() >= rows) return;
     float4 x[SHARE];
@@ -335,11 +336,15 @@ __global__ __cluster_dims__(CLUSTER, 1, 1)
     }
     __syncwarp();
     cluster_arrive();
-    wait_for_inputs();
-    if constexpr (runs == RUNS)
+    if constexpr (runs == RUNS) {
+        wait_for_inputs();
         merge_whole_rows(a, n0, rows, h, s);
-    else
-        merge_shared_rows(a, n0, rows, h, s);
+    } else {
+        const int row = warp_id() * runs / RUNS;                 /* this warp's */
+        const mla_pieces pieces(a, n0 + (row < rows ? row : 0)); /* see mla_piece::early() */
+        wait_for_inputs();
+        merge_shared_rows(a, pieces, rows, h, s);
+    }
     copy_wait<0>();
     __syncthreads();
     float acc[(ROWS<runs> + 7) / 8][4] = {};

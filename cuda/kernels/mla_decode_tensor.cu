@@ -16,8 +16,8 @@
  * Order        pages of a piece in turn, within a page the channels, or the tokens, in order
  * Roofline     1152 bytes a token at 2 * 32 * (2 * 576 + 512) flops, 92 flop/byte: memory-bound,
  *              50 us for 128K tokens at 3.0 TB/s
- * Measured     H200, traced: 14 to 18 us up to 8K tokens, 128K 63, 32 rows of 8K 101, 64 rows 173
- *              (3.5 TB/s); errors 1.7e-3 to 2.1e-3 of the result (2026-11-22, 062dbec)
+ * Measured     H200, traced: 1K tokens 8.4 us, 8K 11, 128K 50, 1M 303 (4.0 TB/s), 32 rows of 8K 92;
+ *              errors 1.7e-3 to 2.0e-3 of the result (2026-11-22)
  */
 #include "../device/barrier.cuh"
 #include "../device/launch.cuh"
@@ -55,27 +55,33 @@ static_assert(SHARED_BYTES <= 227 * 1024 && PAGE_BYTES % 1024 == 0);
 
 /* ---- bringing pages, by one warp ------------------------------------------------------- */
 
-/* Page numbers are read 32 at a time, while the ones before are still brought. */
+__device__ void bring_page(const CUtensorMap &map, int id, shared_memory &s,
+                           const mla_place<STAGES> &at)
+{
+    barrier_wait(s.empty + at.slot, at.phase ^ 1);
+    if (lane_id() == 0) barrier_arrive_expecting(s.full + at.slot, PAGE_BYTES);
+    __syncwarp();
+    if (lane_id() < BOXES)
+        copy_box(s.page[at.slot] + lane_id() * BOX_BYTES, &map, lane_id() * 64, id * TOKENS,
+                 s.full + at.slot);
+}
+
+/* The first pages before the kernel's inputs are there. */
 __device__ void bring_pages(const mla_arguments &a, const CUtensorMap &map, shared_memory &s)
 {
     mla_place<STAGES> at;
     mla_walk walk(a, blockIdx.x);
+    bool waits = true;
     for (mla_piece it; walk.next(&it);) {
-        const int *table = a.block_table + it.n * a.B + it.first;
-        const auto number_of = [&](int i) { return i < it.pages ? table[i] : 0; };
-        int numbers = 0, coming = number_of(lane_id());
+        mla_page_numbers numbers(a, it);
         for (int i = 0; i < it.pages; i++) {
-            if (i % WARP == 0) numbers = coming, coming = number_of(i + WARP + lane_id());
-            const int id = __shfl_sync(ALL_LANES, numbers, i % WARP);
-            barrier_wait(s.empty + at.slot, at.phase ^ 1);
-            if (lane_id() == 0) barrier_arrive_expecting(s.full + at.slot, PAGE_BYTES);
-            __syncwarp();
-            if (lane_id() < BOXES)
-                copy_box(s.page[at.slot] + lane_id() * BOX_BYTES, &map, lane_id() * 64,
-                         id * TOKENS, s.full + at.slot);
+            if (waits && i == it.early()) wait_for_inputs(), waits = false;
+            bring_page(map, numbers.at(i), s, at);
             at.advance();
         }
+        if (waits) wait_for_inputs(), waits = false;
     }
+    if (waits) wait_for_inputs();
 }
 
 /* ---- scores and softmax, by a warpgroup ------------------------------------------------ */
@@ -162,7 +168,10 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
     uint32_t q[STEPS][4];
     float scores[TOKENS / 2];
     mla_walk walk(a, blockIdx.x);
-    for (mla_piece it; walk.next(&it);) {
+    mla_piece it;
+    bool some = walk.next(&it);
+    wait_for_inputs();
+    for (; some; some = walk.next(&it)) {
         softmax_state state = {-INFINITY, 0};
         load_query(a, it.n, h0, q);
         for (int i = 0; i < it.pages; i++) {
@@ -254,7 +263,10 @@ __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory
     mla_place<WEIGHT_SLOTS> from;
     context_sums acc;
     mla_walk walk(a, blockIdx.x);
-    for (mla_piece it; walk.next(&it);) {
+    mla_piece it;
+    bool some = walk.next(&it);
+    wait_for_inputs();
+    for (; some; some = walk.next(&it)) {
 #pragma unroll
         for (int m = 0; m < CONTEXT_BOXES; m++)
 #pragma unroll
@@ -301,10 +313,12 @@ __global__ __launch_bounds__(THREADS,
     let_next_start();
     if (threadIdx.x == 0) make_barriers(s), prefetch_map(&map);
     __syncthreads();
-    wait_for_inputs();
     if (threadIdx.x < WARPGROUP) {
         registers_down_to<BRING_REGISTERS>();
-        if (warp_id() == 0) bring_pages(a, map, s);
+        if (warp_id() == 0)
+            bring_pages(a, map, s);
+        else
+            wait_for_inputs();
     } else if (threadIdx.x < 2 * WARPGROUP) {
         registers_up_to<SCORE_REGISTERS>();
         make_weights(a, h0, s);
