@@ -64,13 +64,19 @@ __device__ inline void load_choice(const moe_step_arguments &a, chosen_experts &
     }
 }
 
+__device__ inline lane_keys keys_of(const chosen_experts &from)
+{
+    lane_keys keys;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++) keys.key[i] = from.keys[lane_keys::number(i)];
+    return keys;
+}
+
 /* After a barrier, by one warp. */
 __device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
 {
     if (a.logits == nullptr) return;
-    lane_keys keys;
-#pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; i++) keys.key[i] = to.keys[lane_keys::number(i)];
+    lane_keys keys = keys_of(to);
     choose_experts(
         keys, a.rule, [&](int e) { return to.scores[e]; }, to.ids, to.weights);
 }

@@ -57,19 +57,26 @@ struct lane_keys {
     }
 };
 
-/* The top_k <= 32 best in order, and their weights, whose sum is taken in that order.
- * score_of(e), called by all lanes, is the score of each lane's e. Little code: it comes from
+/* The top_k <= 32 best in order: lane j gets the number of choice j. Little code: it comes from
  * memory for every call. */
+__device__ inline int choose_numbers(lane_keys &keys, int top_k)
+{
+    int mine = 0;
+#pragma unroll 1
+    for (int j = 0; j < top_k; j++) {
+        const int e = keys.take_best();
+        if (j == lane_id()) mine = e;
+    }
+    return mine;
+}
+
+/* And their weights, whose sum is taken in that order. score_of(e), called by all lanes, is the
+ * score of each lane's e. */
 template <class Score>
 __device__ void choose_experts(lane_keys &keys, const route_rule &r, Score score_of, int *ids,
                                float *weights)
 {
-    int mine = 0; /* lane j keeps choice j */
-#pragma unroll 1
-    for (int j = 0; j < r.top_k; j++) {
-        const int e = keys.take_best();
-        if (j == lane_id()) mine = e;
-    }
+    const int mine = choose_numbers(keys, r.top_k);
     const float score = score_of(mine);
     float sum = 0;
 #pragma unroll 1

@@ -16,8 +16,8 @@
  *              second halves, both; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 10.3 us, 96 % of
- *              4.3 TB/s, int8 12.2, int4 10.5 (2026-11-22)
+ * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 11.4 us, 87 % of
+ *              4.3 TB/s, int8 10.8; not timed behind three blocks: fp8, int4 (2026-11-22)
  */
 #include "../device/moe_step.cuh"
 

@@ -7,35 +7,56 @@
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
  * Precision    bf16 in and out; weights exact, of int8 and int4 by whole numbers (device/digits.cuh);
  *              f32 sums. With the bits of the other paths: int4 weights to bf16
- * Grid         blocks that stay, two a multiprocessor, take tiles of 8 rows of w1 and of w3 in turn,
+ * Grid         blocks that stay, three a multiprocessor, take tiles of 8 rows of w1 and of w3 in turn,
  *              the shared expert's before all others: these are on their way before h and the
  *              logits are there
  * Order        a warp's columns in rising order, then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
  *              3.0 TB/s
- * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 26.6 us, 74 % of
- *              4.3 TB/s, int8 16.4, int4 15.4 (2026-11-22)
+ * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 24.5 us, 81 % of
+ *              4.3 TB/s, int8 15.7; not timed with three blocks: fp8, int4 (2026-11-22)
  */
-#include "../device/barrier.cuh"
 #include "../device/digits.cuh"
 #include "../device/moe_step.cuh"
 
 namespace {
+
+/* Blocks a multiprocessor, and steps on their way in each: without scales as many as three blocks
+ * have shared memory for. With scales fewer, so that a block of the next kernel, which has its own
+ * ring to fill, finds room as soon as one of these ends. */
+constexpr int INNER_BLOCKS = 3;
+template <kl_weight_format format>
+constexpr int INNER_DEPTH = weight_codec<format>::GROUP > 0 ? 5 : RING_DEPTH;
+
+/* Registers: room for another block beside these, but int4's digits take more than 64 a thread. */
+template <kl_weight_format format, bool digits>
+constexpr int FITTING = INNER_BLOCKS + (digits && format == KL_W_INT4 ? 0 : 1);
+
+/* The last warp finds out which the experts are while the others bring h. */
+constexpr int CHOOSER = STREAM_WARPS - 1, BRINGERS = CHOOSER * WARP;
 
 /* Where an expert's gate and up begin. */
 struct gated_expert {
     weight_row gate, up;
 };
 
-__device__ void list_expert(const moe_step_arguments &a, const chosen_experts &chosen,
-                            gated_expert *experts, int v)
+__device__ gated_expert expert_of(const moe_step_arguments &a, int64_t id)
 {
-    const int j = v - a.n_shared;
-    if (j < 0)
-        experts[v] = {row_of(a.shared_w1, 0), row_of(a.shared_w3, 0)};
-    else
-        experts[v] = {row_of(a.w1, chosen.ids[j] * a.w1.rows),
-                      row_of(a.w3, chosen.ids[j] * a.w3.rows)};
+    return {row_of(a.w1, id * a.w1.rows), row_of(a.w3, id * a.w3.rows)};
+}
+
+/* The token's choices, by one warp. */
+__device__ void list_choices(const moe_step_arguments &a, const chosen_experts &chosen,
+                             gated_expert *experts)
+{
+    if (a.logits == nullptr) {
+        for (int j = lane_id(); j < a.top_k; j += WARP)
+            experts[a.n_shared + j] = expert_of(a, chosen.ids[j]);
+        return;
+    }
+    lane_keys keys = keys_of(chosen);
+    const int id = choose_numbers(keys, a.top_k);
+    if (lane_id() < a.top_k) experts[a.n_shared + lane_id()] = expert_of(a, id);
 }
 
 /* A tile of the block: the g-th of expert v. */
@@ -68,16 +89,13 @@ struct tile_place {
 template <kl_weight_format format> struct inner_walk {
     const moe_step_arguments &a;
     const gated_expert *experts;
-    barrier *listed; /* the chosen ones among them */
-    int steps;       /* of this warp in a tile */
-    int left = 0;    /* of its steps; 0: the tile has not been entered */
-    bool knows = false;
+    int steps;    /* of this warp in a tile */
+    int left = 0; /* of its steps; 0: the tile has not been entered */
     tile_place tile = {};
     ring_feed<format> feed;
 
-    __device__ inner_walk(const moe_step_arguments &args, const gated_expert *list,
-                          barrier *known)
-        : a(args), experts(list), listed(known), steps(ring_steps(args.row_bytes))
+    __device__ inner_walk(const moe_step_arguments &args, const gated_expert *list)
+        : a(args), experts(list), steps(ring_steps(args.row_bytes))
     {
         tile.advance(a, blockIdx.x);
     }
@@ -89,10 +107,6 @@ template <kl_weight_format format> struct inner_walk {
     __device__ void enter()
     {
         if (steps == 0 || tile.v == a.n_shared + a.top_k) return;
-        if (tile.v >= a.n_shared && !knows) {
-            barrier_wait(listed, 0);
-            knows = true;
-        }
         weight_row rows[2];
         tile.find(rows, a, experts);
         feed.start(rows[0], rows[1], a.row_bytes);
@@ -112,25 +126,24 @@ template <kl_weight_format format> struct inner_walk {
 /* How h lies in shared memory, and a warp's products of a tile with it: in lanes that are multiples
  * of 4 the sums of row lane / 4 of the gates and of the ups. */
 template <kl_weight_format format, bool digits> struct inner_row {
-    using ring_type = weight_ring<format>;
+    using ring_type = weight_ring<format, INNER_DEPTH<format>>;
     const shared_rows x;
 
     static __host__ __device__ int bytes_of(int D) { return shared_rows::pitch_of(D); }
 
     __device__ inner_row(unsigned char *shared, int D) : x{shared, bytes_of(D)} {}
 
-    /* After the wait: on its way, zeros behind it. */
-    __device__ void ask(const moe_step_arguments &a)
+    /* After the wait, by BRINGERS threads; zeros behind it. */
+    __device__ void bring(const moe_step_arguments &a) const
     {
-        for (int u = threadIdx.x; u < x.pitch / 16; u += STREAM_THREADS) {
+#pragma unroll 1
+        for (int u = threadIdx.x; u < x.pitch / 16; u += BRINGERS) {
             const bool inside = 8 * u < a.D;
             copy_async(x.unit(0, u), a.h + (inside ? 8 * u : 0), inside);
         }
         copy_commit();
+        copy_wait<0>();
     }
-
-    /* A barrier follows. */
-    __device__ void bring(const moe_step_arguments &) const { copy_wait<0>(); }
 
     template <class Walk>
     __device__ void multiply(float (&sums)[2], const bool (&odd)[2], ring_type &ring,
@@ -148,12 +161,10 @@ template <kl_weight_format format, bool digits> struct inner_row {
 };
 
 template <kl_weight_format format> struct inner_row<format, true> {
-    using ring_type = digit_ring<format, RING_DEPTH>;
+    using ring_type = digit_ring<format, INNER_DEPTH<format>>;
     using row_type = digit_row<format>;
-    static constexpr int HELD = 2; /* units of a thread that are asked for early */
     const row_type x;
     const int units;
-    uint4 held[HELD];
 
     static __host__ __device__ int chunks_of(int D)
     {
@@ -172,26 +183,21 @@ template <kl_weight_format format> struct inner_row<format, true> {
         return 8 * u < a.D ? *reinterpret_cast<const uint4 *>(a.h + 8 * u) : uint4{};
     }
 
-    __device__ void ask(const moe_step_arguments &a)
-    {
-#pragma unroll
-        for (int i = 0; i < HELD; i++) held[i] = unit(a, threadIdx.x + i * STREAM_THREADS);
-    }
-
     __device__ void bring(const moe_step_arguments &a) const
     {
+        constexpr int AHEAD = 2; /* with it the model's D is brought at once */
         const int first = threadIdx.x - lane_id(); /* of a warp's units: all lanes or none */
+#pragma unroll 1
+        for (int at = 0; first + at < units; at += AHEAD * BRINGERS) {
+            const int u = threadIdx.x + at;
+            uint4 raw[AHEAD];
 #pragma unroll
-        for (int i = 0; i < HELD; i++)
-            if (first + i * STREAM_THREADS < units)
-                put(threadIdx.x + i * STREAM_THREADS, held[i]);
-        for (int at = HELD * STREAM_THREADS; first + at < units; at += STREAM_THREADS)
-            put(threadIdx.x + at, unit(a, threadIdx.x + at));
-    }
-
-    __device__ void put(int u, uint4 raw) const
-    {
-        x.put(u, raw, u < units);
+            for (int i = 0; i < AHEAD; i++) raw[i] = unit(a, u + i * BRINGERS);
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                if (first + at + i * BRINGERS < units)
+                    x.put(u + i * BRINGERS, raw[i], u + i * BRINGERS < units);
+        }
     }
 
     template <class Walk>
@@ -227,49 +233,38 @@ __device__ void multiply_tile(const moe_step_arguments &a, const tile_place &til
     }
 }
 
-/* Registers: the digits of int4 take more than 64 a thread. */
 template <kl_weight_format format, bool digits>
-__global__ __launch_bounds__(
-    STREAM_THREADS,
-    digits &&format == KL_W_INT4
-        ? 3
-        : 4) void moe_step_inner_kernel(__grid_constant__ const moe_step_arguments a)
+__global__
+__launch_bounds__(STREAM_THREADS, FITTING<format, digits>) void moe_step_inner_kernel(
+    __grid_constant__ const moe_step_arguments a)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ float sums[2][STREAM_WARPS * STREAM_ROWS]; /* of this tile and the one before */
     __shared__ chosen_experts chosen;
     __shared__ gated_expert experts[MAX_STEP_EXPERTS];
-    __shared__ barrier listed; /* the first warp chooses while the others are at shared tiles */
     using ring_type = typename inner_row<format, digits>::ring_type;
     inner_row<format, digits> h(shared + ring_type::BYTES, a.D);
     ring_type ring(shared);
-    inner_walk<format> walk(a, experts, &listed);
-    if (threadIdx.x == 0) {
-        barrier_init(&listed, 1);
-        if (a.n_shared > 0) list_expert(a, chosen, experts, 0);
-    }
+    inner_walk<format> walk(a, experts);
+    if (threadIdx.x == 0 && a.n_shared > 0)
+        experts[0] = {row_of(a.shared_w1, 0), row_of(a.shared_w3, 0)};
     __syncthreads();
     if (a.unsettled) wait_for_inputs();
     int put = 0;
 #pragma unroll 1
-    for (; put < RING_DEPTH && walk.is_shared(); put++) walk.put(ring);
+    for (; put < INNER_DEPTH<format> && walk.is_shared(); put++) walk.put(ring);
     prefetch_choice(a);
     wait_for_inputs();
     let_next_start(); /* not before: see load_choice() */
-    h.ask(a);
     load_choice(a, chosen);
-    h.bring(a);
     __syncthreads();
-    if (warp_id() == 0) {
-        choose(a, chosen);
-        __syncwarp();
-        for (int v = a.n_shared + lane_id(); v < a.n_shared + a.top_k; v += WARP)
-            list_expert(a, chosen, experts, v);
-        __syncwarp();
-        if (lane_id() == 0) barrier_arrive(&listed);
-    }
+    if (warp_id() == CHOOSER)
+        list_choices(a, chosen, experts);
+    else
+        h.bring(a);
+    __syncthreads();
 #pragma unroll 1
-    for (; put < RING_DEPTH; put++) walk.put(ring);
+    for (; put < INNER_DEPTH<format>; put++) walk.put(ring);
 
     int turn = 0;
     tile_place place = {};
@@ -298,7 +293,7 @@ kl_status launch(const moe_step_arguments &a, cudaStream_t stream, kl_error *err
 {
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    const unsigned most = static_cast<unsigned>(multiprocessors) * RING_BLOCKS;
+    const unsigned most = static_cast<unsigned>(multiprocessors) * INNER_BLOCKS;
     return launch_step(moe_step_inner_kernel<format, digits>, a.tiles < most ? a.tiles : most,
                        inner_bytes<format, digits>(a.D), a, stream, err);
 }
