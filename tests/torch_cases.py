@@ -2,6 +2,7 @@
 
 import torch
 from kimi_linear import ops
+from kimi_linear.reference import pack_latents
 
 T, H, K, V, RANK, ROPE, NOPE, E, D, I = 21, 2, 8, 12, 16, 4, 8, 5, 10, 6
 
@@ -111,6 +112,8 @@ class Stored:
         self.tensor, self.format = tensor, format
 
 
+STEP = (half(1, 256), torch.tensor([[3, 1]]), rand(1, 2))  # a single token's experts
+
 # Every way to multiply by a quantised weight. torch's operators take tensors alone: only kl.ops.
 GPU_CASES = dict(CASES)
 for _format in ("int8", "int4", "fp8"):
@@ -128,6 +131,7 @@ for _format in ("int8", "int4", "fp8"):
         f"moe_experts {_format} many": (
             (half(90, 256), torch.arange(180).view(90, 2) % 4, rand(90, 2), *_experts), _shared,
         ),
+        f"moe_experts {_format} step": ((*STEP, *_experts), _shared),
         f"token_logprobs {_format}": ((half(70, 256), _w, torch.arange(70)), dict(top=2)),
     }  # fmt: skip
 
@@ -146,6 +150,16 @@ GPU_CASES |= {
     "mla_decode wide nine": (
         (half(9, 2, 192), half(9, 64, 576), torch.arange(9).view(9, 1), torch.arange(9) * 7 + 1,
          WIDE_W), {},
+    ),
+    "mla_decode wide packed": (
+        (half(2, 2, 192), torch.from_numpy(pack_latents(rand(4, 64, 576), 512)),
+         torch.tensor([[3, 0, 2], [1, -1, -1]]), torch.tensor([130, 5]), WIDE_W), dict(rope=64),
+    ),
+    "linear int8 wide step": ((half(1, 512), Stored(half(320, 512) / 23, "int8")), {}),
+    "linear wide router": ((half(5, 256), rand(12, 256)), {}),
+    "linear wide router one": ((half(1, 256), rand(12, 256)), {}),
+    "moe_experts wide step": (
+        (*STEP, *WIDE_EXPERTS), dict(shared=tuple(w[0] for w in WIDE_EXPERTS)),
     ),
     "moe_route wide": ((rand(3, 300), rand(300)), dict(top_k=8, scaling=2.5)),
     "moe_route groups": (
