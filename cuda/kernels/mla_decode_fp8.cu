@@ -23,6 +23,7 @@
 #include "../device/barrier.cuh"
 #include "../device/latents.cuh"
 #include "../device/launch.cuh"
+#include "../device/math.cuh"
 #include "../device/mla.cuh"
 #include "../device/wgmma.cuh"
 
@@ -34,7 +35,7 @@ constexpr int TOKENS = KL_PAGE_TOKENS;
 constexpr int THREADS = 3 * WARPGROUP;
 constexpr int WARPS = WARPGROUP / WARP; /* of a warpgroup */
 /* Of a thread, 3 * 168 to hand out: the context takes 128, its operand twice 32. */
-constexpr int BRING_REGISTERS = 40, SCORE_REGISTERS = 216, CONTEXT_REGISTERS = 240;
+constexpr int BRING_REGISTERS = 40, SCORE_REGISTERS = 216, CONTEXT_REGISTERS = 248;
 
 constexpr int CHUNK = 16; /* codes of 16 bytes */
 constexpr int ROPE_AT = static_cast<int>(kl_latents_row_of(RANK, ROPE).rope_at);
@@ -147,49 +148,54 @@ struct row_factors {
     }
 };
 
-/* Operand A of 64 channels: codes, of 16 channels first those with even numbers; or the others,
- * which are bf16. `row`: where this lane's loads begin. */
-__device__ __forceinline__ void load_tokens(const uint8_t *row, int array,
-                                            const row_factors &factors, uint32_t (&to)[4][4])
+constexpr int RAW = 2; /* loads of an array's codes */
+
+/* The codes of an array. `row`: where this lane's loads begin. */
+__device__ __forceinline__ void load_codes(const uint8_t *row, int array,
+                                           uint32_t (&raw)[RAW][4])
 {
-    uint32_t x[4];
-    if (array * 64 < RANK) {
-        const uint32_t first = factors.x[0][array / 2], second = factors.x[1][array / 2];
 #pragma unroll
-        for (int step = 0; step < 4; step += 2) {
-            ldmatrix(x, row + array * 64 + step * CHUNK);
+    for (int i = 0; i < RAW; i++) ldmatrix(raw[i], row + array * 64 + 2 * i * CHUNK);
+}
+
+/* Operand A of 64 channels: of 16 channels first those with even numbers. */
+__device__ __forceinline__ void unpack_tokens(const uint32_t (&raw)[RAW][4], int array,
+                                              const row_factors &factors, uint32_t (&to)[4][4])
+{
+    const uint32_t first = factors.x[0][array / 2], second = factors.x[1][array / 2];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                to[step + i][0] = even_codes(x[2 * i], first);
-                to[step + i][1] = even_codes(x[2 * i + 1], second);
-                to[step + i][2] = odd_codes(x[2 * i], first);
-                to[step + i][3] = odd_codes(x[2 * i + 1], second);
-            }
-        }
-    } else {
-#pragma unroll
-        for (int step = 0; step < 4; step++) ldmatrix(to[step], row + ROPE_AT + step * 32);
+    for (int step = 0; step < 4; step++) {
+        const uint32_t *x = raw[step / 2] + step % 2 * 2;
+        to[step][0] = even_codes(x[0], first), to[step][1] = even_codes(x[1], second);
+        to[step][2] = odd_codes(x[0], first), to[step][3] = odd_codes(x[1], second);
     }
 }
 
 /* scores[4 j + i]: row r + 8 (i / 2), column 8 j + 2 (lane % 4) + i % 2: of a head, and 32 further
- * on what its query lacks. */
+ * on what its query lacks. The bf16 channels first, which need not be unpacked: while an array is
+ * multiplied the next one is, and the codes after it are loaded. */
 __device__ __forceinline__ void score_page(const uint8_t *page, const uint8_t *query,
                                            float (&scores)[HEADS])
 {
+    constexpr int OPERANDS = 3;
     const int lane = lane_id();
     const uint8_t *row =
         page + token_of_row(lane % 8, lane / 8 % 2) * ROW_BYTES + lane / 16 * CHUNK;
-    const row_factors factors(page);
     const uint64_t b = wgmma_descriptor(query);
-    uint32_t tokens[2][4][4];
+    uint32_t tokens[OPERANDS][4][4], raw[2][RAW][4];
+#pragma unroll
+    for (int step = 0; step < 4; step++) ldmatrix(tokens[0][step], row + ROPE_AT + step * 32);
+    load_codes(row, 0, raw[0]);
+    const row_factors factors(page);
 #pragma unroll
     for (int i = 0; i < HEADS; i++) scores[i] = 0;
 #pragma unroll
-    for (int array = 0; array < ARRAYS; array++) {
-        uint32_t(&x)[4][4] = tokens[array % 2];
-        if (array >= 2) wgmma_wait<1>(); /* x has been read */
-        load_tokens(row, array, factors, x);
+    for (int turn = 0; turn < ARRAYS; turn++) {
+        const int array = (turn + ARRAYS - 1) % ARRAYS;
+        uint32_t(&x)[4][4] = tokens[turn % OPERANDS];
+        if (turn > 0 && turn + 1 < ARRAYS) load_codes(row, turn, raw[turn % 2]);
+        if (turn >= OPERANDS) wgmma_wait<OPERANDS - 1>(); /* x has been read */
+        if (turn > 0) unpack_tokens(raw[array % 2], array, factors, x);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 4; step++)
@@ -244,24 +250,37 @@ __device__ __forceinline__ void take_scores(const float (&scores)[HEADS], int le
     }
 }
 
-/* Writes the probabilities, and what the sums before are to be multiplied by. */
+/* Makes the probabilities, and what the sums before are to be multiplied by. */
 __device__ __forceinline__ void softmax_page(const float (&x)[EACH][2],
                                              const float (*tops)[WARPS], softmax_state &state,
-                                             uint8_t *weights, float *keeps)
+                                             uint32_t (&probabilities)[EACH],
+                                             float (&keep)[EACH])
+{
+    float4 t[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        t[i] = *reinterpret_cast<const float4 *>(tops[head_of_thread(i)]);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const float most = fmaxf(fmaxf(t[i].x, t[i].y), fmaxf(t[i].z, t[i].w));
+        const float top = fmaxf(state.max[i], most);
+        keep[i] = exp2_approx(state.max[i] - top);
+        probabilities[i] = pack_bf16(exp2_approx(x[i][0] - top), exp2_approx(x[i][1] - top));
+        state.max[i] = top;
+    }
+}
+
+__device__ __forceinline__ void store_weights(const uint32_t (&probabilities)[EACH],
+                                              const float (&keep)[EACH], uint8_t *weights,
+                                              float *keeps)
 {
     const int r = lane_id() / 4, token = warp_of_group() * 16 + 2 * r;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const int head = head_of_thread(i);
-        const float4 t = *reinterpret_cast<const float4 *>(tops[head]);
-        const float top = fmaxf(state.max[i], fmaxf(fmaxf(t.x, t.y), fmaxf(t.z, t.w)));
-        const float keep = exp2f(state.max[i] - top);
-        const uint32_t w = pack_bf16(exp2f(x[i][0] - top), exp2f(x[i][1] - top));
         uint8_t *to = weights + swizzled<128>(head, token / 8) + token % 8 * 2;
-        *reinterpret_cast<uint32_t *>(to) = w;
-        state.max[i] = top;
-        state.sum[i] = state.sum[i] * keep + low_half(w) + high_half(w);
-        if (warp_of_group() == 0 && r == 0) keeps[head] = keep;
+        *reinterpret_cast<uint32_t *>(to) = probabilities[i];
+        if (warp_of_group() == 0 && r == 0) keeps[head] = keep[i];
     }
 }
 
@@ -286,7 +305,8 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
     mla_place<STAGES> at;
     mla_place<WEIGHT_SLOTS> to;
     mla_place<1> query;
-    float scores[HEADS], x[EACH][2], most[EACH];
+    float scores[HEADS], x[EACH][2], most[EACH], keep[EACH];
+    uint32_t w[EACH];
     mla_walk walk(a, blockIdx.x);
     mla_piece it;
     bool some = walk.next(&it);
@@ -306,11 +326,15 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
             const float top = over_rows(most, [](float y, float z) { return fmaxf(y, z); });
             s.tops[to.slot][head_of_thread(lane_id() / 4)][warp_of_group()] = top;
             sync_scores();
+            softmax_page(x, s.tops[to.slot], state, w, keep);
             barrier_wait(s.taken + to.slot, to.phase ^ 1);
-            softmax_page(x, s.tops[to.slot], state, s.weights[to.slot], s.keep[to.slot]);
+            store_weights(w, keep, s.weights[to.slot], s.keep[to.slot]);
             fence_async_proxy();
             __syncwarp();
             if (lane_id() == 0) barrier_arrive(s.ready + to.slot);
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+                state.sum[j] = state.sum[j] * keep[j] + low_half(w[j]) + high_half(w[j]);
             at.advance(), to.advance();
         }
         store_sums(a, it, h0, state, s.sums);
@@ -332,28 +356,32 @@ __device__ uint32_t factors_of(const uint8_t *page, int token, int left)
     return code_factors(token < left ? first : 0.0f, token + 1 < left ? second : 0.0f);
 }
 
-/* Operand A of 16 tokens: rows r and r + 8 of tile j are channels 2 r and 2 r + 1 of the warp's
- * chunk j. Codes are finite, so that a factor of zero hides what is past the length. */
-__device__ __forceinline__ void load_channels(const uint8_t *page, int step, int left,
-                                              uint32_t (&to)[TILES][4])
-{
-    const int lane = lane_id(), token = step * 16 + lane % 4 * 2;
-    const uint8_t *row = page + (step * 16 + lane % 16) * ROW_BYTES +
-                         (warp_of_group() * TILES + lane / 16) * CHUNK;
-    const uint32_t low = factors_of(page, token, left),
-                   high = factors_of(page, token + 8, left);
+/* Of 16 tokens the codes of the warp's channels, and what multiplies them. */
+struct raw_channels {
+    uint32_t codes[TILES / 2][4], low, high;
+
+    __device__ __forceinline__ void load(const uint8_t *page, int step, int left)
+    {
+        const int lane = lane_id(), token = step * 16 + lane % 4 * 2;
+        const uint8_t *row = page + (step * 16 + lane % 16) * ROW_BYTES +
+                             (warp_of_group() * TILES + lane / 16) * CHUNK;
 #pragma unroll
-    for (int j = 0; j < TILES; j += 2) {
-        uint32_t x[4];
-        ldmatrix_transposed(x, row + j * CHUNK);
+        for (int j = 0; j < TILES / 2; j++) ldmatrix_transposed(codes[j], row + 2 * j * CHUNK);
+        low = factors_of(page, token, left), high = factors_of(page, token + 8, left);
+    }
+
+    /* As operand A: rows r and r + 8 of tile j are channels 2 r and 2 r + 1 of the warp's chunk j.
+     * Codes are finite, so that a factor of zero hides what is past the length. */
+    __device__ __forceinline__ void unpack(uint32_t (&to)[TILES][4]) const
+    {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            to[j + i][0] = even_codes(x[2 * i], low), to[j + i][1] = odd_codes(x[2 * i], low);
-            to[j + i][2] = even_codes(x[2 * i + 1], high);
-            to[j + i][3] = odd_codes(x[2 * i + 1], high);
+        for (int j = 0; j < TILES; j++) {
+            const uint32_t *x = codes[j / 2] + j % 2 * 2;
+            to[j][0] = even_codes(x[0], low), to[j][1] = odd_codes(x[0], low);
+            to[j][2] = even_codes(x[1], high), to[j][3] = odd_codes(x[1], high);
         }
     }
-}
+};
 
 __device__ __forceinline__ void keep_context(const float *keeps, context_sums &acc)
 {
@@ -375,7 +403,9 @@ __device__ __forceinline__ void add_page(const uint8_t *page, int left, const ui
                                          context_sums &acc)
 {
     uint32_t channels[2][TILES][4];
-    load_channels(page, 0, left, channels[0]);
+    raw_channels raw;
+    raw.load(page, 0, left);
+    raw.unpack(channels[0]);
     barrier_wait(ready, phase);
     keep_context(keeps, acc);
     const uint64_t b = wgmma_descriptor(weights);
@@ -388,7 +418,9 @@ __device__ __forceinline__ void add_page(const uint8_t *page, int left, const ui
         wgmma_commit();
         if (step + 1 == TOKENS / 16) break;
         wgmma_wait<1>(); /* the step before has read what the next one takes */
-        load_channels(page, step + 1, left, channels[(step + 1) % 2]);
+        if (step == 0) raw.load(page, 1, left);
+        raw.unpack(channels[(step + 1) % 2]);
+        if (step + 2 < TOKENS / 16) raw.load(page, step + 2, left);
     }
     wgmma_wait<0>();
 #pragma unroll
