@@ -79,18 +79,24 @@ __device__ inline uint32_t multiply_pairs(uint32_t x, uint32_t y)
     return *reinterpret_cast<const uint32_t *>(&p);
 }
 
+/* Bytes of codes picked by a selector's digits; from 8 on, eight times the sign of byte digit - 8. */
+__device__ inline uint32_t codes_and_signs(uint32_t codes, uint32_t digits)
+{
+    uint32_t x;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(x) : "r"(codes), "r"(digits));
+    return x;
+}
+
 /* Of four codes the first and the third as bf16, and the second and the fourth. A code's bits,
  * moved to where bf16 has exponent and fraction, are 2^-120 times its number, exactly. */
 __device__ inline uint32_t even_codes(uint32_t codes, uint32_t factors)
 {
-    const uint32_t pair = (codes << 8 & 0x80008000u) | (codes << 4 & 0x07f007f0u);
-    return multiply_pairs(pair, factors);
+    return multiply_pairs(codes_and_signs(codes, 0xa280) << 4 & 0x87f087f0u, factors);
 }
 
 __device__ inline uint32_t odd_codes(uint32_t codes, uint32_t factors)
 {
-    const uint32_t pair = (codes & 0x80008000u) | (codes >> 4 & 0x07f007f0u);
-    return multiply_pairs(pair, factors);
+    return multiply_pairs(codes_and_signs(codes, 0xb391) << 4 & 0x87f087f0u, factors);
 }
 
 /* ---- writing --------------------------------------------------------------------------- */
