@@ -13,7 +13,8 @@
  *              has tokens as rows and the query in shared memory, the third channels as rows, which
  *              a transposing load gives it with the codes of two tokens side by side. Rows of 656
  *              bytes, 41 times 16, begin in other banks each
- * Order        pages of a piece in turn, within a page the channels, or the tokens, in order
+ * Order        pages of a piece in turn, within a page the bf16 channels, then the others in order, or
+ *              the tokens in order
  * Roofline     656 bytes a token at 2 * 32 * (2 * 576 + 512) flops, 162 flop/byte: memory-bound,
  *              29 us for 128K tokens at 3.0 TB/s
  * Measured     H200, the whole operation, caches cold, in a graph: one row of 1K tokens 19.1 us, 8K
