@@ -17,9 +17,9 @@
  *              the tokens in order
  * Roofline     656 bytes a token at 2 * 32 * (2 * 576 + 512) flops, 162 flop/byte: memory-bound,
  *              29 us for 128K tokens at 3.0 TB/s
- * Measured     H200, the whole operation, caches cold, in a graph: one row of 1K tokens 19.1 us, 8K
- *              23.8, 128K 71.3, 1M 363 (1.9 TB/s: 2.7 us a page, of which the bytes take 1.4); 32
- *              rows of 8K 123 (2026-11-22)
+ * Measured     H200, the whole operation, caches cold, in a graph: one row of 1K tokens 18.4 us, 8K
+ *              23.9, 128K 61.8, 1M 294 (2.4 TB/s: 2.1 us a page, of which the bytes take 1.4); 32
+ *              rows of 8K 109 (2026-11-22)
  */
 #include "../device/barrier.cuh"
 #include "../device/latents.cuh"
