@@ -14,7 +14,9 @@
  *
  * Scales are bf16, one a row and group, [count, rows, groups]. The last group is padded with
  * q = 0. q has at most 7 bits and a scale 8, so q * scale is exact in float32 unless it is
- * subnormal: every kernel sees the same dequantised matrix.
+ * subnormal: every kernel sees the same dequantised matrix. CUDA reads them by aligned words of
+ * two: those at both ends of the array must lie in memory as a whole, as all allocations' do; the
+ * half that is not the array's may hold anything.
  */
 #ifndef KL_BASE_WEIGHT_H
 #define KL_BASE_WEIGHT_H

@@ -175,10 +175,12 @@ static void add(parts *p, const void *call, const void *field, size_t bytes, kl_
     add(&p, &a, &(t).data,                                                                     \
         kl_tensor_absent(&(t)) ? 0 : (size_t)reach(&(t)) * kl_dtype_bytes((t).dtype),          \
         (t).dtype, true, bound)
+/* CUDA reads scales by words: of an odd number the last one's other half is there, too. */
 #define WEIGHT(w)                                                                              \
     do {                                                                                       \
         add(&p, &a, &(w).data, kl_weight_data_bytes(&(w)), KL_U8, false, 0);                   \
-        add(&p, &a, &(w).scales, kl_weight_scale_bytes(&(w)), KL_BF16, false, 0);              \
+        add(&p, &a, &(w).scales, (kl_weight_scale_bytes(&(w)) + 3) / 4 * 4, KL_BF16, false,    \
+            0);                                                                                \
     } while (0)
 
 /* Elements from the first to the last of rows that may be strided. */
