@@ -25,7 +25,7 @@ class Engine:
 class Model:
     """A model to derive from, with an `answer`."""
 
-    prefix_cache = False
+    prefix_cache, kv_cache_dtype = False, "f32"
 
     def asked(self, prompt, options):
         """Called by `run`'s thread at each submission."""

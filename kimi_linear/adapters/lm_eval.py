@@ -32,10 +32,10 @@ class KimiLM(TemplateLM):
 
     model: a loaded one; or pretrained: what `kimi_linear.load` takes, a directory (None: the
     small model), with device, dtype, max_length (max_context), cache_bytes, kv_cache_dtype and
-    batch_invariant as there. batch_size: sequences alive at once (max_batch). A device "cuda:0" and a batch_size
-    of 1 are what lm-eval's command passes when it is told nothing, and leave the choice to
-    `load`, as "auto" does. max_gen_toks: new tokens where a task says nothing. prefix_token_id:
-    what a text without a context is scored after, by default [BOS].
+    batch_invariant as there. batch_size: sequences alive at once (max_batch). A device "cuda:0"
+    and a batch_size of 1 are what lm-eval's command passes when it is told nothing, and leave the
+    choice to `load`, as "auto" does. max_gen_toks: new tokens where a task says nothing.
+    prefix_token_id: what a text without a context is scored after, by default [BOS].
 
     Texts become tokens as in lm-eval's `hf` model: names of control tokens are the tokens. A
     prompt that is too long loses tokens on its left, as there, and a warning says so.
@@ -188,6 +188,7 @@ class KimiLM(TemplateLM):
         return {
             "model_num_parameters": self.model.config.parameter_count(),
             "model_dtype": self.model.dtype,
+            "model_kv_cache_dtype": self.model.kv_cache_dtype,
             "model_revision": "",
             "model_sha": self.model.fingerprint,
         }

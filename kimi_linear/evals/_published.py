@@ -92,6 +92,8 @@ def _model(results: "Results") -> Iterator[str]:
         yield f"the model: {model['parameters']:,} parameters, published {published:,}"
     if model["dtype"] != "bf16":
         yield f"the weights: stored as {model['dtype']}, the checkpoint's are bf16"
+    if model.get("kv_cache_dtype") == "fp8":
+        yield "the latents: stored as fp8, bf16 is what the checkpoint was made for"
 
 
 def _ruler(results: "Results") -> Iterator[str]:

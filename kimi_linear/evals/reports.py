@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from . import _published
-from .results import Results, percent, table
+from .results import Results, percent, storage, table
 
 
 def report(*runs: Results) -> str:
@@ -26,7 +26,7 @@ def names(runs: Sequence[Results]) -> list[str]:
     if len(runs) == 1:
         return ["this run"]
     return [
-        f"run {i}: {run.header['model']['name']}, {run.header['model']['dtype']}"
+        f"run {i}: {run.header['model']['name']}, {storage(run.header['model'])}"
         for i, run in enumerate(runs, 1)
     ]
 

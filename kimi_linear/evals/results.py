@@ -78,7 +78,7 @@ class Results:
         settings, model = self.header["settings"], self.header["model"]
         yield f"{settings['suite']}: {len(self.records)} of {self.header['examples']} examples"
         yield (
-            f"model {model['name']}, {model['parameters']:,} parameters, {model['dtype']}, "
+            f"model {model['name']}, {model['parameters']:,} parameters, {storage(model)}, "
             f"{model['device']}"
         )
         yield f"tokenizer {self.header['tokenizer']}"
@@ -124,6 +124,12 @@ class Results:
             yield "answers were cut by max_context: these scores do not count"
         if not self.complete:
             yield "examples are missing: these scores are preliminary"
+
+
+def storage(model: Mapping[str, Any]) -> str:
+    """How a header's model keeps its weights, and its latents where these have 8 bits."""
+    latents = ", fp8 latents" if model.get("kv_cache_dtype") == "fp8" else ""
+    return f"{model['dtype']}{latents}"
 
 
 def _row(task: str, length: int, records: Sequence[Mapping[str, Any]]) -> Row:

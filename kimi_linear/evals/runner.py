@@ -128,6 +128,7 @@ def _header(
             "name": model.path.name if model.path else "random weights",
             "parameters": model.config.parameter_count(),
             "dtype": model.dtype,
+            "kv_cache_dtype": model.kv_cache_dtype,
             "device": model.device.partition(":")[0],
         },
     }

@@ -74,7 +74,7 @@ class Server:
         )
         self.metrics = Metrics()
         self._given = engine
-        self._fingerprint = f"{model.fingerprint[:16]}-{model.dtype}"
+        self._fingerprint = f"{model.fingerprint[:16]}-{model.dtype}-{model.kv_cache_dtype}"
         self._created = int(time.time())
 
     @asynccontextmanager

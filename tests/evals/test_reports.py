@@ -18,8 +18,8 @@ FULL = kl.KimiLinearConfig.kimi_linear_48b().parameter_count()
 DEPTHS = [0.0, 0.05, 0.4, 0.95, 1.0]
 
 
-def ruler_run(lengths=(4096, 131072), *, score=0.9, parameters=FULL, dtype="bf16", tasks=None,
-              temperature=1.0, samples=500, prefix="prefill", haystack="essays.json"):  # fmt: skip
+def ruler_run(lengths=(4096, 131072), *, score=0.9, parameters=FULL, dtype="bf16", latents="bf16",
+              tasks=None, temperature=1.0, samples=500, prefix="prefill", haystack="essays.json"):  # fmt: skip
     """A run of RULER that nobody ran: five records a cell stand for its samples."""
     tasks = list(ruler.TASKS) if tasks is None else tasks
     records = [
@@ -34,7 +34,8 @@ def ruler_run(lengths=(4096, 131072), *, score=0.9, parameters=FULL, dtype="bf16
         "left_out": [t for t in ruler.TASKS if t not in tasks],
         "samples": samples, "prefix": prefix, "haystack": haystack,
     }  # fmt: skip
-    model = {"name": "kimi", "parameters": parameters, "dtype": dtype, "device": "cuda"}
+    model = {"name": "kimi", "parameters": parameters, "dtype": dtype, "kv_cache_dtype": latents,
+             "device": "cuda"}  # fmt: skip
     header = {"examples": len(records), "settings": settings, "tokenizer": "t", "model": model,
               "sampling": {"temperature": temperature}}  # fmt: skip
     return Results(header, records)
@@ -95,6 +96,7 @@ def test_a_run_like_the_published_one():
             "the model: 7,905,680 parameters, published 49,122,681,728",
         ),
         ({"dtype": "int4"}, "the weights: stored as int4, the checkpoint's are bf16"),
+        ({"latents": "fp8"}, "the latents: stored as fp8"),
         ({"lengths": [4096]}, "lengths: nothing is published for the run's"),
         ({"tasks": ["vt", "fwe"]}, "tasks: 2 of 13, without niah_single_1"),
         ({"tasks": [*ruler.TASKS, "mine"]}, "tasks: mine are not RULER's"),
@@ -130,6 +132,7 @@ def test_runs_side_by_side():
     assert re.search(r"run 2: kimi, int8 +80\.00 ±0\.00 +80\.00", text)
     assert "the runs differ in: prefix\n" in text
     assert "the runs differ" not in report(ruler_run(), ruler_run())
+    assert "run 2: kimi, bf16, fp8 latents" in report(ruler_run(), ruler_run(latents="fp8"))
     with pytest.raises(ValueError, match="runs: must be at least one"):
         report()
 

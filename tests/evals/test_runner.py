@@ -112,7 +112,8 @@ def test_a_run_answers_every_example_once():
         "finish_reason": "length", "truncated": False, "units": 29,
     }  # fmt: skip
     assert results.header["model"] == {
-        "name": "parrot", "parameters": 12, "dtype": "f32", "device": "cpu",
+        "name": "parrot", "parameters": 12, "dtype": "f32", "kv_cache_dtype": "f32",
+        "device": "cpu",
     }  # fmt: skip
 
 
