@@ -11,8 +11,9 @@ A prompt's time is that of `generate(prompt, max_new_tokens=1)`: what a caller w
 token. A token's time is the median over blocks of 16 decode steps, 200 and a few in all, each the
 wall time of what `generate` does, after every row has its context and its first tokens. Contexts
 past 256K tokens together are not read for time's sake: latents of a short prompt, over and over, are
-put in their place (`made_context`). Floors come from model_floor.py and the rates that were measured
-on the device (common.py). bench_step.py looks at the kernels of a decode case, too.
+put in their place (`made_context`), in sequences of the caller's, whose steps never run ahead.
+Floors come from model_floor.py and the rates that were measured on the device (common.py).
+bench_step.py looks at the kernels of a decode case, too.
 """
 
 import argparse

@@ -73,14 +73,14 @@ def check_options(
         raise ValueError(
             f"device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {quote(device)}"
         )
-    if dtype not in ("auto", "fp8", *DTYPES):
+    if not isinstance(dtype, str) or dtype not in ("auto", "fp8", *DTYPES):
         names = ", ".join(map(repr, ("auto", *DTYPES, "fp8")))
         raise ValueError(f"dtype: must be one of {names}, got {quote(dtype)}")
     if dtype == "f32" and kind == "cuda":
         raise ValueError("dtype: 'f32' needs device='cpu'")
     if dtype == "fp8" and kind == "cpu":
         raise ValueError("dtype: 'fp8' needs device='cuda'")
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
         names = " or ".join(map(repr, KV_CACHE_DTYPES))
         raise ValueError(f"kv_cache_dtype: must be {names}, got {quote(kv_cache_dtype)}")
     return Options(

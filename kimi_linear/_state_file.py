@@ -19,8 +19,8 @@ Windows are f32 for dtype "f32", else bf16, and so are latents; for kv_cache_dty
 rows of bytes as csrc/base/latents.h has them. The header holds `config` (the numbers of the
 model's shape), `dtype` (how its matrices are stored), `kv_cache_dtype` (how its latents are),
 `weights` (Model.fingerprint), `length`, `awaits_answer` (messages were fed last) and `writer`. A
-file is taken only by a model that agrees in the first four. The digests are a chain, so that any change is found, also pieces that changed
-places or come from another file of the same header.
+file is taken only by a model that agrees in the first four. The digests are a chain, so that any
+change is found, also pieces that changed places or come from another file of the same header.
 """
 
 import hashlib

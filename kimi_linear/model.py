@@ -52,8 +52,9 @@ def load(
     CUDA 32; cache_bytes: memory of their states and pages. Context and cache are chosen from what
     is free by default. kv_cache_dtype: storage of the latents that attention reads, "auto": as
     the activations, f32 for dtype "f32", else bf16; "fp8": 8 bits, a little more than half of
-    bf16's memory, for long contexts (KDA states are f32 always). batch_invariant: results do not depend on the batch (always so on the
-    CPU). progress: None, True, False or callable(done_bytes, total_bytes).
+    bf16's memory, for long contexts (KDA states are f32 always). batch_invariant: results do not
+    depend on the batch (always so on the CPU). progress: None, True, False or
+    callable(done_bytes, total_bytes).
 
     Raises ConfigError, WeightsError or TokenizerError for a bad directory, OutOfMemory with the
     figures, DeviceError, OSError.
@@ -180,9 +181,9 @@ class Model(Inspection):
     """A loaded model; `kimi_linear.load` makes one.
 
     config: KimiLinearConfig. device, dtype, kv_cache_dtype, plan: where it is, how the big
-    matrices and the latents are stored, what memory it has. fingerprint: tells its weights from others in files of states. Calls
-    from several threads are served one after the other. After close() every call raises
-    ValueError.
+    matrices and the latents are stored, what memory it has. fingerprint: tells its weights from
+    others in files of states. Calls from several threads are served one after the other. After
+    close() every call raises ValueError.
     """
 
     def __init__(

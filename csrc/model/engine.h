@@ -109,7 +109,8 @@ kl_status kl_seq_draft(kl_engine *e, kl_seq seq, int64_t n_tokens, kl_seq *out, 
 
 /* All that is remembered of a sequence as one run of bytes, its image: of each KDA layer the
  * state [H, V, K] f32 and the conv window [C, W-1], then of each MLA layer the latents
- * [length, rank+rope], or as many 8-bit rows. Any part of it can be read; and written, where no page is shared. */
+ * [length, rank+rope], or as many 8-bit rows. Any part of it can be read; and written, where no
+ * page is shared. */
 uint64_t kl_seq_image_bytes(const kl_engine *e, int64_t length);
 kl_status kl_seq_read_image(kl_engine *e, kl_seq seq, uint64_t offset, void *out, size_t bytes,
                             kl_error *err);

@@ -100,7 +100,8 @@ def pack_latents(latents: Any, rank: int) -> np.ndarray:
 
 
 def unpack_latents(rows: Any, rank: int, rope: int) -> np.ndarray:
-    """What rows of 8-bit latents hold, float32 [..., rank+rope]; every value is a bfloat16."""
+    """What rows of 8-bit latents, uint8 [..., row bytes], hold: float32 [..., rank+rope], every
+    value a bfloat16. Raises ValueError for rows of another length."""
     rows = np.asarray(rows, np.uint8)
     rope_at, scales_at, end = _parts(rank, rope)
     if rows.shape[-1] != end:

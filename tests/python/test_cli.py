@@ -100,6 +100,7 @@ def test_info_plan_bench(path):
     assert "3 KDA" in run("info", "--model", path).stdout
     plan = run("plan", "--model", path, "--max-context", 128)
     assert "up to 128 tokens" in plan.stdout
+    assert "of fp8, up to" in run("plan", "--model", path, "--kv-cache-dtype", "fp8").stdout
     bench = run("bench", "--model", path, "--prompt-tokens", 20, "--new-tokens", 5,
                 "--repeat", 1, "--batch", 2)  # fmt: skip
     assert re.fullmatch(r"prefill \d+\.\d tok/s\tdecode \d+\.\d tok/s\n", bench.stdout)

@@ -113,6 +113,14 @@ def test_plan_says_what_load_takes(path, model):
     assert kl.plan(CONFIG, **CPU).total < plan.total  # bf16 where nothing says otherwise
 
 
+def test_a_plan_of_8_bit_latents():
+    config = kl.KimiLinearConfig.kimi_linear_48b()
+    wide, narrow = (kl.plan(config, kv_cache_dtype=k, **CPU) for k in ("auto", "fp8"))
+    assert (wide.kv_cache_dtype, narrow.kv_cache_dtype) == ("bf16", "fp8")
+    assert (wide.of_pages(1), narrow.of_pages(1)) == (64 * 7 * 1152, 64 * 7 * 656)
+    assert "of fp8" in str(narrow) and wide.kda_states == narrow.kda_states
+
+
 def test_limits_are_taken(path):
     with kl.load(path, max_context=100, max_batch=2, **CPU) as m:
         assert (m.plan.max_context, m.plan.max_batch) == (100, 2)
@@ -258,6 +266,10 @@ def test_an_existing_directory_is_never_a_hub_name(path, tmp_path, monkeypatch):
         ({"max_context": 4097}, "max_context"), ({"max_context": 1.5}, "max_context"),
         ({"max_context": True}, "max_context"), ({"max_batch": 1 << 70}, "max_batch"),
         ({"cache_bytes": "1G"}, "cache_bytes"), ({"batch_invariant": 1}, "batch_invariant"),
+        ({"kv_cache_dtype": "bf16"}, "kv_cache_dtype: must be 'auto' or 'fp8', got 'bf16'"),
+        ({"kv_cache_dtype": None}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": np.array(["fp8", "auto"])}, "kv_cache_dtype"),
+        ({"dtype": np.array(["bf16", "int8"])}, "dtype: must be one of"),
     ],
 )  # fmt: skip
 def test_bad_options_of_load_are_named(path, options, message):

@@ -143,6 +143,7 @@ def rewritten(data, change):
         (lambda h: h.update(config=None), "None, this one has"),
         (lambda h: h.pop("config"), "None, this one has"),
         (lambda h: h.update(dtype="int8"), "dtype 'int8', this one has 'bf16'"),
+        (lambda h: h.update(kv_cache_dtype="fp8"), "kv_cache_dtype 'fp8', this one has 'bf16'"),
         (lambda h: h.update(weights="x"), "weights 'x', this one has 'random, seed 1'"),
         (lambda h: h.update(length=99), "must end after"),
         (lambda h: h.update(length=101), "truncated"),
