@@ -247,6 +247,7 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_apar
     float *const sums = reinterpret_cast<float *>(inner.data + 2 * inner.pitch);
     weight_ring<format> ring(shared);
     let_next_start();
+    if (a.unsettled) wait_for_inputs(); /* scales come through the L1 */
     load_choice(a, chosen);
     __syncthreads();
     if (warp_id() == 0) choose(a, chosen);
