@@ -31,9 +31,8 @@ size_t kl_cuda_product_workspace(const kl_cuda_product *p);
 
 /* The ways to compute it: a weight that streams by once, for a few tokens; tiles of tokens and
  * outputs, for many (not float32 weights; on a batch-invariant backend with the bits of the
- * former); those two on the tensor cores and only where
- * kl_cuda_product_run() finds alignment and bf16; and the one that takes everything. None of these
- * takes a norm or a residual. */
+ * former); those two on the tensor cores and only where kl_cuda_product_run() finds alignment
+ * and bf16; and the one that takes everything. None of these takes a norm or a residual. */
 kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error *err);

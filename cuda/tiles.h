@@ -1,6 +1,6 @@
 /*
  * tiles.h -- products of many rows with weights, tile by tile: what linear, mlp and the experts
- * ask of kernels/linear_tiles.cu.
+ * ask of kernels/linear_tiles.cu and kernels/linear_ordered.cu.
  */
 #ifndef KL_CUDA_TILES_H
 #define KL_CUDA_TILES_H

@@ -1,15 +1,15 @@
 /*
- * digits.cuh -- x w^T for one row of x and weights that are whole numbers, int8 or int4, by the tensor
- * cores' integer products: a weight is multiplied as it lies in memory, where making bf16 of it
- * takes more instructions than all else.
+ * digits.cuh -- x w^T for one row of x and weights that are whole numbers, int8 or int4, by the
+ * tensor cores' integer products: a weight is multiplied as it lies in memory, where making
+ * bf16 of it takes more instructions than all else.
  *
  * A group of x, the columns that share a scale of the weight, becomes whole numbers X below 2^30
- * and a power of two: x = X 2^(e - 30), with 2^e just above the largest. That is exact for a bf16 of
- * 2^-22 of the largest or more; a smaller one is off by at most 2^-30 of the largest. X in four signed
- * bytes, the digits, makes four columns of the narrow side of m16n8k32. Sums of a group are exact;
- * two neighbouring digits are joined before the f32 sum, so an even lane has those of the high
- * digits, an odd one those of the low: digits_total() adds them. A group with an infinity or a NaN
- * becomes NaN.
+ * and a power of two: x = X 2^(e - 30), with 2^e just above the largest. That is exact for a
+ * bf16 of 2^-22 of the largest or more; a smaller one is off by at most 2^-30 of the largest. X
+ * in four signed bytes, the digits, makes four columns of the narrow side of m16n8k32. Sums of
+ * a group are exact; two neighbouring digits are joined before the f32 sum, so an even lane has
+ * those of the high digits, an odd one those of the low: digits_total() adds them. A group with
+ * an infinity or a NaN becomes NaN.
  *
  * Rows of weights come through a ring as ring.cuh has it. In int8 a lane's piece is its share of
  * both products of a group. In int4 a piece is a group: lanes of a row exchange words by ldmatrix,
@@ -52,8 +52,8 @@ __device__ inline void transpose_bytes(uint32_t (&to)[4], const uint32_t *z)
     to[3] = choose_bytes(high[0], high[1], 0x7632u);
 }
 
-/* A row in shared memory, 16-byte aligned: [chunk][digit, the highest first][64 bytes], in the order
- * in which lanes take them, and a scale for each group. */
+/* A row in shared memory, 16-byte aligned: [chunk][digit, the highest first][64 bytes], in the
+ * order in which lanes take them, and a scale for each group. */
 template <kl_weight_format format> struct digit_row {
     static constexpr int GROUP = weight_codec<format>::GROUP, CHUNK_BYTES = DIGITS * 64;
     unsigned char *data;

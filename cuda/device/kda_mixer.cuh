@@ -188,8 +188,8 @@ template <int ROWS> struct mixer_rows {
     }
 };
 
-/* The warp's part of kda_norm_factor() before its butterfly, and this lane's four channels of q or k,
- * brought to unit length with the sum after it. */
+/* The warp's part of kda_norm_factor() before its butterfly, and this lane's four channels of q
+ * or k, brought to unit length with the sum after it. */
 __device__ inline float mixer_squares(const float (&x)[MIXER_SIDE])
 {
     float sum = 0;

@@ -79,7 +79,8 @@ __device__ inline uint32_t multiply_pairs(uint32_t x, uint32_t y)
     return *reinterpret_cast<const uint32_t *>(&p);
 }
 
-/* Bytes of codes picked by a selector's digits; from 8 on, eight times the sign of byte digit - 8. */
+/* Bytes of codes picked by a selector's digits; from 8 on, eight times the sign of byte
+ * digit - 8. */
 __device__ inline uint32_t codes_and_signs(uint32_t codes, uint32_t digits)
 {
     uint32_t x;

@@ -23,7 +23,7 @@
 
 constexpr int MLA_MAX_SPLITS = 128;  /* of a row */
 constexpr int MLA_MAX_SHARES = 132;  /* the multiprocessors of an H100 or H200 */
-constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_tensor.cu */
+constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_{tensor,fp8}.cu */
 constexpr int MLA_TENSOR_STAGES = 3; /* its pages on their way or in use */
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -108,9 +108,9 @@ __host__ __device__ inline long long mla_padded_heads(long long H)
     return mla_divide_up(H, MLA_TENSOR_HEADS) * MLA_TENSOR_HEADS;
 }
 
-/* Where q' is as operand A of mla_decode_tensor.cu's scores, in bf16: a head's channel; what it lacks is two bf16 further on. For
- * each eight heads and 16 channels there are the fragments of a warp, m16n8k16, whose rows r are
- * the heads and r + 8 what the same heads lack. */
+/* Where q' is as operand A of mla_decode_tensor.cu's scores, in bf16: a head's channel; what it
+ * lacks is two bf16 further on. For each eight heads and 16 channels there are the fragments of
+ * a warp, m16n8k16, whose rows r are the heads and r + 8 what the same heads lack. */
 __device__ inline long long mla_query_place(const mla_arguments &a, long long n, long long h,
                                             long long channel)
 {
@@ -121,8 +121,9 @@ __device__ inline long long mla_query_place(const mla_arguments &a, long long n,
 }
 
 /* Of 8-bit pages q' is operand B of mla_decode_fp8.cu's scores: for each 32 heads and 64 channels
- * an array as wgmma_descriptor() has it, a head's bf16 in row h % 32 and what they lack so many bf16
- * further on, 32 rows. Of each 16 channels with codes those with even numbers come first. */
+ * an array as wgmma_descriptor() has it, a head's bf16 in row h % 32 and what they lack so many
+ * bf16 further on, 32 rows. Of each 16 channels with codes those with even numbers come
+ * first. */
 constexpr int MLA_QUERY_LACK = MLA_TENSOR_HEADS * 64;
 
 __device__ inline long long mla_query_column(const mla_arguments &a, long long n, long long h,
@@ -170,9 +171,10 @@ struct mla_piece {
 
     __device__ int tokens(int i) const { return i + 1 < pages ? KL_PAGE_TOKENS : last; }
 
-    /* The first pages, as many as a ring has room for: they may be brought before the kernel's inputs
-     * are there. Lengths and tables are inputs of the call, whose first kernel lets others start
-     * once it has its own; and of pages it writes the last one of a sequence alone. */
+    /* The first pages, as many as a ring has room for: they may be brought before the kernel's
+     * inputs are there. Lengths and tables are inputs of the call, whose first kernel lets
+     * others start once it has its own; and of pages it writes the last one of a sequence
+     * alone. */
     __device__ int early() const
     {
         const int settled = pages - (ends ? 1 : 0);
@@ -202,8 +204,8 @@ struct mla_page_numbers {
     }
 };
 
-/* The pieces of a block of mla_decode_tensor.cu one after the other, by a whole warp. Units, pages
- * or splits, are numbered row by row; the rows before `n` have `base` of them. */
+/* The pieces of a block of mla_decode_{tensor,fp8}.cu one after the other, by a whole warp.
+ * Units, pages or splits, are numbered row by row; the rows before `n` have `base` of them. */
 struct mla_walk {
     const mla_arguments &a;
     const int share;

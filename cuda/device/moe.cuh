@@ -121,7 +121,6 @@ kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error 
 extern const moe_path kl_moe_general, kl_moe_few, kl_moe_ordered, kl_moe_some, kl_moe_many;
 
 /* What few does where x does not fit in shared memory. */
-kl_status kl_cuda_moe_stream(moe_product p, bool gated, kl_dtype act, cudaStream_t stream,
-                             kl_error *err);
+kl_status kl_cuda_moe_stream(moe_product p, bool gated, cudaStream_t stream, kl_error *err);
 
 #endif

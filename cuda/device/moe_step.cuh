@@ -1,5 +1,5 @@
 /*
- * moe_step.cuh -- what the two kernels of a single token's experts share: their arguments, and the
+ * moe_step.cuh -- what the kernels of a single token's experts share: their arguments, and the
  * choice of the experts, which each block makes for itself.
  */
 #ifndef KL_CUDA_DEVICE_MOE_STEP_H

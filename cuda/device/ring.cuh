@@ -5,7 +5,7 @@
  * Weights never change, so the ring is filled before wait_for_inputs(), while the kernels ahead
  * still run (not those that kl_weight calls unsettled: wait first). It takes no registers: at most
  * 64 a thread leave room for the blocks of a neighbour in the stream; shared memory has room for
- * two of these blocks a multiprocessor, or three with a short x.
+ * two of these blocks a multiprocessor, or three where rings or x are short.
  * Blocks stay and go from tile to tile; the ring runs on, so that the next tile's weights are on
  * their way while the sums of one are added.
  *
@@ -16,7 +16,7 @@
  *
  *     weight_ring<format> ring(shared);
  *     let_next_start();    here or after the wait: linear_step.cu has why
- *     for (RING_DEPTH times) more ? ring.put(feed), feed.advance(), ... : ring.put_none();
+ *     for (DEPTH times) more ? ring.put(feed), feed.advance(), ... : ring.put_none();
  *     wait_for_inputs();
  *     ... rows of x to shared memory (shared_rows), a barrier ...
  *     for each tile {
@@ -31,7 +31,7 @@
  * `feed` runs ahead of the products, over the steps of all tiles in the order in which they are
  * taken: whoever knows where the next tile lies points it there (ring_feed) once this one's steps
  * are asked for. Where the weights of later tiles are known only after the wait (experts), put
- * before it what is known, say n steps, and the other RING_DEPTH - n right after it, before the
+ * before it what is known, say n steps, and the other DEPTH - n right after it, before the
  * first take(). Every take() is followed by one put() or put_none(), after the products: they
  * have what was read in registers, so that the slot is free.
  */
@@ -43,7 +43,8 @@
 #include "stream.cuh"
 #include "wide.cuh"
 
-/* Steps on their way, timed in notes/SPEED.md, and blocks a multiprocessor that a kernel starts. */
+/* Steps on their way, timed in notes/SPEED.md, and blocks a multiprocessor that a kernel starts,
+ * where it has no numbers of its own. */
 constexpr int RING_DEPTH = 8;
 constexpr int RING_BLOCKS = 2;
 
@@ -56,7 +57,8 @@ constexpr int RING_PIECES = 2 * 16 * STREAM_THREADS; /* bytes of a slot */
 constexpr int RING_SCALES = 2 * 4 * STREAM_THREADS;  /* likewise */
 
 /* copy_async() of memory that is read once, a row at a time: the L2 brings whole lines of 128 bytes
- * when a half is asked for. Without that an H200 reads [163840, 2048] at 4.0 TB/s, with it at 4.5. */
+ * when a half is asked for. Without that an H200 reads [163840, 2048] at 4.0 TB/s, with it at
+ * 4.5. */
 __device__ inline void copy_once(void *shared, const void *global, bool inside)
 {
     const int bytes = inside ? 16 : 0;

@@ -7,20 +7,22 @@
  * Shapes       qkv [N, H (2 K + V)]; g [N, H, K]; beta [N, H]; z, out [N, H, V]; state
  *              [S, H, V, K]; windows [S, C, 3]. With the gates' products N <= 4, all sides 128
  * Layout       the states, windows and weights dense; of the others the first axis may be strided
- * Precision    f32 or bf16 in and out, f32 arithmetic and state; q, k, v, z and o are rounded to the
- *              activations' type where the operations store them; weights as in linear_step.cu
+ * Precision    f32 or bf16 in and out, f32 arithmetic and state; q, k, v, z and o are rounded
+ *              to the activations' type where the operations store them; weights as in
+ *              linear_step.cu
  * Grid         a block for each sequence and head. 128 threads each convolve q, k and v, while the
  *              state comes to shared memory; a warp makes 16 channels of g or of z from rows of
  *              weights in its registers; then it has 8 rows of the state, a lane the same four
  *              channels of each
- * Order        that of linear_step.cu, short_conv.cu, kda_decode.cu and norm.cu: the same bits. Sums
- *              of 8 rows take the butterfly's steps together, each half of the lanes keeping half
+ * Order        that of linear_step.cu, short_conv.cu, kda_decode.cu and norm.cu: the same bits.
+ *              Sums of 8 rows take the butterfly's steps together, each half of the lanes
+ *              keeping half
  * Roofline     2 * 4 * N*H*V*K bytes of state: 4 MiB a sequence with H = 32, V = K = 128, and 2 MiB
  *              of weights in bf16: 2.1 us on an H100 (3.0 TB/s)
- * Measured     H200, in a step (bf16, context 1024, N = 1), from the end of the kernel before: 6.2 us;
- *              alone and cold, N = 1 6.8 us, 2 8.3, 4 11.4 (1.7 TB/s); with g and z from
- *              kernels of their own N = 16 29.7 us (2.4 TB/s), 64 85.2 (3.3), 128 157 (3.6)
- *              (2026-11-22)
+ * Measured     H200, in a step (bf16, context 1024, N = 1), from the end of the kernel before:
+ *              6.2 us; alone and cold, N = 1 6.8 us, 2 8.3, 4 11.4 (1.7 TB/s); with g and z
+ *              from kernels of their own N = 16 29.7 us (2.4 TB/s), 64 85.2 (3.3), 128 157
+ *              (3.6) (2026-11-22)
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"

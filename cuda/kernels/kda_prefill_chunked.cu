@@ -18,7 +18,7 @@
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
  *              an H100; bound by what preparing takes, which waits more than it issues
  * Measured     H200, 8,192 tokens of 32 heads: 305 us (26 % of its roofline of 78 us), with the
- *              softplus gate 343; H100 before: 398 and 453 (benchmarks/bench_kda.py, 2026-11-22)
+ *              softplus gate 343; H100 359 and 371 (benchmarks/bench_kda.py, 2026-11-22)
  */
 #include "kda_prefill_scan.cuh"
 

@@ -1,7 +1,8 @@
 /*
  * linear.cu -- linear, linear_pair and mlp: which kernel computes their products.
- * Computes     linear: out = h w^T;  linear_pair: two of them;  mlp: out = (silu(h w1^T) * (h w3^T))
- *              w2^T;  h = x or norm(x), and a residual += out, where no kernel of a product does so
+ * Computes     linear: out = h w^T;  linear_pair: two of them;  mlp: out = (silu(h w1^T) *
+ *              (h w3^T)) w2^T;  h = x or norm(x), and a residual += out, where no kernel of a
+ *              product does so
  * Shapes       linear: x [T, in], w [O, in], out [T, O];  mlp: x, out [T, D], w1, w3 [I, D]
  * Layout       rows strided; h, the inner product of mlp and what is added to a residual lie
  *              dense in the workspace

@@ -1,7 +1,7 @@
 /*
  * linear_few.cu -- a matrix product of a few tokens: the weight streams by once.
- * Computes     out = x w^T, or with a second weight silu(x w^T) * (x up^T), where linear_step.cu has
- *              no room for x
+ * Computes     out = x w^T, or with a second weight silu(x w^T) * (x up^T), where
+ *              linear_step.cu has no room for x
  * Shapes       x [T, in]; w, up [O, in]; out [T, O]
  * Layout       rows of x and of out strided; weights in pieces of 16 bytes
  * Precision    bf16 x; int4 weights rounded to bf16, the others exact; f32 sums; f32 or bf16 out

@@ -4,8 +4,8 @@
  * Shapes       x [T, in]; w, up [O, in]; out [T, O]
  * Layout       rows of x and of out strided; weights in pieces of 16 bytes
  * Precision    bf16 x; weights rounded to bf16; f32 sums; f32 or bf16 out, bf16 with two weights
- * Grid         that of linear_tiles.cu, which does the work, or on a batch-invariant backend that of
- *              linear_ordered.cu
+ * Grid         that of linear_tiles.cu, which does the work, or on a batch-invariant backend
+ *              that of linear_ordered.cu
  * Roofline     2 T O in flops at 800 TFLOP/s
  * Measured     those of the two
  */

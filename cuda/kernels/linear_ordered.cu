@@ -8,9 +8,9 @@
  * Grid         a block for each tile of up to 128 rows of x and 128 rows of a weight, 64 of each in
  *              the gated product. Steps of both go through a ring in shared memory; a warp has 32
  *              rows of weights by 64 of x
- * Order        that of stream.cuh: the columns that a warp has there, in rising order, one warp after
- *              the other, and the same mma for the same columns; then the sums of these warps in
- *              their order
+ * Order        that of stream.cuh: the columns that a warp has there, in rising order, one warp
+ *              after the other, and the same mma for the same columns; then the sums of these
+ *              warps in their order
  * Roofline     2 * rows * N * K flops at 600 TFLOP/s, which mma.sync reaches
  * Measured     H200, in a model (48B, bf16): a prompt of 8192 tokens at 26,250 tok/s, with
  *              linear_tiles.cu and cuBLASLt 52,290 (2026-11-22)

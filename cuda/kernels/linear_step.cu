@@ -11,14 +11,15 @@
  * Grid         blocks that stay, two a multiprocessor, take tiles of 16 rows of weights in turn;
  *              warps share out the columns. A tile with a second weight holds 8 rows of each. Of
  *              two products the first's tiles come first. Of a single token and few rows a tile
- *              is 8 rows, the halves of whose columns meet two halves of x: twice as many blocks
- *              have all of the weight on its way
+ *              is 8 rows, the halves of whose columns meet two halves of x: twice as many blocks,
+ *              up to three a multiprocessor, have all of the weight on its way
  * Order        an output: a warp's columns in rising order, then warps in order: that of
- *              linear_few.cu; of tiles of halves the warp's two sums are added before
+ *              linear_few.cu. Of tiles of halves the warp's two sums are added before; of whole
+ *              numbers those of the high digits, of the low digits, and both
  * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
- * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 12288 and 288
- *              rows of 2304 in 17.0 us, during which most of [2304, 4096] comes, too: that in
- *              3.9 (2026-11-22)
+ * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 12288
+ *              and 288 rows of 2304 in 17.0 us, during which most of [2304, 4096] comes, too:
+ *              that in 3.9; lm_head 168 (4.5 TB/s), in int8 92.5 (2026-11-22)
  */
 #include "../device/digits.cuh"
 #include "../device/product.cuh"

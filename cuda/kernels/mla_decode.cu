@@ -4,8 +4,8 @@
  * Computes     q' = [W_UK^T q_nope | q_pe];  ctx = softmax(scale q' [c | k_pe]^T) c;
  *              out = W_UV ctx: the product before the attention, for any shapes; the attention is
  *              in mla_decode_tensor.cu, mla_decode_fp8.cu and mla_decode_any.cu, piece by piece,
- *              the rest in mla_decode_finish.cu. The model's shapes in bf16 have mla_decode_absorb_tensor.cu
- *              and mla_decode_finish_tensor.cu for the two ends
+ *              the rest in mla_decode_finish.cu. The model's shapes in bf16 have
+ *              mla_decode_absorb_tensor.cu and mla_decode_finish_tensor.cu for the two ends
  * Shapes       q [N, H, nope+rope]; pages [P, 64, rank+rope]; w_kv_b [H, nope+V, rank];
  *              out [N, H, V]
  * Layout       q's rows strided, the others dense

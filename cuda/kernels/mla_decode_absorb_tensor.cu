@@ -13,7 +13,7 @@
  *              of every block of the attention
  * Order        the channels of q in order, the same for any N
  * Roofline     half of w_kv_b, 4.2 MB with the model's shapes: 1.4 us at 3.0 TB/s
- * Measured     H200, in a step (bf16, context 1024): 3.9 us (2026-11-22); the whole operation:
+ * Measured     H200, in a step (bf16, context 1024): 4.1 us (2026-11-22); the whole operation:
  *              mla_decode.cu
  */
 #include "../device/latents.cuh"
@@ -207,8 +207,8 @@ template <bool packed> __device__ void ask_for_pages(const mla_arguments &a, int
     prefetch_l2(static_cast<const char *>(a.pages) + page * BYTES, BYTES);
 }
 
-/* The attention begins with memory that kernels before this one may write: it is not to start before
- * they have ended. */
+/* The attention begins with memory that kernels before this one may write: it is not to start
+ * before they have ended. */
 template <bool packed>
 __global__ __launch_bounds__(THREADS, 8) void mla_absorb_tensor(
     __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,

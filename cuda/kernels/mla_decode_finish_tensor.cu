@@ -15,7 +15,8 @@
  *              within a quarter, then the quarters: the same for any N
  * Roofline     half of w_kv_b, 4.2 MB with the model's shapes: 1.4 us at 3.0 TB/s; 66 KB a piece,
  *              out of the L2
- * Measured     H200, traced: 11 to 13 us up to 8K tokens, 39 for 32 rows of 8K, 55 for 64
+ * Measured     H200, traced: 11 to 13 us up to 8K tokens, 39 for 32 rows of 8K, 55 for 64; in a
+ *              step (context 1024) from the end of the kernel before 4.1, 8 rows 9.9
  *              (2026-11-22); the whole operation: mla_decode.cu
  */
 #include "../device/barrier.cuh"

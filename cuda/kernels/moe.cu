@@ -5,7 +5,7 @@
  * Shapes       x, out, residual [T, D]; router [E, D]; the others those of moe_experts
  * Layout       dense; what one operation hands to the next lies in the workspace
  * Precision    that of the operations; logits in f32
- * Grid         theirs. A single token: linear_single.cu, then moe_experts_step.cu, which chooses
+ * Grid         theirs. A single token: linear_single.cu, then moe_experts_step*.cu, which choose
  * Roofline     theirs
  * Measured     those of the kernels
  */

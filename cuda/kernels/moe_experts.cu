@@ -6,7 +6,9 @@
  * Shapes       x, out [T, D]; ids, weights [T, top_k]; w1, w3 [E, I, D]; w2 [E, D, I]
  * Layout       dense. (token, choice) pairs are sorted by expert in moe_experts_plan.cu, so that a
  *              product reads an expert's matrix for a tile of its tokens; the shared expert is one
- *              more, over all tokens. The products are in moe_experts_{general,few,many}.cu
+ *              more, over all tokens. The products are in
+ *              moe_experts_{general,few,stream,many}.cu; a single token has
+ *              moe_experts_step*.cu instead of all this
  * Precision    f32 or bf16 in, inner products rounded to act, f32 results of the experts, f32
  *              sum, rounded once; for bf16 activations weights become bf16 on their way
  * Grid         combine: a thread an element of out. Tokens go in windows and the down product in
@@ -16,9 +18,9 @@
  *              the path, on a batch-invariant backend among those that have the same bits
  * Roofline     the weights of the experts chosen, once: 9 * 14.2 MB for a token in bf16, 42 us
  *              at 3.0 TB/s; the results cross memory twice in f32, 8 * top_k * D bytes a token
- * Measured     H200, bf16, 256 experts, 8 chosen and a shared one, D = 2304, I = 1024: T = 8 204 us,
- *              16 346, 32 540, 64 755, 128 865, 256 897, 1024 995; all tokens of 8 experts: T = 8
- *              52, 64 65, 256 121 (2026-11-22). H100, T = 2048 1.6 ms
+ * Measured     H200, bf16, 256 experts, 8 chosen and a shared one, D = 2304, I = 1024: T = 8
+ *              204 us, 16 346, 32 540, 64 755, 128 865, 256 897, 1024 995; all tokens of 8
+ *              experts: T = 8 52, 64 65, 256 121 (2026-11-22). H100, T = 2048 1.6 ms
  */
 #include "../device/launch.cuh"
 #include "../device/moe.cuh"

@@ -14,8 +14,8 @@
  *              its first weights, while the gated one before it ends
  * Order        an element: a warp's columns in rising order, then the warps in order
  * Roofline     bytes = the weights of the experts chosen, read once for every 8 tokens
- * Measured     H200, the whole operation (bf16, 256 experts, 8 chosen and a shared one, D = 2304, I =
- *              1024): T = 2 70 us, 8 204, 16 346, 32 540 (4.25 TB/s) (2026-11-22)
+ * Measured     H200, the whole operation (bf16, 256 experts, 8 chosen and a shared one, D =
+ *              2304, I = 1024): T = 2 70 us, 8 204, 16 346, 32 540 (4.25 TB/s) (2026-11-22)
  */
 #include "../device/moe.cuh"
 #include "../device/ring.cuh"
@@ -241,11 +241,11 @@ kl_status launch(const moe_product &p, unsigned items, cudaStream_t stream, kl_e
                           shared_rows::pitch_of(widest(p)));
 }
 
-kl_status run_few(moe_product p, bool gated, kl_dtype act, cudaStream_t stream, kl_error *err)
+kl_status run_few(moe_product p, bool gated, kl_dtype, cudaStream_t stream, kl_error *err)
 {
     return with_format(p.routed.format, [&](auto f) {
         if (widest(p) > MAX_COLS || shared_bytes<f.value>(widest(p)) > RING_MOST_SHARED)
-            return kl_cuda_moe_stream(p, gated, act, stream, err);
+            return kl_cuda_moe_stream(p, gated, stream, err);
         unsigned items;
         KL_TRY(moe_grid(p, gated ? STREAM_ROWS / 2 : STREAM_ROWS, &items, err));
         return gated ? launch<f.value, true>(p, items, stream, err)

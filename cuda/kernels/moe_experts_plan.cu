@@ -6,9 +6,9 @@
  * Shapes       ids, tokens, places [pairs]; tiles [those of the shared expert + routed_tiles]
  * Layout       dense; an expert's rows lie together
  * Precision    integers
- * Grid         a counting sort: a warp counts a segment of the pairs and later places it. Up to 4096
- *              pairs one block does all; more go to a block each 4096, after a kernel that only
- *              counts them
+ * Grid         a counting sort: a warp counts a segment of the pairs and later places it. Up to
+ *              4096 pairs one block does all; more go to a block each 4096, after a kernel that
+ *              only counts them
  * Roofline     16 bytes a pair, 1 MB for 8192 tokens with 8 choices: a launch or two
  * Measured     H100, 65536 pairs by one block: 0.115 ms, by many in an earlier form 12 us
  *              (2026-11-22); this form not timed alone

@@ -8,16 +8,17 @@
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
  * Precision    bf16 in and out, the residual f32; int4 weights to bf16, the others exact; f32 sums,
  *              y rounded to bf16
- * Grid         a block for each 8 rows, which goes through all experts, so that no results of single
- *              experts cross memory. It knows them before the inner products are there, and has
- *              their first weights on the way
+ * Grid         a block for each 8 rows, which goes through all experts, so that no results of
+ *              single experts cross memory. It knows them before the inner products are there,
+ *              and has their first weights on the way
  * Order        the columns of an expert are cut in halves, of as many steps, and the steps of all
  *              experts' halves dealt out to the warps in turn; a warp adds up its first halves, its
  *              second halves, both; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 11.4 us, 87 % of
- *              4.3 TB/s, int8 10.8; not timed behind three blocks: fp8, int4 (2026-11-22)
+ * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 11.4 us,
+ *              87 % of 4.3 TB/s, in a later run 13.0; int8 10.8; fp8, int4 not timed alone
+ *              (2026-11-22)
  */
 #include "../device/moe_step.cuh"
 

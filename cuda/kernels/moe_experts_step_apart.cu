@@ -2,7 +2,8 @@
  * moe_experts_step_apart.cu -- the second product of a single token's experts with the bits that
  * many tokens have: what a batch-invariant backend takes in place of moe_experts_step.cu's.
  *
- * Computes     y = sum_j weight_j (w2_j inner_j) + w2_shared inner_shared;  out = y, or residual += y
+ * Computes     y = sum_j weight_j (w2_j inner_j) + w2_shared inner_shared;  out = y, or
+ *              residual += y
  * Shapes       inner [I', top_k * I]; w2 [E, D, I]; out, residual [D]; D and I multiples of 64
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
  * Precision    bf16 in and out, the residual f32; int4 weights to bf16, the others exact; f32 sums,
@@ -10,8 +11,8 @@
  * Grid         a block for each 8 rows, which goes through the experts two by two: rows of one are
  *              the upper half of an mma's, rows of the other the lower. It knows the experts before
  *              the inner products are there, and has their first weights on the way
- * Order        that of moe_experts_few.cu: an expert's columns by warps that take turns, then warps in
- *              order; then experts in the order of the choice, the shared one last
+ * Order        that of moe_experts_few.cu: an expert's columns by warps that take turns, then
+ *              warps in order; then experts in the order of the choice, the shared one last
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
  * Measured     H200, in a model (48B, bf16, contexts 0 / 8K): 2.419 / 2.474 ms a token, with

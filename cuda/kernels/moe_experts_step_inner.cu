@@ -5,16 +5,17 @@
  *              first. Which they are: given, or moe_route of the token's logits
  * Shapes       h [D]; w1, w3 [E, I, D]; D and I multiples of 64
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
- * Precision    bf16 in and out; weights exact, of int8 and int4 by whole numbers (device/digits.cuh);
- *              f32 sums. With the bits of the other paths: int4 weights to bf16
- * Grid         blocks that stay, three a multiprocessor, take tiles of 8 rows of w1 and of w3 in turn,
- *              the shared expert's before all others: these are on their way before h and the
- *              logits are there
+ * Precision    bf16 in and out; weights exact, of int8 and int4 by whole numbers
+ *              (device/digits.cuh); f32 sums. With the bits of the other paths: int4 weights to
+ *              bf16
+ * Grid         blocks that stay, three a multiprocessor, take tiles of 8 rows of w1 and of w3
+ *              in turn, the shared expert's before all others: these are on their way before h
+ *              and the logits are there
  * Order        a warp's columns in rising order, then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
  *              3.0 TB/s
- * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 24.5 us, 81 % of
- *              4.3 TB/s, int8 15.7; not timed with three blocks: fp8, int4 (2026-11-22)
+ * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 24.5 us,
+ *              81 % of 4.3 TB/s, int8 15.7; fp8, int4 not timed alone (2026-11-22)
  */
 #include "../device/digits.cuh"
 #include "../device/moe_step.cuh"

@@ -67,8 +67,7 @@ __global__ __launch_bounds__(STREAM_THREADS,
 
 } // namespace
 
-kl_status kl_cuda_moe_stream(moe_product p, bool gated, kl_dtype, cudaStream_t stream,
-                             kl_error *err)
+kl_status kl_cuda_moe_stream(moe_product p, bool gated, cudaStream_t stream, kl_error *err)
 {
     unsigned blocks;
     KL_TRY(moe_grid(p, gated ? STREAM_ROWS / 2 : STREAM_ROWS, &blocks, err));
