@@ -234,9 +234,11 @@ struct held_rows {
 
     __device__ void prepare() const
     {
-        if (lane_id() != 0) return;
-        barrier_init(barriers + warp_id(), 1);
-        barrier_init_done();
+        if (lane_id() == 0) {
+            barrier_init(barriers + warp_id(), 1);
+            barrier_init_done();
+        }
+        __syncwarp(); /* the others may wait for it before the block's first barrier */
     }
 
     /* Not while others are asked for. */
