@@ -19,7 +19,7 @@
  * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
  * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 12288
  *              and 288 rows of 2304 in 17.0 us, during which most of [2304, 4096] comes, too:
- *              that in 3.9; lm_head 168 (4.5 TB/s), in int8 92.5 (2026-11-22)
+ *              that in 3.9 to 5.1 by the run; lm_head 168 (4.5 TB/s), in int8 92.5 (2026-11-22)
  */
 #include "../device/digits.cuh"
 #include "../device/product.cuh"
