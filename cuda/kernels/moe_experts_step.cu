@@ -139,52 +139,21 @@ template <kl_weight_format format> struct out_walk {
 };
 
 /* The inner products as two rows of x: the experts' first halves and their second ones, each of
- * whole steps, UNITS times 16 bytes of x. Where they come from is found out before they are there,
- * for a thread's first ones. */
-template <int UNITS> struct inner_copy {
-    static constexpr int BATCH =
-        5; /* with 256 threads all of the model's 9 times 1024 columns */
+ * whole steps, UNITS times 16 bytes of x. */
+template <int UNITS> struct halves_of_experts {
     const moe_step_arguments &a;
     const out_step *list;
     const int steps, shared_steps;
-    int from[BATCH]; /* column; -1: zeros, past the end of an expert's */
 
-    __device__ int find(int i) const
+    __device__ int units() const { return steps * UNITS; }
+
+    __device__ int column(int i) const
     {
-        const int second = i >= steps * UNITS, at = i - second * steps * UNITS;
+        const int second = i >= units(), at = i - second * units();
         const int s = at / UNITS;
         const weight_view &w = s < shared_steps ? a.shared_w2 : a.w2;
         const int own = (list[s].at / RING_STEP + second * half_steps(w)) * UNITS + at % UNITS;
         return 8 * own < static_cast<int>(w.cols) ? list[s].column + 8 * own : -1;
-    }
-
-    __device__ void prepare()
-    {
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            const int i = b * STREAM_THREADS + threadIdx.x;
-            from[b] = i < 2 * steps * UNITS ? find(i) : -1;
-        }
-    }
-
-    __device__ void copy(const shared_rows &to, int i, int column) const
-    {
-        const int token = i >= steps * UNITS;
-        copy_async(to.unit(token, i - token * steps * UNITS), a.inner + max(column, 0),
-                   column >= 0);
-    }
-
-    /* All on their way at once; then wait for the copies, the ring's among them. */
-    __device__ void start(const shared_rows &to) const
-    {
-        const int all = 2 * steps * UNITS;
-#pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (const int i = b * STREAM_THREADS + threadIdx.x; i < all) copy(to, i, from[b]);
-#pragma unroll 1
-        for (int i = BATCH * STREAM_THREADS + threadIdx.x; i < all; i += STREAM_THREADS)
-            copy(to, i, find(i));
-        copy_commit();
     }
 };
 
@@ -235,14 +204,14 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_out_
     __syncthreads();
 #pragma unroll 1
     for (int d = 0; d < walk.DEPTH; d++) walk.put(ring, warp_id() + d * STREAM_WARPS);
-    inner_copy<UNITS> products = {a, list, steps, walk.shared_steps, {}};
+    inner_copy<halves_of_experts<UNITS>> products = {{a, list, steps, walk.shared_steps}, {}};
     products.prepare();
 
     wait_for_inputs();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * EACH + threadIdx.x;
     const bool stores = threadIdx.x < EACH;
     const float before = stores && a.residual != nullptr ? a.residual[row] : 0;
-    products.start(inner);
+    products.start(inner, a.inner);
     copy_wait<0>();
     __syncthreads();
     const float sum = multiply_experts(walk, ring, inner);

@@ -137,52 +137,22 @@ template <kl_weight_format format> struct pair_walk {
 };
 
 /* The inner products as two rows of x: those of each pair's first visits and of their second ones,
- * in whole turns, UNITS times 16 bytes of x. Where they come from is found out before they are
- * there, for a thread's first ones. */
-template <int UNITS> struct inner_copy {
-    static constexpr int BATCH =
-        5; /* with 256 threads all of the model's 9 times 1024 columns */
+ * in whole turns, UNITS times 16 bytes of x. */
+template <int UNITS> struct rows_of_pairs {
     const moe_step_arguments &a;
     const pair_list &list;
-    int from[BATCH]; /* column; -1: zeros */
 
-    __device__ int find(int i) const
+    __device__ int units() const { return list.all() * UNITS; }
+
+    __device__ int column(int i) const
     {
-        const int units = list.all() * UNITS, second = i >= units, at = i - second * units;
+        const int second = i >= units(), at = i - second * units();
         const int pair = list.pair_of(at / UNITS), v = 2 * pair + second;
         if (v >= visits_of(a)) return -1;
         const int column = 8 * (at - list.start(pair) * UNITS), j = v - a.n_shared;
         const int cols = static_cast<int>(down_of(a, v).cols);
         const int before = a.n_shared * static_cast<int>(a.shared_w2.cols);
         return column < cols ? (j < 0 ? 0 : before + j * cols) + column : -1;
-    }
-
-    __device__ void prepare()
-    {
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            const int i = b * STREAM_THREADS + threadIdx.x;
-            from[b] = i < 2 * list.all() * UNITS ? find(i) : -1;
-        }
-    }
-
-    __device__ void copy(const shared_rows &to, int i, int column) const
-    {
-        const int units = list.all() * UNITS, second = i >= units;
-        copy_async(to.unit(second, i - second * units), a.inner + max(column, 0), column >= 0);
-    }
-
-    /* All on their way at once. */
-    __device__ void start(const shared_rows &to) const
-    {
-        const int all = 2 * list.all() * UNITS;
-#pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (const int i = b * STREAM_THREADS + threadIdx.x; i < all) copy(to, i, from[b]);
-#pragma unroll 1
-        for (int i = BATCH * STREAM_THREADS + threadIdx.x; i < all; i += STREAM_THREADS)
-            copy(to, i, find(i));
-        copy_commit();
     }
 };
 
@@ -258,14 +228,14 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_apar
     pair_walk<format> walk(a, visits);
 #pragma unroll 1
     for (int d = 0; d < RING_DEPTH; d++) walk.put(ring);
-    inner_copy<UNITS> products = {a, list, {}};
+    inner_copy<rows_of_pairs<UNITS>> products = {{a, list}, {}};
     products.prepare();
 
     wait_for_inputs();
     const int64_t row = static_cast<int64_t>(blockIdx.x) * EACH + threadIdx.x;
     const bool stores = threadIdx.x < EACH;
     const float before = stores && a.residual != nullptr ? a.residual[row] : 0;
-    products.start(inner);
+    products.start(inner, a.inner);
     copy_wait<0>();
     __syncthreads();
     multiply_experts(sums, walk, ring, inner);
