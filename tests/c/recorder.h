@@ -232,4 +232,14 @@ static kl_backend *open_recording(bool and_late)
     return be;
 }
 
+/* The tiny model on such a backend, or on another. */
+static kl_engine *open_engine(kl_backend *be)
+{
+    kl_engine *e = NULL;
+    kl_error err = {KL_OK, ""};
+    EXPECT(kl_engine_new(be, &tiny_config, &tiny_options, &e, &err) == KL_OK);
+    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
+    return e;
+}
+
 #endif

@@ -89,15 +89,6 @@ static kl_generation *begin(kl_engine *e, const kl_request *requests, int64_t n)
     return g;
 }
 
-static kl_engine *open_engine(kl_backend *be)
-{
-    kl_engine *e = NULL;
-    kl_error err = {KL_OK, ""};
-    EXPECT(kl_engine_new(be, &tiny_config, &tiny_options, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
-    return e;
-}
-
 /* Each by itself, on a backend that does at once what it is asked for. */
 static void make_wanted(void)
 {

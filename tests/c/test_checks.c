@@ -503,15 +503,20 @@ static void kda_gates(void)
               "kda_decode: slots.shape[0] must be 3, got 2");
 }
 
+static kl_mla_append append_to(kl_tensor pages)
+{
+    return (kl_mla_append){.raw = f32(2, T, RANK + ROPE, 1, 1),
+                           .norm_weight = f32(1, RANK, 1, 1, 1),
+                           .pages = pages,
+                           .block_table = i32(2, N, B),
+                           .lengths = i32(1, N, 1),
+                           .cu_seqlens = i32(1, N + 1, 1),
+                           .eps = 1e-5f};
+}
+
 static void mla_append(void)
 {
-    kl_mla_append a = {.raw = f32(2, T, RANK + ROPE, 1, 1),
-                       .norm_weight = f32(1, RANK, 1, 1, 1),
-                       .pages = f32(3, P, KL_PAGE_TOKENS, RANK + ROPE, 1),
-                       .block_table = i32(2, N, B),
-                       .lengths = i32(1, N, 1),
-                       .cu_seqlens = i32(1, N + 1, 1),
-                       .eps = 1e-5f};
+    kl_mla_append a = append_to(f32(3, P, KL_PAGE_TOKENS, RANK + ROPE, 1));
     ACCEPTED(mla_append, a, NOTHING);
     ACCEPTED(mla_append, a, (a.norm_weight = none, a.eps = 0));
     ACCEPTED(mla_append, a,
@@ -538,14 +543,8 @@ static kl_tensor packed_pages(void)
 
 static void mla_append_of_8_bits(void)
 {
-    kl_mla_append a = {.raw = f32(2, T, RANK + ROPE, 1, 1),
-                       .norm_weight = f32(1, RANK, 1, 1, 1),
-                       .pages = packed_pages(),
-                       .block_table = i32(2, N, B),
-                       .lengths = i32(1, N, 1),
-                       .cu_seqlens = i32(1, N + 1, 1),
-                       .rank = RANK,
-                       .eps = 1e-5f};
+    kl_mla_append a = append_to(packed_pages());
+    a.rank = RANK;
     ACCEPTED(mla_append, a, NOTHING);
     ACCEPTED(mla_append, a, (a.norm_weight = none, a.eps = 0));
     BAD_VALUE(mla_append, a, a.rank = 0, "mla_append: rank must be in 1 .. 12, got 0");
@@ -559,15 +558,20 @@ static void mla_append_of_8_bits(void)
               "mla_append: pages must be aligned to 16 bytes as they are uint8");
 }
 
+static kl_mla attend_to(kl_tensor pages)
+{
+    return (kl_mla){.q = f32(3, N, H, NOPE + ROPE, 1),
+                    .pages = pages,
+                    .block_table = i32(2, N, B),
+                    .lengths = i32(1, N, 1),
+                    .w_kv_b = f32(3, H, NOPE + V, RANK, 1),
+                    .out = f32(3, N, H, V, 1),
+                    .scale = 0.1f};
+}
+
 static void mla_of_8_bits(void)
 {
-    kl_mla a = {.q = f32(3, N, H, NOPE + ROPE, 1),
-                .pages = packed_pages(),
-                .block_table = i32(2, N, B),
-                .lengths = i32(1, N, 1),
-                .w_kv_b = f32(3, H, NOPE + V, RANK, 1),
-                .out = f32(3, N, H, V, 1),
-                .scale = 0.1f};
+    kl_mla a = attend_to(packed_pages());
     ACCEPTED(mla_decode, a, NOTHING);
     ACCEPTED(mla_decode, a, a.raw = f32(2, N, RANK + ROPE, 1, 1));
     BAD_VALUE(mla_decode, a, a.raw = f32(2, N, RANK + ROPE + 1, 1, 1),
@@ -595,13 +599,7 @@ static void mla_lay_out(void)
 
 static void mla(void)
 {
-    kl_mla a = {.q = f32(3, N, H, NOPE + ROPE, 1),
-                .pages = f32(3, P, KL_PAGE_TOKENS, RANK + ROPE, 1),
-                .block_table = i32(2, N, B),
-                .lengths = i32(1, N, 1),
-                .w_kv_b = f32(3, H, NOPE + V, RANK, 1),
-                .out = f32(3, N, H, V, 1),
-                .scale = 0.1f};
+    kl_mla a = attend_to(f32(3, P, KL_PAGE_TOKENS, RANK + ROPE, 1));
     ACCEPTED(mla_decode, a, NOTHING);
     ACCEPTED(mla_decode, a, a.w_kv_b.dtype = KL_BF16);
     BAD_VALUE(mla_decode, a, a.q = f32(3, N, H, NOPE + ROPE + 1, 1),

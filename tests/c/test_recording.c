@@ -5,15 +5,6 @@
 
 enum { VOCAB = 97, MAX_EVENTS = 512, N_REQUESTS = 5 };
 
-static kl_engine *open_engine(kl_backend *be)
-{
-    kl_engine *e = NULL;
-    kl_error err = {KL_OK, ""};
-    EXPECT(kl_engine_new(be, &tiny_config, &tiny_options, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
-    return e;
-}
-
 /* ---- whole generations ----------------------------------------------------------------- */
 
 typedef struct {
