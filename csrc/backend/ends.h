@@ -8,19 +8,25 @@
 #include "backend/ops.h"
 
 /* Of h: with a norm before it, not x's. */
+static inline kl_dtype kl_act_behind(const kl_tensor *x, const kl_tensor *norm_weight,
+                                     kl_dtype act)
+{
+    return kl_tensor_absent(norm_weight) ? x->dtype : act;
+}
+
 static inline kl_dtype kl_linear_act(const kl_linear *a)
 {
-    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+    return kl_act_behind(&a->x, &a->norm_weight, a->act);
 }
 
 static inline kl_dtype kl_mlp_act(const kl_mlp *a)
 {
-    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+    return kl_act_behind(&a->x, &a->norm_weight, a->act);
 }
 
 static inline kl_dtype kl_moe_act(const kl_moe *a)
 {
-    return kl_tensor_absent(&a->norm_weight) ? a->x.dtype : a->act;
+    return kl_act_behind(&a->x, &a->norm_weight, a->act);
 }
 
 /* h = norm(x). An x of another dtype than h goes in as a residual, which nothing is added to. */
