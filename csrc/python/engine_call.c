@@ -20,31 +20,76 @@ static int64_t now_ns(void)
 
 /* ---- the engine's lock ----------------------------------------------------------------- */
 
-/* -1 with an exception when a signal came meanwhile. */
-static int acquire(PyThread_type_lock lock)
+/* A thread in the queue; all of it under the GIL but the wait for `turn`. */
+struct kl_waiter {
+    unsigned long thread;
+    PyThread_type_lock turn; /* released by the thread that hands the engine on */
+    kl_waiter *next;
+};
+
+static void append(EngineObject *self, kl_waiter *w)
 {
-    PyLockStatus got = PyThread_acquire_lock_timed(lock, 0, 0);
-    while (got != PY_LOCK_ACQUIRED) {
-        Py_BEGIN_ALLOW_THREADS got = PyThread_acquire_lock_timed(lock, WAIT_US, 1);
-        Py_END_ALLOW_THREADS if (got != PY_LOCK_ACQUIRED && PyErr_CheckSignals() < 0) return -1;
-    }
-    return 0;
+    kl_waiter **link = &self->waiters;
+    while (*link != NULL) link = &(*link)->next;
+    *link = w;
 }
 
-/* The next one waits in the door: a thread that leaves and comes back at once, step after step,
- * would else have the lock again before those that wait for it wake up. */
+static void remove(EngineObject *self, kl_waiter *w)
+{
+    kl_waiter **link = &self->waiters;
+    while (*link != w) link = &(*link)->next;
+    *link = w->next;
+}
+
+/* To the one that has waited longest: a thread that leaves and comes back at once, step after
+ * step, would else have the engine again before those that wait for it wake up. */
+static void hand_on(EngineObject *self)
+{
+    kl_waiter *w = self->waiters;
+    self->owner = w != NULL ? w->thread : 0;
+    if (w == NULL) return;
+    self->waiters = w->next;
+    PyThread_release_lock(w->turn);
+}
+
+/* -1 with an exception when a signal came meanwhile. */
+static int wait_for_turn(EngineObject *self, kl_waiter *w)
+{
+    for (;;) {
+        PyLockStatus got;
+        Py_BEGIN_ALLOW_THREADS got = PyThread_acquire_lock_timed(w->turn, WAIT_US, 1);
+        Py_END_ALLOW_THREADS if (got == PY_LOCK_ACQUIRED) return 0;
+        if (PyErr_CheckSignals() == 0) continue;
+        if (self->owner == w->thread) kl_engine_leave(self); /* it became ours meanwhile */
+        else remove(self, w);
+        return -1;
+    }
+}
+
+static int wait_in_queue(EngineObject *self)
+{
+    kl_waiter w = {PyThread_get_thread_ident(), PyThread_allocate_lock(), NULL};
+    if (w.turn == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    PyThread_acquire_lock(w.turn, NOWAIT_LOCK);
+    append(self, &w);
+    const int got = wait_for_turn(self, &w);
+    PyThread_free_lock(w.turn);
+    return got;
+}
+
 static int wait_for_lock(EngineObject *self)
 {
-    if (atomic_load(&self->owner) == PyThread_get_thread_ident()) {
+    if (self->owner == PyThread_get_thread_ident()) {
         PyErr_SetString(PyExc_RuntimeError,
                         "engine: a callback cannot call the engine that called it");
         return -1;
     }
-    if (acquire(self->door) < 0) return -1;
-    const int got = acquire(self->lock);
-    PyThread_release_lock(self->door);
-    if (got == 0) atomic_store(&self->owner, PyThread_get_thread_ident());
-    return got;
+    if (self->owner != 0) return wait_in_queue(self);
+    self->owner = PyThread_get_thread_ident();
+    return 0;
 }
 
 int kl_engine_enter(EngineObject *self)
@@ -78,13 +123,14 @@ static void sweep(EngineObject *self)
 void kl_engine_leave(EngineObject *self)
 {
     sweep(self);
-    atomic_store(&self->owner, 0);
-    PyThread_release_lock(self->lock);
+    hand_on(self);
 }
 
 void kl_engine_sweep(EngineObject *self)
 {
-    if (PyThread_acquire_lock(self->lock, NOWAIT_LOCK)) kl_engine_leave(self);
+    if (self->owner != 0) return;
+    self->owner = PyThread_get_thread_ident();
+    kl_engine_leave(self);
 }
 
 void kl_engine_drop(EngineObject *self, kl_gen_node *node)

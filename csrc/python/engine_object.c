@@ -41,14 +41,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     EngineObject *self =
         (EngineObject *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (self == NULL) return NULL;
-    atomic_init(&self->owner, 0);
     self->dev = kl_device_ref(dev);
-    self->lock = PyThread_allocate_lock();
-    self->door = PyThread_allocate_lock();
-    if (self->lock == NULL || self->door == NULL) {
-        Py_DECREF(self);
-        return PyErr_NoMemory();
-    }
     Py_BEGIN_ALLOW_THREADS status =
         kl_engine_new(dev->be, &config, &options, &self->engine, &err);
     Py_END_ALLOW_THREADS if (status == KL_OK) status = make_dropped(self, &err);
@@ -82,8 +75,6 @@ static void engine_dealloc(PyObject *op)
         self->generations = node->next;
         kl_free(node);
     }
-    if (self->lock != NULL) PyThread_free_lock(self->lock);
-    if (self->door != NULL) PyThread_free_lock(self->door);
     kl_free(self->dropped);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
     Py_DECREF(type);

@@ -20,12 +20,14 @@ typedef struct kl_gen_node {
     struct kl_gen_node *next;
 } kl_gen_node;
 
+typedef struct kl_waiter kl_waiter;
+
 typedef struct {
     PyObject_HEAD
-    kl_device *dev;                /* one reference of ours, until it is closed */
-    kl_engine *engine;             /* NULL: closed */
-    PyThread_type_lock lock, door; /* door: see wait_for_lock() */
-    atomic_ulong owner;            /* the thread that holds the lock, 0: none */
+    kl_device *dev;      /* one reference of ours, until it is closed */
+    kl_engine *engine;   /* NULL: closed */
+    unsigned long owner; /* the thread that holds the lock, 0: none; under the GIL */
+    kl_waiter *waiters;  /* for the lock, in the order they came; under the GIL */
     kl_gen_node *generations;
     kl_seq *dropped; /* [max_dropped], one a slot, whose owners are gone; under the GIL */
     int64_t n_dropped, max_dropped;

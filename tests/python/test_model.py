@@ -753,6 +753,33 @@ def test_ctrl_c_leaves_the_model_usable(model, no_gc_callbacks):
         assert model.generate("hello", max_new_tokens=3).token_ids == want
 
 
+def test_ctrl_c_ends_a_wait_for_the_model(model, no_gc_callbacks):
+    want = model.logprobs([1, 2, 3]).logprobs.tolist()
+    held, go_on, got = threading.Event(), threading.Event(), []
+
+    def hold(done, total):
+        held.set()
+        assert go_on.wait(20)
+
+    def call(progress=False):
+        got.append(model.logprobs([1, 2, 3], progress=progress).logprobs.tolist())
+
+    threads = [threading.Thread(target=call, args=[hold])]
+    threads[0].start()
+    assert held.wait(20)
+    threads += [threading.Thread(target=call) for _ in range(2)]  # they wait too
+    threads[1].start()
+    timer = interrupt_after(0.2)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    timer.join()
+    threads[2].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert got == [want] * 3
+
+
 def test_threads_share_a_model(model):
     want = [model.generate([i], max_new_tokens=20, ignore_eos=True).token_ids for i in range(6)]
     got, errors = {}, []
