@@ -26,6 +26,12 @@ const kl_weight *kl_weight_of(const kl_module *m, PyObject *o, const kl_device *
     return &self->w;
 }
 
+/* CUDA reads scales by words of two, so beside the last of an odd number there is another. */
+static size_t scale_room(const kl_weight *w)
+{
+    return kl_align_up(kl_weight_scale_bytes(w), 4);
+}
+
 static void weight_dealloc(PyObject *op)
 {
     WeightObject *self = (WeightObject *)op;
@@ -33,7 +39,7 @@ static void weight_dealloc(PyObject *op)
     if (self->dev != NULL) {
         kl_backend *be = self->dev->be;
         be->vt->free(be, self->w.data, kl_weight_data_bytes(&self->w));
-        be->vt->free(be, self->w.scales, kl_weight_scale_bytes(&self->w));
+        be->vt->free(be, self->w.scales, scale_room(&self->w));
         kl_device_unref(self->dev);
     }
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(op);
@@ -54,7 +60,7 @@ static WeightObject *weight_alloc(kl_call *c, kl_weight_format format, int64_t c
     self->dev = kl_device_ref(c->dev);
     kl_backend *be = c->dev->be;
     kl_error err = {KL_OK, ""};
-    const size_t scales = kl_weight_scale_bytes(&self->w);
+    const size_t scales = scale_room(&self->w);
     void *memory = NULL;
     kl_status status = be->vt->alloc(be, kl_weight_data_bytes(&self->w), &self->w.data, &err);
     if (status == KL_OK && scales != 0) status = be->vt->alloc(be, scales, &memory, &err);

@@ -280,6 +280,17 @@ def test_packed_weights(format):
         ops.linear(x, packed)
 
 
+@pytest.mark.parametrize("format, group_bytes, scales", [("int8", 64, 15), ("int4", 16, 27)])
+def test_an_odd_number_of_scales_is_counted_as_it_is(format, group_bytes, scales):
+    w = f32(scales // 3, 3, 32)
+    packed = ops.quantize(w, format)
+    assert packed.shape == w.shape and packed.nbytes == scales * (group_bytes + 2)
+    np.testing.assert_array_equal(packed.dequantize(), reference.quantize(w, format).dequantize())
+    alone = ops.quantize(w[-1, -1:], format)
+    assert alone.nbytes == group_bytes + 2
+    np.testing.assert_array_equal(alone.dequantize(), packed.dequantize()[-1, -1:])
+
+
 def test_packed_weights_everywhere():
     packed = EXPERTS | {n: ops.quantize(EXPERTS[n], "int8") for n in ("w1", "w3", "w2")}
     dense = EXPERTS | {n: packed[n].dequantize() for n in ("w1", "w3", "w2")}
