@@ -40,11 +40,12 @@ struct kl_engine {
     uint64_t n_passes, pass_of_flight; /* so far; the one that was the last flight */
 };
 
-/* Enqueue a token step that samples every row, and return: its results come with
- * kl_engine_land(), its sequences are longer at once. Checked like kl_engine_step(). follows: it
- * feeds what the last flight draws, and the feeds have no tokens; only if kl_engine_can_follow().
- * Two may be under way, of one caller: whoever finds none may begin. If it fails, the fed
- * sequences are broken, and those under way are as they were. */
+/* Enqueue a token step that samples every row, without penalties, and return: its results come
+ * with kl_engine_land(), its sequences are longer at once. Checked like kl_engine_step(), and for
+ * more than its host blocks have room for. follows: it feeds what the last flight draws, and the
+ * feeds have no tokens; only if kl_engine_can_follow(). Two may be under way, of one caller:
+ * whoever finds none may begin. If it fails, the fed sequences are broken, and those under way are
+ * as they were. */
 kl_status kl_engine_launch(kl_engine *e, const kl_step *step, bool follows, kl_error *err);
 /* One is under way, and what it draws is still where the next step would look for it. */
 bool kl_engine_can_follow(const kl_engine *e);

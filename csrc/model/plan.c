@@ -159,10 +159,12 @@ size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan)
     return most;
 }
 
+/* A penalty needs the tokens on the host: no step ahead has sets of those seen. */
 size_t kl_plan_flight_bytes(const kl_config *config, const kl_plan *plan)
 {
     kl_pass_shape shapes[N_LARGEST];
     largest_shapes(config, plan, shapes);
+    shapes[TOKEN_STEP].seen = false;
     return block_bytes(config, &shapes[TOKEN_STEP]);
 }
 

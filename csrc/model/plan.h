@@ -25,7 +25,7 @@ static inline int64_t kl_plan_draws(const kl_plan *plan)
 
 /* Bytes of the host's blocks of inputs and outputs, for any step of a plan. */
 size_t kl_plan_host_bytes(const kl_config *config, const kl_plan *plan);
-/* The same for token steps alone. */
+/* The same for token steps ahead (kl_engine_launch). */
 size_t kl_plan_flight_bytes(const kl_config *config, const kl_plan *plan);
 
 #endif

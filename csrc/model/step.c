@@ -364,6 +364,20 @@ kl_status kl_engine_sample(kl_engine *e, const float *logits, int64_t n_rows,
 
 /* ---- steps ahead ----------------------------------------------------------------------- */
 
+static kl_status check_ahead(const kl_step *s, int64_t total, kl_error *err)
+{
+    if (total == s->n_feeds && s->n_rows == total && s->sampling != NULL && s->seen == NULL &&
+        s->taken == NULL)
+        return KL_OK;
+    return kl_fail(
+        err, KL_ERR_VALUE,
+        "step: one ahead must feed a token to each of %lld sequences and sample after "
+        "it, without guesses or ids seen, got %lld tokens and %lld rows%s%s%s",
+        (long long)s->n_feeds, (long long)total, (long long)s->n_rows,
+        s->sampling == NULL ? " without sampling" : "", s->taken == NULL ? "" : " with guesses",
+        s->seen == NULL ? "" : " with ids seen");
+}
+
 /* Enqueued with everything it may still be read by: the mark is behind the copy of its outputs. */
 static kl_status fly(kl_engine *e, kl_flight *f, const kl_step *s, int64_t total, bool follows,
                      kl_error *err)
@@ -384,6 +398,7 @@ kl_status kl_engine_launch(kl_engine *e, const kl_step *s, bool follows, kl_erro
     KL_TRY(kl_engine_check_loaded(e, err));
     KL_TRY(check_feeds(e, s, follows, &total, err));
     KL_TRY(check_rows(e, s, total, err));
+    KL_TRY(check_ahead(s, total, err));
     KL_TRY(e->be->vt->wait_mark(e->be, f->mark, err)); /* of one that nobody waited for */
 
     kl_status status = fly(e, f, s, total, follows, err);

@@ -315,6 +315,45 @@ static void a_left_step_harms_nobody(void)
 
 /* ---- what goes wrong ------------------------------------------------------------------- */
 
+/* Its host blocks are those of the largest step ahead, to the byte: no other is let in. */
+static void only_token_steps_fly(void)
+{
+    kl_backend *be = open_recording(true);
+    kl_engine *e = open_engine(be);
+    kl_pass_inputs in;
+    kl_pass_outputs out;
+    const kl_pass_shape largest = {.T = 4, .N = 4, .B = 4, .R = 4, .sampling = true, .top = 97};
+    EXPECT(e->flight_bytes == kl_pass_layout_inputs(&in, &largest, VOCAB, NULL) +
+                                  kl_pass_layout_outputs(&out, &largest, NULL));
+
+    int32_t ids[2], seen[2 * 4] = {0}, tokens[2] = {1, 2}, rows[2] = {0, 1};
+    float logprobs[2];
+    kl_sampling greedy[2] = {{.top_p = 1.0f, .repetition_penalty = 1.0f}};
+    kl_error err = {KL_OK, ""};
+    kl_feed feed = {0, tokens, 1};
+    greedy[1] = greedy[0];
+    EXPECT(kl_seq_new(e, &feed.seq, &err) == KL_OK);
+    kl_step s = {.feeds = &feed,
+                 .rows = rows,
+                 .n_feeds = 1,
+                 .n_rows = 1,
+                 .sampling = greedy,
+                 .seen = seen,
+                 .ids = ids,
+                 .id_logprobs = logprobs};
+    EXPECT(kl_engine_launch(e, &s, false, &err) == KL_ERR_VALUE);
+    EXPECT(strstr(err.message, "got 1 tokens and 1 rows with ids seen") != NULL);
+    s.seen = NULL;
+    s.n_rows = feed.n_tokens = 2;
+    EXPECT(kl_engine_launch(e, &s, false, &err) == KL_ERR_VALUE);
+    EXPECT(strstr(err.message, "got 2 tokens and 2 rows") != NULL && e->n_flights == 0);
+    s.n_rows = feed.n_tokens = 1;
+    EXPECT(kl_engine_launch(e, &s, false, &err) == KL_OK && e->n_flights == 1);
+    EXPECT(kl_engine_land(e, &s, &err) == KL_OK);
+    EXPECT(kl_seq_release(e, feed.seq, &err) == KL_OK);
+    tiny_engine_close(e, be);
+}
+
 /* The place of a token that one kind draws and no other has. */
 static int64_t own_token(int k)
 {
@@ -403,6 +442,7 @@ int main(void)
     RUN(others_use_the_engine);
     RUN(a_generation_can_be_left);
     RUN(a_left_step_harms_nobody);
+    RUN(only_token_steps_fly);
     RUN(what_cannot_be_drawn_is_fed);
     RUN(a_failed_step_ends_its_requests);
     return test_failures != 0;
