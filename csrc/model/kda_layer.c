@@ -47,7 +47,7 @@ size_t kl_kda_kept_bytes(const kl_pass *p)
 static inputs inputs_of(kl_pass *p, int64_t index)
 {
     if (!p->shape.verify) return take_inputs(p, &p->arena);
-    const size_t bytes = kl_kda_kept_bytes(p);
+    const size_t bytes = p->kept_bytes;
     kl_arena arena;
     kl_arena_init(&arena, p->kept == NULL ? NULL : (char *)p->kept + (size_t)index * bytes,
                   bytes);

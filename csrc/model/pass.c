@@ -223,8 +223,10 @@ kl_status kl_pass_start(kl_pass *p, const kl_pass_shape *shape, kl_error *err)
     const size_t shared = kl_pass_feeds_itself(shape) ? ids_bytes(shape) : 0;
     p->out_block = kl_arena_take(&p->arena, p->out_bytes - shared);
     p->in_block = kl_arena_take(&p->arena, p->in_bytes);
-    if (shape->verify && p->cache->n_kda > 0)
-        p->kept = kl_arena_take(&p->arena, (size_t)p->cache->n_kda * kl_kda_kept_bytes(p));
+    if (shape->verify && p->cache->n_kda > 0) {
+        p->kept_bytes = kl_kda_kept_bytes(p);
+        p->kept = kl_arena_take(&p->arena, (size_t)p->cache->n_kda * p->kept_bytes);
+    }
     KL_TRY(check_arena(p, "step", err));
     kl_pass_layout_inputs(&p->in, shape, vocab, p->in_block);
     kl_pass_layout_outputs(&p->out, shape, p->out_block);

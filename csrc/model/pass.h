@@ -84,7 +84,8 @@ typedef struct {
     kl_tensor h;  /* [T, D] act, its norm; not with few tokens */
     kl_tensor y;  /* [T, D] act, what is to be added to it; likewise */
     kl_ends ends; /* of the part of a layer that is under way  */
-    void *kept;   /* of a verify step: what the KDA layers read, kl_kda_kept_bytes() each */
+    void *kept;   /* of a verify step: what the KDA layers read, kept_bytes each */
+    size_t kept_bytes;
 } kl_pass;
 
 /* Lay out the inputs or outputs of a shape in a block (NULL measures) and return its bytes. */
@@ -135,7 +136,7 @@ kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error
 kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err);
 /* After the draws of a verify step: the states read the guesses that were right. */
 kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err);
-size_t kl_kda_kept_bytes(const kl_pass *p);
+size_t kl_kda_kept_bytes(const kl_pass *p); /* of a layer, in a verify step of p's shape */
 kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err);
 kl_status kl_dense_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);
 kl_status kl_moe_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);
