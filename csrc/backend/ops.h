@@ -330,20 +330,6 @@ typedef struct {
 typedef kl_mla kl_mla_prefill;
 typedef kl_mla kl_mla_decode;
 
-/* What mla_decode does with its `raw`. */
-static inline kl_mla_append kl_mla_append_of(const kl_mla_decode *a)
-{
-    kl_mla_append append = {0};
-    append.raw = a->raw;
-    append.norm_weight = a->norm_weight;
-    append.pages = a->pages;
-    append.block_table = a->block_table;
-    append.lengths = a->lengths;
-    append.rank = a->w_kv_b.shape[2];
-    append.eps = a->norm_eps;
-    return append;
-}
-
 typedef enum { KL_SCORE_SIGMOID, KL_SCORE_SOFTMAX, KL_N_SCORES } kl_score;
 
 /* Choose the experts of each token:

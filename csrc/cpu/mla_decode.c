@@ -13,6 +13,7 @@
  * Roofline     2 H (2 rank + rope) flops for 2 (rank + rope) bytes of bf16 latents: 60 flop/B
  *              at H = 32, compute-bound on a CPU
  */
+#include "backend/mla.h"
 #include "cpu/mla.h"
 
 #include <float.h>

@@ -9,6 +9,10 @@
 #include "types.cuh"
 #include "warp.cuh"
 
+extern "C" {
+#include "backend/mla.h"
+}
+
 /* ---- reading --------------------------------------------------------------------------- */
 
 /* Rows of pages from row number `first` on. */

@@ -4,6 +4,8 @@
  */
 #include "pieces.h"
 
+#include "backend/mla.h"
+
 static void decode_whole(kl_backend *be, void *call)
 {
     kl_mla_decode *const a = call;
