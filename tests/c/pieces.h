@@ -23,6 +23,19 @@ typedef void (*run_fn)(kl_backend *be, void *call);
         kl_free(poison_);                                                                      \
     } while (0)
 
+static inline void pair_whole(kl_backend *be, void *call)
+{
+    kl_linear_pair *const a = call;
+    RUN_THERE(linear_pair, be, a);
+}
+
+static inline void pair_pieces(kl_backend *be, void *call)
+{
+    kl_linear_pair *const a = call;
+    RUN_THERE(linear, be, &a->first);
+    RUN_THERE(linear, be, &a->second);
+}
+
 static inline void *back(kl_backend *be, const part *q, const void *there)
 {
     kl_error err;
@@ -37,7 +50,7 @@ static inline void *back(kl_backend *be, const part *q, const void *there)
 /* The call of `bytes` bytes, whole and in pieces, each on a copy of its memory: all that comes
  * back is equal, to the bit. */
 static inline void same_bits(kl_backend *be, const parts *p, const void *call, size_t bytes,
-                      run_fn whole, run_fn pieces, const char *name)
+                             run_fn whole, run_fn pieces, const char *name)
 {
     void *const copies[] = {memcpy(kl_malloc(bytes), call, bytes),
                             memcpy(kl_malloc(bytes), call, bytes)};

@@ -195,19 +195,10 @@ static void free_recording(kl_backend *be, kl_recording *r)
 
 /* ---- the backend ----------------------------------------------------------------------- */
 
-static kl_backend *open_cpu(void)
-{
-    const kl_backend_options options = {.threads = 1};
-    kl_backend *be = NULL;
-    kl_error err = {KL_OK, ""};
-    EXPECT(kl_backend_open("cpu", NULL, &options, &be, &err) == KL_OK);
-    return be;
-}
-
 static kl_backend *open_recording(bool and_late)
 {
     static kl_backend_vtbl table;
-    kl_backend *be = open_cpu();
+    kl_backend *be = tiny_backend(1);
     cpu = be->vt;
     table = *cpu;
 #define KL_ENTRY(op) table.op = note_##op;
@@ -230,16 +221,6 @@ static kl_backend *open_recording(bool and_late)
     n_asked = n_done = 0;
     fail_begin = fail_end = false;
     return be;
-}
-
-/* The tiny model on such a backend, or on another. */
-static kl_engine *open_engine(kl_backend *be)
-{
-    kl_engine *e = NULL;
-    kl_error err = {KL_OK, ""};
-    EXPECT(kl_engine_new(be, &tiny_config, &tiny_options, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
-    return e;
 }
 
 #endif

@@ -92,8 +92,8 @@ static kl_generation *begin(kl_engine *e, const kl_request *requests, int64_t n)
 /* Each by itself, on a backend that does at once what it is asked for. */
 static void make_wanted(void)
 {
-    kl_backend *be = open_cpu();
-    kl_engine *e = open_engine(be);
+    kl_backend *be = tiny_backend(1);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     make_kinds();
     for (int i = 0; i < N_KINDS; i++) {
         kl_generation *g = begin(e, &kinds[i], 1);
@@ -112,7 +112,7 @@ static void the_device_never_waits(void)
 {
     static story got;
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     memset(&got, 0, sizeof got);
     kl_generation *g = begin(e, &kinds[5], 1);
     run_to_end(g, &got);
@@ -129,7 +129,7 @@ static void a_stop_token_ends_it(void)
 {
     static story got;
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     const story *whole = &wanted[4];
     for (int64_t k = 0; k < 20; k++) {
         int64_t first = 0;
@@ -153,10 +153,10 @@ static void a_stop_token_ends_it(void)
 static void a_callers_sequence_reads_no_more(void)
 {
     static story got[2];
-    kl_backend *bes[2] = {open_cpu(), open_recording(true)};
+    kl_backend *bes[2] = {tiny_backend(1), open_recording(true)};
     kl_error err = {KL_OK, ""};
     for (int i = 0; i < 2; i++) {
-        kl_engine *e = open_engine(bes[i]);
+        kl_engine *e = tiny_engine_on(bes[i], &tiny_options);
         kl_seq seq;
         int64_t length;
         kl_request r = kinds[4];
@@ -192,7 +192,7 @@ static void those_who_come_are_let_in(void)
 {
     static story got[2];
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     kl_error err = {KL_OK, ""};
     int64_t id;
     memset(got, 0, sizeof got);
@@ -215,7 +215,7 @@ static void requests_come_and_go(void)
     static int kind[N_LIVES];
     static bool unwanted[N_LIVES];
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     kl_generation *g = begin(e, NULL, 0);
     kl_error err = {KL_OK, ""};
     uint64_t index = 0;
@@ -260,7 +260,7 @@ static void others_use_the_engine(void)
 {
     static story got[2];
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     kl_error err = {KL_OK, ""};
     kl_generation *g[2];
     memset(got, 0, sizeof got);
@@ -284,7 +284,7 @@ static void a_generation_can_be_left(void)
 {
     static story got;
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     for (int i = 0; i < 12; i++) {
         memset(&got, 0, sizeof got);
         kl_generation *g = begin(e, &kinds[3 + i % 3], 1);
@@ -301,7 +301,7 @@ static void a_left_step_harms_nobody(void)
 {
     static story got[2];
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     memset(got, 0, sizeof got);
     kl_generation *first = begin(e, &kinds[3], 1), *second = begin(e, &kinds[5], 1);
     EXPECT(run(second, &got[1], 2, NULL, NULL) == KL_OK && e->n_flights == 0);
@@ -319,7 +319,7 @@ static void a_left_step_harms_nobody(void)
 static void only_token_steps_fly(void)
 {
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     kl_pass_inputs in;
     kl_pass_outputs out;
     const kl_pass_shape largest = {.T = 4, .N = 4, .B = 4, .R = 4, .sampling = true, .top = 97};
@@ -375,7 +375,7 @@ static void what_cannot_be_drawn_is_fed(void)
 {
     static story got[2];
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     int k = N_KINDS - 1;
     while (k >= 0 && own_token(k) < 0) k--;
     EXPECT(k > 1);
@@ -404,7 +404,7 @@ static void a_failed_step_ends_its_requests(void)
 {
     static story got[6];
     kl_backend *be = open_recording(true);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     for (int kind = 0; kind < 8; kind++) {
         const kl_request r[6] = {kinds[5], kinds[4], kinds[5], kinds[4], kinds[3], kinds[2]};
         int left = 70 + kind;

@@ -5,12 +5,7 @@
  */
 #include "test.h"
 
-#include "base/memory.h"
-#include "base/rng.h"
-#include "model/cache.h"
-
-#include <math.h>
-#include <stdlib.h>
+#include "tiny_model.h"
 
 enum {
     SLOTS = 5,
@@ -60,31 +55,14 @@ static int64_t draw(world *w, int64_t n)
     return (int64_t)(kl_rng_uniform(w->seed, w->index++) * (double)n);
 }
 
-static void poison(world *w)
-{
-    float *p = w->block;
-    for (size_t i = 0; i < w->bytes / sizeof *p; i++) p[i] = NAN;
-}
-
 static void open_world(world *w, uint64_t seed)
 {
-    const kl_backend_options options = {.threads = 1};
     const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT, EXTRA, KL_LATENTS_ACT};
-    kl_error err = {KL_OK, ""};
-    size_t states, pages;
-    kl_arena a;
     memset(w, 0, sizeof *w);
     w->seed = seed;
     w->next = 1.0f;
-    EXPECT(kl_backend_open("cpu", NULL, &options, &w->be, &err) == KL_OK);
-    kl_arena_init(&a, NULL, 0);
-    EXPECT(kl_cache_layout(NULL, &config, KL_F32, &shape, &a, &states, &pages, &err) == KL_OK);
-    w->bytes = states + pages;
-    w->block = kl_aligned_alloc(w->bytes);
-    poison(w);
-    kl_arena_init(&a, w->block, w->bytes);
-    EXPECT(kl_cache_init(&w->c, w->be, &config, KL_F32, &shape, &a, &err) == KL_OK);
-    EXPECT(a.used == w->bytes);
+    w->be = tiny_backend(1);
+    w->block = tiny_cache(w->be, &config, &shape, &w->c, &w->bytes);
 }
 
 static void close_world(world *w)

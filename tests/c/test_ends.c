@@ -121,19 +121,6 @@ static void ends_of_a_product(void)
             if (cases[i].act == KL_BF16 || f == KL_W_F32) check_map(&cases[i], f);
 }
 
-static void pair_whole(kl_backend *be, void *call)
-{
-    kl_linear_pair *const a = call;
-    RUN_THERE(linear_pair, be, a);
-}
-
-static void pair_pieces(kl_backend *be, void *call)
-{
-    kl_linear_pair *const a = call;
-    RUN_THERE(linear, be, &a->first);
-    RUN_THERE(linear, be, &a->second);
-}
-
 static void check_ended_pair(const ends_case *first, const ends_case *second, bool same,
                              kl_weight_format format)
 {

@@ -8,19 +8,6 @@
 
 /* ---- two products ------------------------------------------------------------------------ */
 
-static void pair_whole(kl_backend *be, void *call)
-{
-    kl_linear_pair *const a = call;
-    RUN_THERE(linear_pair, be, a);
-}
-
-static void pair_pieces(kl_backend *be, void *call)
-{
-    kl_linear_pair *const a = call;
-    RUN_THERE(linear, be, &a->first);
-    RUN_THERE(linear, be, &a->second);
-}
-
 static void check_pair(kl_dtype act, kl_weight_format first, kl_weight_format second,
                        int64_t tokens, int64_t D)
 {

@@ -126,17 +126,9 @@ static kl_status lazy_wait_mark(kl_backend *be, kl_mark *mark, kl_error *err)
     return run_until(*(int64_t *)mark, err);
 }
 
-static kl_backend *open_backend(int threads)
-{
-    const kl_backend_options options = {.threads = threads};
-    kl_backend *be = NULL;
-    EXPECT(kl_backend_open("cpu", NULL, &options, &be, NULL) == KL_OK);
-    return be;
-}
-
 static kl_backend *open_lazy(void)
 {
-    kl_backend *be = open_backend(2);
+    kl_backend *be = tiny_backend(2);
     memset(&lazy, 0, sizeof lazy);
     lazy.be = be;
     lazy.cpu = be->vt;
@@ -203,7 +195,7 @@ static void a_late_device_gets_the_same_weights(void)
         static checkpoint c;
         tiny_checkpoint(&c, &config, bf16 != 0);
         for (int f = 0; f < 4; f++) {
-            kl_backend *one = open_backend(1), *eight = open_backend(8), *late = open_lazy();
+            kl_backend *one = tiny_backend(1), *eight = tiny_backend(8), *late = open_lazy();
             kl_engine *a = new_engine(one, &config, formats[f]);
             kl_engine *b = new_engine(eight, &config, formats[f]);
             kl_engine *d = new_engine(late, &config, formats[f]);

@@ -64,19 +64,12 @@ static int64_t draw(world *w, int64_t n)
 
 static void open_world(world *w, uint64_t seed)
 {
-    const kl_backend_options options = {.threads = 1};
     const kl_cache_shape shape = {SLOTS, PAGES, CONTEXT, EXTRA, KL_LATENTS_ACT};
-    kl_error err = {KL_OK, ""};
-    size_t states, pages;
-    kl_arena a;
+    size_t bytes;
     memset(w, 0, sizeof *w);
     w->seed = seed;
-    EXPECT(kl_backend_open("cpu", NULL, &options, &w->be, &err) == KL_OK);
-    kl_arena_init(&a, NULL, 0);
-    EXPECT(kl_cache_layout(NULL, &small, KL_F32, &shape, &a, &states, &pages, &err) == KL_OK);
-    w->block = kl_aligned_alloc(states + pages);
-    kl_arena_init(&a, w->block, states + pages);
-    EXPECT(kl_cache_init(&w->c, w->be, &small, KL_F32, &shape, &a, &err) == KL_OK);
+    w->be = tiny_backend(1);
+    w->block = tiny_cache(w->be, &small, &shape, &w->c, &bytes);
     kl_prefix_init(&w->p, &w->c);
     w->p.on = true;
 }

@@ -57,8 +57,8 @@ static int64_t generate(kl_engine *e, outcome *out)
 static void replayed_steps_have_the_bits_of_enqueued_ones(void)
 {
     static outcome wanted[MAX_EVENTS], got[MAX_EVENTS];
-    kl_backend *plain = open_cpu(), *be = open_recording(false);
-    kl_engine *a = open_engine(plain), *b = open_engine(be);
+    kl_backend *plain = tiny_backend(1), *be = open_recording(false);
+    kl_engine *a = tiny_engine_on(plain, &tiny_options), *b = tiny_engine_on(be, &tiny_options);
     const int64_t n = generate(a, wanted);
     EXPECT(n == 30 + 50 + 70 + 90 + 110);
     for (int turn = 0; turn < 2; turn++) {
@@ -118,7 +118,7 @@ static void the_table_has_an_end(void)
 {
     batch b;
     kl_backend *be = open_recording(false);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     kl_error err = {KL_OK, ""};
     for (int n = 1; n <= 4; n++) {
         make_batch(e, &b);
@@ -143,7 +143,7 @@ static void logits_and_captures_are_enqueued(void)
     static float stream[4 * 24];
     batch b;
     kl_backend *be = open_recording(false);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     kl_error err = {KL_OK, ""};
     const kl_capture capture = {1, stream};
     make_batch(e, &b);
@@ -174,7 +174,7 @@ static void failures_leave_a_usable_engine(void)
     batch b;
     int calls = 0;
     kl_backend *be = open_recording(false);
-    kl_engine *e = open_engine(be);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
     kl_error err = {KL_OK, ""};
     make_batch(e, &b);
     for (int kind = 0; kind < N; kind++) {

@@ -36,17 +36,12 @@ static kl_status counted_embedding(kl_backend *be, const kl_embedding *a, kl_err
 static kl_engine *open_engine(kl_backend **be, const kl_engine_options *options)
 {
     static kl_backend_vtbl table;
-    const kl_backend_options one = {.threads = 1};
-    kl_engine *e = NULL;
-    kl_error err = {KL_OK, ""};
-    EXPECT(kl_backend_open("cpu", NULL, &one, be, &err) == KL_OK);
+    *be = tiny_backend(1);
     table = *(*be)->vt;
     plain_embedding = table.embedding;
     table.embedding = counted_embedding;
     (*be)->vt = &table;
-    EXPECT(kl_engine_new(*be, &tiny_config, options, &e, &err) == KL_OK);
-    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
-    return e;
+    return tiny_engine_on(*be, options);
 }
 
 static void close_engine(kl_engine *e, kl_backend *be)

@@ -6,11 +6,13 @@
 #define KL_TINY_MODEL_H
 
 #include "base/bf16.h"
+#include "base/memory.h"
 #include "base/rng.h"
-#include "model/engine.h"
+#include "model/engine_struct.h"
 #include "model/weights.h"
 #include "test.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -108,17 +110,60 @@ static inline void tiny_checkpoint(checkpoint *c, const kl_config *config, bool 
     c->fd = fileno(c->file);
 }
 
-/* The tiny model with random weights on a CPU. */
-static inline kl_engine *tiny_engine(kl_backend **be, const kl_engine_options *options)
+static inline kl_status tiny_load(kl_engine *e, checkpoint *c, kl_error *err)
 {
-    const kl_backend_options one_thread = {.threads = 1};
+    int64_t unused = -1;
+    return kl_engine_load(e, &c->fd, 1, c->sources, c->n, &unused, NULL, NULL, NULL, err);
+}
+
+static inline void tiny_ids(int32_t *ids, int64_t n, uint64_t seed)
+{
+    for (int64_t i = 0; i < n; i++)
+        ids[i] = (int32_t)(kl_rng_uniform(seed, (uint64_t)i) * (double)tiny_config.vocab_size);
+}
+
+static inline kl_backend *tiny_backend(int threads)
+{
+    const kl_backend_options options = {.threads = threads};
+    kl_backend *be = NULL;
+    kl_error err = {KL_OK, ""};
+    EXPECT(kl_backend_open("cpu", NULL, &options, &be, &err) == KL_OK);
+    return be;
+}
+
+/* The tiny model with random weights, on a backend or on a CPU of its own. */
+static inline kl_engine *tiny_engine_on(kl_backend *be, const kl_engine_options *options)
+{
     kl_engine *e = NULL;
     kl_error err = {KL_OK, ""};
-    EXPECT(kl_backend_open("cpu", NULL, &one_thread, be, &err) == KL_OK);
-    EXPECT(kl_engine_new(*be, &tiny_config, options, &e, &err) == KL_OK);
+    EXPECT(kl_engine_new(be, &tiny_config, options, &e, &err) == KL_OK);
     EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
     EXPECT_TEXT(err.message, "");
     return e;
+}
+
+static inline kl_engine *tiny_engine(kl_backend **be, const kl_engine_options *options)
+{
+    *be = tiny_backend(1);
+    return tiny_engine_on(*be, options);
+}
+
+/* A cache in a block of its own, poisoned. */
+static inline void *tiny_cache(kl_backend *be, const kl_config *config,
+                               const kl_cache_shape *shape, kl_cache *cache, size_t *bytes)
+{
+    kl_error err = {KL_OK, ""};
+    size_t states, pages;
+    kl_arena a;
+    kl_arena_init(&a, NULL, 0);
+    EXPECT(kl_cache_layout(NULL, config, KL_F32, shape, &a, &states, &pages, &err) == KL_OK);
+    *bytes = states + pages;
+    float *const block = kl_aligned_alloc(*bytes);
+    for (size_t i = 0; i < *bytes / sizeof *block; i++) block[i] = NAN;
+    kl_arena_init(&a, block, *bytes);
+    EXPECT(kl_cache_init(cache, be, config, KL_F32, shape, &a, &err) == KL_OK);
+    EXPECT(a.used == *bytes);
+    return block;
 }
 
 /* Nothing of it is in use any more. */
