@@ -8,6 +8,10 @@ import ctypes
 from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64, c_void_p, cast, py_object, pythonapi
 
+import numpy as np
+
+from kimi_linear import ops
+
 CPU, CUDA, CUDA_HOST = (1, 0), (2, 0), (3, 0)
 FLOAT32, FLOAT64, BFLOAT16, INT32 = (2, 32), (2, 64), (4, 16), (0, 32)
 READ_ONLY, IS_COPIED = 1, 2
@@ -156,3 +160,26 @@ def lend(table, array):
     out = c_void_p()
     assert table.from_object(id(array), byref(out)) == 0
     return cast(out, POINTER(Versioned)).contents
+
+
+# ---- a call -----------------------------------------------------------------------------------
+
+rng = np.random.default_rng(7)
+W = rng.standard_normal((5, 6), dtype=np.float32)
+
+
+def draw(*shape):
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def product(x):
+    """linear() on x with a fixed weight, as NumPy."""
+    return np.from_dlpack(ops.linear(x, W))
+
+
+def expected(x):
+    return (x.astype(np.float64) @ W.T.astype(np.float64)).astype(np.float32)
+
+
+def check(producer, x):
+    np.testing.assert_allclose(product(producer), expected(x), rtol=1e-5, atol=1e-5)

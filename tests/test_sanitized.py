@@ -15,8 +15,8 @@ pytestmark = needs_compiler
 # What parses the bytes of others, and every operation, each allocation of it failing once.
 SUITES = [
     "tests/python/test_checkpoint.py", "tests/python/test_hostile.py", "tests/python/test_buffers.py",
-    "tests/python/test_dlpack.py", "tests/python/test_ops_api.py", "tests/python/test_state.py",
-    "tests/python/test_state_file.py",
+    "tests/python/test_dlpack.py", "tests/python/test_dlpack_out.py", "tests/python/test_ops_api.py",
+    "tests/python/test_ops_refusals.py", "tests/python/test_state.py", "tests/python/test_state_file.py",
 ]  # fmt: skip
 NOT_HERE = "test_unused_capsules_do_not_leak"  # measures the process, whose freed memory ASan keeps
 
