@@ -38,8 +38,9 @@ static void table_end(kl_table *t)
 
 /* ---- life ------------------------------------------------------------------------------ */
 
-int kl_call_begin(kl_call *c, PyObject *module, const char *op, PyObject *backend,
-                  PyObject *stream)
+/* On failure nothing has to be ended. */
+static int begin(kl_call *c, PyObject *module, const char *op, PyObject *backend,
+                 PyObject *stream)
 {
     /* The inline parts need no clearing: the tables say what is in them. */
     memset(c, 0, offsetof(kl_call, first_arrays));
@@ -67,7 +68,7 @@ static void drop_output(kl_output *out)
     Py_XDECREF(out->object);
 }
 
-void kl_call_end(kl_call *c)
+static void end(kl_call *c)
 {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace); /* dropping arrays may run Python */
@@ -82,6 +83,18 @@ void kl_call_end(kl_call *c)
     Py_XDECREF(c->descr);
     Py_XDECREF(c->backend);
     PyErr_Restore(type, value, trace);
+}
+
+PyObject *kl_call_python(PyObject *module, const char *op, PyObject *const *args,
+                         Py_ssize_t nargs, Py_ssize_t count, bool streams, kl_run_fn run)
+{
+    kl_call c;
+    if (kl_parse_count(op, nargs, count) < 0 ||
+        begin(&c, module, op, args[0], streams ? args[count - 1] : Py_None) < 0)
+        return NULL;
+    PyObject *result = run(&c, args);
+    end(&c);
+    return result;
 }
 
 int kl_call_lacks(const kl_call *c)

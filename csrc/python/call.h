@@ -1,15 +1,15 @@
 /*
  * call.h -- one call of an operation: its borrowed arguments, its outputs, its memory.
  *
- *     kl_call c;
- *     if (kl_call_begin(&c, module, "linear", args[0], stream) < 0) ...
- *     kl_arg(&c, "x", args[1], KL_FLOATS, 2, KL_ROWS, &a.x) ...
- *     kl_out(&c, "out", args[3], KL_F32, 2, shape, &a.out, &y) ...
- *     if (kl_call_linear(&c, &a) == 0) result = kl_out_take(&c, y);
- *     kl_call_end(&c);
+ *     static PyObject *run_linear(kl_call *c, PyObject *const *args)
+ *         kl_arg(c, "x", args[1], KL_FLOATS, 2, KL_ROWS, &a.x) ...
+ *         kl_out(c, "out", args[3], KL_F32, 2, shape, &a.out, &y) ...
+ *         return kl_call_linear(c, &a) < 0 ? NULL : kl_out_take(c, y);
+ *
+ *     return kl_call_python(module, "linear", args, nargs, 5, true, run_linear);
  *
  * Functions return 0, or -1 with an exception that names the operation and the argument.
- * Everything borrowed or made belongs to the call until kl_call_end().
+ * Everything borrowed or made belongs to the call and ends with it.
  */
 #ifndef KL_PYTHON_CALL_H
 #define KL_PYTHON_CALL_H
@@ -91,10 +91,12 @@ typedef struct {
     void *first_blocks[KL_CALL_INLINE];
 } kl_call;
 
-/* On failure nothing has to be ended. stream: None or an int. */
-int kl_call_begin(kl_call *c, PyObject *module, const char *op, PyObject *backend,
-                  PyObject *stream);
-void kl_call_end(kl_call *c);
+typedef PyObject *(*kl_run_fn)(kl_call *c, PyObject *const *args);
+
+/* A call from its beginning to its end: `count` arguments, the first a backend; with `streams` the
+ * last is a stream, None or an int. */
+PyObject *kl_call_python(PyObject *module, const char *op, PyObject *const *args,
+                         Py_ssize_t nargs, Py_ssize_t count, bool streams, kl_run_fn run);
 
 /* Refuse early what the backend lacks: before anything is borrowed or copied for it. */
 int kl_call_lacks(const kl_call *c);

@@ -95,13 +95,7 @@ static PyObject *run_kda_prefill(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_kda_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("kda_prefill", nargs, 20) < 0 ||
-        kl_call_begin(&c, module, "kda_prefill", args[0], args[19]) < 0)
-        return NULL;
-    PyObject *result = run_kda_prefill(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "kda_prefill", args, nargs, 20, true, run_kda_prefill);
 }
 
 static PyObject *run_kda_decode(kl_call *c, PyObject *const *args)
@@ -121,13 +115,7 @@ static PyObject *run_kda_decode(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_kda_decode(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("kda_decode", nargs, 17) < 0 ||
-        kl_call_begin(&c, module, "kda_decode", args[0], args[16]) < 0)
-        return NULL;
-    PyObject *result = run_kda_decode(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "kda_decode", args, nargs, 17, true, run_kda_decode);
 }
 
 /* activation: "silu" or None. */
@@ -169,11 +157,5 @@ static PyObject *run_short_conv(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_short_conv(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("short_conv", nargs, 8) < 0 ||
-        kl_call_begin(&c, module, "short_conv", args[0], args[7]) < 0)
-        return NULL;
-    PyObject *result = run_short_conv(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "short_conv", args, nargs, 8, true, run_short_conv);
 }

@@ -217,13 +217,7 @@ static PyObject *run_mla_prefill(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_mla_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("mla_prefill", nargs, 10) < 0 ||
-        kl_call_begin(&c, module, "mla_prefill", args[0], args[9]) < 0)
-        return NULL;
-    PyObject *result = run_mla_prefill(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "mla_prefill", args, nargs, 10, true, run_mla_prefill);
 }
 
 /* Every entry that a context reads must name a page. Not looked at on a GPU. */
@@ -291,11 +285,5 @@ static PyObject *run_mla_decode(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_mla_decode(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("mla_decode", nargs, 10) < 0 ||
-        kl_call_begin(&c, module, "mla_decode", args[0], args[9]) < 0)
-        return NULL;
-    PyObject *result = run_mla_decode(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "mla_decode", args, nargs, 10, true, run_mla_decode);
 }

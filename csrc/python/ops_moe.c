@@ -31,13 +31,7 @@ static PyObject *run_moe_route(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_moe_route(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("moe_route", nargs, 10) < 0 ||
-        kl_call_begin(&c, module, "moe_route", args[0], args[9]) < 0)
-        return NULL;
-    PyObject *result = run_moe_route(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "moe_route", args, nargs, 10, true, run_moe_route);
 }
 
 /* shared: None, or (w1, w3, w2). */
@@ -74,11 +68,5 @@ static PyObject *run_moe_experts(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_moe_experts(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("moe_experts", nargs, 10) < 0 ||
-        kl_call_begin(&c, module, "moe_experts", args[0], args[9]) < 0)
-        return NULL;
-    PyObject *result = run_moe_experts(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "moe_experts", args, nargs, 10, true, run_moe_experts);
 }

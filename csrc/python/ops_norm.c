@@ -32,13 +32,7 @@ static PyObject *run_rms_norm(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("rms_norm", nargs, 7) < 0 ||
-        kl_call_begin(&c, module, "rms_norm", args[0], args[6]) < 0)
-        return NULL;
-    PyObject *result = run_rms_norm(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "rms_norm", args, nargs, 7, true, run_rms_norm);
 }
 
 /* [rows, D] as [rows, 1, D]: heads share the weight, so one head of more rows is the same. */
@@ -104,11 +98,5 @@ static PyObject *run_gated_rms_norm(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_gated_rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("gated_rms_norm", nargs, 7) < 0 ||
-        kl_call_begin(&c, module, "gated_rms_norm", args[0], args[6]) < 0)
-        return NULL;
-    PyObject *result = run_gated_rms_norm(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "gated_rms_norm", args, nargs, 7, true, run_gated_rms_norm);
 }

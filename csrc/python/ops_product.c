@@ -22,13 +22,7 @@ static PyObject *run_linear(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("linear", nargs, 5) < 0 ||
-        kl_call_begin(&c, module, "linear", args[0], args[4]) < 0)
-        return NULL;
-    PyObject *result = run_linear(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "linear", args, nargs, 5, true, run_linear);
 }
 
 /* Outputs in the order of the tuple: logprobs, greedy, top_ids, top_logprobs. */
@@ -53,11 +47,5 @@ static PyObject *run_token_logprobs(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_token_logprobs(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("token_logprobs", nargs, 6) < 0 ||
-        kl_call_begin(&c, module, "token_logprobs", args[0], args[5]) < 0)
-        return NULL;
-    PyObject *result = run_token_logprobs(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "token_logprobs", args, nargs, 6, true, run_token_logprobs);
 }

@@ -80,11 +80,5 @@ static PyObject *run_sample(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_sample(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("sample", nargs, 5) < 0 ||
-        kl_call_begin(&c, module, "sample", args[0], Py_None) < 0)
-        return NULL;
-    PyObject *result = run_sample(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "sample", args, nargs, 5, false, run_sample);
 }

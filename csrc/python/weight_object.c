@@ -116,13 +116,7 @@ static PyObject *run_quantize(kl_call *c, PyObject *const *args)
 
 PyObject *kl_py_quantize(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    kl_call c;
-    if (kl_parse_count("quantize", nargs, 3) < 0 ||
-        kl_call_begin(&c, module, "quantize", args[0], Py_None) < 0)
-        return NULL;
-    PyObject *result = run_quantize(&c, args);
-    kl_call_end(&c);
-    return result;
+    return kl_call_python(module, "quantize", args, nargs, 3, false, run_quantize);
 }
 
 /* ---- attributes ------------------------------------------------------------------------ */
