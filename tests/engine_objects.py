@@ -1,6 +1,7 @@
 """What the tests of `kl.Engine` share: a small model, an engine on it that must end without
 sequences, and answers to compare."""
 
+import threading
 import time
 
 import pytest
@@ -35,6 +36,31 @@ def engine(model):
     with kl.Engine(model) as e:
         yield e
     assert model._engine.usage() == (0, 0), "sequences or pages are still held"
+
+
+class Gate:
+    """A logits_processor that changes nothing, but keeps its engine waiting before the token after
+    `after` of the text, until it is opened: what a test does meanwhile has no race to win."""
+
+    after = 1
+
+    def __init__(self):
+        self._opened = threading.Event()
+
+    def __call__(self, ids, logits):
+        if len(ids) >= self.after:
+            assert self._opened.wait(60), "nobody opens the gate"
+
+    def open(self):
+        self._opened.set()
+
+
+@pytest.fixture
+def gate(engine):
+    """It is open when the engine is closed."""
+    g = Gate()
+    yield g
+    g.open()
 
 
 def same(got, want):

@@ -25,7 +25,7 @@ class Served:
     def __init__(self, url, engine):
         self.url, self.engine = url, engine
 
-    def idle(self, seconds=5.0):
+    def idle(self, seconds=20.0):
         """Whether all sequences are given back within that time."""
         return eventually(lambda: busy(self.engine) == 0, seconds)
 
@@ -35,7 +35,7 @@ def busy(engine):
     return stats.running + stats.waiting
 
 
-def eventually(holds, seconds=5.0):
+def eventually(holds, seconds=20.0):
     end = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > end:

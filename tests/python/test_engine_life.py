@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 import weakref
 
 import engine_hammer
@@ -18,6 +17,7 @@ from engine_objects import (  # noqa: F401
     SHORT,
     answer_of,
     engine,
+    gate,
     model,
     roomy,
     same,
@@ -47,9 +47,11 @@ def test_async(model, engine):
     same(asyncio.run(answer_of(asyncio.run(main())[0])), want)  # in another loop, long after
 
 
-def test_a_cancelled_task_cancels_its_request(roomy):
+def test_a_cancelled_task_cancels_its_request(engine, gate):
     async def main():
-        awaited, shielded, looped = (engine.submit([1], **LONGER) for _ in range(3))
+        awaited, shielded, looped = (
+            engine.submit([1], logits_processor=gate, **SHORT) for _ in range(3)
+        )
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(awaited, 0.01)
         with pytest.raises(TimeoutError):
@@ -61,10 +63,10 @@ def test_a_cancelled_task_cancels_its_request(roomy):
 
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(loop(), 0.01)
+        gate.open()
         return [(await r).finish_reason for r in (awaited, shielded, looped)]
 
-    with kl.Engine(roomy) as engine:
-        assert asyncio.run(main()) == ["cancelled", "length", "length"]
+    assert asyncio.run(main()) == ["cancelled", "length", "length"]
 
 
 def test_a_loop_may_be_gone(engine):
@@ -211,7 +213,6 @@ def run_python(code, device="cpu"):
 )
 def test_the_interpreter_exits_with_a_live_engine(model, how):
     """Running, waiting, streamed in another thread, an idle engine: none keeps the process."""
-    start = time.monotonic()
     done = run_python(f"""
         r = [engine.submit([1], **endless) for _ in range(4)]
         idle = kl.Engine(model)
@@ -225,7 +226,7 @@ def test_the_interpreter_exits_with_a_live_engine(model, how):
         done.stderr
     )
     assert ("LookupError" in done.stderr) == (how == "raise LookupError")
-    assert "Fatal" not in done.stderr and time.monotonic() - start < 15
+    assert "Fatal" not in done.stderr
 
 
 def test_a_fork_says_so():

@@ -208,22 +208,18 @@ def python(code, *, env=None, args=(), check=True):
 
 
 IMPORT = """
-import sys, time, threading, os
+import sys, threading, os
 fds = len(os.listdir("/proc/self/fd"))
-start = time.perf_counter()
 import kimi_linear
-took = time.perf_counter() - start
 heavy = {"numpy", "torch", "tiktoken", "tqdm", "json", "kimi_linear._core"} & set(sys.modules)
 assert len(os.listdir("/proc/self/fd")) == fds and threading.active_count() == 1
 assert set(kimi_linear.__all__) <= set(dir(kimi_linear))
-print(took, *heavy)
+print(*heavy)
 """
 
 
-def test_import_is_fast_and_touches_nothing():
-    runs = [python(IMPORT).stdout.split() for _ in range(3)]
-    assert all(len(run) == 1 for run in runs), runs
-    assert min(float(run[0]) for run in runs) < 0.1
+def test_import_touches_nothing():
+    assert python(IMPORT).stdout.split() == []
 
 
 def test_importing_every_public_name_leaves_torch_alone():

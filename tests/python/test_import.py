@@ -1,10 +1,10 @@
 """What importing the package does, and what it does not, in a fresh interpreter."""
 
-import statistics
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 FRESH = [sys.executable, "-c"]
 
@@ -16,11 +16,16 @@ def run(code, **options):
 
 
 def test_import_takes_less_than_a_tenth_of_a_second():
-    code = (
-        "import time; t = time.perf_counter(); import kimi_linear; "
-        "print(time.perf_counter() - t)"
-    )
-    assert statistics.median(float(run(code)) for _ in range(5)) < 0.1
+    code = """
+import sys
+sys.path.append("{tests}")
+from clocks import now, within
+start = now()
+import kimi_linear
+print(within(0.1, start), now()[0] - start[0])
+"""
+    found = [run(code.format(tests=ROOT / "tests")).split() for _ in range(5)]
+    assert sum(fast == "True" for fast, _ in found) > 2, found
 
 
 @pytest.mark.parametrize("module", ["kimi_linear", "kimi_linear._core", "kimi_linear.ops"])

@@ -35,7 +35,7 @@ def test_a_stream_that_nobody_reads_is_cancelled(client, served):
 @pytest.mark.parametrize("extra", [{}, {"n": 20}, {"stream": True}], ids=str)
 def test_a_client_that_hangs_up_is_not_answered(served, extra):
     """Running and waiting alike: the 20 answers are more than the sequences."""
-    done = served.engine.stats()
+    before = served.engine.stats().new_tokens
     body = dict(prompt=STORY, max_tokens=400, ignore_eos=True) | extra
     data = json.dumps(body).encode()
     host, port = served.url.removeprefix("http://").split(":")
@@ -45,7 +45,8 @@ def test_a_client_that_hangs_up_is_not_answered(served, extra):
             b"Content-Length: %d\r\n\r\n%b" % (len(data), data)
         )
         assert servers.eventually(lambda: servers.busy(served.engine) == body.get("n", 1))
-    assert served.idle(2.0), (done, served.engine.stats())
+    assert served.idle()
+    assert served.engine.stats().new_tokens - before < 400 * body.get("n", 1)
 
 
 def test_a_failure_cancels_the_answers_beside_it(model):
@@ -66,14 +67,14 @@ def test_a_failure_cancels_the_answers_beside_it(model):
         got = post(s, **body)
         assert got.status_code == 500
         assert "not finite" in got.json()["error"]["message"]
-        assert s.idle(2.0)
+        assert s.idle() and s.engine.stats().new_tokens < 2 * 400
         with client_of(s) as c, pytest.raises(openai.APIError, match="not finite"):
             list(
                 c.completions.create(
                     model="small_model", prompt=STORY, n=3, stream=True, **LONG
                 )
             )
-        assert s.idle(2.0)
+        assert s.idle() and s.engine.stats().new_tokens < 2 * 2 * 400
     engine.close()
 
 
@@ -102,7 +103,7 @@ def test_more_prompts_than_may_wait_are_told_to_come_back(model):
         assert got.json()["error"]["type"] == "rate_limit_error"
         assert servers.eventually(lambda: servers.busy(s.engine) == 8)  # none was left behind
         busy.close()
-        assert s.idle(2.0)
+        assert s.idle()
         assert post(s, prompt=STORY, max_tokens=1).status_code == 200
         got = post(s, prompt=[STORY] * 13)
         assert got.status_code == 400 and "at most 12 answers" in got.json()["error"]["message"]
