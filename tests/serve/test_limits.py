@@ -124,6 +124,14 @@ def test_a_prompt_is_scored_though_answers_hold_all_sequences(model, monkeypatch
         begun.append(stats.done + stats.running + stats.waiting)
         return found
 
+    def until_then(ids, logits):
+        found_no_room.wait(0.02)  # of every token: the answers are there when the prompt comes
+
+    def slowly(self, prompt, **sampling):
+        return submit(self, prompt, logits_processor=until_then, **sampling)
+
+    submit = kl.Engine.submit
+    monkeypatch.setattr(kl.Engine, "submit", slowly)
     monkeypatch.setattr(Scorer, "_read", spied)
 
     def ask(name, **body):
