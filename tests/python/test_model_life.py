@@ -182,14 +182,15 @@ def resident_bytes():
 @pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
 def test_memory_is_really_given_back(close):
     config = tiny_config(vocab_size=20_000, hidden_size=512)
-    before = resident_bytes()
-    m = random_model(config, device="cpu", dtype="f32", max_context=256, max_batch=1)
-    assert m.plan.weights > 80e6
-    m.logits([1, 2, 3])
-    held = resident_bytes() - before
-    assert 0.9 * m.plan.weights < held < 1.3 * m.plan.total
-    if close:
-        m.close()
-    else:
-        del m
+    for _ in range(2):  # after the first, what a process keeps is there
+        before = resident_bytes()
+        m = random_model(config, device="cpu", dtype="f32", max_context=256, max_batch=1)
+        assert m.plan.weights > 80e6
+        m.logits([1, 2, 3])
+        held = resident_bytes() - before
+        assert 0.9 * m.plan.weights < held < 1.3 * m.plan.total
+        if close:
+            m.close()
+        else:
+            del m
     assert resident_bytes() - before < 0.1 * held
