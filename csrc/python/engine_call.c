@@ -27,14 +27,14 @@ struct kl_waiter {
     kl_waiter *next;
 };
 
-static void append(EngineObject *self, kl_waiter *w)
+static void join_queue(EngineObject *self, kl_waiter *w)
 {
     kl_waiter **link = &self->waiters;
     while (*link != NULL) link = &(*link)->next;
     *link = w;
 }
 
-static void remove(EngineObject *self, kl_waiter *w)
+static void leave_queue(EngineObject *self, kl_waiter *w)
 {
     kl_waiter **link = &self->waiters;
     while (*link != w) link = &(*link)->next;
@@ -61,7 +61,7 @@ static int wait_for_turn(EngineObject *self, kl_waiter *w)
         Py_END_ALLOW_THREADS if (got == PY_LOCK_ACQUIRED) return 0;
         if (PyErr_CheckSignals() == 0) continue;
         if (self->owner == w->thread) kl_engine_leave(self); /* it became ours meanwhile */
-        else remove(self, w);
+        else leave_queue(self, w);
         return -1;
     }
 }
@@ -74,7 +74,7 @@ static int wait_in_queue(EngineObject *self)
         return -1;
     }
     PyThread_acquire_lock(w.turn, NOWAIT_LOCK);
-    append(self, &w);
+    join_queue(self, &w);
     const int got = wait_for_turn(self, &w);
     PyThread_free_lock(w.turn);
     return got;

@@ -57,6 +57,14 @@ def bad(case, message, **changes):
     return pytest.param(case, changes, message, id=f"{case}: {message[:40]}")
 
 
+def refused(error, case, changes, message):
+    op, args, options = copied(case)
+    args = {n: changes.get(n, a) for n, a in args.items()}
+    options |= {n: v for n, v in changes.items() if n not in args}
+    with pytest.raises(error, match=f"{op}: .*{message}"):
+        call(ops, op, args, options)
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
@@ -123,11 +131,7 @@ def bad(case, message, **changes):
     ],
 )  # fmt: skip
 def test_wrong_values(case, changes, message):
-    op, args, options = copied(case)
-    args = {n: changes.get(n, a) for n, a in args.items()}
-    options |= {n: v for n, v in changes.items() if n not in args}
-    with pytest.raises(ValueError, match=f"{op}: .*{message}"):
-        call(ops, op, args, options)
+    refused(ValueError, case, changes, message)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +149,7 @@ def test_wrong_values(case, changes, message):
     ],
 )
 def test_wrong_types(case, changes, message):
-    op, args, options = copied(case)
-    args = {n: changes.get(n, a) for n, a in args.items()}
-    options |= {n: v for n, v in changes.items() if n not in args}
-    with pytest.raises(TypeError, match=f"{op}: .*{message}"):
-        call(ops, op, args, options)
+    refused(TypeError, case, changes, message)
 
 
 def test_activations_of_two_kinds():
