@@ -1,6 +1,7 @@
 """What the tests of `kl.Engine` share: a small model, an engine on it that must end without
 sequences, and answers to compare."""
 
+import math
 import threading
 import time
 
@@ -39,20 +40,22 @@ def engine(model):
 
 
 class Gate:
-    """A logits_processor that changes nothing, but keeps its engine waiting before the token after
-    `after` of the text, until it is opened: what a test does meanwhile has no race to win."""
-
-    after = 1
+    """A logits_processor that changes nothing, but keeps its engine waiting before a text's first
+    token, and, once it is open, before token `until` of prompt and text: what a test does meanwhile
+    has no race to win."""
 
     def __init__(self):
-        self._opened = threading.Event()
+        self._until = 0
+        self._moved = threading.Condition()
 
     def __call__(self, ids, logits):
-        if len(ids) >= self.after:
-            assert self._opened.wait(60), "nobody opens the gate"
+        with self._moved:
+            assert self._moved.wait_for(lambda: len(ids) < self._until, 60), "nobody opens the gate"
 
-    def open(self):
-        self._opened.set()
+    def open(self, until=math.inf):
+        with self._moved:
+            self._until = until
+            self._moved.notify_all()
 
 
 @pytest.fixture

@@ -141,15 +141,16 @@ def test_closing_the_model_ends_the_engine(model):
         kl.Engine(m)
 
 
-def test_stats(engine):
+def test_stats(engine, gate):
     assert engine.stats().tokens_per_s == 0
     engine.generate([[1] * 100, [2]], **SHORT)
     stats = engine.stats()
     assert (stats.done, stats.prompt_tokens, stats.new_tokens) == (2, 101, 8)
     assert (stats.running, stats.waiting, stats.sequences, stats.pages_used) == (0, 0, 0, 0)
     assert stats.tokens_per_s > 0 and stats.pages == SEQUENCES * 8
-    requests = [engine.submit([1] * 70, **LONG) for _ in range(5)]
-    next(iter(requests[0]))
+    requests = [engine.submit([1] * 70, logits_processor=gate, **LONG) for _ in range(5)]
+    gate.open(300)  # all are there before the first token, nobody's text ends
+    next(iter(requests[SEQUENCES - 1]))
     stats = engine.stats()
     assert stats.running == stats.sequences == SEQUENCES and stats.waiting == 2
     assert stats.pages_used >= 2

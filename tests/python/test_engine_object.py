@@ -234,7 +234,7 @@ def test_sequences_of_others_are_not_waited_for(model):
 
 
 def test_cancel(model, engine, gate):
-    gate.after = 20
+    gate.open(20)
     running = [engine.submit([1], logits_processor=gate, **LONG) for _ in range(SEQUENCES)]
     waiting = engine.submit([2], **LONG)
     for _ in zip(range(5), running[0], strict=False):
