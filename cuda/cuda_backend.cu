@@ -384,6 +384,7 @@ static constexpr kl_backend_vtbl make_table()
 #define KL_ENTRY(op) t.op##_workspace = kl_cuda_##op##_workspace;
     KL_CUDA_WORKSPACES(KL_ENTRY)
 #undef KL_ENTRY
+    t.router_sums = kl_cuda_router_sums;
     return t;
 }
 

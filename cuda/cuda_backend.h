@@ -83,7 +83,8 @@ static inline kl_status kl_cuda_multiprocessors(int *count, kl_error *err)
     X(moe)                                                                                     \
     X(mla_decode)                                                                              \
     X(mla_prefill)                                                                             \
-    X(token_logprobs)
+    X(token_logprobs)                                                                          \
+    X(sample)
 
 #define KL_DECLARE(op) kl_status kl_cuda_##op(kl_backend *be, const kl_##op *a, kl_error *err);
 KL_CUDA_OPS(KL_DECLARE)
@@ -91,5 +92,6 @@ KL_CUDA_OPS(KL_DECLARE)
 #define KL_DECLARE(op) size_t kl_cuda_##op##_workspace(kl_backend *be, const kl_##op *a);
 KL_CUDA_WORKSPACES(KL_DECLARE)
 #undef KL_DECLARE
+size_t kl_cuda_router_sums(kl_backend *be, const kl_weight *before, const kl_moe *a);
 
 #endif

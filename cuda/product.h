@@ -21,6 +21,8 @@ typedef struct {
     float norm_eps;
     float *residual; /* [T, O] dense, if it adds; not with an `up` */
     void *h;         /* [T, w.cols] act: h is stored, too; or NULL, but for ..._single() */
+    kl_router_ahead ahead; /* only where ..._step_routes() */
+    float *peaks;          /* kl_linear's, of an f32 out; or NULL, but for ..._step() */
 } kl_cuda_product;
 
 /* Enqueue it, with at least kl_cuda_product_workspace() bytes of scratch memory. What the kernel
@@ -28,6 +30,9 @@ typedef struct {
 kl_status kl_cuda_product_run(kl_backend *be, const kl_cuda_product *p, kl_workspace ws,
                               kl_error *err);
 size_t kl_cuda_product_workspace(const kl_cuda_product *p);
+
+/* Whether a linear with a residual can do the work of a router `ahead`. */
+bool kl_cuda_linear_routes(kl_backend *be, const kl_linear *a);
 
 /* The ways to compute it: a weight that streams by once, for a few tokens; tiles of tokens and
  * outputs, for many (not float32 weights; on a batch-invariant backend with the bits of the
@@ -43,12 +48,13 @@ kl_status kl_cuda_product_any(kl_backend *be, const kl_cuda_product *p, kl_error
  * And streaming as in few, also with a residual, bit for bit unless it halves the columns or makes
  * x whole numbers, as not on a batch-invariant backend; or two such products of one h at once,
  * which it does not halve: neither has an `up`, and their weights are of one format or the first's
- * is bf16. */
+ * is bf16. Where it does not halve, it leaves the peaks of one product. */
 bool kl_cuda_product_single_takes(const kl_cuda_product *p); /* whatever T */
 kl_status kl_cuda_product_single(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_f32(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 bool kl_cuda_product_step_takes(const kl_cuda_product *p);
 bool kl_cuda_product_step_halves(kl_backend *be, const kl_cuda_product *p);
+bool kl_cuda_product_step_routes(kl_backend *be, const kl_cuda_product *p);
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first,
                                     const kl_cuda_product *second, kl_error *err);

@@ -16,7 +16,7 @@
 
 /* Raised with every change to kl_backend_vtbl or to a struct of ops.h; a library built with
  * another number is refused. */
-#define KL_BACKEND_ABI 11u
+#define KL_BACKEND_ABI 13u
 
 /* The only symbol the CUDA library exports. */
 #define KL_CUDA_ENTRY "kl_cuda_backend_entry"
@@ -96,6 +96,10 @@ typedef struct {
     size_t (*op##_workspace)(kl_backend * be, const kl_##op *a);
     KL_OPS(KL_ENTRY)
 #undef KL_ENTRY
+
+    /* Bytes of the sums that a linear by `before` leaves for the layer `a` of a single token,
+     * whose x is its residual (router_ahead.h); 0: it leaves none. NULL: none ever does. */
+    size_t (*router_sums)(kl_backend *be, const kl_weight *before, const kl_moe *a);
 } kl_backend_vtbl;
 
 struct kl_backend {

@@ -209,6 +209,15 @@ kl_status kl_require_range(const char *op, const char *name, int64_t value, int6
                    (long long)low, (long long)high, (long long)value);
 }
 
+kl_status kl_require_aligned(const char *op, const char *name, const void *data, size_t bytes,
+                             kl_error *err)
+{
+    const size_t past = (uintptr_t)data % bytes;
+    if (past == 0) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE, "%s: %s must be aligned to %zu bytes, got %zu past it",
+                   op, name, bytes, past);
+}
+
 kl_status kl_require_finite(const char *op, const char *name, double value, kl_error *err)
 {
     if (isfinite(value)) return KL_OK;

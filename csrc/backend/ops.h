@@ -28,6 +28,7 @@
 #ifndef KL_BACKEND_OPS_H
 #define KL_BACKEND_OPS_H
 
+#include "backend/router_ahead.h"
 #include "base/error.h"
 #include "base/latents.h"
 #include "base/tensor.h"
@@ -111,9 +112,10 @@ typedef struct {
 /* out = h w^T, h being x; a token step's norms and sums may be done around it:
  *     h = x / sqrt(mean(x^2) + norm_eps) * norm_weight, rounded to act   with a norm_weight
  *     residual += h w^T, rounded to act first                           instead of an out
- * These are the bits of rms_norm, linear and rms_norm's sum one after the other; on CUDA the
- * mean may be summed in another order than rms_norm's, and h w^T of a norm of a single token in
- * another than that of an x. */
+ * These are the bits of rms_norm, linear and rms_norm's sum one after the other; on CUDA the mean
+ * may have another order, and h w^T of a norm of a single token another than that of an x.
+ * `peaks`, 8-byte aligned: what a draw asks of all logits, of KL_PEAK_OUTPUTS outputs in turn:
+ *     m = the largest, NaN if one is;  s = sum of exp(out - m), 0 where m is no finite number */
 typedef struct {
     kl_workspace ws;
     kl_tensor x;           /* [T, in] act, with a norm_weight f32 or act; rows strided */
@@ -121,12 +123,21 @@ typedef struct {
     kl_tensor out;         /* [T, out] f32 or act, rows strided; absent with a residual */
     kl_tensor norm_weight; /* [in] f32, or absent                        */
     kl_tensor residual;    /* [T, out] f32, in and out, or absent        */
-    kl_dtype act;          /* of h, with a norm_weight; else x has it    */
-    float norm_eps;        /* > 0 with a norm_weight                     */
+    kl_tensor peaks; /* [T, kl_peaks_of(out), 2] f32, m and s, with an out in f32; or absent */
+    kl_dtype act;    /* of h, with a norm_weight; else x has it    */
+    float norm_eps;  /* > 0 with a norm_weight                     */
+    kl_router_ahead ahead; /* with a residual of one token; not in a linear_pair */
 } kl_linear;
 
+#define KL_PEAK_OUTPUTS 16
+
+static inline int64_t kl_peaks_of(int64_t outputs)
+{
+    return outputs / KL_PEAK_OUTPUTS + (outputs % KL_PEAK_OUTPUTS != 0);
+}
+
 /* Two linear maps of one act, neither of which reads the other's result: the results of two
- * calls of linear, whose workspaces go unused. */
+ * calls of linear without peaks, whose workspaces go unused. */
 typedef struct {
     kl_workspace ws;
     kl_linear first, second;
@@ -373,8 +384,8 @@ static inline bool kl_moe_has_shared(const kl_moe_experts *a)
  *     logits = h router^T;  ids, weights = moe_route(logits, bias, ...)
  *     y = moe_experts(h, ids, weights, ...);  out = y, or residual += y
  * Logits are f32 whatever act is: two experts that almost tie must not be swapped by a rounding.
- * Out or a residual is given, and a residual may be x itself. On CUDA the mean of the norm may be
- * summed in another order than rms_norm's. */
+ * Out or a residual is given, and a residual may be x itself. On CUDA the mean may have another
+ * order. With `sums` h and logits are those of backend/router_ahead.h. */
 typedef struct {
     kl_workspace ws;
     kl_tensor x;                               /* [T, D] act, with a norm_weight f32 or act  */
@@ -392,6 +403,7 @@ typedef struct {
     float norm_eps;                /* > 0 with a norm_weight             */
     float scaling;
     bool renormalize;
+    void *sums; /* NULL, or what a linear's `ahead` has left; with a norm_weight */
 } kl_moe;
 
 /* Log-probabilities of given next tokens, without a [T, rows] matrix:
@@ -428,16 +440,18 @@ typedef struct {
  *     p >= min_p * max p; draw by inverse CDF in order of falling p (lower id first on a tie)
  *     with one uniform from kl_rng(seed, position).
  * logprob is log softmax of the row's logits as given (before penalty and temperature). A row
- * with a NaN or no finite logit yields id -1. */
+ * with a NaN or no finite logit yields id -1. Peaks change no bit, other rows no greedy one's. */
 typedef struct {
     kl_workspace ws;
     kl_tensor logits;            /* [N, rows] f32                        */
+    kl_tensor peaks;             /* [N, kl_peaks_of(rows), 2] f32, kl_linear's; or absent */
     const kl_sampling *sampling; /* [N], where the tensors live          */
     kl_tensor seen;              /* [N, ceil(rows / 32)] i32 bit sets, or absent */
     kl_tensor ids;               /* [N] i32, out                         */
     kl_tensor logprobs;          /* [N] f32, out                         */
     kl_tensor top_ids;           /* [N, n] i32, out, or absent (n <= 256) */
     kl_tensor top_logprobs;      /* [N, n] f32, out, or absent           */
+    bool greedy; /* every temperature is 0: known where the sampling is not read */
 } kl_sample;
 
 /* Store a matrix in a weight's format: rounding to bf16, or quantising each group with

@@ -75,16 +75,17 @@ kl_status kl_check_gated_rms_norm(const kl_gated_rms_norm *a, kl_error *err)
 
 /* Names of a map's arguments, as messages have them. */
 typedef struct {
-    const char *x, *w, *out, *norm_weight, *residual, *act, *norm_eps;
+    const char *x, *w, *out, *norm_weight, *residual, *act, *norm_eps, *peaks;
 } map_names;
 
-static const map_names ALONE = {"x", "w", "out", "norm_weight", "residual", "act", "norm_eps"};
+static const map_names ALONE = {"x",        "w",   "out",      "norm_weight",
+                                "residual", "act", "norm_eps", "peaks"};
 static const map_names FIRST = {"first.x",           "first.w",        "first.out",
                                 "first.norm_weight", "first.residual", "first.act",
-                                "first.norm_eps"};
+                                "first.norm_eps",    "first.peaks"};
 static const map_names SECOND = {"second.x",           "second.w",        "second.out",
                                  "second.norm_weight", "second.residual", "second.act",
-                                 "second.norm_eps"};
+                                 "second.norm_eps",    "second.peaks"};
 
 enum { MAP_RULES = 4 };
 
@@ -124,6 +125,14 @@ static kl_status check_ends(const char *op, const kl_linear *a, const map_names 
     return kl_require_positive(op, n->norm_eps, a->norm_eps, err);
 }
 
+/* Of one of two maps. */
+static kl_status check_no_peaks(const char *op, const kl_linear *a, const map_names *n,
+                                kl_error *err)
+{
+    if (kl_tensor_absent(&a->peaks)) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE, "%s: %s must be absent", op, n->peaks);
+}
+
 /* The act of a map whose x may still be anything. */
 static unsigned act_bit_of(const kl_linear *a)
 {
@@ -131,14 +140,49 @@ static unsigned act_bit_of(const kl_linear *a)
     return KL_DTYPE_BIT(a->act);
 }
 
+/* After the map's own tensors. */
+static kl_status check_ahead(const char *op, const kl_linear *a, kl_error *err)
+{
+    const kl_router_ahead *const ahead = &a->ahead;
+    const int64_t D = width_of(a);
+    const kl_rule rules[] = {
+        {&ahead->norm_weight, "ahead.norm_weight", F32, 0, 1, {D}, NULL},
+    };
+    if (ahead->sums == NULL) return KL_OK;
+    if (kl_tensor_absent(&a->residual))
+        return kl_fail(err, KL_ERR_VALUE, "%s: ahead.sums must be NULL without a residual", op);
+    if (a->x.shape[0] != 1)
+        return kl_fail(err, KL_ERR_VALUE, "%s: x.shape[0] must be 1 with ahead.sums, got %lld",
+                       op, (long long)a->x.shape[0]);
+    KL_TRY(kl_require_aligned(op, "ahead.sums", ahead->sums, KL_SUMS_ALIGNMENT, err));
+    KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(kl_require_weight(op, "ahead.router", &ahead->router, 1, ahead->router.rows, D,
+                             KL_ANY_FORMAT, err));
+    if (ahead->router.format == KL_W_F32) return KL_OK;
+    return kl_fail(err, KL_ERR_TYPE, "%s: ahead.router must be float32, got %s", op,
+                   kl_weight_format_name(ahead->router.format));
+}
+
 kl_status kl_check_linear(const kl_linear *a, kl_error *err)
 {
     static const char op[] = "linear";
-    kl_rule rules[MAP_RULES];
+    const int64_t T = a->x.shape[0];
+    kl_rule rules[MAP_RULES + 1];
     KL_TRY(check_ends(op, a, &ALONE, err));
-    map_rules(a, &ALONE, a->x.shape[0], act_bit_of(a), KL_ROWS, rules);
+    map_rules(a, &ALONE, T, act_bit_of(a), KL_ROWS, rules);
+    rules[MAP_RULES] = (kl_rule){
+        &a->peaks, ALONE.peaks, F32, KL_OUT | KL_OPT, 3, {T, kl_peaks_of(width_of(a)), 2},
+        NULL};
+    if (!kl_tensor_absent(&a->peaks)) {
+        if (kl_tensor_absent(&a->out))
+            return kl_fail(err, KL_ERR_VALUE, "%s: peaks must be absent without an out", op);
+        rules[2].dtypes = F32;
+    }
     KL_REQUIRE_TENSORS(op, rules, err);
-    return kl_require_weight(op, "w", &a->w, 1, width_of(a), a->x.shape[1], KL_ANY_FORMAT, err);
+    KL_TRY(kl_require_aligned(op, "peaks", a->peaks.data, 2 * sizeof(float), err));
+    KL_TRY(
+        kl_require_weight(op, "w", &a->w, 1, width_of(a), a->x.shape[1], KL_ANY_FORMAT, err));
+    return check_ahead(op, a, err);
 }
 
 kl_status kl_check_linear_pair(const kl_linear_pair *a, kl_error *err)
@@ -148,6 +192,11 @@ kl_status kl_check_linear_pair(const kl_linear_pair *a, kl_error *err)
     kl_rule rules[2 * MAP_RULES];
     KL_TRY(check_ends(op, f, &FIRST, err));
     KL_TRY(check_ends(op, s, &SECOND, err));
+    if (f->ahead.sums != NULL || s->ahead.sums != NULL)
+        return kl_fail(err, KL_ERR_VALUE, "%s: %s.ahead.sums must be NULL", op,
+                       f->ahead.sums != NULL ? "first" : "second");
+    KL_TRY(check_no_peaks(op, f, &FIRST, err));
+    KL_TRY(check_no_peaks(op, s, &SECOND, err));
     const unsigned act = act_bit_of(f);
     if (!kl_tensor_absent(&s->norm_weight) && KL_DTYPE_BIT(s->act) != act)
         return kl_fail(err, KL_ERR_TYPE, "%s: second.act must be the first's, got %s", op,

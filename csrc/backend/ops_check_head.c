@@ -90,6 +90,12 @@ static kl_status check_moe_ends(const char *op, const kl_moe *a, kl_error *err)
         return kl_fail(err, KL_ERR_VALUE, "%s: out must be absent with a residual", op);
     if (!has_out && kl_tensor_absent(&a->residual))
         return kl_fail(err, KL_ERR_VALUE, "%s: out or residual must be given", op);
+    if (a->sums != NULL && kl_tensor_absent(&a->norm_weight))
+        return kl_fail(err, KL_ERR_VALUE, "%s: sums must be NULL without a norm_weight", op);
+    if (a->sums != NULL && a->x.shape[0] != 1)
+        return kl_fail(err, KL_ERR_VALUE, "%s: x.shape[0] must be 1 with sums, got %lld", op,
+                       (long long)a->x.shape[0]);
+    KL_TRY(kl_require_aligned(op, "sums", a->sums, KL_SUMS_ALIGNMENT, err));
     if (kl_tensor_absent(&a->norm_weight) || a->act == KL_F32 || a->act == KL_BF16)
         return KL_OK;
     return kl_fail(err, KL_ERR_TYPE, "%s: act must be float32 or bfloat16, got %s", op,
@@ -167,6 +173,7 @@ kl_status kl_check_sample(const kl_sample *a, kl_error *err)
     const int64_t words = rows / 32 + (rows % 32 != 0);
     const kl_rule rules[] = {
         {&a->logits, "logits", F32, 0, 2, {N, rows}, NULL},
+        {&a->peaks, "peaks", F32, KL_OPT, 3, {N, kl_peaks_of(rows), 2}, NULL},
         {&a->seen, "seen", I32, KL_OPT, 2, {N, words}, NULL},
         {&a->ids, "ids", I32, KL_OUT, 1, {N}, NULL},
         {&a->logprobs, "logprobs", F32, KL_OUT, 1, {N}, NULL},
@@ -174,6 +181,7 @@ kl_status kl_check_sample(const kl_sample *a, kl_error *err)
         {&a->top_logprobs, "top_logprobs", F32, KL_OPT | KL_OUT, 2, {N, n}, NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(kl_require_aligned(op, "peaks", a->peaks.data, 2 * sizeof(float), err));
     KL_TRY(kl_require_range(op, "logits.shape[1]", rows, 1, INT32_MAX, err));
     if (N > 0 && a->sampling == NULL)
         return kl_fail(err, KL_ERR_VALUE, "%s: sampling must be given, got NULL", op);

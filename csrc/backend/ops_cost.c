@@ -82,14 +82,22 @@ static kl_cost residual_cost(const kl_tensor *residual)
     return (kl_cost){(double)kl_tensor_size(residual), 2 * tensor_bytes(residual)};
 }
 
+/* Of a router's work for the layer behind; its sums stay where they are. */
+static kl_cost ahead_cost(const kl_router_ahead *a)
+{
+    if (a->sums == NULL) return (kl_cost){0, 0};
+    return (kl_cost){2 * (double)a->router.rows * (double)a->router.cols,
+                     weight_bytes(&a->router) + tensor_bytes(&a->norm_weight)};
+}
+
 kl_cost kl_cost_linear(const kl_linear *a)
 {
-    const kl_cost sum = residual_cost(&a->residual);
+    const kl_cost sum = residual_cost(&a->residual), ahead = ahead_cost(&a->ahead);
     return (kl_cost){
         .flops = 2 * dim(&a->x, 0) * (double)a->w.rows * (double)a->w.cols +
-                 norm_flops(&a->x, &a->norm_weight) + sum.flops,
+                 norm_flops(&a->x, &a->norm_weight) + sum.flops + ahead.flops,
         .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->norm_weight) + weight_bytes(&a->w) +
-                 tensor_bytes(&a->out) + sum.bytes,
+                 tensor_bytes(&a->out) + tensor_bytes(&a->peaks) + sum.bytes + ahead.bytes,
     };
 }
 
@@ -286,14 +294,16 @@ kl_cost kl_cost_moe(const kl_moe *a)
     const bool adds = !kl_tensor_absent(&a->residual);
     const kl_cost experts = kl_cost_moe_experts(&p.experts), router = kl_cost_linear(&p.router);
     const double elements = (double)kl_tensor_size(&a->x);
+    const double router_flops = a->sums == NULL ? router.flops : 0;
+    const double router_bytes = a->sums == NULL ? weight_bytes(&a->router) : 0;
     const double passed = tensor_bytes(&p.experts.x) + tensor_bytes(&p.experts.ids) +
                           tensor_bytes(&p.experts.weights) + tensor_bytes(&p.experts.out);
     return (kl_cost){
-        .flops = (normed ? 4 * elements : 0) + router.flops +
+        .flops = (normed ? 4 * elements : 0) + router_flops +
                  kl_cost_moe_route(&p.route).flops + experts.flops + (adds ? elements : 0),
-        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->norm_weight) +
-                 weight_bytes(&a->router) + tensor_bytes(&a->bias) + experts.bytes - passed +
-                 tensor_bytes(&a->out) + 2 * tensor_bytes(&a->residual),
+        .bytes = tensor_bytes(&a->x) + tensor_bytes(&a->norm_weight) + router_bytes +
+                 tensor_bytes(&a->bias) + experts.bytes - passed + tensor_bytes(&a->out) +
+                 2 * tensor_bytes(&a->residual),
     };
 }
 
@@ -313,8 +323,9 @@ kl_cost kl_cost_sample(const kl_sample *a)
 {
     return (kl_cost){
         .flops = 3 * (double)kl_tensor_size(&a->logits),
-        .bytes = tensor_bytes(&a->logits) + tensor_bytes(&a->seen) + tensor_bytes(&a->ids) +
-                 tensor_bytes(&a->logprobs) + tensor_bytes(&a->top_ids) +
-                 tensor_bytes(&a->top_logprobs) + dim(&a->logits, 0) * sizeof(kl_sampling),
+        .bytes = tensor_bytes(&a->logits) + tensor_bytes(&a->peaks) + tensor_bytes(&a->seen) +
+                 tensor_bytes(&a->ids) + tensor_bytes(&a->logprobs) +
+                 tensor_bytes(&a->top_ids) + tensor_bytes(&a->top_logprobs) +
+                 dim(&a->logits, 0) * sizeof(kl_sampling),
     };
 }

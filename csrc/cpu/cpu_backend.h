@@ -16,6 +16,11 @@ typedef struct {
 
 extern const kl_backend_vtbl kl_cpu_vtbl;
 
+/* The peaks of kl_linear, of all rows or of one. */
+void kl_cpu_find_peaks(const kl_cpu *cpu, const kl_tensor *logits, float *peaks);
+void kl_cpu_row_peaks(const kl_logits_kernels *kernels, const float *z, int64_t n,
+                      float *peaks);
+
 #define KL_DECLARE(op)                                                                         \
     kl_status kl_cpu_##op(kl_backend *be, const kl_##op *a, kl_error *err);                    \
     size_t kl_cpu_##op##_workspace(kl_backend *be, const kl_##op *a);

@@ -71,6 +71,9 @@ static kl_status run_block(kl_backend *be, const kl_linear *a, const buffers *b,
 
 kl_status kl_cpu_linear(kl_backend *be, const kl_linear *a, kl_error *err)
 {
+    if (a->ahead.sums != NULL)
+        return kl_fail(err, KL_ERR_UNAVAILABLE,
+                       "linear: ahead.sums must be NULL, the cpu backend leaves none");
     kl_arena arena;
     kl_arena_init(&arena, a->ws.data, a->ws.bytes);
     const buffers b = lay_out(&arena, (const kl_cpu *)be, a);
@@ -79,6 +82,8 @@ kl_status kl_cpu_linear(kl_backend *be, const kl_linear *a, kl_error *err)
         const int64_t left = T - t;
         KL_TRY(run_block(be, a, &b, t, left < KL_PRODUCT_ROWS ? left : KL_PRODUCT_ROWS, err));
     }
+    if (!kl_tensor_absent(&a->peaks))
+        kl_cpu_find_peaks((const kl_cpu *)be, &a->out, a->peaks.data);
     return KL_OK;
 }
 

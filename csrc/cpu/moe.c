@@ -224,6 +224,9 @@ size_t kl_cpu_moe_workspace(kl_backend *be, const kl_moe *a)
 
 kl_status kl_cpu_moe(kl_backend *be, const kl_moe *a, kl_error *err)
 {
+    if (a->sums != NULL)
+        return kl_fail(err, KL_ERR_UNAVAILABLE,
+                       "moe: sums must be NULL, the cpu backend reads none");
     kl_moe_parts p = kl_moe_parts_of(a, a->ws.data);
     p.router.ws = (kl_workspace){(char *)a->ws.data + p.bytes, a->ws.bytes - p.bytes};
     p.route.ws = p.experts.ws = p.router.ws;

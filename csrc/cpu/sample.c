@@ -3,7 +3,7 @@
  *
  * Computes     p = softmax(z / temperature), cut by top_k, top_p and min_p; one id of it
  * Shapes       logits [N, V], ids and logprobs [N], alternatives [N, n]
- * Precision    exponentials in f32, masses in f64
+ * Precision    exponentials in f32, masses in f64; the softmax's sum from peaks in f32
  * Order        tokens fall in p, lower id first on a tie; every cut keeps a head of that order.
  *              A row is not sorted: its tokens are dealt into buckets of 1/32 nat below the
  *              maximum, and only the buckets where a cut and the draw fall are sorted
@@ -37,6 +37,7 @@ typedef struct {
     int32_t *order;   /* [V] ids of one bucket, sorted */
     uint16_t *places; /* [V] the bucket of each id, BUCKETS for none */
     bucket *buckets;  /* [BUCKETS + 1] */
+    float *peaks;     /* [kl_peaks_of(V), 2], where the call brings none */
 } row_scratch;
 
 typedef struct {
@@ -55,6 +56,7 @@ static row_scratch take_scratch(kl_arena *arena, int64_t rows)
     s.order = kl_arena_take(arena, V * sizeof *s.order);
     s.places = kl_arena_take(arena, V * sizeof *s.places);
     s.buckets = kl_arena_take(arena, (BUCKETS + 1) * sizeof *s.buckets);
+    s.peaks = kl_arena_take(arena, 2 * (size_t)kl_peaks_of(rows) * sizeof *s.peaks);
     return s;
 }
 
@@ -247,6 +249,26 @@ static void store_best(const run *r, int64_t n, const float *z, double log_sum)
     }
 }
 
+/* The largest logit of a row, NaN if one is; then, if it is finite, log_sum of all. */
+static float find_top(const run *r, int64_t n, const row_scratch *s, double *log_sum)
+{
+    const kl_sample *a = r->a;
+    const int64_t V = a->logits.shape[1], count = kl_peaks_of(V);
+    const float *peaks = s->peaks;
+    if (kl_tensor_absent(&a->peaks))
+        kl_cpu_row_peaks(r->kernels, (const float *)a->logits.data + n * V, V, s->peaks);
+    else
+        peaks = (const float *)a->peaks.data + n * 2 * count;
+    float top = -INFINITY;
+    double sum = 0.0;
+    for (int64_t i = 0; i < count && !isnan(top); i++)
+        if (!(peaks[2 * i] <= top)) top = peaks[2 * i];
+    for (int64_t i = 0; i < count && isfinite(top); i++)
+        sum += (double)(peaks[2 * i + 1] * expf(peaks[2 * i] - top));
+    *log_sum = (double)top + log(sum);
+    return top;
+}
+
 static void sample_row(const run *r, int64_t n, const row_scratch *s)
 {
     const kl_sample *a = r->a;
@@ -256,14 +278,13 @@ static void sample_row(const run *r, int64_t n, const row_scratch *s)
     int32_t *id = (int32_t *)a->ids.data + n;
     float *logprob = (float *)a->logprobs.data + n;
 
-    const float top = r->kernels->max(logits, V);
-    if (!isfinite(top)) {
+    double log_sum;
+    if (!isfinite(find_top(r, n, s, &log_sum))) {
         *id = -1;
         *logprob = NAN;
         store_best(r, n, NULL, NAN);
         return;
     }
-    const double log_sum = top + log(r->kernels->exp(logits, V, top, 1.0f, NULL));
     if (!kl_tensor_absent(&a->seen) && p->repetition_penalty != 1.0f) {
         penalize(logits, (const uint32_t *)a->seen.data + n * a->seen.shape[1], V,
                  p->repetition_penalty, s->z);

@@ -35,16 +35,25 @@ static kl_status row_logprobs(kl_pass *p, kl_tensor rows, kl_error *err)
     return kl_pass_token_logprobs(p, &a, err);
 }
 
-kl_status kl_head_sample(kl_pass *p, kl_tensor logits, kl_error *err)
+kl_status kl_head_sample(kl_pass *p, kl_tensor logits, kl_tensor peaks, kl_error *err)
 {
     kl_sample a = {.logits = logits,
+                   .peaks = peaks,
                    .sampling = p->in.sampling,
                    .seen = p->in.seen,
                    .ids = p->out.ids,
                    .logprobs = p->out.logprobs,
                    .top_ids = p->out.top_ids,
-                   .top_logprobs = p->out.top_logprobs};
+                   .top_logprobs = p->out.top_logprobs,
+                   .greedy = p->shape.greedy};
     return kl_pass_sample(p, &a, err);
+}
+
+static kl_tensor take_peaks(kl_pass *p, int64_t rows)
+{
+    const int64_t count = kl_peaks_of(p->config->vocab_size);
+    const kl_tensor flat = kl_pass_take(p, KL_F32, rows, 2 * count);
+    return kl_tensor_3d(flat.data, KL_F32, rows, count, 2);
 }
 
 /* Logits of rows [first, first + n), out to the host or to the sampler (then n is R). */
@@ -58,12 +67,13 @@ static kl_status logits_block(kl_pass *p, kl_tensor rows, int64_t first, int64_t
                    .act = p->act,
                    .norm_eps = p->config->rms_eps,
                    .w = p->weights->lm_head,
-                   .out = z};
+                   .out = z,
+                   .peaks = p->shape.sampling ? take_peaks(p, n) : (kl_tensor){0}};
     KL_TRY(kl_pass_linear(p, &a, err));
     if (p->shape.logits && !kl_pass_dry(p))
         KL_TRY(p->be->vt->copy_out(p->be, p->step->logits + first * vocab, z.data,
                                    (size_t)kl_tensor_size(&z) * sizeof(float), err));
-    return p->shape.sampling ? kl_head_sample(p, z, err) : KL_OK;
+    return p->shape.sampling ? kl_head_sample(p, z, a.peaks, err) : KL_OK;
 }
 
 kl_status kl_head(kl_pass *p, kl_error *err)

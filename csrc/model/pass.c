@@ -111,7 +111,8 @@ kl_linear kl_pass_first_map(const kl_pass *p, const kl_weight *w, kl_tensor out)
 
 kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error *err)
 {
-    kl_linear a = {.x = x, .w = *w, .out = p->ends.out, .residual = p->ends.residual};
+    kl_linear a = {
+        .x = x, .w = *w, .out = p->ends.out, .residual = p->ends.residual, .ahead = p->ahead};
     return kl_pass_linear(p, &a, err);
 }
 
@@ -174,6 +175,27 @@ static kl_status keep_near(kl_pass *p, int64_t layer, kl_error *err)
     return p->be->vt->wait_mark(p->be, p->marks[(layer + 1) % 2], err);
 }
 
+/* Zeros for the sums of all layers: once a step, for it is a node of its own in a recording. */
+static kl_status take_sums(kl_pass *p, kl_error *err)
+{
+    size_t bytes = 0;
+    for (int64_t i = 0; i < p->config->n_layers; i++) bytes += kl_moe_sums_bytes(p, i);
+    p->sums = bytes == 0 ? NULL : kl_arena_take(&p->arena, bytes);
+    KL_TRY(check_arena(p, "step", err));
+    return p->sums == NULL ? KL_OK : p->be->vt->zero(p->be, p->sums, bytes, err);
+}
+
+static void look_ahead(kl_pass *p, int64_t layer)
+{
+    const kl_layer_weights *w = &p->weights->layers[layer];
+    const size_t bytes = p->sums == NULL ? 0 : kl_moe_sums_bytes(p, layer);
+    p->ahead = (kl_router_ahead){0};
+    if (bytes == 0) return;
+    p->ahead = (kl_router_ahead){
+        .router = w->ffn.router, .norm_weight = kl_vector_of(&w->ffn_norm), .sums = p->sums};
+    p->sums += bytes;
+}
+
 static kl_status run_mixer(kl_pass *p, int64_t layer, int64_t *n_kda, int64_t *n_mla,
                            kl_error *err)
 {
@@ -200,6 +222,7 @@ static kl_status run_layers(kl_pass *p, kl_error *err)
         KL_TRY(kl_pass_poll(p, err));
         KL_TRY(enter(p, &w->mixer_norm, i == 0, err));
         if (i > 0) KL_TRY(capture(p, i - 1, err));
+        look_ahead(p, i);
         KL_TRY(run_mixer(p, i, &n_kda, &n_mla, err));
         kl_arena_rewind(&p->arena, mark);
         KL_TRY(kl_pass_poll(p, err));
@@ -265,7 +288,7 @@ kl_status kl_pass_compute(kl_pass *p, kl_error *err)
         p->h = kl_pass_take(p, p->act, T, D);
         p->y = kl_pass_take(p, p->act, T, D);
     }
-    KL_TRY(check_arena(p, "step", err));
+    KL_TRY(take_sums(p, err));
 
     kl_embedding embed = {.ids = p->in.ids, .table = p->weights->embedding, .out = p->x};
     KL_TRY(kl_pass_embedding(p, &embed, err));
@@ -281,5 +304,5 @@ kl_status kl_pass_sample_logits(kl_pass *p, const float *logits, kl_error *err)
     const size_t bytes = (size_t)kl_tensor_size(&z) * sizeof(float);
     KL_TRY(check_arena(p, "sample", err));
     if (!kl_pass_dry(p)) KL_TRY(p->be->vt->copy_in(p->be, z.data, logits, bytes, err));
-    return kl_head_sample(p, z, err);
+    return kl_head_sample(p, z, (kl_tensor){0}, err);
 }

@@ -32,6 +32,7 @@ typedef struct {
     bool all_rows; /* the R rows are the T tokens, in order */
     bool verify;   /* a token and guesses of the next ones: kl_step.taken */
     bool logits, targets, sampling, seen; /* what is wanted of the R rows */
+    bool greedy;                          /* sampling: every temperature is 0 */
     int top;
 } kl_pass_shape;
 
@@ -80,11 +81,13 @@ typedef struct {
     kl_pass_outputs out;
     void *in_block, *out_block;
     size_t in_bytes, out_bytes;
-    kl_tensor x;  /* [T, D] f32, the residual stream           */
-    kl_tensor h;  /* [T, D] act, its norm; not with few tokens */
-    kl_tensor y;  /* [T, D] act, what is to be added to it; likewise */
-    kl_ends ends; /* of the part of a layer that is under way  */
-    void *kept;   /* of a verify step: what the KDA layers read, kept_bytes each */
+    kl_tensor x;           /* [T, D] f32, the residual stream           */
+    kl_tensor h;           /* [T, D] act, its norm; not with few tokens */
+    kl_tensor y;           /* [T, D] act, what is to be added to it; likewise */
+    kl_ends ends;          /* of the part of a layer that is under way  */
+    char *sums;            /* of the layers to come, kl_moe_sums_bytes() each, or NULL */
+    kl_router_ahead ahead; /* of the layer under way, or without sums */
+    void *kept;            /* of a verify step: what the KDA layers read, kept_bytes each */
     size_t kept_bytes;
 } kl_pass;
 
@@ -140,9 +143,12 @@ size_t kl_kda_kept_bytes(const kl_pass *p); /* of a layer, in a verify step of p
 kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err);
 kl_status kl_dense_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);
 kl_status kl_moe_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);
+/* Of the sums that its mixer's last map leaves for the experts' router; 0: it leaves none. */
+size_t kl_moe_sums_bytes(const kl_pass *p, int64_t layer);
 
 /* What is wanted of rows of x. */
 kl_status kl_head(kl_pass *p, kl_error *err);
-kl_status kl_head_sample(kl_pass *p, kl_tensor logits, kl_error *err);
+/* peaks: of kl_linear, or absent. */
+kl_status kl_head_sample(kl_pass *p, kl_tensor logits, kl_tensor peaks, kl_error *err);
 
 #endif

@@ -106,12 +106,13 @@ static kl_status measure_weights(const planner *s, kl_weights *w, size_t *bytes,
     return KL_OK;
 }
 
-enum { N_LARGEST = 6, TOKEN_STEP = 1 };
+enum { N_LARGEST = 7, TOKEN_STEP = 1 };
 
 /* The steps that need most: a full prefill of which every row is wanted, one token of every
  * sequence, sampled, the last tokens of prompts that fill a step, the rows of
- * kl_engine_sample(), which may be more than a step has tokens, and last a full prefill of few
- * tokens, whose products hold more of it in their own memory, and guesses. */
+ * kl_engine_sample(), which may be more than a step has tokens, a full prefill of few tokens, whose
+ * products hold more of it in their own memory, guesses, and a single token, which alone has sums
+ * for its routers. */
 static void largest_shapes(const kl_config *config, const kl_plan *plan,
                            kl_pass_shape out[N_LARGEST])
 {
@@ -137,6 +138,8 @@ static void largest_shapes(const kl_config *config, const kl_plan *plan,
     out[5].T = out[5].R = kl_plan_guessing(plan);
     out[5].N = kl_min_i64(N, out[5].T);
     out[5].verify = true;
+    out[6].T = out[6].N = out[6].R = 1;
+    out[6].decode = true;
 }
 
 static size_t block_bytes(const kl_config *config, const kl_pass_shape *shape)

@@ -8,7 +8,7 @@ static bool same_shape(const kl_pass_shape *a, const kl_pass_shape *b)
     return a->T == b->T && a->N == b->N && a->B == b->B && a->R == b->R &&
            a->decode == b->decode && a->verify == b->verify && a->all_rows == b->all_rows &&
            a->logits == b->logits && a->targets == b->targets && a->sampling == b->sampling &&
-           a->seen == b->seen && a->top == b->top;
+           a->seen == b->seen && a->greedy == b->greedy && a->top == b->top;
 }
 
 /* Prompts are too long for the host to be what they wait for, and their shapes too many; logits

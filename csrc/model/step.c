@@ -179,6 +179,13 @@ static bool wants_all_rows(const kl_step *s, int64_t total)
     return true;
 }
 
+static bool is_greedy(const kl_step *s, int64_t n_rows)
+{
+    for (int64_t i = 0; i < n_rows; i++)
+        if (s->sampling[i].temperature > 0) return false;
+    return true;
+}
+
 static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t total)
 {
     const bool rows = s->n_rows > 0, targets = rows && s->targets != NULL,
@@ -193,6 +200,7 @@ static kl_pass_shape shape_of(const kl_engine *e, const kl_step *s, int64_t tota
                            .targets = targets,
                            .sampling = sampling,
                            .seen = sampling && s->seen != NULL,
+                           .greedy = sampling && is_greedy(s, s->n_rows),
                            .top = targets || sampling ? s->top : 0};
     int64_t pages = 0;
     for (int64_t i = 0; i < s->n_feeds; i++)
@@ -341,8 +349,11 @@ kl_status kl_engine_step(kl_engine *e, const kl_step *step, kl_error *err)
 static kl_status run_sample(kl_engine *e, kl_pass *p, const float *logits, int64_t n_rows,
                             kl_error *err)
 {
-    const kl_pass_shape shape = {
-        .R = n_rows, .sampling = true, .seen = p->step->seen != NULL, .top = p->step->top};
+    const kl_pass_shape shape = {.R = n_rows,
+                                 .sampling = true,
+                                 .seen = p->step->seen != NULL,
+                                 .greedy = is_greedy(p->step, n_rows),
+                                 .top = p->step->top};
     KL_TRY(kl_pass_start(p, &shape, err));
     fill_inputs(e, p, false, e->host);
     KL_TRY(kl_pass_send(p, e->host, false, err));

@@ -36,7 +36,7 @@ static int take_row(const kl_call *c, PyObject *row, kl_sampling *out)
     return -1;
 }
 
-static int take_params(kl_call *c, PyObject *params, int64_t N, const kl_sampling **out)
+static int take_params(kl_call *c, PyObject *params, int64_t N, kl_sample *a)
 {
     const Py_ssize_t n = PySequence_Size(params);
     if (n < 0) return -1;
@@ -47,15 +47,17 @@ static int take_params(kl_call *c, PyObject *params, int64_t N, const kl_samplin
     }
     kl_sampling *rows = kl_call_malloc(c, (size_t)(N + 1) * sizeof *rows);
     if (rows == NULL) return -1;
+    a->greedy = true;
     for (Py_ssize_t i = 0; i < n; i++) {
         PyObject *row = PySequence_GetItem(params, i);
         const int failed = row == NULL || take_row(c, row, &rows[i]) < 0;
         Py_XDECREF(row);
         if (failed) return -1;
+        if (rows[i].temperature > 0) a->greedy = false;
     }
     void *there = rows;
     if (kl_call_send(c, &there, (size_t)N * sizeof *rows) < 0) return -1;
-    *out = there;
+    a->sampling = there;
     return 0;
 }
 
@@ -66,7 +68,7 @@ static PyObject *run_sample(kl_call *c, PyObject *const *args)
     int index;
     if (KL_NEEDS(c, sample) < 0 ||
         kl_arg(c, "logits", args[1], KL_SET(KL_F32), 2, KL_DENSE, &a.logits) < 0 ||
-        take_params(c, args[2], a.logits.shape[0], &a.sampling) < 0 ||
+        take_params(c, args[2], a.logits.shape[0], &a) < 0 ||
         kl_arg_opt(c, "seen", args[3], KL_SET(KL_I32), 2, KL_DENSE, &a.seen) < 0 ||
         kl_parse_int(c->op, "top", args[4], 0, 256, &top) < 0)
         return NULL;

@@ -6,32 +6,45 @@
  * A group of x, the columns that share a scale of the weight, becomes whole numbers X below 2^30
  * and a power of two: x = X 2^(e - 30), with 2^e just above the largest. That is exact for a
  * bf16 of 2^-22 of the largest or more; a smaller one is off by at most 2^-30 of the largest. X
- * in four signed bytes, the digits, makes four columns of the narrow side of m16n8k32. Sums of
- * a group are exact; two neighbouring digits are joined before the f32 sum, so an even lane has
- * those of the high digits, an odd one those of the low: digits_total() adds them. A group with
- * an infinity or a NaN becomes NaN.
+ * is four signed bytes, the digits, each a column of the narrow side of m16n8k32. Sums of a group
+ * are exact; two neighbouring digits are joined before they become f32. A group with an infinity
+ * or a NaN becomes NaN.
  *
- * Rows of weights come through a ring as ring.cuh has it. In int8 a lane's piece is its share of
- * both products of a group. In int4 a piece is a group: lanes of a row exchange words by ldmatrix,
- * low and high nibbles times 16 are signed bytes but for the sign, and a step is four groups.
+ * int8: a lane's piece, four words of a row, is all four registers of the wide side: the second
+ * and fourth word in the place of a row eight further down. These meet digits of their own, the
+ * other four columns of the narrow side, so that lanes with c = 0, 1 find the high and the low
+ * digits of the one half of a group's sum, those with c = 2, 3 of the other.
+ *
+ * int4: a lane's piece is a group of its own, so its columns of the narrow side are zeros but for
+ * the two digits that lane c looks at, and the other two come in a second product. Nibbles are taken
+ * out by one operation: the low ones as q + 8, the high ones as 16 (q + 8), so that their X is
+ * that of x / 16 (exact from 2^-18 of the largest on, else off by 2^-26). What the 8 adds is
+ * taken from the sum, exactly.
+ *
+ * Rows of weights come through a ring as ring.cuh has it.
  */
 #ifndef KL_CUDA_DEVICE_DIGITS_H
 #define KL_CUDA_DEVICE_DIGITS_H
 
-#include "ring.cuh"
+#include "scaled.cuh"
 
 constexpr int DIGITS = 4;
 constexpr int DIGIT_CHUNK = 64; /* columns that lie together, a digit after the other */
 
-template <kl_weight_format format>
-constexpr bool HAS_DIGITS = format == KL_W_INT8 || format == KL_W_INT4;
-
 /* c += a b of signed bytes, exact. Fragments of m16n8k32, lane 4 r + c: a[0] row r, columns 4 c
  * to 4 c + 3, a[1] row r + 8, a[2] and a[3] the same, columns + 16; b[0] rows (k) 4 c and on,
- * column r, b[1] rows + 16; c as in mma_bf16. */
+ * column r, b[1] rows + 16; c as in mma_bf16. The same of unsigned bytes in a. */
 __device__ inline void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline void mma_unsigned(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -52,125 +65,179 @@ __device__ inline void transpose_bytes(uint32_t (&to)[4], const uint32_t *z)
     to[3] = choose_bytes(high[0], high[1], 0x7632u);
 }
 
-/* A row in shared memory, 16-byte aligned: [chunk][digit, the highest first][64 bytes], in the
- * order in which lanes take them, and a scale for each group. */
-template <kl_weight_format format> struct digit_row {
-    static constexpr int GROUP = weight_codec<format>::GROUP, CHUNK_BYTES = DIGITS * 64;
-    unsigned char *data;
-    float *scales;
+/* Eight columns of x, four and four, as bf16 pairs. */
+struct digit_columns {
+    uint2 part[2];
+};
 
-    /* Of so many columns, filled up to whole chunks. */
-    static __host__ __device__ int chunks_of(int64_t cols)
+/* How digits of a chunk lie, and which columns are put at a time: unit u those from first(u) on
+ * and those APART columns further, as its lane of a product needs them. */
+template <kl_weight_format format> struct digit_layout;
+
+template <> struct digit_layout<KL_W_INT8> {
+    static constexpr int APART = 8;
+    static constexpr uint32_t LESS =
+        0; /* powers of two, by which the second four are smaller */
+    using note = float;
+
+    static __device__ int first(int u) { return 16 * (u / 2) + 4 * (u % 2); }
+
+    /* Digit d, 0 the highest, for the half of the words, and lane c. Neighbouring chunks and
+     * halves are swapped, so that neither loads nor stores meet a bank twice. */
+    static __device__ int place(int chunk, int half, int d, int c)
     {
-        return static_cast<int>((cols + DIGIT_CHUNK - 1) / DIGIT_CHUNK);
+        return half * 128 + (d ^ 2 * half ^ (chunk & 1)) * 32 + c * 8;
     }
 
-    static __host__ __device__ int bytes_of(int chunks)
+    static __device__ void store(unsigned char *data, int u, const uint32_t (&first)[DIGITS],
+                                 const uint32_t (&second)[DIGITS])
     {
-        return chunks * (CHUNK_BYTES + DIGIT_CHUNK / GROUP * static_cast<int>(sizeof(float)));
-    }
-
-    __device__ digit_row(unsigned char *shared, int chunks)
-        : data(shared), scales(reinterpret_cast<float *>(shared + chunks * CHUNK_BYTES))
-    {
-    }
-
-    /* Columns 8 u and on, bf16, by all lanes of a warp, neighbouring lanes with neighbouring units;
-     * those that are not `inside` put nothing. */
-    __device__ void put(int u, uint4 raw, bool inside) const
-    {
-        constexpr int LANES = GROUP / 8;
-        constexpr uint32_t LEAST = 30,
-                           NOT_FINITE = 255; /* exponents; of smaller x all bits are few */
-        const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-        uint32_t most = 0;
+        unsigned char *const chunk = data + u / 8 * DIGIT_CHUNK * DIGITS;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            most = max(most, max(pairs[i] << 16 & 0x7fff0000u, pairs[i] & 0x7fff0000u));
-#pragma unroll
-        for (int d = LANES / 2; d > 0; d /= 2)
-            most = max(most, __shfl_xor_sync(ALL_LANES, most, d));
-        const uint32_t e = max(most >> 23, LEAST);
-        const float up = __uint_as_float((283 - e) << 23); /* 2^(156 - e): x < 2^(e - 126) */
-        uint32_t z[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const float x = i % 2 == 0 ? low_half(pairs[i / 2]) : high_half(pairs[i / 2]);
-            z[i] = (static_cast<uint32_t>(__float2int_rn(x * up)) + 0x00808080u) ^ 0x00808080u;
-        }
-        if (!inside) return;
-        store(u, z);
-        if (u % LANES == 0) /* of the two high digits as one number */
-            scales[u / LANES] = __uint_as_float(e < NOT_FINITE ? (e - 13) << 23 : 0x7fffffffu);
-    }
-
-    __device__ void store(int u, const uint32_t (&z)[8]) const
-    {
-        uint32_t left[4], right[4];
-        transpose_bytes(left, z);
-        transpose_bytes(right, z + 4);
-        unsigned char *const chunk = data + u / 8 * CHUNK_BYTES;
-#pragma unroll
-        for (int d = 0; d < DIGITS; d++) {
-            unsigned char *const digit = chunk + (DIGITS - 1 - d) * 64;
-            if constexpr (format == KL_W_INT8) {
-                *reinterpret_cast<uint2 *>(digit + u % 8 * 8) = {left[d], right[d]};
-            } else { /* 4 columns for each lane of every half of a group */
-                uint32_t *const to =
-                    reinterpret_cast<uint32_t *>(digit + u % 2 * 32 + u / 2 % 4 * 4);
-                to[0] = left[d], to[4] = right[d];
-            }
-        }
+        for (int d = 0; d < DIGITS; d++)
+            *reinterpret_cast<uint2 *>(
+                chunk + place(u / 8, u % 2, DIGITS - 1 - d, u % 8 / 2)) = {first[d], second[d]};
     }
 };
 
-/* Of a row that lies in shared memory, by all threads, between barriers. */
-template <int threads, kl_weight_format format>
-__device__ void digits_of_row(const digit_row<format> &to, const shared_rows &x, int units)
-{
-    for (int first = threadIdx.x - lane_id(); first < units; first += threads) {
-        const int u = first + lane_id();
-        to.put(u, u < units ? *x.unit(0, u) : uint4{}, u < units);
-    }
-}
+template <> struct digit_layout<KL_W_INT4> {
+    static constexpr int APART = 16;
+    static constexpr uint32_t LESS = 4;
+    struct alignas(16) note {
+        int high, low; /* digits of what is added to a sum, two together */
+        float scale;
+    };
 
-/* Where a lane finds the digits that meet its pieces. */
-template <kl_weight_format format> struct ring_digits {
-    using row_type = digit_row<format>;
-    static constexpr int COLUMNS = STREAM_LANES * weight_codec<format>::PIECE; /* of a step */
-    static constexpr int CHUNKS = COLUMNS / DIGIT_CHUNK, GROUPS = COLUMNS / row_type::GROUP;
-    const unsigned char *at;
-    const float *scale;
+    static __device__ int first(int u) { return 32 * (u / 4) + 4 * (u % 4); }
 
-    __device__ explicit ring_digits(const row_type &x)
+    /* A group: for the first and the second digit of a pair, for each word of a piece, what its low
+     * and its high nibbles meet in the product of the high pair, and in that of the low pair. */
+    static __device__ void store(unsigned char *data, int u, const uint32_t (&first)[DIGITS],
+                                 const uint32_t (&second)[DIGITS])
     {
-        const int r = lane_id() / STREAM_LANES, c = lane_id() % STREAM_LANES;
-        at = x.data + warp_id() * CHUNKS * row_type::CHUNK_BYTES + r % DIGITS * 64 + c * 16;
-        scale = x.scales + warp_id() * GROUPS;
+        unsigned char *const group = data + u / 4 * 128 + u % 4 * 16;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            *reinterpret_cast<uint4 *>(group + i * 64) = {first[3 - i], second[3 - i],
+                                                          first[1 - i], second[1 - i]};
+    }
+};
+
+/* A row of so many columns in shared memory, 128-byte aligned: the digits of all chunks; zeros for
+ * lanes whose part of the narrow side is none, in other banks than the digits; a note for each
+ * group, with its scale. */
+template <kl_weight_format format> struct digit_row {
+    using raw_type = digit_columns;
+    using layout = digit_layout<format>;
+    using note = typename layout::note;
+    static constexpr int GROUP = weight_codec<format>::GROUP,
+                         CHUNK_BYTES = DIGITS * DIGIT_CHUNK;
+    static constexpr int ZEROS = 64, BEFORE = 32; /* bytes */
+    const int chunks;
+    unsigned char *const data, *const zeros;
+    note *const notes;
+
+    static __host__ __device__ int chunks_of(int cols)
+    {
+        return shared_rows::pitch_of(cols) / 2 / DIGIT_CHUNK;
     }
 
-    __device__ void advance()
+    static __host__ __device__ int notes_at(int chunks)
     {
-        at += STREAM_WARPS * CHUNKS * row_type::CHUNK_BYTES;
-        scale += STREAM_WARPS * GROUPS;
+        return chunks * CHUNK_BYTES + BEFORE + ZEROS;
     }
 
-    __device__ uint4 chunk(int i) const
+    static __host__ __device__ int bytes_of(int cols)
     {
-        return *reinterpret_cast<const uint4 *>(at + i * row_type::CHUNK_BYTES);
+        return notes_at(chunks_of(cols)) +
+               chunks_of(cols) * DIGIT_CHUNK / GROUP * static_cast<int>(sizeof(note));
+    }
+
+    __device__ digit_row(unsigned char *shared, int cols)
+        : chunks(chunks_of(cols)), data(shared), zeros(shared + chunks * CHUNK_BYTES + BEFORE),
+          notes(reinterpret_cast<note *>(shared + notes_at(chunks)))
+    {
+    }
+
+    __device__ int units() const { return chunks * DIGIT_CHUNK / 8; }
+
+    static __device__ digit_columns load(const bf16 *x, int u)
+    {
+        const bf16 *const from = x + layout::first(u);
+        return {{*reinterpret_cast<const uint2 *>(from),
+                 *reinterpret_cast<const uint2 *>(from + layout::APART)}};
+    }
+
+    static __device__ digit_columns load(const shared_rows &x, int u)
+    {
+        const int first = layout::first(u) / 8;
+        return {{reinterpret_cast<const uint2 *>(x.unit(0, first))[u % 2],
+                 reinterpret_cast<const uint2 *>(x.unit(0, first + layout::APART / 8))[u % 2]}};
+    }
+
+    /* Unit u by all lanes of a warp, neighbouring lanes with neighbouring units; those that are not
+     * `inside` put nothing. */
+    __device__ void put(int u, const digit_columns &x, bool inside) const
+    {
+        constexpr int LANES = GROUP / 8;
+        constexpr uint32_t NOT_FINITE = 255; /* an exponent */
+        const uint32_t pairs[4] = {x.part[0].x, x.part[0].y, x.part[1].x, x.part[1].y};
+        const uint32_t e = exponent_of_group<LANES>(pairs);
+        int whole[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t less = i < 4 ? 0 : layout::LESS;
+            const float up = __uint_as_float((283 - less - e) << 23); /* 2^(156 - e) */
+            const float v = i % 2 == 0 ? low_half(pairs[i / 2]) : high_half(pairs[i / 2]);
+            whole[i] = __float2int_rn(v * up); /* v < 2^(e - 126) */
+        }
+        /* of the two high digits as one number */
+        const float scale = __uint_as_float(e < NOT_FINITE ? (e - 13) << 23 : 0x7fffffffu);
+        store(u, whole, inside);
+        write_note(u, whole, scale, inside);
+    }
+
+    __device__ void store(int u, const int (&whole)[8], bool inside) const
+    {
+        uint32_t z[8], first[DIGITS], second[DIGITS];
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            z[i] = (static_cast<uint32_t>(whole[i]) + 0x00808080u) ^ 0x00808080u;
+        transpose_bytes(first, z);
+        transpose_bytes(second, z + 4);
+        if (inside) layout::store(data, u, first, second);
+    }
+
+    __device__ void write_note(int u, const int (&whole)[8], float scale, bool inside) const
+    {
+        if constexpr (format == KL_W_INT8) {
+            if (inside && u % 8 == 0) notes[u / 8] = scale;
+        } else {
+            int high = 0, low = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int bias = i < 4 ? 8 : 8 << layout::LESS;
+                high -= (whole[i] >> 16) * bias;
+                low -= (whole[i] & 0xffff) * bias;
+            }
+#pragma unroll
+            for (int d = 1; d < 4; d *= 2) {
+                high += __shfl_xor_sync(ALL_LANES, high, d);
+                low += __shfl_xor_sync(ALL_LANES, low, d);
+            }
+            if (inside && u % 4 == 0) notes[u / 4] = {high, low, scale};
+            if (u < ZEROS / 16) reinterpret_cast<uint4 *>(zeros)[u] = {};
+        }
     }
 };
 
 /* ---- the weights ----------------------------------------------------------------------- */
 
-/* As weight_ring, but that lanes of a row read each other's copies: scales where a row has one,
- * pieces where they are whole groups. These are placed so that ldmatrix meets no bank twice. */
+/* As weight_ring, but that the pieces of a row are one group: a scale for the lanes of a row. */
 template <kl_weight_format format, int DEPTH> struct digit_ring {
-    static constexpr bool WHOLE = format == KL_W_INT8; /* the pieces of a row are one group */
-    static constexpr int WORDS =
-        WHOLE ? STREAM_WARPS * 8 : STREAM_THREADS; /* of scales, half */
+    static_assert(weight_codec<format>::GROUP == STREAM_LANES * weight_codec<format>::PIECE);
+    static constexpr int WORDS = STREAM_WARPS * 8; /* of scales, half */
     static constexpr int SLOT = RING_PIECES + 2 * 4 * WORDS, BYTES = DEPTH * SLOT;
-    static constexpr int GROUPS = WHOLE ? 1 : STREAM_LANES;
 
     unsigned char *first, *slot;
 
@@ -182,15 +249,11 @@ template <kl_weight_format format, int DEPTH> struct digit_ring {
         slot = slot == first + BYTES - SLOT ? first : slot + SLOT;
     }
 
-    __device__ static int place()
-    {
-        const int lane = lane_id();
-        return threadIdx.x - lane + (WHOLE ? lane : lane ^ (lane >> 3 & 3));
-    }
+    __device__ uint4 *pieces() const { return reinterpret_cast<uint4 *>(slot) + threadIdx.x; }
 
     __device__ uint32_t *scales() const
     {
-        return reinterpret_cast<uint32_t *>(slot + RING_PIECES);
+        return reinterpret_cast<uint32_t *>(slot + RING_PIECES) + threadIdx.x / STREAM_LANES;
     }
 
     /* Pieces past the end of their row become zeros. */
@@ -198,63 +261,29 @@ template <kl_weight_format format, int DEPTH> struct digit_ring {
     {
         const bool inside = feed.left > 0;
         __syncwarp(); /* all lanes have read what was here */
-        uint4 *const to = reinterpret_cast<uint4 *>(slot) + place();
-        uint32_t *const words = scales() + (WHOLE ? threadIdx.x / STREAM_LANES : threadIdx.x);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            copy_once(to + i * STREAM_THREADS, feed.row[i].data, inside);
-            if (!WHOLE || lane_id() % STREAM_LANES == 0)
-                copy_word(words + i * WORDS, feed.row[i].scales, inside);
+            copy_once(pieces() + i * STREAM_THREADS, feed.row[i].data, inside);
+            if (lane_id() % STREAM_LANES == 0)
+                copy_word(scales() + i * WORDS, feed.row[i].scales, inside);
         }
         put_none();
     }
 
-    /* The oldest step, once it is there; odd as ring_feed says it of the lane's own groups. */
-    struct step {
-        uint32_t raw[2][4];
-        float scale[2][GROUPS];
-    };
-
-    __device__ step take(const bool (&odd)[2]) const
+    /* The oldest step, once it is there; odd as ring_feed says it of the lane's own groups. Weights
+     * without scales pass through, too. */
+    template <kl_weight_format f> __device__ ring_pieces take(const bool (&odd)[2]) const
     {
         copy_wait<DEPTH - 1>();
-        __syncwarp();
-        step s;
-        if constexpr (WHOLE) {
-            const uint4 *const own = reinterpret_cast<const uint4 *>(slot) + threadIdx.x;
-            const uint32_t *const words = scales() + threadIdx.x / STREAM_LANES;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint4 v = own[i * STREAM_THREADS];
-                s.raw[i][0] = v.x, s.raw[i][1] = v.y, s.raw[i][2] = v.z, s.raw[i][3] = v.w;
-                s.scale[i][0] = scale_of(words[i * WORDS], odd[i]);
-            }
+        if constexpr (f == format) __syncwarp();
+        ring_pieces p = {{pieces()[0], pieces()[STREAM_THREADS]}, {1, 1}};
+        if constexpr (f == format) {
+            p.scale[0] = scale_of(scales()[0], odd[0]);
+            p.scale[1] = scale_of(scales()[WORDS], odd[1]);
         } else {
-            const int lane = lane_id(), row = lane % 8, piece = lane / 8 ^ row / 2;
-            const unsigned char *const from =
-                slot + (threadIdx.x - lane + row * STREAM_LANES + piece) * 16;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                ldmatrix(s.raw[i], from + i * STREAM_THREADS * 16);
-                const uint4 v = *reinterpret_cast<const uint4 *>(
-                    scales() + i * WORDS + (threadIdx.x & ~(STREAM_LANES - 1)));
-                const bool first_odd = odd[i] != (lane % 2 == 1);
-                s.scale[i][0] = scale_of(v.x, first_odd);
-                s.scale[i][1] = scale_of(v.y, !first_odd);
-                s.scale[i][2] = scale_of(v.z, first_odd);
-                s.scale[i][3] = scale_of(v.w, !first_odd);
-            }
+            static_assert(weight_codec<f>::GROUP == 0);
         }
-        return s;
-    }
-
-    /* The same of weights without scales that pass through this ring. */
-    template <kl_weight_format f> __device__ ring_pieces take(const bool (&)[2]) const
-    {
-        static_assert(weight_codec<f>::GROUP == 0);
-        copy_wait<DEPTH - 1>();
-        const uint4 *const own = reinterpret_cast<const uint4 *>(slot) + place();
-        return {{own[0], own[STREAM_THREADS]}, {1, 1}};
+        return p;
     }
 
     __device__ static float scale_of(uint32_t word, bool odd)
@@ -265,58 +294,128 @@ template <kl_weight_format format, int DEPTH> struct digit_ring {
 
 /* ---- the product ----------------------------------------------------------------------- */
 
-/* acc[i] += a group of weight row r + 8 i times this lane's digits of x. */
-__device__ inline void digits_add(float (&acc)[2], const int (&sum)[4], const float (&scale)[2])
-{
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        acc[i] = fmaf(static_cast<float>(sum[2 * i] * 256 + sum[2 * i + 1]), scale[i], acc[i]);
-}
+/* Where a lane finds the digits that meet its pieces, and how it multiplies them: acc[i] += a step
+ * of weight row r + 8 i times x, this lane's share of it. */
+template <kl_weight_format format> struct ring_digits;
 
-template <kl_weight_format format, class Step>
-__device__ void digits_multiply(float (&acc)[2], const Step &s, const ring_digits<format> &x)
-{
-    using walk = ring_digits<format>;
+template <> struct ring_digits<KL_W_INT8> {
+    using row_type = digit_row<KL_W_INT8>;
+    const unsigned char *at;
+    const float *scale;
+
+    __device__ explicit ring_digits(const row_type &x)
+    {
+        const int r = lane_id() / STREAM_LANES, c = lane_id() % STREAM_LANES;
+        at = x.data + warp_id() * row_type::CHUNK_BYTES +
+             row_type::layout::place(warp_id(), r / DIGITS, r % DIGITS, c);
+        scale = x.notes + warp_id();
+    }
+
+    __device__ void advance()
+    {
+        at += STREAM_WARPS * row_type::CHUNK_BYTES;
+        scale += STREAM_WARPS;
+    }
+
+    __device__ void multiply(float (&acc)[2], const ring_pieces &p) const
+    {
+        const uint2 b = *reinterpret_cast<const uint2 *>(at);
+        const bool second = lane_id() % STREAM_LANES >= 2;
 #pragma unroll
-    for (int chunk = 0; chunk < walk::CHUNKS; chunk++) {
-        const uint4 v = x.chunk(chunk);
-        const uint32_t b[2][2] = {{v.x, v.y}, {v.z, v.w}};
-        int sum[4] = {};
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int g = 2 * chunk + half;
-            if constexpr (format == KL_W_INT8) {
-                mma_bytes(sum,
-                          {s.raw[0][2 * half], s.raw[1][2 * half], s.raw[0][2 * half + 1],
-                           s.raw[1][2 * half + 1]},
-                          b[half]);
-            } else {
-                uint32_t low[2], high[2]; /* nibbles q + 8 as the bytes 16 q */
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    low[i] = (s.raw[i][g] << 4 & 0xf0f0f0f0u) ^ 0x80808080u;
-                    high[i] = (s.raw[i][g] & 0xf0f0f0f0u) ^ 0x80808080u;
-                }
-                int own[4] = {};
-                mma_bytes(own, {low[0], low[1], high[0], high[1]}, b[half]);
-                const float scale = x.scale[g];
-                digits_add(acc, own, {s.scale[0][g] * scale, s.scale[1][g] * scale});
-            }
-        }
-        if constexpr (format == KL_W_INT8) {
-            const float scale = x.scale[0];
-            digits_add(acc, sum, {s.scale[0][0] * scale, s.scale[1][0] * scale});
+        for (int i = 0; i < 2; i++) {
+            int sum[4] = {};
+            mma_bytes(sum, {p.raw[i].x, p.raw[i].y, p.raw[i].z, p.raw[i].w}, {b.x, b.y});
+            const int joined = (second ? sum[2] : sum[0]) * 256 + (second ? sum[3] : sum[1]);
+            acc[i] = fmaf(static_cast<float>(joined), p.scale[i] * *scale, acc[i]);
         }
     }
-}
 
-/* High and low digits, in all lanes of a pair. */
-template <kl_weight_format format> __device__ float digits_total(float acc)
-{
-    constexpr float WEIGHTS =
-        format == KL_W_INT8 ? 1.0f : 0x1p-4f; /* that int4 is multiplied by 16 */
-    acc *= lane_id() % 2 == 0 ? WEIGHTS : WEIGHTS * 0x1p-16f;
-    return acc + __shfl_xor_sync(ALL_LANES, acc, 1);
-}
+    /* High and low digits of both halves, in all lanes of a row. */
+    static __device__ float total(float acc)
+    {
+        acc *= lane_id() % 2 == 0 ? 1.0f : 0x1p-16f;
+        acc += __shfl_xor_sync(ALL_LANES, acc, 1);
+        return acc + __shfl_xor_sync(ALL_LANES, acc, 2);
+    }
+};
+
+template <> struct ring_digits<KL_W_INT4> {
+    using row_type = digit_row<KL_W_INT4>;
+    static constexpr int TURN = STREAM_WARPS * STREAM_LANES; /* groups */
+    const unsigned char *at;
+    const row_type::note *note;
+    int turn; /* bytes of digits: none where they are zeros */
+
+    __device__ explicit ring_digits(const row_type &x)
+    {
+        const int r = lane_id() / STREAM_LANES, c = lane_id() % STREAM_LANES;
+        const int group = warp_id() * STREAM_LANES + c;
+        const bool own = r / 2 == c;
+        at = own ? x.data + group * 128 + r % 2 * 64 : x.zeros;
+        turn = own ? TURN * 128 : 0;
+        note = x.notes + group;
+    }
+
+    __device__ void advance()
+    {
+        at += turn;
+        note += TURN;
+    }
+
+    __device__ void multiply(float (&acc)[2], const ring_pieces &p) const
+    {
+        constexpr uint32_t LOW = 0x0f0f0f0fu, HIGH = 0xf0f0f0f0u;
+        const uint32_t raw[2][4] = {{p.raw[0].x, p.raw[0].y, p.raw[0].z, p.raw[0].w},
+                                    {p.raw[1].x, p.raw[1].y, p.raw[1].z, p.raw[1].w}};
+        int high[4] = {}, low[4] = {};
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            const uint4 b = reinterpret_cast<const uint4 *>(at)[w];
+            const uint32_t a[4] = {raw[0][w] & LOW, raw[1][w] & LOW, raw[0][w] & HIGH,
+                                   raw[1][w] & HIGH};
+            mma_unsigned(high, a, {b.x, b.y});
+            mma_unsigned(low, a, {b.z, b.w});
+        }
+        const row_type::note n = *note;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int h = high[2 * i] * 256 + n.high + high[2 * i + 1];
+            const int l = low[2 * i] * 256 + n.low + low[2 * i + 1];
+            const float sum = fmaf(static_cast<float>(l), 0x1p-16f, static_cast<float>(h));
+            acc[i] = fmaf(sum, p.scale[i] * n.scale, acc[i]);
+        }
+    }
+
+    /* The groups of a row, in all of its lanes. */
+    static __device__ float total(float acc)
+    {
+        acc += __shfl_xor_sync(ALL_LANES, acc, 1);
+        return acc + __shfl_xor_sync(ALL_LANES, acc, 2);
+    }
+};
+
+/* ---- what a single row of x becomes ---------------------------------------------------- */
+
+template <kl_weight_format format>
+constexpr bool IS_QUANTISED = weight_codec<format>::GROUP > 0;
+
+/* For quantised weights: itself, the ring for them, and the way to multiply. */
+template <kl_weight_format format> struct numbers_of {
+    using row = digit_row<format>;
+    using walk = ring_digits<format>;
+    template <int DEPTH> using ring = weight_ring<format, DEPTH>;
+};
+
+template <> struct numbers_of<KL_W_INT8> {
+    using row = digit_row<KL_W_INT8>;
+    using walk = ring_digits<KL_W_INT8>;
+    template <int DEPTH> using ring = digit_ring<KL_W_INT8, DEPTH>;
+};
+
+template <> struct numbers_of<KL_W_FP8> {
+    using row = scaled_row;
+    using walk = ring_scaled;
+    template <int DEPTH> using ring = weight_ring<KL_W_FP8, DEPTH>;
+};
 
 #endif

@@ -49,6 +49,13 @@ __device__ inline bf16 load_here(const bf16 *from)
     return __ushort_as_bfloat16(x);
 }
 
+__device__ inline int load_here(const int *from)
+{
+    int x;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
 __device__ inline float load_here(const float *from)
 {
     float x;
@@ -61,6 +68,8 @@ template <class A> struct mixer_channel {
     long long c;
     float taps[MIXER_WIDTH];
     A past[MIXER_PAST], input;
+
+    __device__ explicit mixer_channel(long long c) : c(c) {}
 
     /* Channel i of q, k or v (role 0, 1, 2) of head h. */
     __device__ mixer_channel(const mixer_arguments &a, int role, unsigned h, int i)
@@ -85,17 +94,15 @@ template <class A> struct mixer_channel {
         input = load_here(static_cast<const A *>(a.qkv) + n * a.qkv_stride + c);
     }
 
-    __device__ void read_window(const mixer_arguments &a, long long slot)
+    __device__ void read_window(const A *from)
     {
-        const A *const from = window(a, slot);
 #pragma unroll
         for (int j = 0; j < MIXER_PAST; j++) past[j] = load_here(from + j);
     }
 
     /* The window moves. */
-    __device__ void write_window(const mixer_arguments &a, long long slot) const
+    __device__ void write_window(A *to) const
     {
-        A *const to = window(a, slot);
 #pragma unroll
         for (int j = 1; j < MIXER_PAST; j++) to[j - 1] = past[j];
         to[MIXER_PAST - 1] = input;
@@ -127,6 +134,17 @@ template <int ROWS> struct mixer_rows {
         for (int r = 0; r < ROWS; r++) {
             x[r][0] = x[r][1] = x[r][2] = x[r][3] = 0;
             if (r < rows && at < K) load_floats<4>(from + r * K + at, x[r]);
+        }
+    }
+
+    /* All of them, whole, past the L1. */
+    __device__ void read_whole(const float *from)
+    {
+        const float4 *const own = reinterpret_cast<const float4 *>(from) + lane_id();
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const float4 f = __ldcg(own + r * (MIXER_SIDE / 4));
+            x[r][0] = f.x, x[r][1] = f.y, x[r][2] = f.z, x[r][3] = f.w;
         }
     }
 
@@ -179,12 +197,17 @@ template <int ROWS> struct mixer_rows {
         return warp_sum<LANES>(sum[0]);
     }
 
-    /* The delta rule: S += u k^T, where v is that of row(). */
-    __device__ void learn(const float (&k)[4], float v, float beta)
+    /* S += u k^T, where u is that of row(). */
+    __device__ void add_outer(const float (&k)[4], float u)
     {
-        const float u = beta * (v - dot(k));
 #pragma unroll
         for (int r = 0; r < ROWS; r++) add(k, __shfl_sync(ALL_LANES, u, r * LANES), r);
+    }
+
+    /* The delta rule, where v is that of row(). */
+    __device__ void learn(const float (&k)[4], float v, float beta)
+    {
+        add_outer(k, beta * (v - dot(k)));
     }
 };
 
@@ -198,9 +221,14 @@ __device__ inline float mixer_squares(const float (&x)[MIXER_SIDE])
     return sum;
 }
 
+__device__ inline float mixer_unit_factor(float sum)
+{
+    return 1 / sqrtf(sum + KDA_NORM_EPS);
+}
+
 __device__ inline void mixer_unit(const float (&from)[MIXER_SIDE], float sum, float (&to)[4])
 {
-    const float factor = 1 / sqrtf(sum + KDA_NORM_EPS);
+    const float factor = mixer_unit_factor(sum);
     load_floats<4>(from + lane_id() * 4, to);
 #pragma unroll
     for (int j = 0; j < 4; j++) to[j] *= factor;
@@ -245,6 +273,11 @@ inline bool mixer_suits(const kl_kda_mixer *a)
            is_aligned(a->state.data, 0, 4, 16) && is_aligned(a->conv_weight.data, 0, 4, 16) &&
            is_wide(a->out, V, n) && is_wide(a->norm_weight, V, n);
 }
+
+/* kda_mixer_step.cu: whether it has a kernel for these tokens, gates and all; it. */
+bool kl_cuda_kda_mixer_step_takes(const kl_kda_mixer *a);
+kl_status kl_cuda_kda_mixer_step(kl_backend *be, const kl_kda_mixer *a,
+                                 const kl_kda_mixer_parts &p, kl_error *err);
 
 /* kda_mixer_guesses.cu: where tokens are guesses. */
 kl_status kl_cuda_kda_mixer_guesses(kl_backend *be, const kl_kda_mixer *a,

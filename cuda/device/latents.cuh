@@ -5,6 +5,7 @@
 #ifndef KL_CUDA_DEVICE_LATENTS_H
 #define KL_CUDA_DEVICE_LATENTS_H
 
+#include "float16.cuh"
 #include "mma.cuh"
 #include "types.cuh"
 #include "warp.cuh"
@@ -102,6 +103,12 @@ __device__ inline uint32_t even_codes(uint32_t codes, uint32_t factors)
 __device__ inline uint32_t odd_codes(uint32_t codes, uint32_t factors)
 {
     return multiply_pairs(codes_and_signs(codes, 0xb391) << 4 & 0x87f087f0u, factors);
+}
+
+/* Of two neighbours' codes, two each: the first ones together, then the second ones. */
+__device__ inline uint32_t sorted_codes(uint32_t codes)
+{
+    return __byte_perm(codes, 0, 0x3120);
 }
 
 /* ---- writing --------------------------------------------------------------------------- */

@@ -9,7 +9,10 @@
  * kernel mean that all before it have ended too. What it waits for is complete and visible
  * afterwards, but for loads that promise the data never changes (ld.global.nc, __ldg): the
  * compiler may move those ahead of the wait. prefetch_l2() may come before: it changes nothing
- * that a program can see, whoever is still writing there.
+ * that a program can see, whoever is still writing there. Two exceptions, each argued where it is
+ * made (moe_step.cuh): what was complete before the kernel ahead let this one start may be read
+ * past the L1; and a word that itself says that it is there may be looked for, if the block that
+ * writes it waits for nothing behind it.
  *
  * Kernels of others in the stream need not know of this: one that never calls
  * let_next_start() does so by ending, and one launched plainly starts after the end.
@@ -22,7 +25,9 @@
 #include <stdint.h>
 
 /* Once every block has called this or ended, the next kernel's blocks may take what room there
- * is. As early as possible: the wait of the next kernel is for this one's end all the same. */
+ * is. As early as possible, for the wait of the next kernel is for this one's end all the same,
+ * unless a later kernel relies on what this one has waited for, or its ring would take this one's
+ * room. */
 __device__ inline void let_next_start()
 {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -16,6 +16,7 @@
 #ifndef KL_CUDA_DEVICE_MLA_H
 #define KL_CUDA_DEVICE_MLA_H
 
+#include "launch.cuh"
 #include "types.cuh"
 #include "warp.cuh"
 
@@ -25,6 +26,7 @@ constexpr int MLA_MAX_SPLITS = 128;  /* of a row */
 constexpr int MLA_MAX_SHARES = 132;  /* the multiprocessors of an H100 or H200 */
 constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_{tensor,fp8}.cu */
 constexpr int MLA_TENSOR_STAGES = 3; /* its pages on their way or in use */
+constexpr int MLA_PACKED_STAGES = 4; /* the same, of 8-bit pages */
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __host__ __device__ inline long long mla_divide_up(long long a, long long b)
@@ -95,6 +97,7 @@ struct mla_arguments {
     bool tensor;      /* query is an operand of the tensor cores' scores             */
     bool unsettled;   /* w_kv_b may still be written until wait_for_inputs()         */
     bool packed;      /* pages are of 8 bits                                         */
+    bool asks;        /* the attention asks the L2 for W_UV, which is of bf16        */
     kl_latents_row row;
     kl_dtype act; /* of q, out, and pages that are not                           */
     float scale;
@@ -121,19 +124,34 @@ __device__ inline long long mla_query_place(const mla_arguments &a, long long n,
 }
 
 /* Of 8-bit pages q' is operand B of mla_decode_fp8.cu's scores: for each 32 heads and 64 channels
- * an array as wgmma_descriptor() has it, a head's bf16 in row h % 32 and what they lack so many
- * bf16 further on, 32 rows. Of each 16 channels with codes those with even numbers come
+ * an array as wgmma_descriptor() has it, a head in row h % 32. Channels with codes are f16, in
+ * units of their head and group of 128, powers of two that come behind the arrays, f32 [group, 32];
+ * the others are q's own, bf16. Of each 16 channels with codes the first two of every four come
  * first. */
-constexpr int MLA_QUERY_LACK = MLA_TENSOR_HEADS * 64;
+constexpr int MLA_QUERY_ARRAY = MLA_TENSOR_HEADS * 128; /* bytes */
 
-__device__ inline long long mla_query_column(const mla_arguments &a, long long n, long long h,
-                                             long long channel)
+__device__ inline uint8_t *mla_packed_query(const mla_arguments &a, long long n, long long h)
 {
     const long long group = (n * mla_padded_heads(a.H) + h) / MLA_TENSOR_HEADS;
-    const long long row = h % MLA_TENSOR_HEADS, i = channel % 16;
-    const long long at = channel < a.rank ? channel - i + i % 2 * 8 + i / 2 : channel;
-    const long long array = group * (a.width() / 64) + at / 64;
-    return array * 2 * MLA_QUERY_LACK + row * 64 + (at % 64 / 8 ^ row % 8) * 8 + at % 8;
+    return reinterpret_cast<uint8_t *>(a.query + group * MLA_TENSOR_HEADS * a.width());
+}
+
+/* Where channels `channel` and the next one are, an even number and an odd one. */
+__device__ inline uint32_t *mla_query_column(const mla_arguments &a, long long n, long long h,
+                                             int channel)
+{
+    const int row = static_cast<int>(h % MLA_TENSOR_HEADS), i = channel % 16;
+    const int at = channel < a.rank ? channel - i + i / 4 * 2 + i / 2 % 2 * 8 : channel;
+    uint8_t *array = mla_packed_query(a, n, h) + at / 64 * MLA_QUERY_ARRAY;
+    return reinterpret_cast<uint32_t *>(array + row * 128 + (at % 64 / 8 ^ row % 8) * 16 +
+                                        at % 8 * 2);
+}
+
+__device__ inline float *mla_query_unit(const mla_arguments &a, long long n, long long h,
+                                        int group)
+{
+    uint8_t *units = mla_packed_query(a, n, h) + a.width() / 64 * MLA_QUERY_ARRAY;
+    return reinterpret_cast<float *>(units) + group * MLA_TENSOR_HEADS + h % MLA_TENSOR_HEADS;
 }
 
 __device__ inline long long mla_pages_of(long long length)
@@ -171,14 +189,14 @@ struct mla_piece {
 
     __device__ int tokens(int i) const { return i + 1 < pages ? KL_PAGE_TOKENS : last; }
 
-    /* The first pages, as many as a ring has room for: they may be brought before the kernel's
-     * inputs are there. Lengths and tables are inputs of the call, whose first kernel lets
-     * others start once it has its own; and of pages it writes the last one of a sequence
+    /* The first pages, as many as a ring of so many has room for: they may be brought before the
+     * kernel's inputs are there. Lengths and tables are inputs of the call, whose first kernel
+     * lets others start once it has its own; and of pages it writes the last one of a sequence
      * alone. */
-    __device__ int early() const
+    __device__ int early(int stages) const
     {
         const int settled = pages - (ends ? 1 : 0);
-        return settled < MLA_TENSOR_STAGES ? settled : MLA_TENSOR_STAGES;
+        return settled < stages ? settled : stages;
     }
 };
 
@@ -290,6 +308,22 @@ struct mla_pieces {
         first = begin + n, count = shares.of(before + cut.pages - 1) - begin + 1;
     }
 };
+
+/* Of W_UV a quarter of a head, or several quarters: what the last kernel's blocks begin with.
+ * Beside the attention's blocks they have no room, so that before these end nobody else asks for
+ * it. By one thread, once the block's last page is on its way. */
+__device__ inline void mla_ask_for_weights(const mla_arguments &a)
+{
+    const long long row = a.rank * static_cast<long long>(sizeof(bf16)), quarter = a.V / 4;
+    const long long h0 = static_cast<long long>(blockIdx.y) * MLA_TENSOR_HEADS;
+    const long long heads = a.H - h0 < MLA_TENSOR_HEADS ? a.H - h0 : MLA_TENSOR_HEADS;
+    if (!a.asks) return;
+    for (long long i = blockIdx.x; i < 4 * heads; i += gridDim.x) {
+        const long long first = (h0 + i / 4) * (a.nope + a.V) + a.nope + i % 4 * quarter;
+        prefetch_l2(static_cast<const char *>(a.w_kv_b) + first * row,
+                    static_cast<uint32_t>(quarter * row));
+    }
+}
 
 /* q' of the N rows into query, after errands: the latents of the call's `raw` into their pages. */
 bool kl_cuda_mla_absorb_tensor_fits(const mla_arguments &a, kl_dtype weight);

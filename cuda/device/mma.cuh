@@ -23,6 +23,15 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uin
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/* c += a b, float16 operands, f32 sums; fragments as mma_bf16 has them. */
+__device__ inline void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 /* c += a b with m16n8k8 operands in tf32 (f32 bits, the low 13 ignored): A rows r, r + 8 by
  * columns c, c + 4 in the order (r, c), (r + 8, c), (r, c + 4), (r + 8, c + 4); B rows c, c + 4,
  * column r. */

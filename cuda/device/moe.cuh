@@ -98,12 +98,16 @@ struct moe_path {
                      kl_error *err);
 };
 
+struct router_sums;
+
 /* A single token's experts, without a plan. Their ids and weights come from the call, or where
  * there are logits, of at most FEW_EXPERTS experts in one group whose scores are sigmoids, from
  * these by the kernels' own choice; the result goes out or to a residual. */
 struct moe_step {
     const kl_moe_experts *experts;
     const float *logits; /* or null */
+    router_sums *sums;   /* or null: then in place of logits and of the experts' x */
+    float norm_eps;      /* with sums */
     route_rule rule;
     float *residual; /* or null */
     bool apart;      /* with the bits of the other paths: each expert's sum by itself */

@@ -1,28 +1,31 @@
 /*
  * moe_step.cuh -- what the kernels of a single token's experts share: their arguments, the choice
- * of the experts, which each block makes for itself, and the way of the inner products to rows of
- * x.
+ * of the experts, which each block makes for itself or hears of, and the way of the inner products
+ * to rows of x.
  */
 #ifndef KL_CUDA_DEVICE_MOE_STEP_H
 #define KL_CUDA_DEVICE_MOE_STEP_H
 
 #include "moe.cuh"
 #include "ring.cuh"
+#include "router_sums.cuh"
 
 constexpr int MAX_STEP_EXPERTS = 64;  /* of a token, with the shared one */
 constexpr int EACH = STREAM_ROWS / 2; /* rows of a gate or an up in a tile; of w2 in a block */
 
 /* Experts are numbered as they are visited: the shared one, if any, then the token's choices. */
 struct moe_step_arguments {
-    const bf16 *h;
+    const bf16 *h; /* with sums before its division by the rms */
     route_rule rule;
-    const float *logits; /* [E], or null: then ids and weights [top_k] are given */
-    const int *ids;
+    router_sums *sums;   /* of the logits and squares, or null */
+    const float *logits; /* [E], or null: then without sums ids and weights are given */
+    const int *ids;      /* [top_k], as the weights */
     const float *weights;
     weight_view w1, w3, w2, shared_w1, shared_w3, shared_w2;
     bf16 *inner; /* [shared I', then top_k times I] */
     bf16 *out;
     float *residual; /* or null */
+    float norm_eps;
     int D, n_shared, top_k;
     int row_bytes, groups;                      /* of w1 and w3, the shared expert's too */
     unsigned shared_tiles, expert_tiles, tiles; /* of the inner kernel: an expert's, all */
@@ -39,48 +42,123 @@ struct chosen_experts {
     unsigned keys[FEW_EXPERTS]; /* and what they are chosen by */
 };
 
+__device__ inline bool chooses(const moe_step_arguments &a)
+{
+    return a.sums != nullptr || a.logits != nullptr;
+}
+
 /* Before the wait: the bias comes from memory, and would come last. */
 __device__ inline void prefetch_choice(const moe_step_arguments &a)
 {
-    if (a.logits == nullptr || a.rule.bias == nullptr) return;
+    if (!chooses(a) || a.rule.bias == nullptr) return;
     if (const int i = threadIdx.x * 32; i < a.rule.E) prefetch_line(a.rule.bias + i);
 }
 
-/* What the choice is made from, by all threads. The out kernel starts when all blocks of the inner
- * one have waited for what came before: that is complete then, and the out kernel may read it
- * before its own wait, past the L1, which that wait alone would clean. */
-__device__ inline void load_choice(const moe_step_arguments &a, chosen_experts &to)
+/* What a thread reads for the choice: its expert's logit or sums, and bias. */
+struct choice_input {
+    router_reading sums;
+    float logit = 0, bias = 0;
+};
+
+/* The out kernel starts when all blocks of the inner one have waited for what came before: that is
+ * complete then, and the out kernel may read it before its own wait, past the L1, which that wait
+ * alone would clean. */
+__device__ inline choice_input load_choice(const moe_step_arguments &a)
+{
+    choice_input in = {};
+    const int e = threadIdx.x;
+    const bool inside = e < a.rule.E;
+    if (a.sums != nullptr) in.sums.load(*a.sums, e); /* zeros of those that are none */
+    if (a.logits != nullptr && inside) in.logit = __ldcg(a.logits + e);
+    if (a.rule.bias != nullptr && inside) in.bias = __ldcg(a.rule.bias + e);
+    return in;
+}
+
+/* What the choice is made from, by all threads; a barrier follows. Returned is what the experts'
+ * first products are to be multiplied by. */
+__device__ inline float share_choice(const moe_step_arguments &a, const choice_input &in,
+                                     chosen_experts &to)
 {
     static_assert(FEW_EXPERTS == STREAM_THREADS && MAX_STEP_EXPERTS <= STREAM_THREADS);
     const int i = threadIdx.x;
-    if (a.logits != nullptr) {
-        const bool inside = i < a.rule.E;
-        const float bias = inside && a.rule.bias != nullptr ? __ldcg(a.rule.bias + i) : 0;
-        const float score = inside ? sigmoid(__ldcg(a.logits + i)) : 0;
+    const bool summed = a.sums != nullptr;
+    const float inverse = summed ? in.sums.inverse_rms(a.D, a.norm_eps) : 1;
+    if (chooses(a)) {
+        const float score = sigmoid(summed ? in.sums.sum() * inverse : in.logit);
         to.scores[i] = score;
-        to.keys[i] = inside ? key_of(a.rule.bias != nullptr ? score + bias : score) : TAKEN;
+        const unsigned key = key_of(a.rule.bias != nullptr ? score + in.bias : score);
+        to.keys[i] = i < a.rule.E ? key : TAKEN;
     } else if (i < a.top_k) {
         to.ids[i] = __ldcg(a.ids + i);
         to.weights[i] = __ldcg(a.weights + i);
     }
+    return inverse;
 }
 
 __device__ inline lane_keys keys_of(const chosen_experts &from)
 {
     lane_keys keys;
 #pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; i++) keys.key[i] = from.keys[lane_keys::number(i)];
+    for (int i = 0; i < LANE_EXPERTS; i++) keys.set(i, from.keys[lane_keys::number(i)]);
     return keys;
 }
 
 /* After a barrier, by one warp. */
 __device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
 {
-    if (a.logits == nullptr) return;
+    if (!chooses(a)) return;
     lane_keys keys = keys_of(to);
-    choose_experts(
-        keys, a.rule, [&](int e) { return to.scores[e]; }, to.ids, to.weights);
+    const expert_choice choice = choose_experts(
+        keys, a.rule, [&](int e) { return to.scores[e]; }, to.ids);
+    if (lane_id() < a.top_k) to.weights[lane_id()] = choice.weight;
 }
+
+/* ---- the choice by sums, told ------------------------------------------------------------ */
+
+/* With sums the inner kernel alone chooses, and its last block, which has the fewest tiles, tells
+ * the out kernel: a word for each choice, its id + 1 above the bits of its weight, so not 0
+ * whatever the weight. Words are zeros as the sums are, since before the first kernel behind zero()
+ * started. A word says itself that it is there, and stands for nothing else: no order between
+ * words, nor with other memory, is needed.
+ *
+ * The out kernel's blocks look until it is there. That ends: they start only when every block of
+ * the inner kernel has (let_next_start()), and the one that tells waits for nothing that comes
+ * after it. It lets them start when it has told, so that mostly they look once. */
+__device__ inline bool tells(const moe_step_arguments &a)
+{
+    return a.sums != nullptr && blockIdx.x == gridDim.x - 1;
+}
+
+/* By the warp that chose. */
+__device__ inline void tell(const moe_step_arguments &a, const chosen_experts &chosen)
+{
+    const bool mine = lane_id() < a.top_k;
+    const int id = mine ? chosen.ids[lane_id()] : 0;
+    const unsigned weight = __float_as_uint(weight_of(a.rule, chosen.scores[id]));
+    const unsigned long long word = (id + 1ull) << 32 | weight;
+    if (mine)
+        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(a.sums->told + lane_id()),
+                     "l"(word)
+                     : "memory");
+}
+
+/* By all threads; a barrier follows. */
+__device__ inline void hear(const moe_step_arguments &a, chosen_experts &to)
+{
+    const int i = threadIdx.x;
+    if (i >= a.top_k) return;
+    unsigned long long word;
+    do {
+        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+                     : "=l"(word)
+                     : "l"(a.sums->told + i)
+                     : "memory");
+    } while (word == 0);
+    to.ids[i] = static_cast<int>(word >> 32) - 1;
+    to.weights[i] = __uint_as_float(static_cast<unsigned>(word));
+}
+
+/* ---- products ---------------------------------------------------------------------------- */
 
 /* The sum of a tile's row over the warps. */
 template <int ROWS> __device__ float sum_of_warps(const float *sums, int row)

@@ -159,6 +159,7 @@ struct ring_pieces {
 template <kl_weight_format format, int DEPTH = RING_DEPTH> struct weight_ring {
     static constexpr bool SCALED = weight_codec<format>::GROUP > 0;
     static constexpr int SLOT = RING_PIECES + (SCALED ? RING_SCALES : 0);
+    static constexpr int STEPS = DEPTH;
     static constexpr int BYTES = DEPTH * SLOT; /* of shared memory */
 
     unsigned char *first, *slot;
@@ -174,6 +175,8 @@ template <kl_weight_format format, int DEPTH = RING_DEPTH> struct weight_ring {
     {
         return reinterpret_cast<uint32_t *>(slot + RING_PIECES) + 2 * threadIdx.x;
     }
+
+    __device__ void skip() { slot += SLOT; }
 
     __device__ void put_none()
     {
@@ -204,6 +207,12 @@ template <kl_weight_format format, int DEPTH = RING_DEPTH> struct weight_ring {
     template <kl_weight_format f> __device__ ring_pieces take(const bool (&odd)[2]) const
     {
         copy_wait<DEPTH - 1>();
+        return read<f>(odd);
+    }
+
+    /* The same where it is known to be there; then skip(), if no more is put. */
+    template <kl_weight_format f> __device__ ring_pieces read(const bool (&odd)[2]) const
+    {
         ring_pieces p = {{*piece(0), *piece(1)}, {1, 1}};
         if constexpr (weight_codec<f>::GROUP > 0) {
             const uint2 words = *reinterpret_cast<const uint2 *>(scales());
@@ -377,6 +386,25 @@ template <int threads> __device__ void copy_rows(const shared_rows &to, const ro
             const unsigned at = first + i * threads;
             if (at < all) *to.unit(at / units, at % units) = v[i];
         }
+    }
+}
+
+/* The same of the halves of a row, which lie one behind the other, of a multiple of 128 columns. */
+template <int threads> __device__ void copy_halves(const shared_rows &to, const row_source &s)
+{
+    constexpr int AT_ONCE = 2;
+    const uint4 *const from = static_cast<const uint4 *>(s.x);
+    const int units = to.pitch / 16;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < 2 * units; first += AT_ONCE * threads) {
+        uint4 v[AT_ONCE] = {};
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (const int u = first + i * threads; u < 2 * units) v[i] = from[u];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (const int u = first + i * threads; u < 2 * units)
+                *to.unit(u >= units, u >= units ? u - units : u) = v[i];
     }
 }
 

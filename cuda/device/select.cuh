@@ -138,7 +138,8 @@ template <class F> __device__ void for_each(const row_part &part, F f)
     }
 }
 
-/* The part in shared memory, of part_values(n). All its loads are on their way at once. */
+/* The part in shared memory, of part_values(n), from wait_for_part() on. All its loads are on their
+ * way at once. */
 __device__ inline row_part copy_part(const row_part &part, float *shared)
 {
     const row_part copy = {shared, SELECT_THREADS, part.n};
@@ -150,8 +151,12 @@ __device__ inline row_part copy_part(const row_part &part, float *shared)
                          static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                      "l"(from)
                      : "memory");
-    asm volatile("cp.async.wait_all;" ::: "memory");
     return copy;
+}
+
+__device__ inline void wait_for_part()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 /* Over all threads of the cluster, in one order; T has 4 or 8 bytes. */

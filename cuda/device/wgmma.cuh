@@ -2,7 +2,7 @@
  * wgmma.cuh -- tensor-core products of a warpgroup (sm_90a): A from registers or shared memory,
  * B from shared memory, asynchronous.
  *
- *     D [64, N] += A [64, 16] B [16, N]       bf16 operands, f32 sums
+ *     D [64, N] += A [64, 16] B [16, N]       bf16 or f16 operands, f32 sums
  *
  * Warp w of the warpgroup holds rows 16 w .. 16 w + 15 of A and D, in the fragments of
  * mma.m16n8k16 (mma.cuh): D is N / 8 of its C one behind the other. B is given by its columns:
@@ -100,12 +100,12 @@ template <int n> __device__ void wgmma_settle(float (&d)[n])
 #define WGMMA_ACC_64(d) WGMMA_ACC_48(d), WGMMA_ACC_16(d, 48)
 #define WGMMA_ACC_80(d) WGMMA_ACC_64(d), WGMMA_ACC_16(d, 64)
 
-#define WGMMA(N, REGS, ACC, A, B, T)                                                           \
+#define WGMMA(N, TYPE, REGS, ACC, A, B, T)                                                     \
     asm volatile("{\n"                                                                         \
                  ".reg .pred add;\n"                                                           \
                  "setp.eq.u32 add, 1, 1;\n"                                                    \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, {" A    \
-                 "}, " B ", add, 1, 1, " T ";\n"                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGS     \
+                 "}, {" A "}, " B ", add, 1, 1, " T ";\n"                                      \
                  "}"                                                                           \
                  : ACC                                                                         \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                          \
@@ -117,15 +117,23 @@ __device__ __forceinline__ void wgmma(float *d, const uint32_t (&a)[4], uint64_t
 {
     static_assert(N == 32 || N == 64 || N == 96 || N == 128 || N == 160);
     if constexpr (N == 32)
-        WGMMA(32, WGMMA_REGS_16, WGMMA_ACC_16(d, 0), "%16, %17, %18, %19", "%20", "0");
+        WGMMA(32, "bf16", WGMMA_REGS_16, WGMMA_ACC_16(d, 0), "%16, %17, %18, %19", "%20", "0");
     else if constexpr (N == 64)
-        WGMMA(64, WGMMA_REGS_32, WGMMA_ACC_32(d), "%32, %33, %34, %35", "%36", "0");
+        WGMMA(64, "bf16", WGMMA_REGS_32, WGMMA_ACC_32(d), "%32, %33, %34, %35", "%36", "0");
     else if constexpr (N == 96)
-        WGMMA(96, WGMMA_REGS_48, WGMMA_ACC_48(d), "%48, %49, %50, %51", "%52", "0");
+        WGMMA(96, "bf16", WGMMA_REGS_48, WGMMA_ACC_48(d), "%48, %49, %50, %51", "%52", "0");
     else if constexpr (N == 128)
-        WGMMA(128, WGMMA_REGS_64, WGMMA_ACC_64(d), "%64, %65, %66, %67", "%68", "0");
+        WGMMA(128, "bf16", WGMMA_REGS_64, WGMMA_ACC_64(d), "%64, %65, %66, %67", "%68", "0");
     else
-        WGMMA(160, WGMMA_REGS_80, WGMMA_ACC_80(d), "%80, %81, %82, %83", "%84", "0");
+        WGMMA(160, "bf16", WGMMA_REGS_80, WGMMA_ACC_80(d), "%80, %81, %82, %83", "%84", "0");
+}
+
+/* The same of f16. */
+template <int N>
+__device__ __forceinline__ void wgmma_half(float *d, const uint32_t (&a)[4], uint64_t b)
+{
+    static_assert(N == 32);
+    WGMMA(32, "f16", WGMMA_REGS_16, WGMMA_ACC_16(d, 0), "%16, %17, %18, %19", "%20", "0");
 }
 
 /* The same with a transposed B. */
@@ -133,7 +141,7 @@ template <int N>
 __device__ __forceinline__ void wgmma_transposed(float *d, const uint32_t (&a)[4], uint64_t b)
 {
     static_assert(N == 128);
-    WGMMA(128, WGMMA_REGS_64, WGMMA_ACC_64(d), "%64, %65, %66, %67", "%68", "1");
+    WGMMA(128, "bf16", WGMMA_REGS_64, WGMMA_ACC_64(d), "%64, %65, %66, %67", "%68", "1");
 }
 
 #undef WGMMA

@@ -2,47 +2,36 @@
  * kda_mixer.cu -- a KDA layer between its projections, in one kernel for a token step.
  *
  * Computes     q, k, v = silu(conv(qkv));  o = kda_decode(q, k, v, g, beta);
- *              out = o / sqrt(mean(o^2) + eps) * weight * sigmoid(z), as backend/ops.h has it. Of a
- *              few tokens also g = f_low f_b^T and z = g_low g_b^T; else these are there
+ *              out = o / sqrt(mean(o^2) + eps) * weight * sigmoid(z), as backend/ops.h has it
  * Shapes       qkv [N, H (2 K + V)]; g [N, H, K]; beta [N, H]; z, out [N, H, V]; state
- *              [S, H, V, K]; windows [S, C, 3]. With the gates' products N <= 4, all sides 128
- * Layout       the states, windows and weights dense; of the others the first axis may be strided
- * Precision    f32 or bf16 in and out, f32 arithmetic and state; q, k, v, z and o are rounded
- *              to the activations' type where the operations store them; weights as in
- *              linear_step.cu
- * Grid         a block for each sequence and head. 128 threads each convolve q, k and v, while the
- *              state comes to shared memory; a warp makes 16 channels of g or of z from rows of
- *              weights in its registers; then it has 8 rows of the state, a lane the same four
- *              channels of each
- * Order        that of linear_step.cu, short_conv.cu, kda_decode.cu and norm.cu: the same bits.
- *              Sums of 8 rows take the butterfly's steps together, each half of the lanes
- *              keeping half
- * Roofline     2 * 4 * N*H*V*K bytes of state: 4 MiB a sequence with H = 32, V = K = 128, and 2 MiB
- *              of weights in bf16: 2.1 us on an H100 (3.0 TB/s)
- * Measured     H200, in a step (bf16, context 1024, N = 1), from the end of the kernel before:
- *              6.2 us; alone and cold, N = 1 6.8 us, 2 8.3, 4 11.4 (1.7 TB/s); with g and z
- *              from kernels of their own N = 16 29.7 us (2.4 TB/s), 64 85.2 (3.3), 128 157
- *              (3.6) (2026-11-22)
+ *              [S, H, V, K]; windows [S, C, 3]
+ * Layout       the states and windows dense; of the others the first axis may be strided
+ * Precision    f32 or bf16 in and out, f32 arithmetic and state; q, k, v and o are rounded to the
+ *              activations' type where the operations store them
+ * Grid         a block for each sequence and head. 128 threads each convolve q, k and v, others
+ *              have the gates, while the state comes to shared memory; then a warp has 8 rows of
+ *              it, a lane the same four channels of each
+ * Order        that of short_conv.cu, kda_decode.cu and norm.cu: the same bits. Sums of 8 rows
+ *              take the butterfly's steps together, each half of the lanes keeping half
+ * Roofline     2 * 4 * N*H*V*K bytes of state: 4 MiB a sequence with H = 32, V = K = 128: 1.4 us on
+ *              an H100 (3.0 TB/s)
+ * Measured     H200, g and z from kernels of their own: N = 16 29.7 us (2.4 TB/s), 64 85.2 (3.3),
+ *              128 157 (3.6) (2026-11-22)
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"
-#include "../device/stream.cuh"
 
 namespace {
 
 constexpr int ROWS = 8, WARPS = 16, THREADS = WARPS * WARP;
 constexpr int SIDE = MIXER_SIDE; /* threads that share a role */
 constexpr int STATE_BYTES = SIDE * SIDE * 4;
-constexpr int64_t GATE_TOKENS = 4; /* past them reading f_b for every token costs more */
 static_assert(THREADS == 4 * SIDE && WARPS * ROWS == SIDE);
 
 struct arguments {
     mixer_arguments mixer;
-    const void *z; /* or null, with kda.g: then they are products */
+    const void *z;
     long long z_stride;
-    const bf16 *f_low, *g_low;
-    long long f_stride, g_stride;
-    weight_view f_b, g_b;
     bool unsettled; /* one of the weights; then none of the layer's is taken for written */
 };
 
@@ -50,7 +39,6 @@ struct arguments {
 struct head {
     float q[SIDE], k[SIDE], decay[SIDE], decay_low[SIDE]; /* the decay is the sum of both */
     float v[SIDE], o[SIDE], gate[SIDE], norm_weight[SIDE];
-    uint4 low[2 * SIDE / 8]; /* f_low, g_low */
     float beta;
 };
 
@@ -70,19 +58,8 @@ struct place {
     }
 };
 
-/* ---- gates ------------------------------------------------------------------------------- */
-
-__device__ inline void share_decay(const kda_arguments &a, const kda_channel &c, float g, int i,
-                                   head &s)
-{
-    const float log_decay = kda_log_decay(a, c, g), decay = expf(log_decay);
-    s.decay[i] = decay;
-    s.decay_low[i] = kda_decay_low(log_decay, decay);
-}
-
-/* g and z are in memory: a channel of the decay is role 3's, one of z role 2's. */
-template <class A> struct given_gates {
-    static constexpr bool PRODUCTS = false;
+/* A channel of the decay is role 3's, one of z role 2's. */
+template <class A> struct gate_channel {
     kda_channel channel;
     float value;
 
@@ -92,7 +69,7 @@ template <class A> struct given_gates {
         if (at.role == 3 && at.inside) channel = kda_channel_of(p.mixer.kda, at.h, at.i);
     }
 
-    __device__ void read(const arguments &p, const place &at, head &)
+    __device__ void read(const arguments &p, const place &at)
     {
         if (!at.inside) return;
         const kda_arguments &a = p.mixer.kda;
@@ -102,114 +79,22 @@ template <class A> struct given_gates {
                 to_float(static_cast<const A *>(p.z)[at.n * p.z_stride + at.h * a.V + at.i]);
     }
 
+    __device__ void share_decay(const kda_arguments &a, int i, head &s) const
+    {
+        const float log_decay = kda_log_decay(a, channel, value), decay = expf(log_decay);
+        s.decay[i] = decay;
+        s.decay_low[i] = kda_decay_low(log_decay, decay);
+    }
+
     __device__ void share(const arguments &p, const place &at, head &s) const
     {
         if (at.role == 3) {
             s.decay[at.i] = s.decay_low[at.i] = 0;
-            if (at.inside) share_decay(p.mixer.kda, channel, value, at.i, s);
+            if (at.inside) share_decay(p.mixer.kda, at.i, s);
         }
         if (at.role == 2) s.gate[at.i] = sigmoid(value);
     }
-
-    __device__ void multiply(const arguments &, head &) const {}
 };
-
-/* They are products of g_low and f_low with 16 rows of g_b (the first half of the warps) and of
- * f_b, in linear_step.cu's order: its warps' steps of the columns in turn. */
-template <kl_weight_format format> struct own_gates {
-    using F = stream_format<format, 1>;
-    static constexpr bool PRODUCTS = true;
-    static constexpr int STEPS = SIDE / F::STEP;
-    uint4 raw[STEPS][2]; /* of rows r and r + 8, as an mma's lanes have them */
-    float scale[STEPS][2];
-    kda_channel channel;
-
-    static __device__ bool is_decay() { return warp_id() >= WARPS / 2; }
-
-    static __device__ int first() { return warp_id() % (WARPS / 2) * STREAM_ROWS; }
-
-    /* Of the head: which this lane is given. */
-    static __device__ int own()
-    {
-        return first() + lane_id() / STREAM_LANES + lane_id() % 2 * 8;
-    }
-
-    static __device__ int column(int step)
-    {
-        return step * F::STEP + lane_id() % STREAM_LANES * F::PIECE;
-    }
-
-    __device__ void ask(const arguments &p, const place &at)
-    {
-        const weight_view &w = is_decay() ? p.f_b : p.g_b;
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const weight_row row = row_of(w, static_cast<int64_t>(at.h) * SIDE + first() +
-                                                 lane_id() / STREAM_LANES + 8 * e);
-#pragma unroll
-            for (int i = 0; i < STEPS; i++) {
-                raw[i][e] = load_once(row.data + column(i) / F::PIECE * 16);
-                scale[i][e] = scale_at<format>(row, column(i));
-            }
-        }
-        channel = kda_channel_of(p.mixer.kda, at.h, own());
-    }
-
-    /* 16 bytes of f_low or of g_low, by a few threads of role 3. */
-    __device__ void read(const arguments &p, const place &at, head &s)
-    {
-        constexpr int EACH = SIDE / 8;
-        if (at.role != 3 || at.i >= 2 * EACH) return;
-        const bf16 *const from =
-            at.i < EACH ? p.f_low + at.n * p.f_stride : p.g_low + at.n * p.g_stride;
-        copy_async(&s.low[at.i], from + at.i % EACH * 8, true);
-        copy_commit();
-    }
-
-    __device__ void share(const arguments &, const place &, head &) const
-    {
-        copy_wait<0>();
-    }
-
-    /* Of both rows with x, which stands in all columns of the mma: each lane has both. A step is
-     * another warp's there: rounded before it is added. */
-    __device__ void sums_of(const uint4 *x, float (&sum)[2]) const
-    {
-        sum[0] = sum[1] = 0;
-#pragma unroll
-        for (int s = 0; s < STEPS; s++) {
-            uint32_t top[F::TERMS][F::PIECE / 2], bottom[F::TERMS][F::PIECE / 2];
-            float acc[4] = {};
-            F::split(raw[s][0], scale[s][0], top);
-            F::split(raw[s][1], scale[s][1], bottom);
-#pragma unroll
-            for (int i = 0; i < F::PIECE / 4; i++) {
-                const uint4 v = x[column(s) / 8 + i / 2];
-                mma_bf16(
-                    acc,
-                    {top[0][2 * i], bottom[0][2 * i], top[0][2 * i + 1], bottom[0][2 * i + 1]},
-                    {i % 2 == 0 ? v.x : v.z, i % 2 == 0 ? v.y : v.w});
-            }
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                sum[e] += F::WHOLE ? __fmul_rn(scale[s][e], acc[2 * e]) : acc[2 * e];
-        }
-    }
-
-    __device__ void multiply(const arguments &p, head &s) const
-    {
-        float both[2];
-        sums_of(s.low + (is_decay() ? 0 : SIDE / 8), both);
-        const float x = lane_id() % 2 == 0 ? both[0] : both[1];
-        if (lane_id() % STREAM_LANES >= 2) return; /* others have the same */
-        if (is_decay())
-            share_decay(p.mixer.kda, channel, x, own(), s);
-        else
-            s.gate[own()] = sigmoid(to_float(from_float<bf16>(x)));
-    }
-};
-
-/* ---- a token of a head ------------------------------------------------------------------- */
 
 /* Ask the L2 for what lies in a slot: nobody sees that who is still writing there. */
 template <class A>
@@ -254,12 +139,12 @@ struct held_rows {
     __device__ void wait(uint32_t phase) const { barrier_wait(barriers + warp_id(), phase); }
 };
 
-template <class A, class gates_type> struct token {
+template <class A> struct token {
     const arguments &p;
     const mixer_arguments &a;
     const place &at;
     mixer_channel<A> channel;
-    gates_type gates;
+    gate_channel<A> gate;
     float beta;
 
     /* What never changes. */
@@ -267,7 +152,7 @@ template <class A, class gates_type> struct token {
         : p(p), a(p.mixer), at(at), channel(a, at.role, at.h, at.i)
     {
         if (at.role < 3 && at.inside) channel.read_taps(a);
-        gates.ask(p, at);
+        gate.ask(p, at);
         beta = 0;
     }
 
@@ -279,17 +164,17 @@ template <class A, class gates_type> struct token {
     __device__ void read_slot(long long slot, const held_rows &held)
     {
         held.ask(state(slot));
-        if (at.role < 3 && at.inside) channel.read_window(a, slot);
+        if (at.role < 3 && at.inside) channel.read_window(channel.window(a, slot));
     }
 
     /* All of it is on its way at once, where the guess was right; the slot. */
-    __device__ long long read(long long guess, const held_rows &held, head &s)
+    __device__ long long read(long long guess, const held_rows &held)
     {
         const long long slot = mixer_slot(a, at.n);
         read_slot(guess, held);
         if (at.role < 3 && at.inside) channel.read_input(a, at.n);
         if (at.role == 3 && at.i == SIDE - 1) beta = kda_load(a.kda.beta, at.n, at.h);
-        gates.read(p, at, s);
+        gate.read(p, at);
         if (slot != guess) {
             held.wait(0);
             __syncwarp(); /* nobody may still wait for what the next phase would undo */
@@ -307,11 +192,7 @@ template <class A, class gates_type> struct token {
                             : s.v)[at.i] = at.inside ? channel.output() : 0.0f;
         else if (at.i == SIDE - 1)
             s.beta = sigmoid(beta);
-        gates.share(p, at, s);
-        if constexpr (gates_type::PRODUCTS) {
-            __syncthreads();
-            gates.multiply(p, s);
-        }
+        gate.share(p, at, s);
     }
 
     /* The token on the warp's rows; o to the block, up to a barrier. */
@@ -338,7 +219,7 @@ template <class A, class gates_type> struct token {
     }
 };
 
-template <class A, class gates_type>
+template <class A>
 __global__ __launch_bounds__(THREADS,
                              2) void kda_mixer_kernel(__grid_constant__ const arguments p)
 {
@@ -354,11 +235,11 @@ __global__ __launch_bounds__(THREADS,
     ask_ahead<A>(a, at, guess);
     held.prepare();
     if (at.role == 0) s.norm_weight[at.i] = at.i < held.V ? a.norm_weight[at.i] : 0.0f;
-    token<A, gates_type> own(p, at);
+    token<A> own(p, at);
 
     wait_for_inputs();
-    const long long slot = own.read(guess, held, s);
-    if (at.role < 3 && at.inside) own.channel.write_window(a, slot);
+    const long long slot = own.read(guess, held);
+    if (at.role < 3 && at.inside) own.channel.write_window(own.channel.window(a, slot));
     own.share(s);
     __syncthreads();
     mixer_rows<ROWS> rows;
@@ -381,40 +262,20 @@ bool takes(const kl_kda_mixer *a, const kl_kda_mixer_parts &p)
            is_wide(p.norm.z, V, a->out.dtype == KL_BF16 ? 8 : 4);
 }
 
-bool takes_gate(const kl_tensor &low, const kl_weight &w)
-{
-    return w.cols == SIDE && w.format != KL_W_F32 && has_pieces(weight_view_of(w)) &&
-           is_wide(low, SIDE, 8);
-}
-
-bool takes_gates(const kl_kda_mixer *a)
-{
-    return a->out.dtype == KL_BF16 && a->qkv.shape[0] <= GATE_TOKENS &&
-           a->state.shape[2] == SIDE && a->state.shape[3] == SIDE &&
-           a->f_b.format == a->g_b.format && takes_gate(a->f_low, a->f_b) &&
-           takes_gate(a->g_low, a->g_b);
-}
-
 arguments arguments_of(const kl_kda_mixer *a, const kl_kda_mixer_parts &p)
 {
     return {
         .mixer = mixer_arguments_of(a, p),
         .z = p.norm.z.data,
         .z_stride = p.norm.z.stride[0],
-        .f_low = static_cast<const bf16 *>(a->f_low.data),
-        .g_low = static_cast<const bf16 *>(a->g_low.data),
-        .f_stride = a->f_low.stride[0],
-        .g_stride = a->g_low.stride[0],
-        .f_b = weight_view_of(a->f_b),
-        .g_b = weight_view_of(a->g_b),
         .unsettled = a->f_b.unsettled || a->g_b.unsettled,
     };
 }
 
-template <class A, class gates_type>
+template <class A>
 kl_status launch(kl_backend *be, const arguments &a, int64_t N, kl_error *err)
 {
-    const auto kernel = kda_mixer_kernel<A, gates_type>;
+    const auto kernel = kda_mixer_kernel<A>;
     KL_TRY(kl_cuda_allow_shared(kernel, STATE_BYTES, err));
     return kl_cuda_launch(kernel, static_cast<unsigned>(N * a.mixer.kda.H), THREADS,
                           STATE_BYTES, kl_cuda_stream(be), err, a);
@@ -424,25 +285,8 @@ kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p
 {
     const arguments args = arguments_of(a, p);
     return with_float_type(a->out.dtype, [&](auto t) {
-        return launch<decltype(t), given_gates<decltype(t)>>(be, args, a->qkv.shape[0], err);
+        return launch<decltype(t)>(be, args, a->qkv.shape[0], err);
     });
-}
-
-kl_status run_with_gates(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p,
-                         kl_error *err)
-{
-    const arguments args = arguments_of(a, p);
-    const int64_t N = a->qkv.shape[0];
-    switch (a->f_b.format) {
-    case KL_W_INT8:
-        return launch<bf16, own_gates<KL_W_INT8>>(be, args, N, err);
-    case KL_W_INT4:
-        return launch<bf16, own_gates<KL_W_INT4>>(be, args, N, err);
-    case KL_W_FP8:
-        return launch<bf16, own_gates<KL_W_FP8>>(be, args, N, err);
-    default:
-        return launch<bf16, own_gates<KL_W_BF16>>(be, args, N, err);
-    }
 }
 
 } // namespace
@@ -459,7 +303,7 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     if (a->qkv.shape[0] == 0) return KL_OK;
     if (a->guesses) return kl_cuda_kda_mixer_guesses(be, a, p, err);
-    if (takes(a, p) && takes_gates(a)) return run_with_gates(be, a, p, err);
+    if (kl_cuda_kda_mixer_step_takes(a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
     KL_TRY(kl_cuda_short_conv(be, &p.conv, err));

@@ -56,7 +56,7 @@ template <class A> struct preparation {
         if (role == 3) {
             gate = kda_channel_of(p.mixer.kda, h, i);
         } else {
-            channel.read_window(p.mixer, slot);
+            channel.read_window(channel.window(p.mixer, slot));
             channel.read_taps(p.mixer);
         }
     }

@@ -38,19 +38,22 @@ constexpr int KDA_GRID = 64;
 /* Tokens that are worth a segment of their own. */
 constexpr int KDA_SEGMENT = 1024;
 
-/* A prepared chunk of a head, copied to shared memory as it lies. X = (1 + A)^-1 diag(b). In the
- * order in which wgmma reads it (wgmma.cuh): the channels in two halves, and of rows of 128 or 64
- * bytes the pieces of 16 at swizzled(row, piece). */
+/* A prepared chunk of a head, copied to shared memory as it lies. k and q are as they were given;
+ * f and g bring them to unit length, g with the scale, and U comes times f:
+ *     f U = X (V - f (E k) S^T),  X = diag(f) (1 + A)^-1 diag(b);  O = g ((E q) S^T + M (f U))
+ * In the order in which wgmma reads it (wgmma.cuh): the channels in two halves, and of rows of 128
+ * or 64 bytes the pieces of 16 at swizzled(row, piece). */
 struct alignas(16) kda_chunk {
-    bf16 k_decayed[2][KDA_TOKENS][KDA_K / 2]; /* E k              */
-    bf16 q_decayed[2][KDA_TOKENS][KDA_K / 2]; /* scale E q        */
-    bf16 k_left[2][KDA_TOKENS][KDA_K / 2];    /* F k              */
+    bf16 k_decayed[2][KDA_TOKENS][KDA_K / 2]; /* E k */
+    bf16 q_decayed[2][KDA_TOKENS][KDA_K / 2]; /* E q */
+    bf16 k_left[2][KDA_TOKENS][KDA_K / 2];    /* F k */
     bf16 M[KDA_TOKENS][KDA_TOKENS];
     bf16 X[KDA_TOKENS][KDA_TOKENS];
     bf16 X_low[KDA_TOKENS][KDA_TOKENS]; /* what X rounds away */
     /* E_last - 1, which keeps the digits of a weak decay: of channels 8 i + 2 j and the next at
      * [j][2 i], for lane 4 r + j of an accumulator; rows 16 bytes off a bank's round. */
     float decay[4][KDA_K / 4 + 4];
+    float factor[2][KDA_TOKENS]; /* f and g */
 };
 
 /* What a launch is for: the summaries of segments (kda_prefill_segments.cu), or the outputs. */

@@ -16,9 +16,10 @@
  *              the summaries of segments (both warpgroups take rows, 64 of C and 64 of M), then
  *              for the outputs
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
- *              an H100; bound by what preparing takes, which waits more than it issues
- * Measured     H200, 8,192 tokens of 32 heads: 305 us (26 % of its roofline of 78 us), with the
- *              softplus gate 343; H100 359 and 371 (benchmarks/bench_kda.py, 2026-11-22)
+ *              an H100. Preparing and the chain alone take four fifths of the whole each
+ * Measured     H200, 8,192 tokens of 32 heads: 330 us with given log-decays, 335 with the
+ *              softplus gate (23 % of its roofline of 78 us); H100 339 and 337
+ *              (benchmarks/bench_kda.py, 2026-11-23)
  */
 #include "kda_prefill_scan.cuh"
 

@@ -21,7 +21,9 @@ constexpr int GROUP = PREPARERS * WARP;
 constexpr int OCTET = 8, OCTETS = KDA_TOKENS / OCTET;
 constexpr int TILES = OCTETS * (OCTETS + 1) / 2; /* pairs of octets, the earlier one second */
 constexpr int BLOCK = KDA_TOKENS / 2;            /* side of the blocks that are inverted */
-constexpr int CHANNELS = 8;                      /* of a lane */
+constexpr int BLOCK_PITCH = BLOCK + 4;  /* of one whose rows are read by lanes side by side */
+constexpr int CHANNELS = 8;             /* of a lane */
+constexpr int PART = OCTET * OCTET / 2; /* pairs of neighbours of 8 x 8 */
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 /* Factors of a product that are at most 1 together: each stays far from the ends of bf16. */
 constexpr float STEEPEST = 100;
@@ -29,7 +31,7 @@ constexpr float STEEPEST = 100;
  * that their differences keep their digits. */
 constexpr float LEAST = -160;
 /* The hardware drops the low 13 bits of a tf32 operand, on average 2^-11 / (2 ln 2) of a value
- * whose logarithm is evenly spread; put_sums() gives back what two operands lose. What is left is
+ * whose logarithm is evenly spread; add_M() and find_factors() give back what two lose. What is left is
  * as large as after rounding, which would be 150 instructions a lane. */
 constexpr float LOST_TO_TF32 = 2 * 0.00035221f;
 
@@ -38,11 +40,10 @@ static_assert(PREPARERS * 4 * CHANNELS == KDA_K, "a warp has 32 channels");
 
 /* What turns A into X, in the place of X's two parts until they are known. */
 struct inverse_memory {
-    float A[2][BLOCK][BLOCK];   /* diagonal blocks, transposed */
-    float A_left[BLOCK][BLOCK]; /* the block below them        */
-    float product[BLOCK][BLOCK];
+    float A[2][BLOCK][BLOCK];         /* diagonal blocks, transposed */
+    float A_left[BLOCK][BLOCK_PITCH]; /* the block below them        */
 };
-static_assert(sizeof(inverse_memory) == sizeof(kda_chunk::X) + sizeof(kda_chunk::X_low));
+static_assert(sizeof(inverse_memory) <= sizeof(kda_chunk::X) + sizeof(kda_chunk::X_low));
 static_assert(offsetof(kda_chunk, X_low) == offsetof(kda_chunk, X) + sizeof(kda_chunk::X));
 
 /* A chunk to prepare. */
@@ -59,13 +60,17 @@ struct alignas(128) prepare_memory {
     kda_chunk chunk; /* until it is copied to its slot */
     union {
         float part[PREPARERS][TILES][2][OCTET][OCTET]; /* A and M over a warp's channels */
-        float X[KDA_TOKENS][KDA_TOKENS + 4];           /* (1 + A)^-1, afterwards */
+        struct {                                       /* afterwards */
+            float X[KDA_TOKENS][KDA_TOKENS + 4];       /* (1 + A)^-1 */
+            float product[BLOCK][BLOCK_PITCH];
+        };
     };
     float squares[2][KDA_TOKENS][PREPARERS]; /* sums of k^2 and q^2 */
-    float total[KDA_K];                      /* log2 of the chunk's decays */
+    float total[OCTETS][KDA_K];              /* log2 of its octets' decays */
     float beta[KDA_TOKENS];
-    float bias[KDA_K]; /* of the gate */
-    item items[2];     /* the group's and its next */
+    float column[KDA_TOKENS]; /* factors of X's columns */
+    float bias[KDA_K];        /* of the gate, in its units */
+    item items[3];            /* the group's and its next */
 };
 
 __device__ inline inverse_memory &inverse_of(prepare_memory &m)
@@ -73,19 +78,24 @@ __device__ inline inverse_memory &inverse_of(prepare_memory &m)
     return reinterpret_cast<inverse_memory &>(m.chunk.X);
 }
 
+/* The same number. What is made of it is made here: compilers would make it before the loop over
+ * chunks, and keep it in registers that octets need. */
+__device__ inline int made_here(int x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 __device__ inline void group_barrier(int group)
 {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(GROUP) : "memory");
 }
 
-__device__ inline void unpack(const uint4 &from, float factor, float (&to)[CHANNELS])
+__device__ inline void unpack(const uint4 &from, float (&to)[CHANNELS])
 {
     const uint32_t x[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        to[2 * i] = low_half(x[i]) * factor;
-        to[2 * i + 1] = high_half(x[i]) * factor;
-    }
+    for (int i = 0; i < 4; i++) to[2 * i] = low_half(x[i]), to[2 * i + 1] = high_half(x[i]);
 }
 
 __device__ inline uint4 pack(const float (&x)[CHANNELS], const float (&factor)[CHANNELS])
@@ -98,30 +108,33 @@ __device__ inline uint4 pack(const float (&x)[CHANNELS], const float (&factor)[C
 
 /* ---- the gate ---------------------------------------------------------------------------- */
 
-/* log(1 + e) / e on [0, 1], to 9e-6 (Chebyshev, degree 5): a decay enters products with as many
+/* log2(1 + e) / e on [0, 1], to 9e-6 (Chebyshev, degree 5): a decay enters products with as many
  * bits as bf16 and tf32 leave it. */
 __device__ inline float log1p_quotient(float e)
 {
-    float p = -0.02397957f;
-    p = fmaf(p, e, 0.10150005f);
-    p = fmaf(p, e, -0.21029369f);
-    p = fmaf(p, e, 0.32529514f);
-    p = fmaf(p, e, -0.4993726f);
-    return fmaf(p, e, 0.99999183f);
+    float p = -0.03459521f;
+    p = fmaf(p, e, 0.14643362f);
+    p = fmaf(p, e, -0.30338966f);
+    p = fmaf(p, e, 0.46930169f);
+    p = fmaf(p, e, -0.72044237f);
+    return fmaf(p, e, 1.44268325f);
 }
 
-/* What one head's gate holds for all tokens. */
+/* What one head's gate holds for all tokens:
+ *     log2-decay = outer * (g | log2(1 + 2^(inner g + bias)) | sigmoid(inner (g + bias))) */
 struct head_gate {
-    float rate;  /* exp(A_log), inside of the sigmoid                             */
-    float outer; /* log2-decay = outer * (g | softplus(g + bias) | sigmoid(...))  */
+    float inner, outer;
 };
 
+/* inner g may overflow: a rate that sees the difference makes LEAST of it anyway, and one that is
+ * next to nothing counts in larger units. */
 __device__ inline head_gate gate_of(const kda_arguments &a, int h)
 {
     const float rate = a.A_log == nullptr ? 1.0f : expf(a.A_log[h]);
-    if (a.gate == KL_GATE_SOFTPLUS) return {rate, -rate * LOG2_E};
     if (a.gate == KL_GATE_BOUNDED) return {rate, a.lower_bound * LOG2_E};
-    return {rate, LOG2_E};
+    if (a.gate == KL_GATE_DIRECT) return {1.0f, LOG2_E};
+    const bool is_nothing = rate < 0x1p-100f;
+    return {is_nothing ? 0x1p-60f * LOG2_E : LOG2_E, is_nothing ? -rate * 0x1p60f : -rate};
 }
 
 /* fmaxf() would lose a NaN. */
@@ -140,44 +153,37 @@ __device__ inline int gate_channel()
     return warp_id() % PREPARERS * 32 + lane_id() / 4 * (CHANNELS / 2);
 }
 
-/* Raw gates to log2-decays; those past the last of `tokens` are 0. */
-__device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate, int tokens,
+/* Raw gates to log2-decays. */
+__device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate,
                                   const float *bias, lane_gates &x)
 {
-    float *const y = x[0]; /* all eight: a loop a gate, so that they go side by side */
-    if (a.gate != KL_GATE_DIRECT) {
-        float b[CHANNELS / 2];
-        load_floats(bias, b);
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) y[i] += b[i % 4];
-    }
+    float *const y = x[0], b[CHANNELS / 2]; /* all eight: a loop a gate, that they go abreast */
+    if (a.gate != KL_GATE_DIRECT) load_floats(bias, b);
     if (a.gate == KL_GATE_SOFTPLUS) {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
-            const float e = exp2_approx(-LOG2_E * fabsf(y[i]));
-            y[i] = fmaf(e, log1p_quotient(e), fmaxf(y[i], 0.0f));
+            const float z = fmaf(y[i], gate.inner, b[i % 4]), e = exp2_approx(-fabsf(z));
+            y[i] = fmaf(e, log1p_quotient(e), fmaxf(z, 0.0f));
         }
     } else if (a.gate == KL_GATE_BOUNDED) {
 #pragma unroll
-        for (int i = 0; i < CHANNELS; i++) y[i] = sigmoid(gate.rate * y[i]);
+        for (int i = 0; i < CHANNELS; i++) y[i] = sigmoid(gate.inner * (y[i] + b[i % 4]));
     }
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-        const bool inside = lane_id() % 4 + i / 4 * 4 < tokens;
-        y[i] = at_least(y[i] * (inside ? gate.outer : 0.0f), LEAST);
-    }
+    for (int i = 0; i < CHANNELS; i++) y[i] = at_least(y[i] * gate.outer, LEAST);
 }
 
-/* Sums L of an octet's log2-decays from its first token to the lane's, and the same less the sum
- * to the octet's middle. By a product with ones and zeros, in which a decay travels as two tf32;
- * they keep 22 bits of it. */
-__device__ inline void sum_over_octet(const lane_gates &x, float (&L)[CHANNELS],
-                                      float (&above)[CHANNELS])
+/* Sums L of an octet's log2-decays from its first token to the lane's, and to its last, of `left`
+ * tokens. By a product with ones and zeros, in which a decay travels as two tf32; they keep 22
+ * bits of it. */
+__device__ inline void sum_over_octet(const lane_gates &x, int left, float (&L)[CHANNELS],
+                                      float (&total)[CHANNELS])
 {
-    const int token = lane_id() / 4, other = lane_id() % 4;
-    const float first = token >= other ? 1.0f : 0.0f, second = token >= other + 4 ? 1.0f : 0.0f;
-    const uint32_t rows[4] = {__float_as_uint(first), __float_as_uint(first - 1),
-                              __float_as_uint(second), __float_as_uint(second)};
+    const int token = lane_id() / 4, first = lane_id() % 4, second = first + OCTET / 2;
+    const uint32_t one = __float_as_uint(1.0f);
+    const uint32_t has_first = first < left ? one : 0, has_second = second < left ? one : 0;
+    const uint32_t rows[4] = {token >= first ? has_first : 0, has_first,
+                              token >= second ? has_second : 0, has_second};
 #pragma unroll
     for (int i = 0; i < CHANNELS / 2; i++) {
         uint32_t high[2], low[2];
@@ -190,20 +196,11 @@ __device__ inline void sum_over_octet(const lane_gates &x, float (&L)[CHANNELS],
         mma_tf32(sum, rows, low);
         mma_tf32(sum, rows, high);
         L[i] = sum[0], L[4 + i] = sum[1];
-        above[i] = sum[2], above[4 + i] = sum[3];
+        total[i] = sum[2], total[4 + i] = sum[3];
     }
 }
 
 /* ---- inputs ------------------------------------------------------------------------------ */
-
-/* A lane's piece of its row of an octet, zeros past the last token. */
-__device__ inline uint4 load_piece(const kda_operand &x, const item &c, long long column, int o)
-{
-    const int row = OCTET * o + lane_id() / 4;
-    if (row >= c.tokens) return uint4{0, 0, 0, 0};
-    return *reinterpret_cast<const uint4 *>(static_cast<const bf16 *>(x.data) +
-                                            (c.token + row) * x.stride + column);
-}
 
 /* Gates of two tokens, as they are given. */
 struct raw_gates {
@@ -226,11 +223,13 @@ __device__ inline void unpack_gates(const raw_gates &g, bool is_bf16, lane_gates
 }
 
 /* A channel a thread. */
-__device__ inline void load_bias(const kda_arguments &a, const item &c, prepare_memory &m)
+__device__ inline void load_bias(const kda_arguments &a, const head_gate &gate, const item &c,
+                                 prepare_memory &m)
 {
     const int i = threadIdx.x % GROUP;
     if (a.gate == KL_GATE_DIRECT) return;
-    m.bias[i] = a.dt_bias == nullptr ? 0.0f : a.dt_bias[c.h * KDA_K + i];
+    const float bias = a.dt_bias == nullptr ? 0.0f : a.dt_bias[c.h * KDA_K + i];
+    m.bias[i] = a.gate == KL_GATE_SOFTPLUS ? bias * gate.inner : bias;
 }
 
 __device__ inline void load_beta(const kda_arguments &a, const item &c, prepare_memory &m)
@@ -241,11 +240,50 @@ __device__ inline void load_beta(const kda_arguments &a, const item &c, prepare_
     m.beta[i] = i >= c.tokens ? 0.0f : a.beta_logits ? sigmoid(raw) : raw;
 }
 
-__device__ inline float norm_factor(const float (&squares)[PREPARERS])
+/* ---- lengths of rows --------------------------------------------------------------------- */
+
+/* The sums of squares of a token's k and q. */
+__device__ inline float2 squares_of(const prepare_memory &m, int token)
 {
-    float s[PREPARERS];
-    load_floats(squares, s);
-    return kda_unit_factor((s[0] + s[1]) + (s[2] + s[3]));
+    float k[PREPARERS], q[PREPARERS];
+    load_floats(m.squares[0][token], k);
+    load_floats(m.squares[1][token], q);
+    return {(k[0] + k[1]) + (k[2] + k[3]), (q[0] + q[1]) + (q[2] + q[3])};
+}
+
+/* Rows so long or short that products of them, or of decays with them, may leave the range of a
+ * float: they are to have length 1 before. */
+__device__ inline bool is_extreme(float squares)
+{
+    return !(squares == 0 || (squares >= 0x1p-24f && squares <= 0x1p40f));
+}
+
+/* Of a chunk that came raw. */
+__device__ inline bool has_extremes(const prepare_memory &m)
+{
+    const float2 s = squares_of(m, lane_id());
+    return __any_sync(ALL_LANES, is_extreme(s.x) || is_extreme(s.y));
+}
+
+/* What products with rows of E k and E q are to be multiplied by, f and another: to the chunk. F k
+ * and M want diag(f) U, so X becomes
+ *     diag(f) (1 + A)^-1 diag(b) = (1 + diag(f) A diag(1 / f))^-1 diag(f b),
+ * where A has rows times f b and columns times f: what is inverted has rows times f^2 b alone. That
+ * is returned, lane t has token t's. */
+__device__ inline float find_factors(const kda_arguments &a, bool is_raw, prepare_memory &m)
+{
+    float2 f = {1, 1};
+    if (a.normalize && is_raw) {
+        const float2 s = squares_of(m, lane_id());
+        f = {kda_unit_factor(s.x), kda_unit_factor(s.y)};
+    }
+    const float column = m.beta[lane_id()] * f.x;
+    if (warp_id() % PREPARERS == 0) {
+        m.column[lane_id()] = column;
+        m.chunk.factor[0][lane_id()] = f.x;
+        m.chunk.factor[1][lane_id()] = f.y * a.scale;
+    }
+    return column * f.x * (1 + LOST_TO_TF32);
 }
 
 __device__ constexpr int tile_of(int row, int column)

@@ -8,9 +8,9 @@
  *     sum_d x_i k_j 2^(L_i - L_j) = sum_d (x_i 2^(L_i - m)) (k_j 2^(m - L_j))
  * with L the sums of log2-decays and m their value where the octet starts, 0: against earlier
  * octets both exponents are negative then, and the left factor is what E x is made of. Within the
- * octet the right one's is not; where eight tokens decay by more than 2^-100, m is the value in
- * the middle there, four tokens away at most, and if those decay by as much, the octet's own
- * product is formed pair by pair from differences.
+ * octet the right one's is not; where eight tokens decay by more than 2^-63, m is the value in
+ * the middle there, four tokens away at most, and if those decay by more than 2^-100, the octet's
+ * own product is formed pair by pair from differences.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_OCTETS_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_OCTETS_H
@@ -27,23 +27,35 @@ __device__ inline int lane_channel()
 
 /* ---- A and M ----------------------------------------------------------------------------- */
 
+/* Where a lane puts its two neighbours of the 8 x 8 of A of a pair of octets, and PART further
+ * those of M. Those of the next pair lie behind. */
+using lane_part = float2 *;
+
+__device__ inline lane_part lane_part_of(prepare_memory &m)
+{
+    float(*first)[OCTET] = m.part[warp_id() % PREPARERS][0][0];
+    return reinterpret_cast<lane_part>(&first[lane_id() / 4][lane_id() % 4 * 2]);
+}
+
 /* An octet's rows against its own k, from differences of the sums L. Lane 4 g + 0 writes row g. */
 __device__ inline void steep_octet(const float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                   const float (&L)[CHANNELS], float (*to)[OCTET][OCTET])
+                                   const float (&L)[CHANNELS], lane_part to)
 {
     const int row = lane_id() / 4;
+    float *const A = &to->x, *const M =
+                                 &to[PART].x; /* of its first column, in its first lane */
 #pragma unroll 1
     for (int d = 0; d < OCTET; d++) {
-        float A = 0, M = 0;
+        float a = 0, b = 0;
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
             const float other = __shfl_up_sync(ALL_LANES, k[i], 4 * d);
             const float from = __shfl_up_sync(ALL_LANES, L[i], 4 * d);
             const float y = other * exp2_approx(fminf(L[i] - from, 0.0f));
-            A = fmaf(k[i], y, A), M = fmaf(q[i], y, M);
+            a = fmaf(k[i], y, a), b = fmaf(q[i], y, b);
         }
-        A = warp_sum<4>(A), M = warp_sum<4>(M);
-        if (lane_id() % 4 == 0 && row >= d) to[0][row][row - d] = A, to[1][row][row - d] = M;
+        a = warp_sum<4>(a), b = warp_sum<4>(b);
+        if (lane_id() % 4 == 0 && row >= d) A[row - d] = a, M[row - d] = b;
     }
 }
 
@@ -69,7 +81,7 @@ __device__ inline void left_operands(const float (&k)[CHANNELS], const float (&q
 
 /* An octet's rows against the k of an octet: 8 x 8 of A and of M, over the warp's channels. */
 __device__ inline void multiply_octets(const left_rows &a, const float (&k)[CHANNELS],
-                                       float (*to)[OCTET][OCTET])
+                                       lane_part to)
 {
     float sum[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -77,9 +89,7 @@ __device__ inline void multiply_octets(const left_rows &a, const float (&k)[CHAN
         const uint32_t b[2] = {to_tf32(k[2 * s]), to_tf32(k[2 * s + 1])};
         mma_tf32(sum, a[s], b);
     }
-    const int row = lane_id() / 4, column = lane_id() % 4 * 2;
-    *reinterpret_cast<float2 *>(&to[0][row][column]) = float2{sum[0], sum[1]};
-    *reinterpret_cast<float2 *>(&to[1][row][column]) = float2{sum[2], sum[3]};
+    to[0] = float2{sum[0], sum[1]}, to[PART] = float2{sum[2], sum[3]};
 }
 
 /* ---- results ----------------------------------------------------------------------------- */
@@ -95,29 +105,31 @@ __device__ inline char *lane_piece(kda_chunk &out)
 }
 
 constexpr int LAST_ROW = 4 * (OCTET - 1); /* its first lane */
-constexpr float FURTHEST = 0x1p-100f;     /* 2^-STEEPEST     */
+/* Numbers from 2^-63 to 1 have this bit of the exponent, and smaller ones have not. */
+constexpr uint32_t IS_NEAR = 0x20000000u;
 
 enum operand { K_DECAYED, Q_DECAYED, K_LEFT };
 static_assert(offsetof(kda_chunk, q_decayed) == Q_DECAYED * sizeof(kda_chunk::k_decayed));
 static_assert(offsetof(kda_chunk, k_left) == K_LEFT * sizeof(kda_chunk::k_decayed));
 
-__device__ inline void write_piece(char *lane, operand which, int o, const uint4 &x)
+constexpr int OCTET_BYTES = OCTET * KDA_K; /* of half the channels */
+
+__device__ inline void write_piece(char *lane, operand which, const uint4 &x)
 {
-    *reinterpret_cast<uint4 *>(lane + which * sizeof(kda_chunk::k_decayed) +
-                               o * OCTET * KDA_K) = x;
+    *reinterpret_cast<uint4 *>(lane + which * sizeof(kda_chunk::k_decayed)) = x;
 }
 
 /* ---- a chunk ----------------------------------------------------------------------------- */
 
 /* Where the lane keeps its k of octet c < 3 times their decays up to the end of the latest octet,
- * half of the channels: in its own pieces of F k and, octet 1, where X is to come. The last octet
- * writes F k of an octet when it has read what the lane keeps there. */
+ * half of the channels: in its own pieces of F k and where X is to come. The last octet writes
+ * F k of an octet when it has read what the lane keeps there. */
 __device__ inline float4 *left_piece(prepare_memory &m, char *lane, int c, int half)
 {
     char *X = reinterpret_cast<char *>(m.chunk.X) + threadIdx.x % GROUP * 16;
-    char *own = lane + K_LEFT * sizeof(kda_chunk::k_decayed) + c * OCTET * KDA_K;
-    return reinterpret_cast<float4 *>(c == 1 ? X + half * GROUP * 16
-                                             : own + half * OCTET * KDA_K);
+    char *own = lane + K_LEFT * sizeof(kda_chunk::k_decayed) + 2 * c * OCTET_BYTES;
+    return reinterpret_cast<float4 *>(c == 2 ? X + half * GROUP * 16
+                                             : own + half * OCTET_BYTES);
 }
 
 __device__ inline void put_left(prepare_memory &m, char *lane, int c,
@@ -134,29 +146,30 @@ __device__ inline void get_left(prepare_memory &m, char *lane, int c, float (&x)
     x[4] = v.x, x[5] = v.y, x[6] = v.z, x[7] = v.w;
 }
 
-/* An octet's rows, over its start, against the k of the octets before it, which then reach to its
+/* Octet o's rows, over its start, against the k of the octets before it, which then reach to its
  * end; with the last octet they are what the chunk leaves. */
-__device__ inline void meet_earlier(const left_rows &rows, int o, const float (&end)[CHANNELS],
-                                    prepare_memory &m, char *out)
+template <int o>
+__device__ void meet_earlier(const left_rows &rows, const float (&end)[CHANNELS],
+                             lane_part part, prepare_memory &m, char *out)
 {
-#pragma unroll 1
+    float k[o][CHANNELS];
+#pragma unroll
+    for (int c = 0; c < o; c++) get_left(m, out, c, k[c]);
+#pragma unroll
     for (int c = 0; c < o; c++) {
-        float k[CHANNELS];
-        get_left(m, out, c, k);
-        multiply_octets(rows, k, m.part[warp_id() % PREPARERS][tile_of(o, c)]);
-        if (o == OCTETS - 1) {
-            write_piece(out, K_LEFT, c, pack(k, end));
+        multiply_octets(rows, k[c], part + 2 * PART * c);
+        if constexpr (o == OCTETS - 1) {
+            write_piece(out + c * OCTET_BYTES, K_LEFT, pack(k[c], end));
         } else {
 #pragma unroll
-            for (int i = 0; i < CHANNELS; i++) k[i] *= end[i];
-            put_left(m, out, c, k);
+            for (int i = 0; i < CHANNELS; i++) k[c][i] *= end[i];
+            put_left(m, out, c, k[c]);
         }
     }
 }
 
 /* The rows as they have been since the chunk's start, E k and E q. */
-__device__ inline void write_rows(const left_rows &a, const float (&start)[CHANNELS], int o,
-                                  char *out)
+__device__ inline void write_rows(const left_rows &a, const float (&start)[CHANNELS], char *out)
 {
     uint32_t k[CHANNELS / 2], q[CHANNELS / 2];
 #pragma unroll
@@ -165,19 +178,22 @@ __device__ inline void write_rows(const left_rows &a, const float (&start)[CHANN
         k[s] = pack_bf16(__uint_as_float(a[s][0]) * x, __uint_as_float(a[s][2]) * y);
         q[s] = pack_bf16(__uint_as_float(a[s][1]) * x, __uint_as_float(a[s][3]) * y);
     }
-    write_piece(out, K_DECAYED, o, uint4{k[0], k[1], k[2], k[3]});
-    write_piece(out, Q_DECAYED, o, uint4{q[0], q[1], q[2], q[3]});
+    write_piece(out, K_DECAYED, uint4{k[0], k[1], k[2], k[3]});
+    write_piece(out, Q_DECAYED, uint4{q[0], q[1], q[2], q[3]});
 }
 
-/* An octet's own product, and its k up to its end, where that may be 2^-STEEPEST or less. */
+/* An octet's own product, and its k up to its end, where that may be 2^-63 or less. */
 __device__ inline void meet_itself_far(float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                       const float (&L)[CHANNELS],
-                                       const float (&above)[CHANNELS],
-                                       float (*own)[OCTET][OCTET])
+                                       const float (&L)[CHANNELS], lane_part own)
 {
+    constexpr int MIDDLE_ROW = 4 * (OCTET / 2 - 1); /* its first lane */
+    float above[CHANNELS];
     bool steep = false;
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) steep |= fabsf(above[i]) > STEEPEST;
+    for (int i = 0; i < CHANNELS; i++) {
+        above[i] = L[i] - __shfl_sync(ALL_LANES, L[i], MIDDLE_ROW + lane_id() % 4);
+        steep |= fabsf(above[i]) > STEEPEST;
+    }
     if (__any_sync(ALL_LANES, steep)) {
         steep_octet(k, q, L, own);
     } else {
@@ -196,65 +212,60 @@ __device__ inline void meet_itself_far(float (&k)[CHANNELS], const float (&q)[CH
         k[i] *= exp2_approx(__shfl_sync(ALL_LANES, L[i], LAST_ROW + lane_id() % 4) - L[i]);
 }
 
-/* The sums of an octet's log2-decays to the chunk's, by the lanes that have its last row. */
-__device__ inline void add_to_total(const float (&L)[CHANNELS], int o, prepare_memory &m)
+/* An octet's rows and its own product; its k reach to its end then. */
+__device__ inline void meet_itself(float (&k)[CHANNELS], const float (&q)[CHANNELS],
+                                   const float (&L)[CHANNELS], const float (&end)[CHANNELS],
+                                   const left_rows &rows, lane_part own)
 {
-    if (lane_id() < LAST_ROW) return;
-    float *total = &m.total[lane_channel()], x[CHANNELS] = {};
-    if (o > 0) load_floats(total, x);
+    uint32_t common = IS_NEAR;
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) x[i] += L[i];
-    store_floats(total, x);
+    for (int i = 0; i < CHANNELS; i++) common &= __float_as_uint(end[i]);
+    if (__any_sync(ALL_LANES, common == 0)) {
+        meet_itself_far(k, q, L, own);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) k[i] *= exp2_approx(-L[i]);
+    multiply_octets(rows, k, own);
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) k[i] *= end[i];
 }
 
-/* Octet o, given its log2-decays; `start` are the decays of those before it. */
-__device__ inline void prepare_octet(int o, float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                     const lane_gates &decays, float (&start)[CHANNELS],
+/* The octet's log2-decays, in the order in which they lie in registers. */
+__device__ inline void put_total(const float (&x)[CHANNELS], float *to)
+{
+    if (lane_id() >= 4) return;
+#pragma unroll
+    for (int i = 0; i < CHANNELS / 2; i++)
+        *reinterpret_cast<float2 *>(to + lane_channel() + 2 * i) = float2{x[i], x[4 + i]};
+}
+
+/* Octet o of `left` tokens, given its log2-decays; `start` are the decays of those before it, and
+ * `part` is where A and M of octets (o, 0) go. */
+__device__ inline void prepare_octet(int o, int left, float (&k)[CHANNELS],
+                                     const float (&q)[CHANNELS], const lane_gates &decays,
+                                     float (&start)[CHANNELS], lane_part part,
                                      prepare_memory &m, char *out)
 {
-    float L[CHANNELS], above[CHANNELS]; /* sums of log2-decays; the same over the middle's */
-    float f[CHANNELS], end[CHANNELS];
+    float L[CHANNELS], f[CHANNELS], end[CHANNELS]; /* log2-decays' sums; 2^ them, the last */
     left_rows rows;
-    bool far = false;
-    float(*own)[OCTET][OCTET] = m.part[warp_id() % PREPARERS][tile_of(o, o)];
-    sum_over_octet(decays, L, above);
+    sum_over_octet(decays, left, L, end);
+    put_total(end, m.total[o]);
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-        f[i] = exp2_approx(L[i]);
-        end[i] = __shfl_sync(ALL_LANES, f[i], LAST_ROW + lane_id() % 4);
-        far |= !(end[i] >= FURTHEST);
-    }
-    add_to_total(L, o, m);
+    for (int i = 0; i < CHANNELS; i++) f[i] = exp2_approx(L[i]), end[i] = exp2_approx(end[i]);
     left_operands(k, q, f, rows);
-    write_rows(rows, start, o, out);
+    write_rows(rows, start, out + o * OCTET_BYTES);
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) start[i] *= end[i];
-    if (__any_sync(ALL_LANES, far)) {
-        meet_itself_far(k, q, L, above, own);
-    } else {
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) k[i] *= exp2_approx(-L[i]);
-        multiply_octets(rows, k, own);
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) k[i] *= end[i];
-    }
-    meet_earlier(rows, o, end, m, out);
-    const float one[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
-    if (o == OCTETS - 1)
-        write_piece(out, K_LEFT, o, pack(k, one));
-    else
+    meet_itself(k, q, L, end, rows, part + 2 * PART * o);
+    if (o == 1) meet_earlier<1>(rows, end, part, m, out);
+    if (o == 2) meet_earlier<2>(rows, end, part, m, out);
+    if (o == 3) {
+        const float one[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
+        meet_earlier<3>(rows, end, part, m, out);
+        write_piece(out + o * OCTET_BYTES, K_LEFT, pack(k, one));
+    } else
         put_left(m, out, o, k);
-}
-
-/* The head's columns that a lane reads. */
-struct lane_columns {
-    long long qk, g;
-};
-
-__device__ inline lane_columns columns_of(const item &c)
-{
-    return {static_cast<long long>(c.hk) * KDA_K + lane_channel(),
-            static_cast<long long>(c.h) * KDA_K + gate_channel()};
 }
 
 /* What an octet needs from device memory: the lane's pieces of its row. */
@@ -263,94 +274,121 @@ struct raw_octet {
     raw_gates g;
 };
 
-/* Goes through the octets of a chunk. */
-struct octet_reader {
-    const kda_arguments &a;
-    const char *k, *q, *g;
-    long long g_stride; /* in bytes */
-    int left;           /* tokens from the octet's first on */
+/* One sum from here on, where a compiler would add its terms anew for each row. */
+__device__ inline void keep_whole(const char *&p)
+{
+    asm("" : "+l"(p));
+}
 
-    __device__ octet_reader(const kda_arguments &a, const item &c, const lane_columns &at)
-        : a(a), k(piece(a.k, c, lane_id() / 4, at.qk)), q(piece(a.q, c, lane_id() / 4, at.qk)),
-          g(piece(a.g, c, lane_id() % 4, at.g)), g_stride(a.g.stride * bytes_of(a.g)),
-          left(c.tokens)
+/* A lane's column of an operand in a chunk. */
+struct lane_column {
+    const char *first; /* of the lane's piece in the chunk's first row */
+    long long stride;  /* elements between rows, of so many bytes      */
+    unsigned bytes, last;
+
+    __device__ lane_column(const kda_operand &x, const item &c, int head, int channel,
+                           unsigned bytes)
+        : stride(x.stride), bytes(bytes), last((c.tokens - 1) * bytes)
     {
+        first = static_cast<const char *>(x.data) +
+                (c.token * stride + static_cast<long long>(head) * KDA_K + channel) * bytes;
+        keep_whole(first);
     }
 
-    __device__ static int bytes_of(const kda_operand &x) { return x.is_bf16 ? 2 : 4; }
-
-    __device__ static const char *piece(const kda_operand &x, const item &c, int row,
-                                        long long column)
+    /* Past the last token its piece again: such a token's b and log-decays count as 0. */
+    __device__ const char *piece(unsigned row) const
     {
-        return static_cast<const char *>(x.data) +
-               ((c.token + row) * x.stride + column) * bytes_of(x);
-    }
-
-    /* whole: the octet has all its tokens. */
-    template <class T, bool whole> __device__ void read_gates(raw_gates &to) const
-    {
-        constexpr int HALF = OCTET / 2;
-        const int first = lane_id() % 4;
-        const auto read = [](uint4 &x, const char *from) {
-            *reinterpret_cast<T *>(&x) = __ldcs(reinterpret_cast<const T *>(from));
-        };
-        if (whole || first < left) read(to.x[0], g);
-        if (whole || first + HALF < left) read(to.x[1], g + HALF * g_stride);
-    }
-
-    template <bool whole> __device__ void read_octet(raw_octet &to) const
-    {
-        if (whole || lane_id() / 4 < left) {
-            to.k = *reinterpret_cast<const uint4 *>(k);
-            to.q = *reinterpret_cast<const uint4 *>(q);
-        }
-        if (a.g.is_bf16)
-            read_gates<uint2, whole>(to.g);
-        else
-            read_gates<uint4, whole>(to.g);
-    }
-
-    /* Zeros past the last token. */
-    __device__ void read(raw_octet &to)
-    {
-        if (left >= OCTET) {
-            read_octet<true>(to);
-        } else {
-            to = {};
-            read_octet<false>(to);
-        }
-        left -= OCTET;
-        k += OCTET * 2 * a.k.stride, q += OCTET * 2 * a.q.stride, g += OCTET * g_stride;
+        return first + static_cast<unsigned long long>(min(row * bytes, last)) * stride;
     }
 };
 
-/* What brings a row of k, and of q, to unit length. */
-__device__ inline float2 factors_of(const prepare_memory &m, int row, bool normalize)
+/* Goes through the octets of a chunk. */
+struct octet_reader {
+    lane_column k, q, g;
+    bool short_gates; /* bf16 */
+
+    __device__ octet_reader(const kda_arguments &a, const item &c)
+        : k(a.k, c, c.hk, lane_channel(), 2), q(a.q, c, c.hk, lane_channel(), 2),
+          g(a.g, c, c.h, gate_channel(), a.g.is_bf16 ? 2 : 4), short_gates(a.g.is_bf16)
+    {
+    }
+
+    template <class T> __device__ void read_gates(raw_gates &to, int o) const
+    {
+        const int row = OCTET * o + lane_id() % 4;
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+            *reinterpret_cast<T *>(&to.x[t]) =
+                __ldcs(reinterpret_cast<const T *>(g.piece(row + t * OCTET / 2)));
+    }
+
+    __device__ void read_rows(uint4 &to_k, uint4 &to_q, int o) const
+    {
+        const int row = OCTET * o + lane_id() / 4;
+        to_k = *reinterpret_cast<const uint4 *>(k.piece(row));
+        to_q = *reinterpret_cast<const uint4 *>(q.piece(row));
+    }
+
+    __device__ void read(raw_octet &to, int o) const
+    {
+        read_rows(to.k, to.q, o);
+        if (short_gates)
+            read_gates<uint2>(to.g, o);
+        else
+            read_gates<uint4>(to.g, o);
+    }
+};
+
+/* Sums of squares over a warp's channels: the diagonal of an octet's rows times themselves, k
+ * above q. */
+__device__ inline void sum_squares(const raw_octet &x, int o, prepare_memory &m)
 {
-    if (!normalize) return float2{1.0f, 1.0f};
-    return float2{norm_factor(m.squares[0][row]), norm_factor(m.squares[1][row])};
+    const uint32_t low[4] = {x.k.x, x.q.x, x.k.y, x.q.y};
+    const uint32_t high[4] = {x.k.z, x.q.z, x.k.w, x.q.w};
+    float of_k[4] = {0, 0, 0, 0}, of_q[4] = {0, 0, 0, 0};
+    mma_bf16(of_k, low, {x.k.x, x.k.y});
+    mma_bf16(of_q, low, {x.q.x, x.q.y});
+    mma_bf16(of_k, high, {x.k.z, x.k.w});
+    mma_bf16(of_q, high, {x.q.z, x.q.w});
+    const int row = lane_id() / 4, warp = warp_id() % PREPARERS;
+    if (lane_id() % 4 != row / 2) return;
+    m.squares[0][OCTET * o + row][warp] = row % 2 ? of_k[1] : of_k[0];
+    m.squares[1][OCTET * o + row][warp] = row % 2 ? of_q[3] : of_q[2];
 }
 
-__device__ inline void prepare_octets(const kda_arguments &a, const item &c,
-                                      const lane_columns &at, prepare_memory &m)
+/* To length 1, by the sums of squares. */
+__device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS], int o,
+                                       const prepare_memory &m)
 {
-    const head_gate gate = gate_of(a, c.h);
+    const float2 s = squares_of(m, OCTET * o + lane_id() / 4);
+    const float of_k = kda_unit_factor(s.x), of_q = kda_unit_factor(s.y);
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) k[i] *= of_k, q[i] *= of_q;
+}
+
+/* `x` is the first octet. Rows stay as they are, and the factors that bring them to unit length are
+ * found on the way; or, given these, they are multiplied. */
+__device__ inline void prepare_octets(const kda_arguments &a, const item &c,
+                                      const head_gate &gate, const octet_reader &from,
+                                      raw_octet &x, bool is_raw, prepare_memory &m)
+{
     float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
-    octet_reader from(a, c, at);
-    raw_octet x;
-    from.read(x);
+    lane_part part = lane_part_of(m);
 #pragma unroll 1 /* four times the code would not stay in the instruction cache */
-    for (int o = 0; o < OCTETS; o++) {
-        const int row = OCTET * o + lane_id() / 4;
-        const float2 factor = factors_of(m, row, a.normalize);
+    for (int o = 0; o < OCTETS; part += 2 * PART * ++o) {
         float k[CHANNELS], q[CHANNELS];
         lane_gates decays;
-        unpack(x.k, factor.x, k);
-        unpack(x.q, factor.y * a.scale, q);
+        unpack(x.k, k);
+        unpack(x.q, q);
         unpack_gates(x.g, a.g.is_bf16, decays);
-        apply_gate(a, gate, c.tokens - OCTET * o, &m.bias[gate_channel()], decays);
-        if (o < OCTETS - 1) from.read(x);
-        prepare_octet(o, k, q, decays, start, m, lane_piece(m.chunk));
+        apply_gate(a, gate, &m.bias[gate_channel()], decays);
+        if (!is_raw)
+            normalize_octet(k, q, o, m);
+        else if (a.normalize)
+            sum_squares(x, o, m);
+        if (o < OCTETS - 1) from.read(x, o + 1);
+        prepare_octet(o, c.tokens - OCTET * o, k, q, decays, start, part, m,
+                      lane_piece(m.chunk));
     }
 }
 

@@ -71,36 +71,6 @@ __device__ inline bool is_leader()
     return warp_id() % PREPARERS == PREPARERS - 1;
 }
 
-/* Sums of squares over a warp's channels: the diagonal of an octet's rows times themselves, k
- * above q. */
-__device__ inline void sum_squares(const uint4 &k, const uint4 &q, int o, prepare_memory &m)
-{
-    const uint32_t low[4] = {k.x, q.x, k.y, q.y}, high[4] = {k.z, q.z, k.w, q.w};
-    float of_k[4] = {0, 0, 0, 0}, of_q[4] = {0, 0, 0, 0};
-    mma_bf16(of_k, low, {k.x, k.y});
-    mma_bf16(of_k, high, {k.z, k.w});
-    mma_bf16(of_q, low, {q.x, q.y});
-    mma_bf16(of_q, high, {q.z, q.w});
-    const int row = lane_id() / 4, warp = warp_id() % PREPARERS;
-    if (lane_id() % 4 != row / 2) return;
-    m.squares[0][OCTET * o + row][warp] = row % 2 ? of_k[1] : of_k[0];
-    m.squares[1][OCTET * o + row][warp] = row % 2 ? of_q[3] : of_q[2];
-}
-
-/* The factors that bring rows to unit length come from here. */
-__device__ inline void find_squares(const kda_arguments &a, const item &c,
-                                    const lane_columns &at, prepare_memory &m)
-{
-    uint4 k[OCTETS], q[OCTETS];
-#pragma unroll
-    for (int o = 0; o < OCTETS; o++) {
-        k[o] = load_piece(a.k, c, at.qk, o);
-        q[o] = load_piece(a.q, c, at.qk, o);
-    }
-#pragma unroll
-    for (int o = 0; o < OCTETS; o++) sum_squares(k[o], q[o], o, m);
-}
-
 /* Whether the chunk that lay in an item's slot has been copied by all tiles of its pair: a warp
  * asks, a lane for each tile, and learns of it later. */
 struct room {
@@ -162,24 +132,50 @@ __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int he
     if (!x.is_bf16) prefetch_line(from + 256), prefetch_line(from + 384);
 }
 
-/* Up to the last barrier, which the caller has. `last` is of the thread that sends. */
-__device__ inline room prepare_chunk(const kda_arguments &a, const kda_plan &p, const item &c,
-                                     int group, prepare_memory &m, delivery &last)
+/* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
+ * Returns whether they are. */
+__device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
+                                    const head_gate &gate, const octet_reader &from,
+                                    raw_octet &first, int group, prepare_memory &m)
 {
-    const lane_columns at = columns_of(c);
+    for (bool is_raw = true;; is_raw = false) {
+        prepare_octets(a, c, gate, from, first, is_raw, m);
+        group_barrier(group);
+        if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
+        from.read(first, 0);
+    }
+}
+
+/* All but the inverse. `last` is of the thread that sends. */
+__device__ inline void prepare_products(const kda_arguments &a, const item &c, int group,
+                                        prepare_memory &m, delivery &last)
+{
+    const octet_reader from(a, c);
+    const head_gate gate = gate_of(a, c.h);
+    raw_octet first;
+    from.read(first, 0);
     load_beta(a, c, m);
-    load_bias(a, c, m);
-    if (a.normalize) find_squares(a, c, at, m);
+    load_bias(a, gate, c, m);
     last.wait_until_read();
     group_barrier(group);
     last.announce();
-    prepare_octets(a, c, at, m);
+    const bool is_raw = prepare_rows(a, c, gate, from, first, group, m);
+    add_parts(m, find_factors(a, is_raw, m));
     group_barrier(group);
-    add_parts(m);
-    write_decays(m);
-    group_barrier(group);
+}
+
+/* Up to the last barrier, which the caller has. */
+__device__ inline room finish_chunk(const kda_plan &p, const item &c, int group,
+                                    prepare_memory &m)
+{
+    const int warp = warp_id() % PREPARERS;
     const room space(p, c, is_leader());
-    invert(m, group);
+    if (warp == 0) {
+        invert_diagonal(m);
+        join_blocks(m);
+    } else if (warp == 1)
+        write_decays(m);
+    group_barrier(group);
     write_inverse(m);
     fence_async_proxy();
     return space;
@@ -220,12 +216,17 @@ struct leader {
         if (lane_id() == 0) asked = atomicAdd(p.ticket, n);
     }
 
-    /* The item of ticket `next`, on its way to the L2. */
+    /* The item of the next ticket. */
     __device__ void put(const kda_arguments &a, const kda_plan &p,
-                        const kda_lanes_of_call &lanes, item &to) const
+                        const kda_lanes_of_call &lanes, item &to)
     {
-        const item c = item_of(a, p, lanes, next);
+        const item c = item_of(a, p, lanes, next++);
         if (lane_id() == 0) to = c;
+    }
+
+    /* An item on its way to the L2. */
+    __device__ static void prefetch(const kda_arguments &a, const item &c)
+    {
         prefetch_rows(a.k, c, c.hk);
         prefetch_rows(a.q, c, c.hk);
         prefetch_rows(a.g, c, c.h);
@@ -248,19 +249,21 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
         tickets.ask(p, 2);
         tickets.take();
         tickets.put(a, p, lanes, m.items[0]);
-        tickets.next++;
+        tickets.put(a, p, lanes, m.items[1]);
     }
     group_barrier(group);
-    for (int n = 0; m.items[n % 2].tokens >= 0; n++) {
-        const item &c = m.items[n % 2];
-        if (leads) {
-            tickets.ask(p, 1); /* needed after the chunk */
-            tickets.put(a, p, lanes, m.items[(n + 1) % 2]);
-        }
+    for (int n = 0; m.items[n].tokens >= 0; n = (n + 1) % 3) {
+        const item &c = m.items[n];
         const bool sends = leads && c.tokens > 0;
         room space;
-        if (c.tokens > 0) space = prepare_chunk(a, p, c, group, m, last);
-        if (leads) tickets.take();
+        if (leads) tickets.ask(p, 1);
+        if (c.tokens > 0) prepare_products(a, c, group, m, last);
+        if (leads) { /* while others invert */
+            tickets.prefetch(a, m.items[(n + 1) % 3]);
+            tickets.take();
+            tickets.put(a, p, lanes, m.items[(n + 2) % 3]);
+        }
+        if (c.tokens > 0) space = finish_chunk(p, c, group, m);
         group_barrier(group);
         if (!sends) continue;
         space.wait(p, c);

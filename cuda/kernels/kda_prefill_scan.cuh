@@ -3,13 +3,14 @@
  * block that owns 64 value rows of it.
  *
  *     U = X (V - (E k) S^T);  O = scale (E q) S^T + M U;  S <- S diag(E_last) + U^T (F k)
+ * with k and q raw, and factors for them where sums have been formed (kda_chunk).
  *
  * Everything is transposed, [V, tokens] and [V, K]: then the accumulators of one product are,
  * register for register, the left operand of the next. A warpgroup, the chain, owns 16 rows a
  * warp, in registers from a sequence's first chunk to its last; another one, the output, forms O
  * from what the chain hands over, S and U of each chunk, so that the chain waits for its own
- * products alone. One warp more brings the chunks. U enters the state as the sum of two bf16,
- * which keep 16 bits of it: errors last there.
+ * products alone. A third one brings chunks and values. U enters the state as the sum of two
+ * bf16, which keep 16 bits of it: errors last there.
  *
  * Where summaries of segments are asked for there is no output, and the second warpgroup is a
  * chain, too, of 64 unit rows without values.
@@ -26,6 +27,7 @@ namespace kda {
 constexpr int STAGES = 4;
 constexpr int SCANNERS = KDA_V_TILE / ROWS; /* warps of each of the two kinds */
 constexpr int FETCHERS = 2;                 /* of those who bring chunks */
+constexpr int VALUES_AHEAD = 6; /* chunks: whose values are asked for when one has come */
 constexpr int TILES_OF_TOKENS = KDA_TOKENS / 8;
 constexpr int STEPS = KDA_TOKENS / 16, K_STEPS = KDA_K / 16; /* of a product, 16 deep */
 constexpr int V_PITCH = KDA_V_TILE + 8; /* of a token's values: 16 bytes off a bank's round */
@@ -97,6 +99,16 @@ __device__ inline void fetch_values(const scanner &s, const walk &at, stage &to,
     barrier_arrive_after_copies(full);
 }
 
+/* Values of a later chunk on their way to the L2, a token a lane: a stage would wait for device
+ * memory else. */
+__device__ inline void prefetch_values(const scanner &s, const walk &at)
+{
+    const int ahead = VALUES_AHEAD * KDA_TOKENS + lane_id(), first = s.tile * KDA_V_TILE;
+    if (at.chunk * KDA_TOKENS + ahead >= at.tokens || first >= s.a.V) return;
+    prefetch_line(static_cast<const bf16 *>(s.a.v.data) + (at.token(s) + ahead) * s.a.v.stride +
+                  at.h * s.a.V + first);
+}
+
 /* A chunk, once it is ready and its stage is free. */
 __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned count,
                                    scan_memory &m)
@@ -128,6 +140,7 @@ __device__ inline void bring_chunks(const scanner &s, int w, scan_memory &m)
             fetch_values(s, at, m.stages[i], &m.full[i]);
         } else if (w > FETCHERS) {
             publish(s, at.serial); /* also where serials have a gap here */
+            prefetch_values(s, at);
             barrier_wait(&m.full[i], count / STAGES % 2);
             warp_arrive(&m.empty[i]);
         }
@@ -194,16 +207,28 @@ __device__ inline void load_values(uint32_t (&v)[STEPS][4], const bf16 (*from)[V
         ldmatrix_transposed(v[k], &from[16 * k + part / 2 * 8 + i][first + part % 2 * 8]);
 }
 
-/* V - x as a left operand. */
+/* Factors of tokens, as token_sums has them: those of tile t at [t][0] and [t][1]. */
+using lane_factors = float[TILES_OF_TOKENS][2];
+
+__device__ inline void load_factors(lane_factors &f, const float (&from)[KDA_TOKENS])
+{
+#pragma unroll
+    for (int t = 0; t < TILES_OF_TOKENS; t++)
+        load_floats(&from[8 * t + lane_id() % 4 * 2], f[t]);
+}
+
+/* V - f x as a left operand. */
 __device__ inline void subtract_from(uint32_t (&to)[STEPS][4], const uint32_t (&v)[STEPS][4],
-                                     const token_sums &x)
+                                     const lane_factors &f, const token_sums &x)
 {
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const float *pair = &x[2 * k + j / 2][j % 2 * 2];
-            to[k][j] = pack_bf16(low_half(v[k][j]) - pair[0], high_half(v[k][j]) - pair[1]);
+            const int t = 2 * k + j / 2;
+            const float *pair = &x[t][j % 2 * 2];
+            to[k][j] = pack_bf16(fmaf(-f[t][0], pair[0], low_half(v[k][j])),
+                                 fmaf(-f[t][1], pair[1], high_half(v[k][j])));
         }
 }
 
@@ -311,9 +336,11 @@ __device__ inline void chain_chunk(warp_state &state, const chain_inputs &in,
     if constexpr (rows == OF_OUTPUT)
         hand_over<K_STEPS>(hand.S, S, count, &m.took_state[w], &m.has_state[w]);
     state.decay(in.decays); /* the products read the operands, not the state */
+    lane_factors f;
+    load_factors(f, m.stages[i].chunk.factor[0]);
     wgmma_wait<0>();
     settle(old);
-    subtract_from(high, in.v, old);
+    subtract_from(high, in.v, f, old);
     correct(U, high, d, i);
 
 #pragma unroll
@@ -353,7 +380,7 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
 
 /* ---- the output -------------------------------------------------------------------------- */
 
-/* out = S (scale E q)^T + U M^T. */
+/* out = (S (E q)^T + U M^T) times the tokens' factors. */
 __device__ inline void make_output(token_sums &out, const descriptors &d, unsigned i, int w,
                                    unsigned count, scan_memory &m)
 {
@@ -374,8 +401,14 @@ __device__ inline void make_output(token_sums &out, const descriptors &d, unsign
     wgmma_fence();
     multiply_tokens(out, U, of_stage(d.M, i));
     wgmma_commit();
+    lane_factors f;
+    load_factors(f, m.stages[i].chunk.factor[1]);
     wgmma_wait<0>();
     settle(out);
+#pragma unroll
+    for (int t = 0; t < TILES_OF_TOKENS; t++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) out[t][j] *= f[t][j % 2];
 }
 
 __device__ inline void store_transposed(bf16 *row, const uint32_t (&r)[4])

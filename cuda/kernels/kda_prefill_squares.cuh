@@ -1,5 +1,5 @@
 /*
- * kda_prefill_squares.cuh -- M and X = (1 + A)^-1 diag(b) of a chunk, from the warps' sums.
+ * kda_prefill_squares.cuh -- M and X = diag(f) (1 + A)^-1 diag(b) of a chunk, from the warps' sums.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_SQUARES_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_SQUARES_H
@@ -10,54 +10,94 @@ namespace kda {
 
 /* ---- sums --------------------------------------------------------------------------------- */
 
-/* A piece of a row of M or X, in wgmma's order. */
+/* A piece of a row of X, in wgmma's order. */
 template <class Square> __device__ char *square_piece(Square &x, int row, int piece)
 {
     return reinterpret_cast<char *>(&x[0][0]) + swizzled<2 * KDA_TOKENS>(row, piece);
 }
 
-/* Two neighbours of A or M, summed over the warps, to where they are used next. */
-__device__ inline void put_sums(prepare_memory &m, int tile, int is_M, int i, int j, float2 sum)
-{
-    const int o = tile < 1 ? 0 : tile < 3 ? 1 : tile < 6 ? 2 : 3;
-    const int row = OCTET * o + i, column = OCTET * (tile - tile_of(o, 0)) + j;
-    if (is_M) {
-        const float one = 1 + LOST_TO_TF32;
-        const float x = column <= row ? sum.x * one : 0.0f;
-        const float y = column + 1 <= row ? sum.y * one : 0.0f;
-        *reinterpret_cast<uint32_t *>(square_piece(m.chunk.M, row, column / 8) + 2 * j) =
-            pack_bf16(x, y);
-        return;
+/* Octets of a tile's rows and columns. */
+struct tile_place {
+    int o, c;
+
+    __device__ constexpr explicit tile_place(int tile)
+        : o(tile < 1   ? 0
+            : tile < 3 ? 1
+            : tile < 6 ? 2
+                       : 3),
+          c(tile - tile_of(o, 0))
+    {
     }
-    const float beta = m.beta[row] * (1 + LOST_TO_TF32);
-    const float x = column < row ? sum.x * beta : 0.0f;
-    const float y = column + 1 < row ? sum.y * beta : 0.0f;
-    const int b = row / BLOCK;
-    inverse_memory &to = inverse_of(m);
-    if (column / BLOCK == b) {
-        to.A[b][column % BLOCK][row % BLOCK] = x;
-        to.A[b][column % BLOCK + 1][row % BLOCK] = y;
-    } else
-        *reinterpret_cast<float2 *>(&to.A_left[row - BLOCK][column]) = float2{x, y};
+};
+
+/* Two neighbours of a tile, summed over the warps; `part` is of the first warp's. */
+__device__ inline float2 add_part(const float2 *part)
+{
+    constexpr int OF_WARP = sizeof(prepare_memory::part[0]) / sizeof(float2);
+    float2 sum = *part;
+#pragma unroll
+    for (int w = 1; w < PREPARERS; w++) {
+        const float2 x = part[w * OF_WARP];
+        sum.x += x.x, sum.y += x.y;
+    }
+    return sum;
 }
 
-__device__ inline void add_parts(prepare_memory &m)
+/* Every second tile of A, times the factors of the lane's rows, to where it is inverted. */
+template <int half>
+__device__ void add_A(const float2 *part, int lane, const float (&factor)[OCTETS],
+                      prepare_memory &m)
 {
-    constexpr int PAIRS = TILES * OCTET * OCTET; /* of neighbours, A and M */
-    static_assert(PAIRS % GROUP == 0);
-    const float2 *part = reinterpret_cast<const float2 *>(m.part);
+    constexpr int OCTETS_OF_BLOCK = BLOCK / OCTET;
+    const int i = lane / 4, j = lane % 4 * 2;
+    inverse_memory &to = inverse_of(m);
 #pragma unroll
-    for (int n = 0; n < PAIRS / GROUP; n++) {
-        const int at = n * GROUP + threadIdx.x % GROUP;
-        float2 sum = part[at];
-#pragma unroll
-        for (int w = 1; w < PREPARERS; w++) {
-            const float2 x = part[w * PAIRS + at];
-            sum.x += x.x, sum.y += x.y;
-        }
-        put_sums(m, at / (OCTET * OCTET), at / (OCTET * OCTET / 2) % 2, at / 4 % OCTET,
-                 at % 4 * 2, sum);
+    for (int n = 0; n < TILES / 2; n++) {
+        const tile_place at(2 * n + half);
+        const float f = factor[at.o];
+        const float2 sum = add_part(part + 4 * PART * n);
+        const float x = at.c < at.o || j < i ? sum.x * f : 0.0f;
+        const float y = at.c < at.o || j + 1 < i ? sum.y * f : 0.0f;
+        const int b = at.o / OCTETS_OF_BLOCK, row = OCTET * at.o + i, column = OCTET * at.c + j;
+        if (at.c / OCTETS_OF_BLOCK == b) {
+            to.A[b][column - b * BLOCK][row - b * BLOCK] = x;
+            to.A[b][column - b * BLOCK + 1][row - b * BLOCK] = y;
+        } else
+            *reinterpret_cast<float2 *>(&to.A_left[row - BLOCK][column]) = float2{x, y};
     }
+}
+
+/* Every second tile of M, to the chunk. */
+template <int half> __device__ void add_M(const float2 *part, int lane, prepare_memory &m)
+{
+    constexpr float one = 1 + LOST_TO_TF32;
+    const int i = lane / 4, j = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < TILES / 2; n++) {
+        const tile_place at(2 * n + half);
+        const float2 sum = add_part(part + 4 * PART * n);
+        const float x = at.c < at.o || j <= i ? sum.x * one : 0.0f;
+        const float y = at.c < at.o || j + 1 <= i ? sum.y * one : 0.0f;
+        char *piece = square_piece(m.chunk.M, i, at.c) + 2 * j;
+        *reinterpret_cast<uint32_t *>(piece + at.o * OCTET * 2 * KDA_TOKENS) = pack_bf16(x, y);
+    }
+}
+
+/* A and M, each by two warps, from the warps' sums. `factor`: of A's rows, lane t has token t's. */
+__device__ inline void add_parts(prepare_memory &m, float factor)
+{
+    static_assert(PREPARERS == 4 && TILES % 2 == 0);
+    const int thread = made_here(threadIdx.x % GROUP), lane = thread % WARP,
+              warp = thread / WARP;
+    const float2 *part = reinterpret_cast<const float2 *>(m.part) + thread; /* (A, M) twice */
+    float f[OCTETS];
+#pragma unroll
+    for (int o = 0; o < OCTETS; o++)
+        f[o] = __shfl_sync(ALL_LANES, factor, OCTET * o + lane / 4);
+    if (warp == 0) add_A<0>(part, lane, f, m);
+    if (warp == 1) add_M<0>(part, lane, m);
+    if (warp == 2) add_A<1>(part, lane, f, m);
+    if (warp == 3) add_M<1>(part, lane, m);
 }
 
 /* ---- the inverse ------------------------------------------------------------------------- */
@@ -65,7 +105,7 @@ __device__ inline void add_parts(prepare_memory &m)
 /* (1 + A_bb)^-1 of both diagonal blocks, by one warp: a lane has a column. */
 __device__ inline void invert_diagonal(prepare_memory &m)
 {
-    const int b = lane_id() / BLOCK, j = lane_id() % BLOCK;
+    const int lane = made_here(lane_id()), b = lane / BLOCK, j = lane % BLOCK;
     float x[BLOCK];
 #pragma unroll
     for (int i = 0; i < BLOCK; i++) x[i] = i == j ? 1.0f : 0.0f;
@@ -83,63 +123,118 @@ __device__ inline void invert_diagonal(prepare_memory &m)
     for (int i = 0; i < BLOCK; i++) m.X[b * BLOCK + i][b * BLOCK + j] = x[i];
 }
 
-/* to[i][j] = sign sum_l a[i][l] x[l][j] of 16 x 16 blocks: a thread has two elements. */
-template <int A_PITCH, int X_PITCH, int PITCH>
-__device__ void multiply_blocks(const float *a, const float *x, float sign, float *to)
+/* A number as the sum of two tf32: 22 bits of it. */
+__device__ inline void split(float x, uint32_t &high, uint32_t &low)
 {
-    const int j = threadIdx.x % BLOCK, i = threadIdx.x % GROUP / BLOCK;
-    float sum[2] = {0, 0};
-#pragma unroll
-    for (int l = 0; l < BLOCK; l += 4) {
-        float u[4], v[4];
-        load_floats(a + i * A_PITCH + l, u);
-        load_floats(a + (i + 8) * A_PITCH + l, v);
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const float y = x[(l + c) * X_PITCH + j];
-            sum[0] = fmaf(u[c], y, sum[0]), sum[1] = fmaf(v[c], y, sum[1]);
-        }
-    }
-    to[i * PITCH + j] = sign * sum[0];
-    to[(i + 8) * PITCH + j] = sign * sum[1];
+    high = __float_as_uint(x) & 0xffffe000u;
+    low = __float_as_uint(x - __uint_as_float(high));
 }
 
-/* X_21 = -X_22 A_21 X_11. */
-__device__ inline void invert(prepare_memory &m, int group)
+/* sum += a b of 16 x 16 blocks, by one warp; columns 8 n + 2 c of lane 4 r + c at sum[n]. */
+template <int A_PITCH, int B_PITCH>
+__device__ void multiply_blocks(float (&sum)[2][4], int lane, const float *a, const float *b)
+{
+    const int r = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int k = 0; k < BLOCK; k += 8) {
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            split(a[(r + i % 2 * 8) * A_PITCH + k + c + i / 2 * 4], high[i], low[i]);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            uint32_t b_high[2], b_low[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                split(b[(k + c + 4 * i) * B_PITCH + 8 * n + r], b_high[i], b_low[i]);
+            mma_tf32(sum[n], low, b_high);
+            mma_tf32(sum[n], high, b_low);
+            mma_tf32(sum[n], high, b_high);
+        }
+    }
+}
+
+template <int PITCH>
+__device__ void store_block(float *to, int lane, float sign, const float (&x)[2][4])
+{
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            *reinterpret_cast<float2 *>(
+                &to[(lane / 4 + 8 * half) * PITCH + 8 * n + lane % 4 * 2]) =
+                float2{sign * x[n][2 * half], sign * x[n][2 * half + 1]};
+}
+
+/* X_21 = -X_22 A_21 X_11, by the warp that has inverted the diagonal. */
+__device__ inline void join_blocks(prepare_memory &m)
 {
     constexpr int PITCH = KDA_TOKENS + 4;
-    inverse_memory &in = inverse_of(m);
-    if (warp_id() % PREPARERS == 0) invert_diagonal(m);
-    group_barrier(group);
-    multiply_blocks<BLOCK, PITCH, BLOCK>(&in.A_left[0][0], &m.X[0][0], 1.0f, &in.product[0][0]);
-    group_barrier(group);
-    multiply_blocks<PITCH, BLOCK, PITCH>(&m.X[BLOCK][BLOCK], &in.product[0][0], -1.0f,
-                                         &m.X[BLOCK][0]);
-    group_barrier(group);
+    const int lane = made_here(lane_id());
+    float product[2][4] = {}, X[2][4] = {};
+    __syncwarp();
+    multiply_blocks<BLOCK_PITCH, PITCH>(product, lane, inverse_of(m).A_left[0], m.X[0]);
+    store_block<BLOCK_PITCH>(m.product[0], lane, 1, product);
+    __syncwarp();
+    multiply_blocks<PITCH, BLOCK_PITCH>(X, lane, &m.X[BLOCK][BLOCK], m.product[0]);
+    store_block<PITCH>(m.X[BLOCK], lane, -1, X);
 }
 
 /* ---- results ----------------------------------------------------------------------------- */
 
-/* Eight neighbours of a row of X and X_low, zeros above the diagonal. */
-__device__ inline void write_inverse(prepare_memory &m)
+__device__ inline void load_halves(const float *from, float (&to)[8])
 {
-    const int row = threadIdx.x % GROUP / 4, piece = threadIdx.x % 4, column = 8 * piece;
-    float high[8], low[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int j = column + i;
-        const float x = j <= row ? m.X[row][j] * m.beta[j] : 0.0f;
-        high[i] = to_float(from_float<bf16>(x));
-        low[i] = x - high[i];
-    }
-    store_floats(reinterpret_cast<bf16 *>(square_piece(m.chunk.X, row, piece)), high);
-    store_floats(reinterpret_cast<bf16 *>(square_piece(m.chunk.X_low, row, piece)), low);
+    const float4 u = reinterpret_cast<const float4 *>(from)[0];
+    const float4 v = reinterpret_cast<const float4 *>(from)[1];
+    to[0] = u.x, to[1] = u.y, to[2] = u.z, to[3] = u.w;
+    to[4] = v.x, to[5] = v.y, to[6] = v.z, to[7] = v.w;
 }
 
+/* Eight neighbours of a row of X and X_low. */
+__device__ inline void write_inverse(prepare_memory &m)
+{
+    const int thread = made_here(threadIdx.x % GROUP);
+    const int row = thread / 4, piece = thread % 4, column = 8 * piece;
+    float x[8] = {}, b[8];
+    uint32_t high[4], low[4];
+    if (row >= BLOCK || column < BLOCK) /* nobody has written the rest */
+        load_halves(&m.X[row][column], x);
+    load_halves(&m.column[column], b);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float u = x[2 * i] * b[2 * i], v = x[2 * i + 1] * b[2 * i + 1];
+        high[i] = pack_bf16(u, v);
+        low[i] = pack_bf16(u - low_half(high[i]), v - high_half(high[i]));
+    }
+    *reinterpret_cast<uint4 *>(square_piece(m.chunk.X, row, piece)) =
+        uint4{high[0], high[1], high[2], high[3]};
+    *reinterpret_cast<uint4 *>(square_piece(m.chunk.X_low, row, piece)) =
+        uint4{low[0], low[1], low[2], low[3]};
+}
+
+/* 2^x - 1 for x <= 0, to 2e-6 of it. */
+__device__ inline float exp2_less_1(float x)
+{
+    const float y = x * LN_2;
+    float p = 1.0f / 120;
+    p = fmaf(p, y, 1.0f / 24), p = fmaf(p, y, 1.0f / 6);
+    p = fmaf(p, y, 0.5f), p = fmaf(p, y, 1.0f);
+    return x > -0.25f ? p * y : exp2_approx(x) - 1;
+}
+
+/* By one warp, four channels a lane. */
 __device__ inline void write_decays(prepare_memory &m)
 {
-    const int i = threadIdx.x % GROUP;
-    m.chunk.decay[i % 8 / 2][i / 8 * 2 + i % 2] = expm1f(m.total[i] * LN_2);
+    const int lane = made_here(lane_id());
+#pragma unroll
+    for (int i = 0; i < KDA_K; i += WARP) {
+        const int channel = i + lane;
+        const int at = channel / 8 * 8 + channel % 4 * 2 + channel / 4 % 2; /* put_total() */
+        float total = 0;
+#pragma unroll
+        for (int o = 0; o < OCTETS; o++) total += m.total[o][at];
+        m.chunk.decay[channel % 8 / 2][channel / 8 * 2 + channel % 2] = exp2_less_1(total);
+    }
 }
 
 } // namespace kda

@@ -14,6 +14,7 @@
 #include "../blas.h"
 #include "../device/weight.cuh"
 #include "../device/wide.cuh"
+#include "../peaks.h"
 #include "../product.h"
 #include "backend/ends.h"
 
@@ -129,6 +130,9 @@ kl_cuda_product product_of(const kl_linear *a)
         .norm_weight = static_cast<const float *>(a->norm_weight.data),
         .norm_eps = a->norm_eps,
         .residual = static_cast<float *>(a->residual.data),
+        .h = nullptr,
+        .ahead = a->ahead,
+        .peaks = static_cast<float *>(a->peaks.data),
     };
 }
 
@@ -216,10 +220,9 @@ kl_status run_sum(kl_backend *be, const kl_cuda_product *p, const kl_cuda_produc
     return kl_cuda_rms_norm(be, &sum, err);
 }
 
-kl_status run_way(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace ws,
-                  kl_error *err)
+kl_status run_product(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace ws,
+                      kl_error *err)
 {
-    if (p->w.rows == 0) return KL_OK;
     switch (w) {
     case way::SINGLE:
         return kl_cuda_product_single(be, p, err);
@@ -236,6 +239,18 @@ kl_status run_way(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace 
     default:
         return kl_cuda_product_any(be, p, err);
     }
+}
+
+kl_status run_way(kl_backend *be, way w, const kl_cuda_product *p, kl_workspace ws,
+                  kl_error *err)
+{
+    if (p->w.rows == 0) return KL_OK;
+    KL_TRY(run_product(be, w, p, ws, err));
+    const bool there = w == way::STEP && !kl_cuda_product_step_halves(be, p);
+    if (p->peaks == nullptr || there) return KL_OK;
+    kl_tensor out = kl_tensor_2d(p->out, p->out_dtype, p->T, p->w.rows);
+    out.stride[0] = p->out_stride;
+    return kl_cuda_find_peaks(be, &out, p->peaks, err);
 }
 
 /* Two products of one input, normalised alike. */
@@ -287,9 +302,23 @@ size_t kl_cuda_product_workspace(const kl_cuda_product *p)
     return ends_bytes(p) + plain_workspace(p);
 }
 
+static bool routes(kl_backend *be, const kl_cuda_product *p)
+{
+    return way_of(be, p) == way::STEP && kl_cuda_product_step_routes(be, p);
+}
+
+bool kl_cuda_linear_routes(kl_backend *be, const kl_linear *a)
+{
+    const kl_cuda_product p = product_of(a);
+    return routes(be, &p);
+}
+
 kl_status kl_cuda_linear(kl_backend *be, const kl_linear *a, kl_error *err)
 {
     const kl_cuda_product p = product_of(a);
+    if (a->ahead.sums != nullptr && !routes(be, &p))
+        return kl_fail(err, KL_ERR_VALUE,
+                       "linear: ahead.sums must be NULL where router_sums() is 0");
     return kl_cuda_product_run(be, &p, a->ws, err);
 }
 

@@ -2,28 +2,33 @@
  * linear_step.cu -- a matrix product of a few tokens whose rows of x fit in shared memory: a
  * decode step's. The weight is on its way before x is there.
  * Computes     out = h w^T, or with a second weight silu(h w^T) * (h up^T); or two products of one
- *              h. h = x, or norm(x); residual += what would be the out, rounded to bf16
+ *              h. h = x, or norm(x); residual += what would be out, rounded to bf16; and peaks.
+ *              Of a single token's residual also a router's work (device/router_sums.cuh)
  * Shapes       x [T, in]; w, up [O, in]; out, residual [T, O]; T <= 16
  * Layout       rows of x and of out strided, the residual dense; weights in pieces of 16 bytes
  * Precision    x bf16, before a norm also f32; int4 weights rounded to bf16, the others exact; f32
- *              sums; f32 or bf16 out. A single token's rows of int8 that are not cut into halves by
- *              whole numbers (device/digits.cuh)
+ *              sums; f32 or bf16 out. A single token meets quantised weights as they are: int8 and
+ *              int4 as whole numbers (device/digits.cuh), their halves of rows as bf16
+ *              (device/halves.cuh), fp8 as float16 (device/scaled.cuh)
  * Grid         blocks that stay, two a multiprocessor, take tiles of 16 rows of weights in turn;
  *              warps share out the columns. A tile with a second weight holds 8 rows of each. Of
  *              two products the first's tiles come first. Of a single token and few rows a tile
  *              is 8 rows, the halves of whose columns meet two halves of x: twice as many blocks,
- *              up to three a multiprocessor, have all of the weight on its way
+ *              up to three a multiprocessor, have all of the weight on its way. Where each has
+ *              one tile, all of it in its ring, product_held_kernel only waits for x
  * Order        an output: a warp's columns in rising order, then warps in order: that of
  *              linear_few.cu. Of tiles of halves the warp's two sums are added before; of whole
- *              numbers those of the high digits, of the low digits, and both
- * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s
+ *              numbers those of a row's four lanes
+ * Roofline     the bytes of the weight: [2304, 4096] in bf16 is 19 MB, 6.3 us at 3.0 TB/s; of a
+ *              router [256, 2304] another 2.4 MB
  * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 12288
- *              and 288 rows of 2304 in 17.0 us, during which most of [2304, 4096] comes, too:
- *              that in 3.9 to 5.1 by the run; lm_head 168 (4.5 TB/s), in int8 92.5 (2026-11-22)
+ *              and 288 rows of 2304 in 16.8 us, during which most of [2304, 4096] comes, too:
+ *              that with a router's work, in product_held_kernel, in 5.3; lm_head with its
+ *              peaks 169.6 (4.5 TB/s) (2026-11-23); in int8 without them 92.5 (2026-11-22)
  */
-#include "../device/digits.cuh"
 #include "../device/product.cuh"
-#include "../device/ring.cuh"
+#include "linear_step_rows.cuh"
+#include "linear_step_tiles.cuh"
 
 namespace {
 
@@ -35,30 +40,20 @@ constexpr unsigned HALF_BLOCKS = 3;
 constexpr size_t HALF_SHARED = 75 << 10;
 constexpr int64_t HALF_TILES = 396;
 
-/* A step for each warp. Of 128 columns the digits take 0.3 us longer than they save. */
-constexpr int64_t LEAST_DIGIT_COLS = 512;
+/* A step for each warp. Of 128 columns of int8 the digits take 0.3 us longer than they save. */
+template <kl_weight_format format>
+constexpr int64_t LEAST_OWN_COLS = RING_TURN / 16 * weight_codec<format>::PIECE;
 
-/* What the 16 rows of a tile are: those of a weight, 8 of each of two, or 8 and then the second
- * halves of their columns. */
-enum class tile_of { ROWS, PAIRS, HALVES };
-
-/* Outputs of a token in a tile. */
-template <tile_of kind>
-constexpr int EACH_OF = kind == tile_of::ROWS ? STREAM_ROWS : STREAM_ROWS / 2;
-
-struct step_product {
-    weight_view w, up;
-    void *out;
-    float *residual; /* or null */
-    int64_t out_stride;
-    bool out_is_bf16;
-};
+/* Blocks that registers leave room for: int4's digits take more than 64 a thread. */
+template <kl_weight_format format, x_as numbers>
+constexpr int FITTING = 2 * RING_BLOCKS - (numbers == x_as::OWN && format == KL_W_INT4 ? 1 : 0);
 
 struct step_arguments {
     row_source x;
     step_product first, second;
     unsigned first_tiles, tiles; /* of the first product, of both */
-    bool unsettled;              /* one of the weights */
+    bool unsettled;              /* one of the weights, or the router */
+    router_work router;          /* of tiles of halves that add to a residual */
 };
 
 /* Row i of a tile. Rows past the end repeat the last one, which is read anyway. */
@@ -79,6 +74,15 @@ __device__ inline const step_product &product_of(const step_arguments &a, unsign
     if (tile < a.first_tiles) return a.first;
     tile -= a.first_tiles;
     return a.second;
+}
+
+/* Which halves of their words the scales of this lane's rows lie in. */
+template <kl_weight_format format, tile_of kind>
+__device__ void odd_scales(bool (&odd)[2], const step_product &p, unsigned tile)
+{
+    const int r = lane_id() / STREAM_LANES;
+    odd[0] = ring_feed<format>::odd(tile_row<kind>(p, tile, r));
+    odd[1] = ring_feed<format>::odd(tile_row<kind>(p, tile, r + 8));
 }
 
 /* What the ring is to hold next: this warp's steps of the block's tiles. `format` is that of the
@@ -127,189 +131,82 @@ template <kl_weight_format format, tile_of kind> struct tile_walk {
     }
 };
 
-/* The sums of the block's warps, and what this thread finds there: at most one output, of N * 8
- * tokens and 16 rows. */
-template <int N, tile_of kind> struct tile_sums {
-    static constexpr int EACH = EACH_OF<kind>;
-    static constexpr int FLOATS = STREAM_FLOATS<N>;
-
-    static __device__ void share(float *sums, const float (&acc)[N][4])
-    {
-        stream_share<N>(sums, acc);
-    }
-
-    static __device__ float sum(const float *sums, int token, int row)
-    {
-        const float y = stream_sum<N>(sums, token, row);
-        if constexpr (kind == tile_of::ROWS) return y;
-        return silu(y) * stream_sum<N>(sums, token, row + EACH);
-    }
-};
-
-/* The halves of a single token's x are two columns of the mma: one lane has both sums of a row. */
-template <int N> struct tile_sums<N, tile_of::HALVES> {
-    static constexpr int EACH = EACH_OF<tile_of::HALVES>;
-    static constexpr int FLOATS = STREAM_WARPS * EACH;
-
-    static __device__ void share(float *sums, const float (&acc)[N][4])
-    {
-        if (lane_id() % STREAM_LANES == 0)
-            sums[warp_id() * EACH + lane_id() / STREAM_LANES] = acc[0][0] + acc[0][3];
-    }
-
-    static __device__ float sum(const float *sums, int, int row)
-    {
-        float y = 0;
-#pragma unroll
-        for (int w = 0; w < STREAM_WARPS; w++) y += sums[w * EACH + row];
-        return y;
-    }
-};
-
-/* The output of this thread: at most one, of N * 8 tokens and 16 rows. */
-template <int N, tile_of kind> struct tile_output {
-    static constexpr int EACH = EACH_OF<kind>;
-    static constexpr bool ADDS = kind != tile_of::PAIRS;
-    static_assert(N * STREAM_TOKENS * EACH <= STREAM_THREADS);
-    float before; /* of a residual: asked for long before it is needed */
-
-    static __device__ int token() { return threadIdx.x / EACH; }
-
-    static __device__ int row() { return threadIdx.x % EACH; }
-
-    static __device__ bool is_inside(const step_product &p, unsigned tile, int T)
-    {
-        return token() < T && int64_t{tile} * EACH + row() < p.w.rows;
-    }
-
-    static __device__ int64_t place(const step_product &p, unsigned tile)
-    {
-        return token() * p.out_stride + int64_t{tile} * EACH + row();
-    }
-
-    __device__ tile_output(const step_product &p, unsigned tile, int T)
-    {
-        before = 0;
-        if (ADDS && p.residual != nullptr && is_inside(p, tile, T))
-            before = p.residual[place(p, tile)];
-    }
-
-    __device__ void store(const step_product &p, unsigned tile, int T, const float *sums) const
-    {
-        if (!is_inside(p, tile, T)) return;
-        const int64_t at = place(p, tile);
-        const float y = tile_sums<N, kind>::sum(sums, token(), row());
-        if (ADDS && p.residual != nullptr)
-            p.residual[at] = before + to_float(from_float<bf16>(y));
-        else if (p.out_is_bf16)
-            static_cast<bf16 *>(p.out)[at] = from_float<bf16>(y);
-        else
-            static_cast<float *>(p.out)[at] = y;
-    }
-};
-
-/* x in shared memory: T rows as bf16, */
-template <kl_weight_format format, bool digits> struct step_rows {
-    using ring_type = weight_ring<format>;
-    const shared_rows plain;
-
-    static __host__ __device__ int bytes_of(int T, int cols)
-    {
-        return T * shared_rows::pitch_of(cols);
-    }
-
-    __device__ step_rows(unsigned char *shared, int cols)
-        : plain{shared, shared_rows::pitch_of(cols)}
-    {
-    }
-
-    __device__ void finish() const {}
-};
-
-/* and of a single one the digits, too. */
-template <kl_weight_format format> struct step_rows<format, true> {
-    using ring_type = digit_ring<format, RING_DEPTH>;
-    const shared_rows plain;
-    const int chunks;
-    const digit_row<format> whole;
-
-    static __host__ __device__ int chunks_of(int cols)
-    {
-        return digit_row<format>::chunks_of(shared_rows::pitch_of(cols) / 2);
-    }
-
-    static __host__ __device__ int bytes_of(int, int cols)
-    {
-        return shared_rows::pitch_of(cols) + digit_row<format>::bytes_of(chunks_of(cols));
-    }
-
-    __device__ step_rows(unsigned char *shared, int cols)
-        : plain{shared, shared_rows::pitch_of(cols)}, chunks(chunks_of(cols)),
-          whole(shared + plain.pitch, chunks)
-    {
-    }
-
-    /* After a barrier; another follows. */
-    __device__ void finish() const
-    {
-        digits_of_row<STREAM_THREADS>(whole, plain, chunks * DIGIT_CHUNK / 8);
-        __syncthreads();
-    }
-};
-
-/* This warp's share of the sums of a tile, in so many steps. */
-template <kl_weight_format format, int N, kl_weight_format scales, bool digits, class Walk>
-__device__ void multiply_steps(float (&acc)[N][4], const bool (&odd)[2], int steps, int rows,
-                               const step_rows<scales, digits> &x,
-                               typename step_rows<scales, digits>::ring_type &ring, Walk &walk)
-{
-    if constexpr (digits && format == scales) {
-        float own[2] = {};
-        ring_digits<format> columns(x.whole);
-        for (; steps > 0; steps--) {
-            digits_multiply(own, ring.take(odd), columns);
-            columns.advance();
-            walk.put(ring);
-        }
-        acc[0][0] = digits_total<format>(own[0]), acc[0][2] = digits_total<format>(own[1]);
-    } else {
-        ring_x<format, N> columns(x.plain, rows);
-        for (; steps > 0; steps--) {
-            ring_multiply(acc, ring.template take<format>(odd), columns);
-            columns.advance();
-            walk.put(ring);
-        }
-    }
-}
-
-template <kl_weight_format format, int N, tile_of kind, kl_weight_format scales, bool digits>
-__device__ void multiply_tile(const step_product &p, unsigned tile, int T,
-                              const step_rows<scales, digits> &x, float *sums,
-                              typename step_rows<scales, digits>::ring_type &ring,
-                              tile_walk<scales, kind> &walk)
+/* This warp's steps of a tile whose steps a ring holds. */
+template <kl_weight_format format, tile_of kind, int DEPTH, class Ring>
+__device__ void fill_ring(Ring &ring, const step_product &p, unsigned tile, int steps)
 {
     const int r = lane_id() / STREAM_LANES;
-    const bool odd[2] = {ring_feed<format>::odd(tile_row<kind>(p, tile, r)),
-                         ring_feed<format>::odd(tile_row<kind>(p, tile, r + 8))};
-    float acc[N][4] = {};
-    const tile_output<N, kind> output(p, tile, T);
-    multiply_steps<format>(acc, odd, ring_steps(static_cast<int>(p.w.row_bytes)),
-                           kind == tile_of::HALVES ? 2 * T : T, x, ring, walk);
-    tile_sums<N, kind>::share(sums, acc);
+    ring_feed<format> feed;
+    feed.start(tile_row<kind>(p, tile, r), tile_row<kind>(p, tile, r + 8),
+               static_cast<int>(p.w.row_bytes));
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++, feed.advance())
+        if (d < steps)
+            ring.put(feed);
+        else
+            ring.put_none();
+}
+
+/* What a tile's sums are added to; for a router's work there is routed.load_weight(), too. */
+template <int N, tile_of kind>
+__device__ void load_tile(const step_product &p, const router_work &router, unsigned tile,
+                          int T, tile_output<N, kind> &output, routed_rows &routed)
+{
+    if (kind == tile_of::HALVES && router.sums != nullptr)
+        routed.load_residual(p, tile);
+    else
+        output.load(p, tile, T);
+}
+
+template <int N, tile_of kind, bool logits>
+__device__ void store_tile(const step_product &p, const router_work &router, unsigned tile,
+                           int T, const tile_output<N, kind> &output, const routed_rows &routed,
+                           const router_share &share, const float *sums)
+{
+    if (logits && p.peaks != nullptr)
+        output.store_logits(p, tile, T, sums);
+    else if (kind == tile_of::HALVES && router.sums != nullptr)
+        routed.store(p, router, share, tile, sums);
+    else
+        output.store(p, tile, T, sums);
+}
+
+template <kl_weight_format format, int N, tile_of kind, bool logits, kl_weight_format scales,
+          x_as numbers>
+__device__ void multiply_tile(const step_product &p, unsigned tile, int T,
+                              const step_rows<scales, numbers> &x, float *sums,
+                              typename step_rows<scales, numbers>::ring_type &ring,
+                              tile_walk<scales, kind> &walk, const router_share &share)
+{
+    const router_work &router = walk.a.router;
+    bool odd[2];
+    odd_scales<format, kind>(odd, p, tile);
+    tile_output<N, kind> output;
+    routed_rows routed;
+    if constexpr (kind == tile_of::HALVES) routed.load_weight(router, tile);
+    load_tile<N, kind>(p, router, tile, T, output, routed);
+    step_sums<format, N, scales, numbers> own(x, kind == tile_of::HALVES ? 2 * T : T);
+    for (int s = ring_steps(static_cast<int>(p.w.row_bytes)); s > 0; s--) {
+        own.add(ring.template take<format>(odd));
+        walk.put(ring);
+    }
+    own.template share<kind>(sums);
     __syncthreads();
-    output.store(p, tile, T, sums);
+    store_tile<N, kind, logits>(p, router, tile, T, output, routed, share, sums);
 }
 
 /* Of the two formats that with scales. */
 template <kl_weight_format first, kl_weight_format second>
 constexpr kl_weight_format SCALES = weight_codec<first>::GROUP > 0 ? first : second;
 
-template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, bool digits>
-__global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_kernel(
+template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, x_as numbers>
+__global__
+__launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_kernel(
     const __grid_constant__ step_arguments a)
 {
-    using rows_type = step_rows<SCALES<first, second>, digits>;
+    using rows_type = step_rows<SCALES<first, second>, numbers>;
     using ring_type = typename rows_type::ring_type;
+    constexpr bool logits = kind == tile_of::ROWS && first == second; /* may have peaks */
     extern __shared__ __align__(128) unsigned char shared[];
     const rows_type x(shared + ring_type::BYTES, a.x.cols);
     float *const sums =
@@ -318,12 +215,14 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_
     if (a.unsettled) wait_for_inputs();
     tile_walk<SCALES<first, second>, kind> walk(a);
 #pragma unroll 1
-    for (int d = 0; d < RING_DEPTH; d++) walk.put(ring);
+    for (int d = 0; d < STEPS_AHEAD<numbers>; d++) walk.put(ring);
+    router_share share; /* of the tile that comes first, then of the next one */
+    if constexpr (kind == tile_of::HALVES) share.load(a.router, blockIdx.x * SHARE_ROWS);
     prefetch_rows<STREAM_THREADS>(a.x);
     wait_for_inputs();
     let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
     if constexpr (kind == tile_of::HALVES)
-        copy_rows<STREAM_THREADS>(x.plain, a.x);
+        copy_halves<STREAM_THREADS>(x.plain, a.x);
     else
         bring_rows<STREAM_THREADS>(x.plain, a.x, sums);
     __syncthreads();
@@ -335,10 +234,66 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_step_
         unsigned tile = t;
         const step_product &p = product_of(a, tile);
         if (first == second || t < a.first_tiles) /* one piece of code where one will do */
-            multiply_tile<first, N>(p, tile, T, x, own, ring, walk);
+            multiply_tile<first, N, kind, logits>(p, tile, T, x, own, ring, walk, share);
         else
-            multiply_tile<second, N>(p, tile, T, x, own, ring, walk);
+            multiply_tile<second, N, kind, logits>(p, tile, T, x, own, ring, walk, share);
+        if (const unsigned next = t + gridDim.x; kind == tile_of::HALVES && next < a.tiles)
+            share.load(a.router, next * SHARE_ROWS);
     }
+}
+
+/* Steps whose operands are on their way together. What is not bf16 takes longer to become numbers
+ * than to come, and the registers for it. */
+template <kl_weight_format format> constexpr int HELD_AT_ONCE = format == KL_W_BF16 ? 4 : 1;
+
+/* The products of the ring's next steps, all of which are there, as many at a time as can be. */
+template <int AT_ONCE, kl_weight_format format, class Sums, class Ring>
+__device__ void add_held(Sums &own, Ring &ring, const bool (&odd)[2], int steps)
+{
+#pragma unroll 1
+    for (; steps >= AT_ONCE; steps -= AT_ONCE)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++, ring.skip()) own.add(ring.template read<format>(odd));
+    if constexpr (AT_ONCE > 1) add_held<AT_ONCE / 2, format>(own, ring, odd, steps);
+}
+
+/* Tiles of halves, one a block, whose weights are all in the rings before x is there: no more is
+ * asked for, and nothing but products stands between x and the sums. */
+template <kl_weight_format format, x_as numbers>
+__global__
+__launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_kernel(
+    const __grid_constant__ step_arguments a)
+{
+    constexpr tile_of kind = tile_of::HALVES;
+    using rows_type = step_rows<format, numbers>;
+    using ring_type = typename rows_type::ring_type;
+    extern __shared__ __align__(128) unsigned char shared[];
+    const rows_type x(shared + ring_type::BYTES, a.x.cols);
+    float *const sums =
+        reinterpret_cast<float *>(x.plain.data + rows_type::bytes_of(a.x.T, a.x.cols));
+    const unsigned tile = blockIdx.x;
+    const int steps = ring_steps(static_cast<int>(a.first.w.row_bytes));
+    bool odd[2];
+    odd_scales<format, kind>(odd, a.first, tile);
+    ring_type ring(shared);
+    if (a.unsettled) wait_for_inputs();
+    fill_ring<format, kind, STEPS_AHEAD<numbers>>(ring, a.first, tile, steps);
+    router_share share;
+    share.load(a.router, tile * SHARE_ROWS);
+    routed_rows routed;
+    routed.load_weight(a.router, tile);
+    step_sums<format, 1, format, numbers> own(x, a.x.T);
+    wait_for_inputs();
+    let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
+    tile_output<1, kind> output;
+    load_tile<1, kind>(a.first, a.router, tile, 1, output, routed);
+    copy_halves<STREAM_THREADS>(x.plain, a.x);
+    copy_wait<0>();
+    __syncthreads();
+    add_held<HELD_AT_ONCE<format>, format>(own, ring, odd, steps);
+    own.template share<kind>(sums);
+    __syncthreads();
+    store_tile<1, kind, false>(a.first, a.router, tile, 1, output, routed, share, sums);
 }
 
 /* ---- host ------------------------------------------------------------------------------ */
@@ -360,19 +315,24 @@ bool is_halved(kl_backend *be, const kl_cuda_product *p)
 }
 
 /* Of a block with such a ring, for x as the kernel takes it. */
-template <kl_weight_format scales, bool digits, int SUMS> size_t bytes_of(const row_source &x)
+template <kl_weight_format scales, x_as numbers, int SUMS> size_t bytes_of(const row_source &x)
 {
-    using rows_type = step_rows<scales, digits>;
+    using rows_type = step_rows<scales, numbers>;
     return rows_type::ring_type::BYTES + static_cast<size_t>(rows_type::bytes_of(x.T, x.cols)) +
            2 * SUMS * sizeof(float);
 }
 
-/* Whether x is also made whole numbers. */
-bool has_digits(kl_backend *be, const kl_cuda_product *p)
+/* Whether x is also made other numbers. */
+bool has_own(kl_backend *be, const kl_cuda_product *p)
 {
-    return !reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant && p->T == 1 &&
-           p->w.format == KL_W_INT8 && p->w.cols >= LEAST_DIGIT_COLS &&
-           bytes_of<KL_W_INT8, true, STREAM_FLOATS<1>>(row_source_of(p)) <= RING_MOST_SHARED;
+    if (reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant || p->T != 1) return false;
+    return with_format(p->w.format, [&](auto f) {
+        if constexpr (IS_QUANTISED<f.value>)
+            return p->w.cols >= LEAST_OWN_COLS<f.value> &&
+                   bytes_of<f.value, x_as::OWN, STREAM_FLOATS<1>>(row_source_of(p)) <=
+                       RING_MOST_SHARED;
+        return false;
+    });
 }
 
 step_product step_of(const kl_cuda_product *p)
@@ -382,6 +342,7 @@ step_product step_of(const kl_cuda_product *p)
         .up = is_gated(p) ? weight_view_of(p->up) : weight_view{},
         .out = p->out,
         .residual = p->residual,
+        .peaks = reinterpret_cast<peak *>(p->peaks),
         .out_stride = p->residual == nullptr ? p->out_stride : p->w.rows,
         .out_is_bf16 = p->out_dtype == KL_BF16,
     };
@@ -389,7 +350,19 @@ step_product step_of(const kl_cuda_product *p)
 
 bool is_unsettled(const kl_cuda_product *p)
 {
-    return p->w.unsettled || p->up.unsettled;
+    return p->w.unsettled || p->up.unsettled ||
+           (p->ahead.sums != nullptr && p->ahead.router.unsettled);
+}
+
+router_work router_of(const kl_cuda_product *p)
+{
+    return {
+        .router = static_cast<const float *>(p->ahead.router.data),
+        .norm_weight = static_cast<const float *>(p->ahead.norm_weight.data),
+        .sums = static_cast<router_sums *>(p->ahead.sums),
+        .E = static_cast<int>(p->ahead.router.rows),
+        .D = static_cast<int>(p->w.rows),
+    };
 }
 
 /* As the kernel takes it, x and the weight by halves of their columns. */
@@ -401,29 +374,32 @@ void halve(step_arguments &a)
     a.tiles = a.first_tiles *= 2;
 }
 
-template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, bool digits>
+template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, x_as numbers>
 kl_status launch(kl_backend *be, const step_arguments &a, kl_error *err)
 {
-    const auto kernel = product_step_kernel<first, second, N, kind, digits>;
+    auto kernel = product_step_kernel<first, second, N, kind, numbers>;
     const size_t shared =
-        bytes_of<SCALES<first, second>, digits, tile_sums<N, kind>::FLOATS>(a.x);
+        bytes_of<SCALES<first, second>, numbers, tile_sums<N, kind>::FLOATS>(a.x);
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
     const bool three = kind == tile_of::HALVES && shared <= HALF_SHARED;
     const unsigned most =
         static_cast<unsigned>(multiprocessors) * (three ? HALF_BLOCKS : RING_BLOCKS);
+    if constexpr (kind == tile_of::HALVES)
+        if (a.tiles <= most && a.first.w.row_bytes <= STEPS_AHEAD<numbers> * RING_TURN)
+            kernel = product_held_kernel<first, numbers>;
+    KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
     return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
                           kl_cuda_stream(be), err, a);
 }
 
 template <kl_weight_format first, kl_weight_format second, tile_of kind>
-kl_status launch_for(kl_backend *be, const step_arguments &a, bool digits, kl_error *err)
+kl_status launch_for(kl_backend *be, const step_arguments &a, bool own, kl_error *err)
 {
-    if constexpr (second == KL_W_INT8)
-        if (digits) return launch<first, second, 1, kind, true>(be, a, err);
-    return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, kind, false>(be, a, err)
-                                  : launch<first, second, 2, kind, false>(be, a, err);
+    if constexpr (IS_QUANTISED<second>)
+        if (own) return launch<first, second, 1, kind, x_as::OWN>(be, a, err);
+    return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, kind, x_as::BF16>(be, a, err)
+                                  : launch<first, second, 2, kind, x_as::BF16>(be, a, err);
 }
 
 } // namespace
@@ -434,8 +410,8 @@ bool kl_cuda_product_step_takes(const kl_cuda_product *p)
            with_format(p->w.format, [&](auto f) {
                const row_source x = row_source_of(p);
                const size_t bytes = p->T <= STREAM_TOKENS
-                                        ? bytes_of<f.value, false, STREAM_FLOATS<1>>(x)
-                                        : bytes_of<f.value, false, STREAM_FLOATS<2>>(x);
+                                        ? bytes_of<f.value, x_as::BF16, STREAM_FLOATS<1>>(x)
+                                        : bytes_of<f.value, x_as::BF16, STREAM_FLOATS<2>>(x);
                return bytes <= RING_MOST_SHARED;
            });
 }
@@ -445,18 +421,31 @@ bool kl_cuda_product_step_halves(kl_backend *be, const kl_cuda_product *p)
     return kl_cuda_product_step_takes(p) && is_halved(be, p);
 }
 
+/* Tiles of halves are at most HALF_TILES, and so are their blocks. There are two of them for 16 rows,
+ * and each adds its 8 rows to the sums: none may lie past the last. */
+bool kl_cuda_product_step_routes(kl_backend *be, const kl_cuda_product *p)
+{
+    static_assert(HALF_TILES <= MOST_BLOCKS && STREAM_THREADS == SUMMED_EXPERTS);
+    static_assert(EACH_OF<tile_of::HALVES> == SHARE_ROWS);
+    const kl_weight &router = p->ahead.router;
+    return kl_cuda_product_step_halves(be, p) && p->adds && p->w.rows % STREAM_ROWS == 0 &&
+           router.format == KL_W_F32 && router.rows <= SUMMED_EXPERTS &&
+           router.cols == p->w.rows && has_pieces(weight_view_of(router));
+}
+
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
     const unsigned tiles = static_cast<unsigned>(tiles_of(p));
-    step_arguments a = {row_source_of(p), step_of(p), step_of(p), tiles, tiles,
-                        is_unsettled(p)};
-    const bool halved = is_halved(be, p), digits = has_digits(be, p);
+    step_arguments a = {row_source_of(p), step_of(p),  step_of(p), tiles, tiles,
+                        is_unsettled(p),  router_of(p)};
+    const bool halved = is_halved(be, p), own = has_own(be, p);
     if (halved) halve(a);
     return with_format(p->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;
-        if (halved) return launch<w, w, 1, tile_of::HALVES, false>(be, a, err);
-        return is_gated(p) ? launch_for<w, w, tile_of::PAIRS>(be, a, digits, err)
-                           : launch_for<w, w, tile_of::ROWS>(be, a, digits, err);
+        constexpr x_as halves = HAS_HALVES<w> ? x_as::HALVES : x_as::BF16;
+        if (halved) return launch<w, w, 1, tile_of::HALVES, halves>(be, a, err);
+        return is_gated(p) ? launch_for<w, w, tile_of::PAIRS>(be, a, own, err)
+                           : launch_for<w, w, tile_of::ROWS>(be, a, own, err);
     });
 }
 
@@ -464,17 +453,14 @@ kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first
                                     const kl_cuda_product *second, kl_error *err)
 {
     const unsigned tiles = static_cast<unsigned>(tiles_of(first));
-    const step_arguments a = {row_source_of(first),
-                              step_of(first),
-                              step_of(second),
-                              tiles,
-                              tiles + static_cast<unsigned>(tiles_of(second)),
-                              is_unsettled(first) || is_unsettled(second)};
-    const bool digits = has_digits(be, second);
+    const unsigned all = tiles + static_cast<unsigned>(tiles_of(second));
+    const bool unsettled = is_unsettled(first) || is_unsettled(second);
+    const step_arguments a = {
+        row_source_of(first), step_of(first), step_of(second), tiles, all, unsettled, {}};
+    const bool own = has_own(be, second);
     return with_format(second->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;
-        return first->w.format == w
-                   ? launch_for<w, w, tile_of::ROWS>(be, a, digits, err)
-                   : launch_for<KL_W_BF16, w, tile_of::ROWS>(be, a, digits, err);
+        return first->w.format == w ? launch_for<w, w, tile_of::ROWS>(be, a, own, err)
+                                    : launch_for<KL_W_BF16, w, tile_of::ROWS>(be, a, own, err);
     });
 }

@@ -90,11 +90,9 @@ __device__ void store_query(const mla_arguments &a, long long n, long long h, lo
         a.query[(n * a.H + h) * a.width() + channel] = x;
         return;
     }
-    bf16 *to =
-        reinterpret_cast<bf16 *>(a.query) +
-        (a.packed ? mla_query_column(a, n, h, channel) : mla_query_place(a, n, h, channel));
+    bf16 *to = reinterpret_cast<bf16 *>(a.query) + mla_query_place(a, n, h, channel);
     to[0] = from_float<bf16>(x);
-    to[a.packed ? MLA_QUERY_LACK : 2] = from_float<bf16>(x - to_float(from_float<bf16>(x)));
+    to[2] = from_float<bf16>(x - to_float(from_float<bf16>(x)));
 }
 
 /* The channels that are not absorbed; by the blocks of the first columns. */
@@ -318,13 +316,17 @@ mla_arguments arguments_of(const kl_mla *a)
     };
 }
 
-/* The way a call takes: which kernel attends, and how it cuts. `blocks`: for a group of heads. */
-kl_status choose(const kl_backend *be, mla_arguments *a, int *blocks, kl_error *err)
+/* The way a call takes: which kernel attends, and how it cuts. `blocks`: for a group of heads.
+ * 8-bit pages' scores on tensor cores want the query as one kernel alone makes it. */
+kl_status choose(const kl_backend *be, kl_dtype weight, mla_arguments *a, int *blocks,
+                 kl_error *err)
 {
     const bool invariant = reinterpret_cast<const kl_cuda_backend *>(be)->batch_invariant;
     int multiprocessors = 0;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     a->tensor = a->splits > 0 && kl_cuda_mla_tensor_fits(*a);
+    if (a->packed) a->tensor = a->tensor && kl_cuda_mla_absorb_tensor_fits(*a, weight);
+    a->asks = kl_cuda_mla_finish_tensor_fits(*a, weight);
     const long long groups = mla_divide_up(a->H, MLA_TENSOR_HEADS);
     *blocks = static_cast<int>(mla_divide_up(multiprocessors, groups));
     if (a->tensor && !invariant)
@@ -355,7 +357,7 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
         return kl_fail(err, KL_ERR_VALUE,
                        "mla_decode: N * H must be <= %lld / (rank / %d), got N %lld, H %lld",
                        MAX_BLOCKS, ABSORB_COLS, args.N, args.H);
-    KL_TRY(choose(be, &args, &blocks, err));
+    KL_TRY(choose(be, weight, &args, &blocks, err));
     KL_TRY(absorb(args, a, stream, err));
     return attend_in_waves(args, weight, blocks, stream, err);
 }

@@ -6,14 +6,15 @@
  * Shapes       q [N, H, 128+64] bf16; w_kv_b [H, 128+V, 512] bf16; query [N, H, 576]
  * Layout       q's rows strided, both at multiples of 16 bytes; mla_query_place() has query's, of
  *              8-bit pages mla_query_column()
- * Precision    bf16 operands, exact; f32 sums, stored as two bf16 (16 bits)
- * Grid         64 channels of a head for 32 rows, four warps with 16 channels each: the weights
- *              are there before q is, whole lines of them. Before these blocks those that write
- *              the new tokens' latents, a warp each, and those that ask the L2 for the first pages
- *              of every block of the attention
+ * Precision    bf16 operands, exact; f32 sums, stored as two bf16 (16 bits), for 8-bit pages as f16
+ *              in units of each head and group of 128 channels (11 bits)
+ * Grid         64 channels of a head, or a group, for 32 rows, a warp for each 16 channels: the
+ *              weights are there before q is, whole lines of them. Before these blocks those that
+ *              write the new tokens' latents, a warp each, and those that ask the L2 for the first
+ *              pages of every block of the attention
  * Order        the channels of q in order, the same for any N
  * Roofline     half of w_kv_b, 4.2 MB with the model's shapes: 1.4 us at 3.0 TB/s
- * Measured     H200, in a step (bf16, context 1024): 4.1 us (2026-11-22); the whole operation:
+ * Measured     H200, in a step (bf16, context 1024): 4.6 us (2026-11-23); the whole operation:
  *              mla_decode.cu
  */
 #include "../device/latents.cuh"
@@ -24,16 +25,22 @@
 namespace {
 
 constexpr int NOPE = 128, ROPE = 64, RANK = 512, WIDTH = RANK + ROPE;
-constexpr int WARPS = 4, THREADS = WARPS * WARP;
-constexpr int COLS = 16 * WARPS; /* channels of a block */
-constexpr int TILES = RANK / COLS;
 constexpr int ROWS = 32; /* of a block */
 constexpr int STEPS = NOPE / 16;
-constexpr int W_PIECES = COLS / 8, Q_PIECES = NOPE / 8; /* of 16 bytes in a row */
+constexpr int Q_PIECES = NOPE / 8; /* of 16 bytes in a row */
+
+/* Of 8-bit pages a block has all channels of a group, which share their unit. */
+template <bool packed> struct block {
+    static constexpr int COLS = packed ? KL_LATENTS_GROUP : 64; /* channels */
+    static constexpr int WARPS = COLS / 16, THREADS = WARPS * WARP;
+    static constexpr int TILES = RANK / COLS;
+    static constexpr int W_PIECES = COLS / 8;
+    static constexpr int PER_MULTIPROCESSOR = packed ? 4 : 8;
+};
 
 /* Pieces of a row lie in another order in each of eight rows: ldmatrix meets all banks. */
-struct shared_memory {
-    uint4 weights[NOPE][W_PIECES];
+template <bool packed> struct shared_memory {
+    uint4 weights[NOPE][block<packed>::W_PIECES];
     uint4 q[ROWS][Q_PIECES];
 };
 
@@ -43,21 +50,25 @@ struct errands {
 };
 
 /* A block's head, channels and rows. */
-struct tile {
+template <bool packed> struct tile {
+    static constexpr int COLS = block<packed>::COLS, TILES = block<packed>::TILES;
     long long h, n0;
     int first, rows;
 
-    __device__ tile(const mla_arguments &a, long long block)
+    __device__ tile(const mla_arguments &a, long long number)
     {
-        const long long unit = block / TILES;
+        const long long unit = number / TILES;
         h = unit % a.H, n0 = unit / a.H * ROWS;
-        first = static_cast<int>(block % TILES) * COLS;
+        first = static_cast<int>(number % TILES) * COLS;
         rows = static_cast<int>(a.N - n0 < ROWS ? a.N - n0 : ROWS);
     }
 };
 
-__device__ void bring_weights(const mla_arguments &a, const tile &t, shared_memory &s)
+template <bool packed>
+__device__ void bring_weights(const mla_arguments &a, const tile<packed> &t,
+                              shared_memory<packed> &s)
 {
+    constexpr int W_PIECES = block<packed>::W_PIECES, THREADS = block<packed>::THREADS;
     const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) + t.h * (NOPE + a.V) * RANK + t.first;
 #pragma unroll
     for (int i = threadIdx.x; i < NOPE * W_PIECES; i += THREADS) {
@@ -66,8 +77,11 @@ __device__ void bring_weights(const mla_arguments &a, const tile &t, shared_memo
     }
 }
 
-__device__ void bring_queries(const mla_arguments &a, const tile &t, shared_memory &s)
+template <bool packed>
+__device__ void bring_queries(const mla_arguments &a, const tile<packed> &t,
+                              shared_memory<packed> &s)
 {
+    constexpr int THREADS = block<packed>::THREADS;
     const bf16 *q = static_cast<const bf16 *>(a.q) + t.n0 * a.q_stride + t.h * (NOPE + ROPE);
     for (int i = threadIdx.x; i < t.rows * Q_PIECES; i += THREADS) {
         const int row = i / Q_PIECES, piece = i % Q_PIECES;
@@ -76,7 +90,8 @@ __device__ void bring_queries(const mla_arguments &a, const tile &t, shared_memo
 }
 
 /* Operand A: the warp's 16 channels by the channels of q, which are the rows in memory. */
-__device__ void load_weights(const shared_memory &s, uint32_t (&w)[STEPS][4])
+template <bool packed>
+__device__ void load_weights(const shared_memory<packed> &s, uint32_t (&w)[STEPS][4])
 {
     const int lane = lane_id(), piece = 2 * warp_id() + lane / 8 % 2;
 #pragma unroll
@@ -87,8 +102,9 @@ __device__ void load_weights(const shared_memory &s, uint32_t (&w)[STEPS][4])
 }
 
 /* acc[0], acc[1]: channel lane / 4 of rows 2 (lane % 4) and the next one; then channel + 8. */
-__device__ void multiply(const shared_memory &s, int row0, const uint32_t (&w)[STEPS][4],
-                         float (&acc)[4])
+template <bool packed>
+__device__ void multiply(const shared_memory<packed> &s, int row0,
+                         const uint32_t (&w)[STEPS][4], float (&acc)[4])
 {
     const int lane = lane_id(), row = row0 + lane % 8;
 #pragma unroll
@@ -107,34 +123,20 @@ __device__ uint2 halves(float x, float y)
     return {high, pack_bf16(x - low_half(high), y - high_half(high))};
 }
 
-/* Channels 2 pair, 2 pair + 1 of 16, and these + 8. Operand A takes them as they are; of operand
- * B each has a place of its own. */
-template <bool packed>
+/* Channels 2 pair, 2 pair + 1 of 16, and these + 8, as operand A takes them. */
 __device__ void store_query(const mla_arguments &a, long long n, long long h, int step,
-                            int pair, uint2 first, uint2 second)
+                            int pair, const float (&x)[2][2])
 {
-    const int channel = 16 * step + 2 * pair;
-    if constexpr (!packed) {
-        reinterpret_cast<uint4 *>(a.query)[mla_query_place(a, n, h, channel) / 8] = {
-            first.x, first.y, second.x, second.y};
-    } else {
-        const uint32_t x[2] = {first.x, second.x}, lack[2] = {first.y, second.y};
-        uint16_t *query = reinterpret_cast<uint16_t *>(a.query);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const long long at = mla_query_column(a, n, h, channel + i / 2 * 8 + i % 2);
-            query[at] = static_cast<uint16_t>(x[i / 2] >> i % 2 * 16);
-            query[at + MLA_QUERY_LACK] = static_cast<uint16_t>(lack[i / 2] >> i % 2 * 16);
-        }
-    }
+    const uint2 first = halves(x[0][0], x[0][1]), second = halves(x[1][0], x[1][1]);
+    reinterpret_cast<uint4 *>(a.query)[mla_query_place(a, n, h, 16 * step + 2 * pair) / 8] = {
+        first.x, first.y, second.x, second.y};
 }
 
-/* A thread exchanges with that of the next channel: one takes a row, the other the next one. */
-template <bool packed>
-__device__ void store_rows(const mla_arguments &a, const tile &t, int row0, float (&acc)[4])
+/* A thread exchanges with that of the next channel: one takes a row, the other the next one.
+ * x[i][j]: channel 2 pair + j of the warp's, 8 i further on. */
+__device__ void exchange_rows(const mla_arguments &a, const float (&acc)[4], float (&x)[2][2])
 {
-    const int r = lane_id() / 4, odd = r % 2, n = row0 + lane_id() % 4 * 2 + odd;
-    float x[2][2]; /* [channel + 8][of two neighbours] */
+    const int odd = lane_id() / 4 % 2;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const float mine = odd ? acc[2 * i + 1] : acc[2 * i];
@@ -143,35 +145,91 @@ __device__ void store_rows(const mla_arguments &a, const tile &t, int row0, floa
         x[i][0] = (odd ? other : mine) * (a.scale * LOG2_E);
         x[i][1] = (odd ? mine : other) * (a.scale * LOG2_E);
     }
-    if (n >= t.rows) return;
-    store_query<packed>(a, t.n0 + n, t.h, t.first / 16 + warp_id(), r / 2,
-                        halves(x[0][0], x[0][1]), halves(x[1][0], x[1][1]));
 }
 
-/* Channels that are not absorbed: the tiles of a head share them. */
-template <bool packed> __device__ void copy_rope(const mla_arguments &a, const tile &t)
+/* The bits of the factor, a power of two, that brings a number of the size of `most` to 2^14 and
+ * more, and below 2^15; of the smallest numbers less. Its inverse is no smaller than 2^-126. */
+__device__ uint32_t factor_of(float most)
 {
+    const uint32_t exponent = 268 - (__float_as_uint(most) >> 23);
+    return min(exponent, 253u) << 23;
+}
+
+/* As f16, in the group's unit, which the warps find together. */
+__device__ void store_group(const mla_arguments &a, const tile<true> &t, int row0,
+                            const float (&x)[2][2])
+{
+    __shared__ float all[2][8][block<true>::WARPS]; /* of a warp, for rows in turn */
+    auto &mosts = all[row0 / 8 % 2];
+    const int r = lane_id() / 4, row = lane_id() % 4 * 2 + r % 2;
+    float most =
+        fmaxf(fmaxf(fabsf(x[0][0]), fabsf(x[0][1])), fmaxf(fabsf(x[1][0]), fabsf(x[1][1])));
+    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 8));
+    most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 16));
+    if (r < 2) mosts[row][warp_id()] = most;
+    __syncthreads();
+    if (row0 + row >= t.rows) return;
+#pragma unroll
+    for (int w = 0; w < block<true>::WARPS; w++) most = fmaxf(most, mosts[row][w]);
+    const uint32_t bits = factor_of(most);
+    const float factor = __uint_as_float(bits);
+    const long long n = t.n0 + row0 + row;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        *mla_query_column(a, n, t.h, t.first + 16 * warp_id() + r / 2 * 2 + 8 * i) =
+            pack_half(x[i][0] * factor, x[i][1] * factor);
+    }
+    if (warp_id() == 0 && r < 2)
+        *mla_query_unit(a, n, t.h, t.first / KL_LATENTS_GROUP) =
+            __uint_as_float((254u << 23) - bits);
+}
+
+template <bool packed>
+__device__ void store_rows(const mla_arguments &a, const tile<packed> &t, int row0,
+                           const float (&acc)[4])
+{
+    const int r = lane_id() / 4, row = row0 + lane_id() % 4 * 2 + r % 2;
+    float x[2][2];
+    exchange_rows(a, acc, x);
+    if constexpr (packed)
+        store_group(a, t, row0, x);
+    else if (row < t.rows)
+        store_query(a, t.n0 + row, t.h, t.first / 16 + warp_id(), r / 2, x);
+}
+
+/* Channels that are not absorbed: the tiles of a head share them. Of 8-bit pages they stay as they
+ * are: scores take their factor themselves. */
+template <bool packed> __device__ void copy_rope(const mla_arguments &a, const tile<packed> &t)
+{
+    using B = block<packed>;
     constexpr int EACH = ROPE / 4; /* vectors of a row */
     const float factor = a.scale * LOG2_E;
-    for (int i = t.first / COLS * THREADS + threadIdx.x; i < t.rows * EACH;
-         i += TILES * THREADS) {
+    for (int i = t.first / B::COLS * B::THREADS + threadIdx.x; i < t.rows * EACH;
+         i += B::TILES * B::THREADS) {
         const long long n = t.n0 + i / EACH;
-        const int step = i % EACH / 4, pair = i % 4;
+        const int step = i % EACH / 4, pair = i % 4, channel = 16 * step + 2 * pair;
         const bf16 *q = static_cast<const bf16 *>(a.q) + n * a.q_stride + t.h * (NOPE + ROPE) +
-                        NOPE + 16 * step + 2 * pair;
-        float x[2], y[2];
-        load_floats<2>(q, x);
-        load_floats<2>(q + 8, y);
-        store_query<packed>(a, n, t.h, RANK / 16 + step, pair,
-                            halves(x[0] * factor, x[1] * factor),
-                            halves(y[0] * factor, y[1] * factor));
+                        NOPE + channel;
+        if constexpr (packed) {
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                *mla_query_column(a, n, t.h, RANK + channel + 8 * j) =
+                    *reinterpret_cast<const uint32_t *>(q + 8 * j);
+        } else {
+            float x[2][2];
+            load_floats<2>(q, x[0]);
+            load_floats<2>(q + 8, x[1]);
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[j / 2][j % 2] *= factor;
+            store_query(a, n, t.h, RANK / 16 + step, pair, x);
+        }
     }
 }
 
-template <bool packed> __device__ void absorb(const mla_arguments &a, long long block)
+template <bool packed> __device__ void absorb(const mla_arguments &a, long long number)
 {
-    __shared__ shared_memory s;
-    const tile t(a, block);
+    __shared__ shared_memory<packed> s;
+    const tile<packed> t(a, number);
     if (a.unsettled) wait_for_inputs();
     bring_weights(a, t, s);
     wait_for_inputs();
@@ -186,7 +244,7 @@ template <bool packed> __device__ void absorb(const mla_arguments &a, long long 
     for (int row0 = 0; row0 < t.rows; row0 += 8) {
         float acc[4] = {};
         multiply(s, row0, w, acc);
-        store_rows<packed>(a, t, row0, acc);
+        store_rows(a, t, row0, acc);
     }
 }
 
@@ -201,7 +259,8 @@ template <bool packed> __device__ void ask_for_pages(const mla_arguments &a, int
     mla_walk walk(a, share);
     mla_piece it;
     if (share >= a.shares || !walk.next(&it)) return;
-    const int pages = it.pages < MLA_TENSOR_STAGES ? it.pages : MLA_TENSOR_STAGES;
+    constexpr int MOST = packed ? MLA_PACKED_STAGES : MLA_TENSOR_STAGES;
+    const int pages = it.pages < MOST ? it.pages : MOST;
     if (lane_id() >= pages) return;
     const long long page = a.block_table[it.n * a.B + it.first + lane_id()];
     prefetch_l2(static_cast<const char *>(a.pages) + page * BYTES, BYTES);
@@ -210,10 +269,15 @@ template <bool packed> __device__ void ask_for_pages(const mla_arguments &a, int
 /* The attention begins with memory that kernels before this one may write: it is not to start
  * before they have ended. */
 template <bool packed>
-__global__ __launch_bounds__(THREADS, 8) void mla_absorb_tensor(
-    __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
-    errands before)
+__global__ __launch_bounds__(
+    block<packed>::THREADS,
+    block<packed>::PER_MULTIPROCESSOR) void mla_absorb_tensor(__grid_constant__ const
+                                                                  mla_arguments a,
+                                                              __grid_constant__ const
+                                                                  new_latents latents,
+                                                              errands before)
 {
+    constexpr int WARPS = block<packed>::WARPS;
     if (blockIdx.x >= before.append + before.ask) {
         absorb<packed>(a, blockIdx.x - before.append - before.ask);
         return;
@@ -228,6 +292,27 @@ __global__ __launch_bounds__(THREADS, 8) void mla_absorb_tensor(
     }
 }
 
+template <bool packed>
+kl_status launch(const mla_arguments &a, const kl_mla *call, cudaStream_t stream, kl_error *err)
+{
+    using B = block<packed>;
+    const bool appends = !kl_tensor_absent(&call->raw);
+    const kl_mla_append append = kl_mla_append_of(call);
+    const new_latents latents = appends ? new_latents_of(&append) : new_latents{};
+    const errands before = {
+        .append = appends ? static_cast<unsigned>(mla_divide_up(a.N, B::WARPS)) : 0,
+        .ask = static_cast<unsigned>(mla_divide_up(a.shares, B::WARPS)),
+    };
+    const long long blocks =
+        before.append + before.ask + mla_divide_up(a.N, ROWS) * a.H * B::TILES;
+    if (blocks > MAX_BLOCKS)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "mla_decode: N * H must be <= %lld, got N %lld, H %lld",
+                       MAX_BLOCKS / B::TILES, a.N, a.H);
+    return kl_cuda_launch(mla_absorb_tensor<packed>, static_cast<unsigned>(blocks), B::THREADS,
+                          0, stream, err, a, latents, before);
+}
+
 } // namespace
 
 bool kl_cuda_mla_absorb_tensor_fits(const mla_arguments &a, kl_dtype weight)
@@ -240,20 +325,5 @@ bool kl_cuda_mla_absorb_tensor_fits(const mla_arguments &a, kl_dtype weight)
 kl_status kl_cuda_mla_absorb_tensor(const mla_arguments &a, const kl_mla *call,
                                     cudaStream_t stream, kl_error *err)
 {
-    const bool appends = !kl_tensor_absent(&call->raw);
-    const kl_mla_append append = kl_mla_append_of(call);
-    const new_latents latents = appends ? new_latents_of(&append) : new_latents{};
-    const errands before = {
-        .append = appends ? static_cast<unsigned>(mla_divide_up(a.N, WARPS)) : 0,
-        .ask = static_cast<unsigned>(mla_divide_up(a.shares, WARPS)),
-    };
-    const long long blocks =
-        before.append + before.ask + mla_divide_up(a.N, ROWS) * a.H * TILES;
-    if (blocks > MAX_BLOCKS)
-        return kl_fail(err, KL_ERR_VALUE,
-                       "mla_decode: N * H must be <= %lld, got N %lld, H %lld",
-                       MAX_BLOCKS / TILES, a.N, a.H);
-    return kl_cuda_launch(a.packed ? mla_absorb_tensor<true> : mla_absorb_tensor<false>,
-                          static_cast<unsigned>(blocks), THREADS, 0, stream, err, a, latents,
-                          before);
+    return a.packed ? launch<true>(a, call, stream, err) : launch<false>(a, call, stream, err);
 }

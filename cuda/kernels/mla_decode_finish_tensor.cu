@@ -15,9 +15,9 @@
  *              within a quarter, then the quarters: the same for any N
  * Roofline     half of w_kv_b, 4.2 MB with the model's shapes: 1.4 us at 3.0 TB/s; 66 KB a piece,
  *              out of the L2
- * Measured     H200, traced: 11 to 13 us up to 8K tokens, 39 for 32 rows of 8K, 55 for 64; in a
- *              step (context 1024) from the end of the kernel before 4.1, 8 rows 9.9
- *              (2026-11-22); the whole operation: mla_decode.cu
+ * Measured     H200, traced: 11 to 13 us up to 8K tokens, 39 for 32 rows of 8K, 55 for 64
+ *              (2026-11-22); in a step (context 1024) from the end of the kernel before 4.1, 8
+ *              rows 9.9 (2026-11-23); the whole operation: mla_decode.cu
  */
 #include "../device/barrier.cuh"
 #include "../device/launch.cuh"
@@ -188,7 +188,8 @@ template <int runs>
 __device__ float4 merge_runs(const mla_arguments &a, const mla_pieces &pieces, long long h,
                              int first_run, float *factors)
 {
-    constexpr int WIDE = runs < 4 ? runs : 4, TURNS = runs == 1 ? 16 : 8 / runs;
+    constexpr int WIDE = runs < 4 ? runs : 4,
+                  TURNS = runs == 1 ? (MOST_PIECES + RUNS - 1) / RUNS : 8 / runs;
     const int count = static_cast<int>(pieces.count), channel = block_of_cluster() * CHANNELS;
     const float4 *from = reinterpret_cast<const float4 *>(
                              a.context + (pieces.first * a.H + h) * RANK + channel) +

@@ -75,12 +75,13 @@ __device__ void bring_pages(const mla_arguments &a, const CUtensorMap &map, shar
     for (mla_piece it; walk.next(&it);) {
         mla_page_numbers numbers(a, it);
         for (int i = 0; i < it.pages; i++) {
-            if (waits && i == it.early()) wait_for_inputs(), waits = false;
+            if (waits && i == it.early(STAGES)) wait_for_inputs(), waits = false;
             bring_page(map, numbers.at(i), s, at);
             at.advance();
         }
         if (waits) wait_for_inputs(), waits = false;
     }
+    if (lane_id() == 0) mla_ask_for_weights(a);
     if (waits) wait_for_inputs();
 }
 

@@ -353,8 +353,8 @@ kl_status kl_cuda_moe_experts_to(kl_backend *be, const kl_moe_experts *a, float 
                        static_cast<long long>(s.top_k), static_cast<long long>(s.D));
     const bool invariant = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
     if (kl_cuda_moe_is_step(a))
-        return kl_cuda_moe_step_run({a, nullptr, {}, residual, invariant}, kl_cuda_stream(be),
-                                    err);
+        return kl_cuda_moe_step_run({a, nullptr, nullptr, 0, {}, residual, invariant},
+                                    kl_cuda_stream(be), err);
     window w = window_of(a, residual, s, invariant, kl_cuda_stream(be));
     for (; w.first < T; w.first += s.n) KL_TRY(run_window(w, err));
     return KL_OK;

@@ -3,11 +3,12 @@
  *
  * Computes     y = sum_v weight_v (w2_v inner_v) over the experts v of the token, the shared one
  *              first, whose weight is 1;  out = y, or residual += y. The inner products:
- *              moe_experts_step_inner.cu. Ids and weights: given, or moe_route of the logits
+ *              moe_experts_step_inner.cu. Ids and weights: given, or moe_route of the logits, or
+ *              with a router's sums what that kernel tells (device/moe_step.cuh)
  * Shapes       inner [I', top_k * I]; w2 [E, D, I]; out, residual [D]; D and I multiples of 64
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
- * Precision    bf16 in and out, the residual f32; int4 weights to bf16, the others exact; f32 sums,
- *              y rounded to bf16
+ * Precision    bf16 in and out, the residual f32; weights exact (device/halves.cuh); f32 sums, y
+ *              rounded to bf16
  * Grid         a block for each 8 rows, which goes through all experts, so that no results of
  *              single experts cross memory. It knows them before the inner products are there,
  *              and has their first weights on the way
@@ -16,10 +17,11 @@
  *              second halves, both; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 11.4 us,
- *              87 % of 4.3 TB/s, in a later run 13.0; int8 10.8; fp8, int4 not timed alone
- *              (2026-11-22)
+ * Measured     in a step (context 1024), from the end of the kernel before: H200, bf16 10.6 us,
+ *              93 % of 4.3 TB/s (2026-11-23). H100, before the choice was told: int8 10.4, int4
+ *              9.3 (2026-11-22)
  */
+#include "../device/halves.cuh"
 #include "../device/moe_step.cuh"
 
 namespace {
@@ -157,25 +159,56 @@ template <int UNITS> struct halves_of_experts {
     }
 };
 
+/* How a step meets the inner products, two rows of x in shared memory: acc += weight times the sums
+ * of the first half and of the second. */
+template <kl_weight_format format, bool halves = HAS_HALVES<format>>
+struct out_columns : ring_x<format, 1> {
+    static __host__ __device__ int bytes_of(int cols)
+    {
+        return 2 * shared_rows::pitch_of(cols);
+    }
+
+    static __device__ void clear(const shared_rows &) {}
+
+    __device__ explicit out_columns(const shared_rows &x) : ring_x<format, 1>(x, 2) {}
+
+    __device__ void multiply(float (&acc)[2], const ring_pieces &p, float weight) const
+    {
+        float part[1][4] = {};
+        ring_multiply<format, 1>(part, p, *this);
+        acc[0] = fmaf(weight, part[0][0], acc[0]); /* rows 0 to 7 by row 0 of x */
+        acc[1] = fmaf(weight, part[0][3], acc[1]);
+    }
+
+    static __device__ float total(float acc) { return acc; }
+};
+
+template <kl_weight_format format> struct out_columns<format, true> : ring_halves<format> {
+    __device__ explicit out_columns(const shared_rows &x) : ring_halves<format>(x) {}
+
+    __device__ void multiply(float (&acc)[2], ring_pieces p, float weight) const
+    {
+        p.scale[0] *= weight;
+        p.scale[1] *= weight;
+        ring_halves<format>::multiply(acc, p);
+    }
+};
+
 /* This warp's share of the sum of row lane / 4, in the lanes that are multiples of 4. */
 template <kl_weight_format format>
 __device__ float multiply_experts(out_walk<format> &walk,
                                   typename out_walk<format>::ring_type &ring,
                                   const shared_rows &inner)
 {
-    float top = 0, bottom = 0;
-    ring_x<format, 1> columns(inner, 2);
+    float acc[2] = {};
+    out_columns<format> columns(inner);
 #pragma unroll 1
     for (int s = warp_id(); s < walk.steps; s += STREAM_WARPS) {
-        const float weight = walk.list[s].weight;
-        float part[1][4] = {};
-        ring_multiply<format, 1>(part, walk.take(ring), columns);
+        columns.multiply(acc, walk.take(ring), walk.list[s].weight);
         columns.advance();
         walk.put(ring, s + walk.DEPTH * STREAM_WARPS);
-        top = fmaf(weight, part[0][0], top); /* of the first half, rows 0 to 7 by row 0 of x */
-        bottom = fmaf(weight, part[0][3], bottom);
     }
-    return top + bottom;
+    return columns.total(acc[0]) + columns.total(acc[1]);
 }
 
 template <kl_weight_format format>
@@ -189,16 +222,22 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_out_
     __shared__ float sums[STREAM_WARPS * EACH];
     __shared__ chosen_experts chosen;
     const int steps = steps_of_halves(a);
-    const shared_rows inner = {shared + ring_type::BYTES,
-                               shared_rows::pitch_of(int64_t{steps} * UNITS * 8)};
-    out_step *const list = reinterpret_cast<out_step *>(inner.data + 2 * inner.pitch);
+    const int cols = steps * UNITS * 8;
+    const shared_rows inner = {shared + ring_type::BYTES, shared_rows::pitch_of(cols)};
+    out_step *const list =
+        reinterpret_cast<out_step *>(inner.data + out_columns<format>::bytes_of(cols));
+    out_columns<format>::clear(inner);
     walk_type walk(a, list);
     ring_type ring(shared);
     let_next_start();
     if (a.unsettled) wait_for_inputs(); /* scales come through the L1 */
-    load_choice(a, chosen);
-    __syncthreads();
-    if (warp_id() == 0) choose(a, chosen);
+    if (a.sums != nullptr) {
+        hear(a, chosen);
+    } else {
+        share_choice(a, load_choice(a), chosen);
+        __syncthreads();
+        if (warp_id() == 0) choose(a, chosen);
+    }
     __syncthreads();
     for (int s = threadIdx.x; s < steps; s += STREAM_THREADS) list[s] = step_of(a, chosen, s);
     __syncthreads();
@@ -233,8 +272,9 @@ moe_step_arguments arguments_of(const moe_step &s)
     const int n_shared = kl_moe_has_shared(a) ? 1 : 0;
     const int64_t top_k = a->ids.shape[1], shared_rows = n_shared * a->shared_w1.rows;
     return {
-        .h = static_cast<const bf16 *>(a->x.data),
+        .h = s.sums == nullptr ? static_cast<const bf16 *>(a->x.data) : row_of_sums(s.sums),
         .rule = s.rule,
+        .sums = s.sums,
         .logits = s.logits,
         .ids = static_cast<const int *>(a->ids.data),
         .weights = static_cast<const float *>(a->weights.data),
@@ -247,6 +287,7 @@ moe_step_arguments arguments_of(const moe_step &s)
         .inner = static_cast<bf16 *>(a->ws.data),
         .out = static_cast<bf16 *>(a->out.data),
         .residual = s.residual,
+        .norm_eps = s.norm_eps,
         .D = static_cast<int>(a->x.shape[1]),
         .n_shared = n_shared,
         .top_k = static_cast<int>(top_k),
@@ -262,9 +303,9 @@ moe_step_arguments arguments_of(const moe_step &s)
 
 template <kl_weight_format format> size_t out_bytes(int64_t steps)
 {
-    const int64_t cols = steps * STREAM_LANES * weight_codec<format>::PIECE;
+    const int cols = static_cast<int>(steps) * STREAM_LANES * weight_codec<format>::PIECE;
     return out_walk<format>::ring_type::BYTES +
-           2 * static_cast<size_t>(shared_rows::pitch_of(cols)) +
+           static_cast<size_t>(out_columns<format>::bytes_of(cols)) +
            static_cast<size_t>(steps) * sizeof(out_step);
 }
 
@@ -294,7 +335,7 @@ bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
     if (a->x.shape[0] != 1 || experts > MAX_STEP_EXPERTS || a->w1.cols > MAX_COLS ||
         widest > MAX_COLS || !same_formats(a))
         return false;
-    const moe_step_arguments args = arguments_of({a, nullptr, {}, nullptr, false});
+    const moe_step_arguments args = arguments_of({a, nullptr, nullptr, 0, {}, nullptr, false});
     const int64_t steps = steps_of_halves(args);
     return kl_cuda_moe_step_inner_takes(a->w1.format, a->w1.cols) &&
            kl_cuda_moe_step_apart_takes(args, a->w2.format) &&

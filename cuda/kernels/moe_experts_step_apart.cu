@@ -15,14 +15,20 @@
  *              warps in order; then experts in the order of the choice, the shared one last
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     H200, in a model (48B, bf16, contexts 0 / 8K): 2.419 / 2.474 ms a token, with
- *              moe_experts_step.cu 2.363 / 2.427 (2026-11-22)
+ * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 12.3
+ *              us; a token 2.094 ms, with moe_experts_step.cu and all else of the default mode
+ *              1.923 (2026-11-23)
  */
 #include "../device/moe_step.cuh"
 
 namespace {
 
 constexpr int ROW_FLOATS = STREAM_WARPS * EACH; /* of an expert's sums: [warp][row] */
+
+/* Steps on their way: with so many, three blocks find room on a multiprocessor, so that the model's
+ * 288 all do and none waits for another's end. */
+template <kl_weight_format format>
+using apart_ring = weight_ring<format, (weight_codec<format>::GROUP > 0 ? 5 : 6)>;
 
 /* An expert as a block visits it. */
 struct visit {
@@ -121,7 +127,7 @@ template <kl_weight_format format> struct pair_walk {
         left = list.turns(pair);
     }
 
-    __device__ void put(weight_ring<format> &ring)
+    __device__ void put(apart_ring<format> &ring)
     {
         if (pair == list.pairs) return ring.put_none();
         if (left == 0) enter();
@@ -158,8 +164,8 @@ template <int UNITS> struct rows_of_pairs {
 
 /* sums: [visit][warp][row] of this warp. */
 template <kl_weight_format format>
-__device__ void multiply_experts(float *sums, pair_walk<format> &walk,
-                                 weight_ring<format> &ring, const shared_rows &inner)
+__device__ void multiply_experts(float *sums, pair_walk<format> &walk, apart_ring<format> &ring,
+                                 const shared_rows &inner)
 {
     const moe_step_arguments &a = walk.a;
     const int last = visits_of(a) - 1;
@@ -213,13 +219,13 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_apar
     __shared__ chosen_experts chosen;
     __shared__ visit visits[MAX_STEP_EXPERTS];
     const pair_list list(a);
-    const shared_rows inner = {shared + weight_ring<format>::BYTES,
+    const shared_rows inner = {shared + apart_ring<format>::BYTES,
                                shared_rows::pitch_of(int64_t{list.all()} * UNITS * 8)};
     float *const sums = reinterpret_cast<float *>(inner.data + 2 * inner.pitch);
-    weight_ring<format> ring(shared);
+    apart_ring<format> ring(shared);
     let_next_start();
     if (a.unsettled) wait_for_inputs(); /* scales come through the L1 */
-    load_choice(a, chosen);
+    share_choice(a, load_choice(a), chosen);
     __syncthreads();
     if (warp_id() == 0) choose(a, chosen);
     __syncthreads();
@@ -227,7 +233,7 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_apar
     __syncthreads();
     pair_walk<format> walk(a, visits);
 #pragma unroll 1
-    for (int d = 0; d < RING_DEPTH; d++) walk.put(ring);
+    for (int d = 0; d < apart_ring<format>::STEPS; d++) walk.put(ring);
     inner_copy<rows_of_pairs<UNITS>> products = {{a, list}, {}};
     products.prepare();
 
@@ -256,7 +262,7 @@ template <kl_weight_format format> size_t apart_bytes(const moe_step_arguments &
 {
     const int64_t cols =
         int64_t{pair_list(a).all()} * (RING_TURN / 16) * weight_codec<format>::PIECE;
-    return weight_ring<format>::BYTES + 2 * static_cast<size_t>(shared_rows::pitch_of(cols)) +
+    return apart_ring<format>::BYTES + 2 * static_cast<size_t>(shared_rows::pitch_of(cols)) +
            static_cast<size_t>(visits_of(a)) * ROW_FLOATS * sizeof(float);
 }
 

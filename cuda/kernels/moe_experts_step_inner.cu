@@ -2,20 +2,23 @@
  * moe_experts_step_inner.cu -- the first product of a single token's experts.
  *
  * Computes     inner_v = silu(w1_v h) * (w3_v h) for each expert v of the token, the shared one
- *              first. Which they are: given, or moe_route of the token's logits
+ *              first. Which they are: given, or moe_route of the token's logits, which are there,
+ *              or sums (device/router_sums.cuh); with these h lacks its division by the rms, and
+ *              the products have it, and the second product is told the experts and weights
  * Shapes       h [D]; w1, w3 [E, I, D]; D and I multiples of 64
  * Layout       dense, 16-byte aligned rows; each routed matrix in the shared one's format
- * Precision    bf16 in and out; weights exact, of int8 and int4 by whole numbers
- *              (device/digits.cuh); f32 sums. With the bits of the other paths: int4 weights to
- *              bf16
+ * Precision    bf16 in and out; weights exact, int8 and int4 as whole numbers
+ *              (device/digits.cuh), fp8 as float16 (device/scaled.cuh); f32 sums. With the bits of
+ *              the other paths: int4 weights to bf16
  * Grid         blocks that stay, three a multiprocessor, take tiles of 8 rows of w1 and of w3
  *              in turn, the shared expert's before all others: these are on their way before h
  *              and the logits are there
  * Order        a warp's columns in rising order, then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
  *              3.0 TB/s
- * Measured     H200, in a step (context 1024), from the end of the kernel before: bf16 24.5 us,
- *              81 % of 4.3 TB/s, int8 15.7; fp8, int4 not timed alone (2026-11-22)
+ * Measured     in a step (context 1024), from the end of the kernel before, with the router's
+ *              logits and the choice in it: H200, bf16 24.7 us, 80 % of 4.3 TB/s (2026-11-23).
+ *              H100, before the choice was told: int8 22.4, int4 17.1 (2026-11-22)
  */
 #include "../device/digits.cuh"
 #include "../device/moe_step.cuh"
@@ -30,8 +33,8 @@ template <kl_weight_format format>
 constexpr int INNER_DEPTH = weight_codec<format>::GROUP > 0 ? 5 : RING_DEPTH;
 
 /* Registers: room for another block beside these, but int4's digits take more than 64 a thread. */
-template <kl_weight_format format, bool digits>
-constexpr int FITTING = INNER_BLOCKS + (digits && format == KL_W_INT4 ? 0 : 1);
+template <kl_weight_format format, bool own>
+constexpr int FITTING = INNER_BLOCKS + (own && format == KL_W_INT4 ? 0 : 1);
 
 /* The last warp finds out which the experts are while the others bring h. */
 constexpr int CHOOSER = STREAM_WARPS - 1, BRINGERS = CHOOSER * WARP;
@@ -47,16 +50,17 @@ __device__ gated_expert expert_of(const moe_step_arguments &a, int64_t id)
 }
 
 /* The token's choices, by one warp. */
-__device__ void list_choices(const moe_step_arguments &a, const chosen_experts &chosen,
+__device__ void list_choices(const moe_step_arguments &a, chosen_experts &chosen,
                              gated_expert *experts)
 {
-    if (a.logits == nullptr) {
+    if (!chooses(a)) {
+#pragma unroll 1
         for (int j = lane_id(); j < a.top_k; j += WARP)
             experts[a.n_shared + j] = expert_of(a, chosen.ids[j]);
         return;
     }
     lane_keys keys = keys_of(chosen);
-    const int id = choose_numbers(keys, a.top_k);
+    const int id = choose_numbers(keys, a.top_k, chosen.ids);
     if (lane_id() < a.top_k) experts[a.n_shared + lane_id()] = expert_of(a, id);
 }
 
@@ -125,8 +129,9 @@ template <kl_weight_format format> struct inner_walk {
 };
 
 /* How h lies in shared memory, and a warp's products of a tile with it: in lanes that are multiples
- * of 4 the sums of row lane / 4 of the gates and of the ups. */
-template <kl_weight_format format, bool digits> struct inner_row {
+ * of 4 the sums of row lane / 4 of the gates and of the ups. BRINGERS threads ask for it after the
+ * wait, and have it there later, before a barrier. */
+template <kl_weight_format format, bool own> struct inner_row {
     using ring_type = weight_ring<format, INNER_DEPTH<format>>;
     const shared_rows x;
 
@@ -134,8 +139,10 @@ template <kl_weight_format format, bool digits> struct inner_row {
 
     __device__ inner_row(unsigned char *shared, int D) : x{shared, bytes_of(D)} {}
 
-    /* After the wait, by BRINGERS threads; zeros behind it. */
-    __device__ void bring(const moe_step_arguments &a) const
+    struct held {};
+
+    /* Zeros behind it. */
+    __device__ held ask(const moe_step_arguments &a) const
     {
 #pragma unroll 1
         for (int u = threadIdx.x; u < x.pitch / 16; u += BRINGERS) {
@@ -143,6 +150,11 @@ template <kl_weight_format format, bool digits> struct inner_row {
             copy_async(x.unit(0, u), a.h + (inside ? 8 * u : 0), inside);
         }
         copy_commit();
+        return {};
+    }
+
+    __device__ void keep(const moe_step_arguments &, held) const
+    {
         copy_wait<0>();
     }
 
@@ -162,42 +174,53 @@ template <kl_weight_format format, bool digits> struct inner_row {
 };
 
 template <kl_weight_format format> struct inner_row<format, true> {
-    using ring_type = digit_ring<format, INNER_DEPTH<format>>;
-    using row_type = digit_row<format>;
+    using ring_type = typename numbers_of<format>::template ring<INNER_DEPTH<format>>;
+    using row_type = typename numbers_of<format>::row;
+    using raw_type = typename row_type::raw_type;
     const row_type x;
-    const int units;
 
-    static __host__ __device__ int chunks_of(int D)
+    static __host__ __device__ int bytes_of(int D) { return row_type::bytes_of(D); }
+
+    __device__ inner_row(unsigned char *shared, int D) : x(shared, D) {}
+
+    /* A thread's units from its at-th on; of a warp's all lanes have theirs inside, or none. */
+    static constexpr int AHEAD = 2; /* the model's D at once */
+    struct held {
+        raw_type raw[AHEAD] = {};
+    };
+
+    __device__ static held load(const moe_step_arguments &a, int at)
     {
-        return row_type::chunks_of(shared_rows::pitch_of(D) / 2);
+        held h;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int u = threadIdx.x + at + i * BRINGERS;
+            if (8 * u < a.D) h.raw[i] = row_type::load(a.h, u);
+        }
+        return h;
     }
 
-    static __host__ __device__ int bytes_of(int D) { return row_type::bytes_of(chunks_of(D)); }
-
-    __device__ inner_row(unsigned char *shared, int D)
-        : x(shared, chunks_of(D)), units(chunks_of(D) * DIGIT_CHUNK / 8)
+    __device__ void put(const held &h, int at) const
     {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int u = threadIdx.x + at + i * BRINGERS;
+            if (u - lane_id() < x.units()) x.put(u, h.raw[i], u < x.units());
+        }
     }
 
-    __device__ static uint4 unit(const moe_step_arguments &a, int u)
+    __device__ held ask(const moe_step_arguments &a) const
     {
-        return 8 * u < a.D ? *reinterpret_cast<const uint4 *>(a.h + 8 * u) : uint4{};
+        return load(a, 0);
     }
 
-    __device__ void bring(const moe_step_arguments &a) const
+    __device__ void keep(const moe_step_arguments &a, held h) const
     {
-        constexpr int AHEAD = 2; /* with it the model's D is brought at once */
-        const int first = threadIdx.x - lane_id(); /* of a warp's units: all lanes or none */
+        const int first = threadIdx.x - lane_id();
 #pragma unroll 1
-        for (int at = 0; first + at < units; at += AHEAD * BRINGERS) {
-            const int u = threadIdx.x + at;
-            uint4 raw[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) raw[i] = unit(a, u + i * BRINGERS);
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (first + at + i * BRINGERS < units)
-                    x.put(u + i * BRINGERS, raw[i], u + i * BRINGERS < units);
+        for (int at = 0; first + at < x.units(); at += AHEAD * BRINGERS) {
+            if (at > 0) h = load(a, at);
+            put(h, at);
         }
     }
 
@@ -206,20 +229,20 @@ template <kl_weight_format format> struct inner_row<format, true> {
                              Walk &walk) const
     {
         float acc[2] = {};
-        ring_digits<format> columns(x);
+        typename numbers_of<format>::walk columns(x);
         for (int n = walk.steps; n > 0; n--) {
-            digits_multiply(acc, ring.take(odd), columns);
+            columns.multiply(acc, ring.template take<format>(odd));
             columns.advance();
             walk.put(ring);
         }
-        sums[0] = digits_total<format>(acc[0]), sums[1] = digits_total<format>(acc[1]);
+        sums[0] = columns.total(acc[0]), sums[1] = columns.total(acc[1]);
     }
 };
 
-template <kl_weight_format format, bool digits>
+template <kl_weight_format format, bool own>
 __device__ void multiply_tile(const moe_step_arguments &a, const tile_place &tile,
-                              const inner_row<format, digits> &h, float *sums,
-                              typename inner_row<format, digits>::ring_type &ring,
+                              const inner_row<format, own> &h, float *sums,
+                              typename inner_row<format, own>::ring_type &ring,
                               inner_walk<format> &walk)
 {
     weight_row rows[2];
@@ -228,23 +251,22 @@ __device__ void multiply_tile(const moe_step_arguments &a, const tile_place &til
     float sum[2];
     h.multiply(sum, odd, ring, walk);
     if (lane_id() % STREAM_LANES == 0) {
-        float *const own = sums + warp_id() * STREAM_ROWS + lane_id() / STREAM_LANES;
-        own[0] = sum[0];
-        own[EACH] = sum[1];
+        float *const to = sums + warp_id() * STREAM_ROWS + lane_id() / STREAM_LANES;
+        to[0] = sum[0];
+        to[EACH] = sum[1];
     }
 }
 
-template <kl_weight_format format, bool digits>
-__global__
-__launch_bounds__(STREAM_THREADS, FITTING<format, digits>) void moe_step_inner_kernel(
+template <kl_weight_format format, bool own>
+__global__ __launch_bounds__(STREAM_THREADS, FITTING<format, own>) void moe_step_inner_kernel(
     __grid_constant__ const moe_step_arguments a)
 {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ float sums[2][STREAM_WARPS * STREAM_ROWS]; /* of this tile and the one before */
     __shared__ chosen_experts chosen;
     __shared__ gated_expert experts[MAX_STEP_EXPERTS];
-    using ring_type = typename inner_row<format, digits>::ring_type;
-    inner_row<format, digits> h(shared + ring_type::BYTES, a.D);
+    using ring_type = typename inner_row<format, own>::ring_type;
+    inner_row<format, own> h(shared + ring_type::BYTES, a.D);
     ring_type ring(shared);
     inner_walk<format> walk(a, experts);
     if (threadIdx.x == 0 && a.n_shared > 0)
@@ -256,16 +278,23 @@ __launch_bounds__(STREAM_THREADS, FITTING<format, digits>) void moe_step_inner_k
     for (; put < INNER_DEPTH<format> && walk.is_shared(); put++) walk.put(ring);
     prefetch_choice(a);
     wait_for_inputs();
-    let_next_start(); /* not before: see load_choice() */
-    load_choice(a, chosen);
+    if (!tells(a)) let_next_start(); /* not before: see load_choice() */
+    const choice_input input = load_choice(a);
+    typename inner_row<format, own>::held held = {};
+    if (warp_id() != CHOOSER) held = h.ask(a);
+    const float inverse = share_choice(a, input, chosen);
     __syncthreads();
     if (warp_id() == CHOOSER)
         list_choices(a, chosen, experts);
     else
-        h.bring(a);
+        h.keep(a, held);
     __syncthreads();
 #pragma unroll 1
     for (; put < INNER_DEPTH<format>; put++) walk.put(ring);
+    if (tells(a) && warp_id() == CHOOSER) {
+        tell(a, chosen);
+        let_next_start();
+    }
 
     int turn = 0;
     tile_place place = {};
@@ -275,28 +304,28 @@ __launch_bounds__(STREAM_THREADS, FITTING<format, digits>) void moe_step_inner_k
         place.advance(a, gridDim.x);
         __syncthreads();
         const int row = threadIdx.x;
-        if (row < EACH)
-            a.inner[int64_t{tile} * EACH + row] =
-                from_float<bf16>(silu(sum_of_warps<STREAM_ROWS>(sums[turn], row)) *
-                                 sum_of_warps<STREAM_ROWS>(sums[turn], row + EACH));
+        if (row >= EACH) continue;
+        const float gate = sum_of_warps<STREAM_ROWS>(sums[turn], row) * inverse;
+        const float up = sum_of_warps<STREAM_ROWS>(sums[turn], row + EACH) * inverse;
+        a.inner[int64_t{tile} * EACH + row] = from_float<bf16>(silu(gate) * up);
     }
 }
 
-template <kl_weight_format format, bool digits> size_t inner_bytes(int64_t D)
+template <kl_weight_format format, bool own> size_t inner_bytes(int64_t D)
 {
-    using row_type = inner_row<format, digits>;
+    using row_type = inner_row<format, own>;
     return row_type::ring_type::BYTES +
            static_cast<size_t>(row_type::bytes_of(static_cast<int>(D)));
 }
 
-template <kl_weight_format format, bool digits>
+template <kl_weight_format format, bool own>
 kl_status launch(const moe_step_arguments &a, cudaStream_t stream, kl_error *err)
 {
     int multiprocessors;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     const unsigned most = static_cast<unsigned>(multiprocessors) * INNER_BLOCKS;
-    return launch_step(moe_step_inner_kernel<format, digits>, a.tiles < most ? a.tiles : most,
-                       inner_bytes<format, digits>(a.D), a, stream, err);
+    return launch_step(moe_step_inner_kernel<format, own>, a.tiles < most ? a.tiles : most,
+                       inner_bytes<format, own>(a.D), a, stream, err);
 }
 
 } // namespace
@@ -305,7 +334,7 @@ bool kl_cuda_moe_step_inner_takes(kl_weight_format format, int64_t D)
 {
     return with_format(format, [&](auto f) {
         return inner_bytes<f.value, false>(D) <= RING_MOST_SHARED &&
-               inner_bytes<f.value, HAS_DIGITS<f.value>>(D) <= RING_MOST_SHARED;
+               inner_bytes<f.value, IS_QUANTISED<f.value>>(D) <= RING_MOST_SHARED;
     });
 }
 
@@ -314,6 +343,6 @@ kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format f
 {
     return with_format(format, [&](auto f) {
         return apart ? launch<f.value, false>(a, stream, err)
-                     : launch<f.value, HAS_DIGITS<f.value>>(a, stream, err);
+                     : launch<f.value, IS_QUANTISED<f.value>>(a, stream, err);
     });
 }

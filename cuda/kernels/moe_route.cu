@@ -5,13 +5,15 @@
  * Shapes       logits [T, E]; bias [E]; ids, weights [T, top_k]
  * Layout       dense, row-major
  * Precision    f32; a NaN ranks above every number, so that it is chosen and seen in a weight
- * Grid         one warp a token, expert e of lane e % 32. A choice is two reductions of the warp
- *              and a lane's search for its next best. Up to 256 experts in one group lie in
- *              registers, others in shared memory
+ * Grid         one warp a token, expert e of lane e % 32. Up to 256 experts in one group lie in
+ *              registers, in order: a choice is a reduction of the warp and a vote. Others lie in
+ *              shared memory: two reductions, and a lane's search for its next best
  * Order        the sum of softmax: a lane's experts in rising order, then five butterfly steps;
  *              the sum of the weights in the order of the choice
  * Roofline     4 * T * E bytes, 1 KiB a token with 256 experts: a launch, and top_k * 60 cycles
- * Measured     H200, T = 1, 256 experts: 2.2 us; T = 8192: 13.8 us (2026-11-22)
+ * Measured     H200, 256 experts: T = 8 to 64 in a step 2.6 to 2.7 us (2026-11-23); T = 8192
+ *              13.8, before the experts in registers were put in order (2026-11-22). A token
+ *              step of the 48B has none: moe_step.cuh
  */
 #include "../device/launch.cuh"
 #include "../device/route.cuh"
@@ -181,8 +183,8 @@ struct lane_scores {
 #pragma unroll
         for (int i = 0; i < LANE_EXPERTS; i++) {
             if (r.score == KL_SCORE_SIGMOID) score[i] = sigmoid(score[i]);
-            keys.key[i] = key_of(r.bias != nullptr ? score[i] + bias[i] : score[i]);
-            if (lane_keys::number(i) >= r.E) keys.key[i] = TAKEN;
+            const unsigned key = key_of(r.bias != nullptr ? score[i] + bias[i] : score[i]);
+            keys.set(i, lane_keys::number(i) < r.E ? key : TAKEN);
         }
     }
 
@@ -226,12 +228,15 @@ __global__ __launch_bounds__(MAX_WARPS *WARP) void moe_route_few_kernel(
         prefetch_line(a.rule.bias + threadIdx.x * WARP);
     wait_for_inputs();
     if (t >= a.T) return;
+    __shared__ int numbers[MAX_WARPS][WARP];
     lane_keys keys;
     lane_scores scores;
     scores.load(a, t, keys);
-    choose_experts(
-        keys, a.rule, [&](int e) { return scores.of(e); }, a.ids + t * a.rule.top_k,
-        a.weights + t * a.rule.top_k);
+    const expert_choice choice = choose_experts(
+        keys, a.rule, [&](int e) { return scores.of(e); }, numbers[warp_id()]);
+    if (lane_id() >= a.rule.top_k) return;
+    a.ids[t * a.rule.top_k + lane_id()] = choice.id;
+    a.weights[t * a.rule.top_k + lane_id()] = choice.weight;
 }
 
 kl_status launch_few(kl_backend *be, const arguments &args, kl_error *err)

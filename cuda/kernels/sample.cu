@@ -3,26 +3,30 @@
  *
  * Computes     p = softmax(z / temperature), cut by top_k, top_p and min_p, and one id of it,
  *              all as in backend/ops.h; the log-probability of the id and of the n best
- * Shapes       logits [N, V], ids and logprobs [N], alternatives [N, n], seen [N, ceil(V / 32)]
+ * Shapes       logits [N, V], peaks [N, ceil(V / 16), 2], ids and logprobs [N], alternatives
+ *              [N, n], seen [N, ceil(V / 32)]
  * Layout       dense
  * Precision    exponentials in f32, rounded to multiples of at most 2^-31 of the largest (2^-44
- *              at V = 163,840) and summed as integers, exactly; log softmax in f64
+ *              at V = 163,840) and summed as integers, exactly; those of log softmax in f32
  * Grid         a cluster of 8 blocks a row; a row is not sorted, device/select.cuh says how its
  *              cuts and its draw are found
  * Order        every cut keeps a head of the order of falling p, so the mass kept is the least
  *              of those the cuts keep, and drawing is finding a mass once more. A thread's
  *              exponentials are added in rising order, then warps, blocks and the cluster
  * Roofline     4 V bytes, 0.2 us at V = 163,840, read once: a row of up to 262,144 then lies in
- *              the shared memory of its cluster, for two passes when the temperature is 0, else
- *              five or more; a longer one is read again in each
- * Measured     H200, in a step, greedy: 12.7 to 14.9 us (2026-11-22)
+ *              the shared memory of its cluster, for three passes or more; a longer one is read
+ *              again in each. Largest logit and log softmax are of the peaks: a greedy row is not
+ *              read at all, and where all are greedy sample_greedy.cu draws
+ * Measured     not timed yet
  *
  * A row whose largest logit is not finite yields id -1: NaN, all -inf, and +inf too, for then
  * the softmax is NaN.
  */
 #include "../device/launch.cuh"
+#include "../device/peaks.cuh"
 #include "../device/select.cuh"
 #include "../device/types.cuh"
+#include "../peaks.h"
 
 #include "base/rng.h"
 
@@ -34,8 +38,11 @@ constexpr int MAX_ROWS = 0x7fffffff / RANKS; /* of a grid's x axis */
 constexpr int64_t MOST_OF_A_PART = 32 << 10;
 constexpr size_t MOST_SHARED = sizeof(select_shared) + MOST_OF_A_PART * sizeof(float);
 
+static_assert(PEAK_THREADS == SELECT_THREADS); /* each block reads the peaks of its row */
+
 struct arguments {
     const float *logits;
+    const peak *peaks;
     const kl_sampling *sampling;
     const uint32_t *seen; /* or null */
     int *ids, *top_ids;
@@ -76,7 +83,7 @@ struct sampled_row {
 constexpr uint64_t NAN_WITHIN = 0; /* no entry has it, and it is less than all */
 
 /* The first entry of the order, but NAN_WITHIN if a NaN is among them: its value is one, too. */
-template <class Row> __device__ uint64_t find_first(const Row &row, select_shared &s)
+__device__ uint64_t find_first(const sampled_row &row, select_shared &s)
 {
     uint64_t best = NO_ENTRY;
     for_each(row.part, [&](uint32_t i, float z, bool inside) {
@@ -86,18 +93,6 @@ template <class Row> __device__ uint64_t find_first(const Row &row, select_share
     });
     return cluster_reduce(
         best, [](uint64_t x, uint64_t y) { return x < y ? x : y; }, s);
-}
-
-/* Of the logits as given. */
-__device__ double find_log_sum(const row_part &part, float top, select_shared &s)
-{
-    double sum = 0;
-    for_each(part, [&](uint32_t, float z, bool inside) {
-        if (inside) sum += static_cast<double>(expf(z - top));
-    });
-    sum = cluster_reduce(
-        sum, [](double x, double y) { return x + y; }, s);
-    return static_cast<double>(top) + log(sum);
 }
 
 /* The mass of all entries, and of those that min_p leaves; the best always stays. */
@@ -144,12 +139,16 @@ __device__ int draw(const kl_sampling &p, const sampled_row &row, uint32_t best,
     return find(row, {target + 1, ~0u}, s).id;
 }
 
-/* Given the first of the logits as they are; -1 where the penalty overflowed. */
-__device__ int choose(const arguments &a, int64_t n, const row_part &part, uint64_t first,
-                      select_shared &s)
+__device__ bool penalizes(const arguments &a, const kl_sampling &p)
 {
-    const kl_sampling p = a.sampling[n];
-    const bool penalize = a.seen != nullptr && p.repetition_penalty != 1;
+    return a.seen != nullptr && p.repetition_penalty != 1;
+}
+
+/* Given the first of the logits as they are; -1 where the penalty overflowed. */
+__device__ int choose(const arguments &a, int64_t n, const kl_sampling &p, const row_part &part,
+                      uint64_t first, select_shared &s)
+{
+    const bool penalize = penalizes(a, p);
     sampled_row row = {.part = part,
                        .seen = penalize ? a.seen + n * a.words : nullptr,
                        .penalty = p.repetition_penalty,
@@ -179,18 +178,24 @@ __global__ __cluster_dims__(RANKS, 1, 1)
     __launch_bounds__(SELECT_THREADS, 1) void sample_kernel(__grid_constant__ const arguments a)
 {
     extern __shared__ __align__(16) unsigned char shared[];
+    __shared__ peaks_shared of_peaks;
     select_shared &s = *reinterpret_cast<select_shared *>(shared);
     const int64_t n = blockIdx.x / RANKS;
     const float *const logits = a.logits + n * a.V;
+    const uint32_t V = static_cast<uint32_t>(a.V);
 
     let_next_start();
     wait_for_inputs();
+    const kl_sampling p = a.sampling[n];
+    const bool walks = p.temperature > 0 || penalizes(a, p) || a.top > 0;
     row_part part = part_of(logits, a.V);
-    if (a.fits) part = copy_part(part, reinterpret_cast<float *>(shared + sizeof s));
-    const uint64_t first = find_first(plain_row{part}, s);
-    const bool known = isfinite(value_of(first));
-    const double log_sum = known ? find_log_sum(part, value_of(first), s) : 0;
-    const int id = known ? choose(a, n, part, first, s) : -1;
+    if (walks && a.fits) part = copy_part(part, reinterpret_cast<float *>(shared + sizeof s));
+    const row_top top = find_top(logits, a.peaks + n * peaks_of(V), V, of_peaks);
+    wait_for_part();
+    const bool known = isfinite(top.value);
+    const double log_sum = top.log_sum;
+    const uint64_t first = order_of(top.value, static_cast<uint32_t>(top.id));
+    const int id = known ? choose(a, n, p, part, first, s) : -1;
     if (is_first_rank() && threadIdx.x == 0) {
         a.ids[n] = id;
         a.logprobs[n] =
@@ -207,9 +212,7 @@ float mass_of_one(int64_t V)
     return mass;
 }
 
-} // namespace
-
-kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
+kl_status sample_rows(kl_backend *be, const kl_sample *a, kl_error *err)
 {
     const int64_t N = a->logits.shape[0], V = a->logits.shape[1];
     const bool fits = part_values(V) <= MOST_OF_A_PART;
@@ -217,6 +220,7 @@ kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
                          (fits ? static_cast<size_t>(part_values(V)) * sizeof(float) : 0);
     const arguments args = {
         .logits = static_cast<const float *>(a->logits.data),
+        .peaks = static_cast<const peak *>(a->peaks.data),
         .sampling = a->sampling,
         .seen = static_cast<const uint32_t *>(a->seen.data),
         .ids = static_cast<int *>(a->ids.data),
@@ -229,12 +233,39 @@ kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
         .fits = fits,
         .mass_of_one = mass_of_one(V),
     };
-    if (N == 0) return KL_OK;
-    if (N > MAX_ROWS)
-        return kl_fail(err, KL_ERR_VALUE, "sample: at most %d rows, got %lld", MAX_ROWS,
-                       static_cast<long long>(N));
     KL_TRY(kl_cuda_allow_shared(sample_kernel, MOST_SHARED, err));
     const unsigned blocks = static_cast<unsigned>(N * RANKS);
     return kl_cuda_launch(sample_kernel, blocks, SELECT_THREADS, bytes, kl_cuda_stream(be), err,
                           args);
+}
+
+/* The call with peaks: its own, or those that its workspace gets. */
+kl_status add_peaks(kl_backend *be, kl_sample *a, kl_error *err)
+{
+    const int64_t N = a->logits.shape[0], count = kl_peaks_of(a->logits.shape[1]);
+    if (!kl_tensor_absent(&a->peaks)) return KL_OK;
+    a->peaks = kl_tensor_3d(a->ws.data, KL_F32, N, count, 2);
+    return kl_cuda_find_peaks(be, &a->logits, static_cast<float *>(a->ws.data), err);
+}
+
+} // namespace
+
+size_t kl_cuda_sample_workspace(kl_backend *, const kl_sample *a)
+{
+    const int64_t N = a->logits.shape[0], count = kl_peaks_of(a->logits.shape[1]);
+    return kl_tensor_absent(&a->peaks) ? static_cast<size_t>(N * count) * sizeof(peak) : 0;
+}
+
+kl_status kl_cuda_sample(kl_backend *be, const kl_sample *a, kl_error *err)
+{
+    const int64_t N = a->logits.shape[0];
+    kl_sample with = *a;
+    if (N == 0) return KL_OK;
+    if (N > MAX_ROWS)
+        return kl_fail(err, KL_ERR_VALUE, "sample: at most %d rows, got %lld", MAX_ROWS,
+                       static_cast<long long>(N));
+    KL_TRY(add_peaks(be, &with, err));
+    const bool plain = kl_tensor_absent(&a->seen) && kl_tensor_absent(&a->top_ids);
+    return a->greedy && plain ? kl_cuda_sample_greedy(be, &with, err)
+                              : sample_rows(be, &with, err);
 }

@@ -79,6 +79,14 @@ __device__ piece reduce_piece(const float (&z)[4], int inside, int first_id)
     return p;
 }
 
+/* A lane's four logits; of those past the head's last id, which nobody has written, none is read. */
+__device__ void load_logits(const float *from, int inside, float (&z)[4])
+{
+    if (inside >= 4) return load_floats<4>(from, z);
+#pragma unroll
+    for (int i = 0; i < 4; i++) z[i] = i < inside ? from[i] : 0;
+}
+
 /* A warp for each token and piece of the slice. */
 __global__
 __launch_bounds__(PIECE_WARPS *WARP) void pieces_kernel(__grid_constant__ const arguments a)
@@ -91,7 +99,7 @@ __launch_bounds__(PIECE_WARPS *WARP) void pieces_kernel(__grid_constant__ const 
     const int inside = static_cast<int>(left < column + 4 ? left - column : 4);
     const float *const logits = a.logits + t * a.stride + v * PIECE;
     float z[4];
-    load_floats<4>(logits + column, z);
+    load_logits(logits + column, inside, z);
     piece p = reduce_piece(z, inside, static_cast<int>(begin) + column);
     const int64_t target = a.targets[t] - begin;
     if (target >= 0 && target < PIECE) p.target = logits[target];

@@ -22,11 +22,13 @@
 
 static kl_backend *cpu, *cuda;
 static kl_error without_cuda; /* why cuda is NULL */
+static bool brief;            /* KL_BRIEF: each kernel, but not each number of everything */
 
 static inline void open_both(void)
 {
     const kl_backend_options options = {.threads = 2};
     kl_error err;
+    brief = getenv("KL_BRIEF") != NULL;
     EXPECT(kl_backend_open("cpu", NULL, &options, &cpu, &err) == KL_OK);
     if (kl_backend_open("cuda", getenv("KL_CUDA_LIBRARY"), &options, &cuda, &without_cuda) !=
         KL_OK)
@@ -58,7 +60,7 @@ static void *memory_of(size_t bytes)
 }
 
 /* The next one in [-1, 1). */
-static float number(void)
+static inline float number(void)
 {
     static uint64_t drawn;
     return (float)(2.0 * kl_rng_uniform(7, drawn++) - 1.0);
@@ -223,7 +225,8 @@ static void to_device(const parts *p, const void *call, void *there)
 }
 
 /* Compare with the host's and give back. */
-static void from_device(const char *name, const parts *p, const void *call, const void *there)
+static inline void from_device(const char *name, const parts *p, const void *call,
+                               const void *there)
 {
     kl_error err;
     for (int i = 0; i < p->n; i++) {
@@ -270,7 +273,7 @@ static void from_device(const char *name, const parts *p, const void *call, cons
 
 /* Sums of a few hundred products or squares in another order, and what bf16 rounds of them (the
  * bound of the issue for every operation in bf16). */
-static double bound_of(kl_dtype act)
+static inline double bound_of(kl_dtype act)
 {
     return act == KL_F32 ? 2e-6 : 4e-3;
 }

@@ -20,6 +20,10 @@ typedef struct call {
 #define KL_FIELD(op) kl_##op op;
         KL_OPS(KL_FIELD)
 #undef KL_FIELD
+        struct {
+            void *dst;
+            size_t bytes;
+        } zero;
     } args;
 } call;
 
@@ -88,9 +92,17 @@ static kl_status ask_copy(kl_backend *be, void *dst, const void *src, size_t n, 
     return n == 0 ? KL_OK : ask(be, &(work){.dst = dst, .src = src, .bytes = n}, err);
 }
 
+static kl_status run_zero(kl_backend *be, const call *c, kl_error *err)
+{
+    return cpu->zero(be, c->args.zero.dst, c->args.zero.bytes, err);
+}
+
 static kl_status ask_zero(kl_backend *be, void *dst, size_t n, kl_error *err)
 {
-    return ask_copy(be, dst, NULL, n, err);
+    if (noting == NULL) return ask_copy(be, dst, NULL, n, err);
+    EXPECT(noting->n < MAX_CALLS);
+    noting->calls[noting->n++] = (call){.run = run_zero, .args.zero = {.dst = dst, .bytes = n}};
+    return KL_OK;
 }
 
 static kl_status wait_all(kl_backend *be, kl_error *err)

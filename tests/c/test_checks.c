@@ -97,6 +97,49 @@ static void linear(void)
               "linear: w must be 1 x [12, 6], each at least 1, got 2 x [12, 6]");
     BAD_TYPE(linear, a, a.w.format = (kl_weight_format)9,
              "linear: w must be float32 or bfloat16, int8, int4 or fp8, got ?");
+    a.peaks = f32(3, T, 1, 2, 1);
+    ACCEPTED(linear, a, NOTHING);
+    ACCEPTED(linear, a, a.x.dtype = KL_BF16);
+    BAD_TYPE(linear, a, a.x.dtype = a.out.dtype = KL_BF16,
+             "linear: out must be float32, got bfloat16");
+    BAD_VALUE(linear, a, a.peaks.shape[1] = 2, "linear: peaks.shape[1] must be 1, got 2");
+    BAD_VALUE(linear, a, a.peaks.data = a.out.data, "linear: out must not overlap peaks");
+    BAD_VALUE(linear, a, a.peaks.data = (char *)a.peaks.data + 4,
+              "linear: peaks must be aligned to 8 bytes, got 4 past it");
+    BAD_VALUE(linear, a, (a.residual = a.out, a.out = none),
+              "linear: peaks must be absent without an out");
+}
+
+/* A router's work for the layer behind: of one token's residual. */
+static void linear_ahead(void)
+{
+    static _Alignas(KL_SUMS_ALIGNMENT) char sums[2 * KL_SUMS_ALIGNMENT];
+    kl_linear a = {.x = f32(2, 1, D, 1, 1),
+                   .w = weight(KL_W_INT4, 1, I, D),
+                   .residual = f32(2, 1, I, 1, 1),
+                   .ahead = {.router = weight(KL_W_F32, 1, 7, I),
+                             .norm_weight = f32(1, I, 1, 1, 1),
+                             .sums = sums}};
+    ACCEPTED(linear, a, NOTHING);
+    ACCEPTED(linear, a, (a.ahead.sums = NULL, a.x.shape[0] = a.residual.shape[0] = 0));
+    BAD_VALUE(linear, a, (a.out = a.residual, a.residual = none),
+              "linear: ahead.sums must be NULL without a residual");
+    BAD_VALUE(linear, a, (a.x = f32(2, 2, D, 1, 1), a.residual = f32(2, 2, I, 1, 1)),
+              "linear: x.shape[0] must be 1 with ahead.sums, got 2");
+    BAD_VALUE(linear, a, a.ahead.sums = sums + 8,
+              "linear: ahead.sums must be aligned to 64 bytes, got 8 past it");
+    BAD_VALUE(linear, a, a.ahead.norm_weight = none, "linear: ahead.norm_weight must be given");
+    BAD_VALUE(linear, a, a.ahead.norm_weight.shape[0] = D,
+              "linear: ahead.norm_weight.shape[0] must be 12, got 6");
+    BAD_TYPE(linear, a, a.ahead.router = weight(KL_W_BF16, 1, 7, I),
+             "linear: ahead.router must be float32, got bfloat16");
+    BAD_VALUE(linear, a, a.ahead.router.cols = D,
+              "linear: ahead.router must be 1 x [7, 12], each at least 1, got 1 x [7, 6]");
+    kl_linear_pair pair = {.first = a, .second = a};
+    pair.second.residual = f32(2, 1, I, 1, 1);
+    BAD_VALUE(linear_pair, pair, NOTHING, "linear_pair: first.ahead.sums must be NULL");
+    BAD_VALUE(linear_pair, pair, pair.first.ahead.sums = NULL,
+              "linear_pair: second.ahead.sums must be NULL");
 }
 
 /* Column slices of one buffer may be operand and result; shared columns may not. */
@@ -114,6 +157,10 @@ static void linear_pair(void)
     ACCEPTED(linear_pair, a, (a.second = a.first, a.second.out = f32(2, T, I, 1, 1)));
     BAD_VALUE(linear_pair, a, a.second.x = a.first.out,
               "linear_pair: first.out must not overlap second.x");
+    BAD_VALUE(linear_pair, a, a.first.peaks = f32(3, T, 1, 2, 1),
+              "linear_pair: first.peaks must be absent");
+    BAD_VALUE(linear_pair, a, a.second.peaks = f32(3, T, 1, 2, 1),
+              "linear_pair: second.peaks must be absent");
     BAD_VALUE(linear_pair, a, a.second = a.first,
               "linear_pair: first.out must not overlap second.out");
     BAD_VALUE(linear_pair, a, a.second.x.shape[0] = T - 1,
@@ -249,6 +296,7 @@ int main(void)
     RUN(embedding_and_gather);
     RUN(norms);
     RUN(linear);
+    RUN(linear_ahead);
     RUN(linear_pair);
     RUN(ends_of_products);
     RUN(ends_of_pairs_and_mlp);

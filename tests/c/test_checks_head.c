@@ -103,6 +103,9 @@ static void moe_whole(void)
               "moe: shared_w1, shared_w3 and shared_w2 must come together, got 2 of 3");
     BAD_VALUE(moe, a, a.w2.count = E - 1,
               "moe: w2 must be 8 x [6, 12], each at least 1, got 7 x [6, 12]");
+    BAD_VALUE(moe, a, a.sums = a.router.data, "moe: x.shape[0] must be 1 with sums, got 5");
+    BAD_VALUE(moe, a, (a.sums = a.router.data, a.norm_weight = none),
+              "moe: sums must be NULL without a norm_weight");
 }
 
 static void logprobs_and_sampling(void)
@@ -136,6 +139,9 @@ static void logprobs_and_sampling(void)
     ACCEPTED(sample, s, s.seen = none);
     BAD_VALUE(sample, s, s.sampling = NULL, "sample: sampling must be given, got NULL");
     BAD_VALUE(sample, s, s.seen.shape[1] = 9, "sample: seen.shape[1] must be 10, got 9");
+    ACCEPTED(sample, s, s.peaks = f32(3, N, 19, 2, 1));
+    BAD_VALUE(sample, s, s.peaks = f32(3, N, 18, 2, 1),
+              "sample: peaks.shape[1] must be 19, got 18");
     BAD_VALUE(sample, s, (s.top_ids = i32(2, N, 257), s.top_logprobs = f32(2, N, 257, 1, 1)),
               "sample: top_ids.shape[1] must be in 1 .. 256, got 257");
     BAD_VALUE(sample, s, s.ids.data = s.logprobs.data, "sample: ids must not overlap logprobs");

@@ -105,6 +105,7 @@ static void ends_of_a_product(void)
 {
     static const ends_case cases[] = {
         {KL_BF16, KL_F32, 1, 2304, 96, true, false},
+        {KL_BF16, KL_F32, 1, 2368, 41, true, true},
         {KL_BF16, KL_BF16, 1, 512, 2304, false, true},
         {KL_BF16, KL_F32, 1, 192, 40, true, true},
         {KL_BF16, KL_BF16, 7, 192, 40, true, true},

@@ -64,9 +64,8 @@ static void mixer_whole(kl_backend *be, void *call)
 static void mixer_pieces(kl_backend *be, void *call)
 {
     kl_kda_mixer *const a = call;
-    kl_error err;
     a->ws.bytes = kl_workspace_kda_mixer(be, a);
-    EXPECT(be->vt->alloc(be, a->ws.bytes, &a->ws.data, &err) == KL_OK);
+    a->ws.data = poisoned(be, a->ws.bytes);
     kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     RUN_THERE(linear, be, &p.gates.first);
     RUN_THERE(linear, be, &p.gates.second);
@@ -282,8 +281,7 @@ static void guesses_pieces(kl_backend *be, void *call)
     plain.guesses = false;
     plain.tokens = plain.drawn = (kl_tensor){0};
     const size_t bytes = kl_workspace_kda_mixer(be, &plain);
-    EXPECT(be->vt->alloc(be, bytes, &plain.ws.data, &err) == KL_OK);
-    plain.ws.bytes = bytes;
+    plain.ws = (kl_workspace){poisoned(be, bytes), bytes};
     kl_kda_mixer_parts p = kl_kda_mixer_parts_of(&plain);
     RUN_THERE(linear, be, &p.gates.first);
     RUN_THERE(linear, be, &p.gates.second);

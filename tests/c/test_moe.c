@@ -1,6 +1,7 @@
 /*
  * test_moe.c -- a layer of experts with its router has the bits of its parts, one after the other:
- * on the CPU and, where KL_CUDA_LIBRARY finds a device, on CUDA, beside the CPU's results.
+ * on the CPU and, where KL_CUDA_LIBRARY finds a device, on CUDA, beside the CPU's results. There a
+ * linear before it may do the router's work.
  */
 #include "pieces.h"
 
@@ -15,10 +16,8 @@ static void moe_whole(kl_backend *be, void *call)
 static void moe_pieces(kl_backend *be, void *call)
 {
     const kl_moe *const a = call;
-    kl_error err;
-    void *scratch;
     const size_t bytes = kl_moe_parts_of(a, NULL).bytes;
-    EXPECT(be->vt->alloc(be, bytes, &scratch, &err) == KL_OK);
+    void *const scratch = poisoned(be, bytes);
     kl_moe_parts p = kl_moe_parts_of(a, scratch);
     if (!kl_tensor_absent(&a->norm_weight)) RUN_THERE(rms_norm, be, &p.norm);
     RUN_THERE(linear, be, &p.router);
@@ -153,9 +152,163 @@ static void moes(void)
             }
 }
 
+/* ---- a router's work ahead --------------------------------------------------------------- */
+
+/* The layer and the linear before it, whose residual its x is. */
+typedef struct {
+    kl_linear before;
+    kl_moe moe;
+} chain;
+
+static double squares(const kl_tensor *t)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < kl_tensor_size(t); i++) sum += pow(value(t->dtype, t->data, i), 2);
+    return sum;
+}
+
+/* An eps that makes the rms a power of two: CUDA rounds h before its division by the rms, the CPU
+ * after it, and so both round the same. With a usual one h's two roundings, and those of all that
+ * comes of it, have nothing to do with each other, and results lie 4e-3 apart that are each as
+ * far from those in double. */
+static float eps_for(const kl_tensor *x)
+{
+    const double mean = squares(x) / (double)kl_tensor_size(x);
+    return isfinite(mean) ? (float)(pow(4, ceil(log2(mean) / 2)) - mean) : 1e-5f;
+}
+
+/* On the CPU, with logits of an h that is not rounded and an eps of its own. Returned is how much of
+ * the result the experts made. */
+static double chain_on_cpu(chain *a)
+{
+    kl_linear before = a->before;
+    RUN_OP(linear, cpu, before);
+    a->moe.norm_eps = eps_for(&a->moe.x);
+    kl_moe_parts p = kl_moe_parts_of(&a->moe, NULL);
+    p = kl_moe_parts_of(&a->moe, memory_of(p.bytes));
+    RUN_OP(rms_norm, cpu, p.norm);
+    p.norm.out = p.router.x = tensor(KL_F32, true, 2, 1, a->moe.x.shape[1], 1, 1);
+    RUN_OP(rms_norm, cpu, p.norm);
+    RUN_OP(linear, cpu, p.router);
+    RUN_OP(moe_route, cpu, p.route);
+    RUN_OP(moe_experts, cpu, p.experts);
+    p.add.weight.data = p.router.x.data; /* not read, but looked for */
+    RUN_OP(rms_norm, cpu, p.add);
+    return sqrt(squares(&p.experts.out) / squares(&a->moe.residual));
+}
+
+/* What the experts made is as near as that of every operation. What the linear before rounds is the
+ * same on both but where sums, 2e-6 apart, lie on two sides of a middle: one in 2000, by 2^-7. */
+static double bound_of_chain(double share)
+{
+    return share * bound_of(KL_BF16) + sqrt(2e-6 * 256) / 128;
+}
+
+/* On CUDA; the result takes the place of the first residual. */
+static void chain_on_cuda(chain *there)
+{
+    kl_error err;
+    there->moe.x.data = there->moe.residual.data = there->before.residual.data;
+    const size_t bytes = cuda->vt->router_sums(cuda, &there->before.w, &there->moe);
+    void *sums = NULL;
+    EXPECT(bytes > 0 && cuda->vt->alloc(cuda, bytes, &sums, &err) == KL_OK);
+    EXPECT(cuda->vt->zero(cuda, sums, bytes, &err) == KL_OK);
+    there->before.ahead = (kl_router_ahead){
+        .router = there->moe.router, .norm_weight = there->moe.norm_weight, .sums = sums};
+    there->moe.sums = sums;
+    RUN_THERE(linear, cuda, &there->before);
+    RUN_THERE(moe, cuda, &there->moe);
+    cuda->vt->free(cuda, sums, bytes);
+}
+
+static chain chain_of(const moe_case *c, int64_t K)
+{
+    chain a = {.moe = moe_of(c, KL_BF16, true)};
+    a.before.x = tensor(KL_BF16, false, 2, 1, K, 1, 1);
+    a.before.w = weight(c->format, c->D, K);
+    a.before.residual = a.moe.x;
+    a.moe.residual = a.moe.x;
+    return a;
+}
+
+/* The same calls twice, to the bit. */
+static void same_residuals(const chain *a, const chain *b)
+{
+    const size_t bytes = (size_t)a->before.w.rows * sizeof(float);
+    void *const x = kl_malloc(bytes), *const y = kl_malloc(bytes);
+    kl_error err;
+    EXPECT(cuda->vt->copy_out(cuda, x, a->before.residual.data, bytes, &err) == KL_OK);
+    EXPECT(cuda->vt->copy_out(cuda, y, b->before.residual.data, bytes, &err) == KL_OK);
+    EXPECT(cuda->vt->sync(cuda, &err) == KL_OK && memcmp(x, y, bytes) == 0);
+    kl_free(x);
+    kl_free(y);
+}
+
+/* spoiled: one number of the stream. */
+static void check_chain(const moe_case *c, int64_t K, float spoiled)
+{
+    parts p = {0};
+    chain a = chain_of(c, K), wide = a, there[2] = {a, a};
+    char name[96];
+    snprintf(name, sizeof name, "sums: K %lld, D %lld, E %lld, format %d, %g", (long long)K,
+             (long long)c->D, (long long)c->E, c->format, (double)spoiled);
+    if (spoiled != 0) put(&a.before.residual, c->D / 2, spoiled);
+    wide.before.w = widened(&a.before.w);
+    wide.moe = widened_moe(&a.moe, c->shared > 0);
+    IN(a.before.x);
+    WEIGHT(a.before.w);
+    const int result = p.n;
+    OUT(a.before.residual, 1);
+    IN(a.moe.norm_weight);
+    IN(a.moe.bias);
+    WEIGHT(a.moe.router);
+    WEIGHT(a.moe.w1);
+    WEIGHT(a.moe.w3);
+    WEIGHT(a.moe.w2);
+    if (c->shared > 0) {
+        WEIGHT(a.moe.shared_w1);
+        WEIGHT(a.moe.shared_w3);
+        WEIGHT(a.moe.shared_w2);
+    }
+    for (int i = 0; i < 2; i++) to_device(&p, &a, &there[i]);
+    const double share = chain_on_cpu(&wide);
+    p.parts[result].bound = bound_of_chain(spoiled == 0 ? share : 0);
+    for (int i = 0; i < 2; i++) {
+        there[i].moe.norm_eps = wide.moe.norm_eps;
+        chain_on_cuda(&there[i]);
+    }
+    same_residuals(&there[0], &there[1]);
+    from_device(name, &p, &a, &there[0]);
+    for (int i = 0; i < p.n; i++) kl_free(back(cuda, &p.parts[i], &there[1]));
+    used = 0;
+}
+
+/* The model's width and others; rows that the ring holds and, of 8192, blocks with several tiles;
+ * what is not finite comes through. A
+ * linear of float32 weights leaves no sums. */
+static void sums_of_the_linear_before(void)
+{
+    static const moe_case cases[] = {
+        {1, 192, 192, 64, 12, 4, 1, 0, KL_W_F32},
+        {1, 64, 64, 0, 256, 8, 1, 0, KL_W_F32},
+        {1, 2304, 64, 64, 4, 4, 1, 0, KL_W_F32},
+    };
+    if (cuda == NULL) return;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (kl_weight_format f = KL_W_BF16; f < KL_N_WEIGHT_FORMATS; f++) {
+            moe_case c = cases[i];
+            c.format = f;
+            check_chain(&c, i == 1 ? 512 : 256, 0);
+            if (i == 2) check_chain(&c, 8192, 0);
+            if (i == 0) check_chain(&c, 256, NAN);
+            if (i == 0) check_chain(&c, 256, INFINITY);
+        }
+}
+
 int main(void)
 {
     open_both();
     RUN(moes);
+    RUN(sums_of_the_linear_before);
     return close_both();
 }

@@ -137,6 +137,25 @@ static void the_table_has_an_end(void)
     kl_backend_close(be);
 }
 
+/* A draw of greedy rows may have other kernels than one that reads how each row is drawn. */
+static void rows_that_draw_have_a_shape_of_their_own(void)
+{
+    batch b;
+    kl_backend *be = open_recording(false);
+    kl_engine *e = tiny_engine_on(be, &tiny_options);
+    kl_error err = {KL_OK, ""};
+    make_batch(e, &b);
+    for (int turn = 0; turn < 6; turn++) {
+        const int made = n_made;
+        const kl_step s = step_of(&b, 4, 0);
+        b.sampling[2].temperature = turn % 2 == 0 ? 0.0f : 1.0f;
+        EXPECT(kl_engine_step(e, &s, &err) == KL_OK);
+        EXPECT(n_made - made == (turn == 2 || turn == 3));
+    }
+    kl_engine_free(e);
+    kl_backend_close(be);
+}
+
 /* Large results go to the caller's memory in between: such steps are never recorded. */
 static void logits_and_captures_are_enqueued(void)
 {
@@ -207,6 +226,7 @@ int main(void)
 {
     RUN(replayed_steps_have_the_bits_of_enqueued_ones);
     RUN(the_table_has_an_end);
+    RUN(rows_that_draw_have_a_shape_of_their_own);
     RUN(logits_and_captures_are_enqueued);
     RUN(failures_leave_a_usable_engine);
     return test_failures != 0;

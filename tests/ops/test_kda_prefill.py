@@ -253,6 +253,19 @@ def test_nothing_to_normalise_and_steps_at_their_ends():
     assert close(prefill(case), reference.kda_prefill(**exact(case)))
 
 
+@pytest.mark.parametrize("profile", ["init", "mixed"])
+def test_rows_of_any_length(profile):
+    """Come to length 1: of lengths that a chunk works with, and beside others that it cannot."""
+    T, H = 170, 2
+    r = np.random.default_rng(11)
+    case = make_case(profile, T, H=H, K=K, V=32)
+    reach = np.where(np.arange(T) // 40 % 2, 12, 2)[:, None, None]
+    for name in "qk":
+        case[name] = case[name] * 10.0 ** (reach * r.uniform(-1, 1, (T, H, 1)))
+    case = rounded(case) | {"normalize": True}
+    assert close(prefill(case), reference.kda_prefill(**exact(case)))
+
+
 # ---- memory ----------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
-from products import BF16, CUDA_FORMATS, bound, rows, weight
+from products import BF16, CUDA_FORMATS, bound, relative, rows, weight
 from variants import CUDA, every_device, on, ops, same_bits, same_sums
 
 # Tiles of 3, 4 or 6 rows with every remainder, both sides of the 64 rows up to which a weight is
@@ -69,6 +69,32 @@ def test_a_row_has_its_bits_alone_in_any_batch_and_for_any_threads(variant, form
         with on(variant, threads=threads):
             assert same_bits(linear(x, w), whole)
             assert same_sums(linear(x[:5], w), whole[:5], tolerance(dtype))
+
+
+# Rows that CUDA cuts into halves (256 divides them), and others, with a step for each warp or two.
+@every_device
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+@pytest.mark.parametrize("K, O", [(1024, 70), (1088, 70), (2304, 37), (2368, 37), (8192, 24)])
+def test_a_single_row_meets_weights_that_are_not_rounded(format, K, O):
+    """To the precision of float32 sums, also where bf16 would round a weight (1.7e-3)."""
+    r = np.random.default_rng(11)
+    w, dense = weight(r, O, K, format=format)
+    x = rows(r, 1, K, BF16, pad=8)
+    got = linear(x, w)
+    assert relative(got, reference.linear(x, dense)) < 2e-6
+    assert same_bits(linear(x, w), got)
+
+
+@every_device
+@pytest.mark.parametrize("format", CUDA_FORMATS)
+@pytest.mark.parametrize("K", [1024, 1088])
+def test_what_is_not_finite_shows_in_a_single_row(format, K):
+    r = np.random.default_rng(12)
+    w, _ = weight(r, 37, K, format=format)
+    for value in (np.nan, np.inf, -np.inf):
+        x = rows(r, 1, K, BF16, pad=8)
+        x[0, K - 1] = value
+        assert not np.isfinite(linear(x, w)).any()
 
 
 @every_device

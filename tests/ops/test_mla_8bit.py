@@ -82,6 +82,24 @@ def test_8_bits_read_back_as_nan_where_they_cannot_keep():
     assert np.isfinite(prefill(case, kv_cache_dtype="fp8")).all()
 
 
+@every_device
+@pytest.mark.parametrize("dims", ["ODD", "MODEL"])
+def test_a_step_reads_nan_in_its_own_sequence_alone(dims):
+    rope, rank = LATENT_DIMS[dims][2:4]
+    case, _ = make_8bit([(n - 1, 1) for n in (64, 200, 70)], LATENT_DIMS[dims], dtype=BF16)
+    latents = whole_latents(case)
+    results = []
+    for value in (1.0, np.nan):
+        latents[1][70, rank // 2] = value
+        pages, table, lengths = to_pages(latents)
+        packed = reference.pack_latents(pages, rank)
+        results.append(ops.mla_decode(case["q"], packed, table, lengths, case["w_kv_b"],
+                                      scale=SCALE, rope=rope).astype(np.float32))  # fmt: skip
+    want, got = results
+    assert np.isnan(got[1]).all() and np.isfinite(want).all()
+    assert same_bits(got[[0, 2]], want[[0, 2]])
+
+
 def test_8_bits_in_numbers():
     rows = np.random.default_rng(0).standard_normal((50, 300)).astype(np.float32)
     rows[:, :9] = [0, 448, -448, 2**-9, 1.5 * 2**-9, -0.0, 464, 1, 17]
