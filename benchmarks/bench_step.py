@@ -192,7 +192,7 @@ TENSORS = {  # of a layer with KDA or MLA, where the two have places of their ow
     r"self_attn\.kv_b_proj": "mla kv_b",
     r"self_attn\.o_proj": "{kind} o",
     r"self_attn\.[qkv]": "{kind} in",
-    r"block_sparse_moe\.gate\.": "router",
+    r"block_sparse_moe\.gate\.": "{kind} router",
     r"block_sparse_moe.*(\.w[13]|gate_proj|up_proj)\.": "experts up",
     r"block_sparse_moe.*(\.w2|down_proj)\.": "experts down",
     r"mlp\.": "dense",
@@ -226,6 +226,8 @@ def place_bytes(step: Step, places: set[str]) -> dict[str, float]:
                         ("kda g_b", "kda mixer")):  # fmt: skip
         if part not in places:  # it has no kernel of its own
             found[whole] += found.pop(part)
+    for kind in ("kda", "mla"):  # the product before the experts may do the router's work
+        found["router" if "router" in places else f"{kind} o"] += found.pop(f"{kind} router", 0)
     return found
 
 
