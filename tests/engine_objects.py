@@ -13,7 +13,7 @@ from kimi_linear.testing import random_model, tiny_config
 
 SEQUENCES = 3  # max_batch
 LONG = dict(max_new_tokens=400, ignore_eos=True)
-LONGER = dict(max_new_tokens=4000, ignore_eos=True)  # some 0.3 s
+ENDLESS = dict(max_new_tokens=60_000, ignore_eos=True)  # some 5 s: a test stops it
 SHORT = dict(max_new_tokens=4, ignore_eos=True)
 
 
@@ -26,9 +26,10 @@ def model(request):
 
 @pytest.fixture
 def roomy(model):
-    """A model with room for LONGER."""
-    how = dict(device=model.device, dtype="bf16", batch_invariant=True, max_context=4096)
-    with random_model(tiny_config(), seed=3, max_batch=SEQUENCES, **how) as m:
+    """A model with room for ENDLESS."""
+    how = dict(device=model.device, dtype="bf16", batch_invariant=True, max_context=65_536)
+    config = tiny_config(model_max_length=65_536)
+    with random_model(config, seed=3, max_batch=SEQUENCES, **how) as m:
         yield m
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from clocks import now, within
 from engine_objects import (  # noqa: F401
+    ENDLESS,
     LONG,
-    LONGER,
     SEQUENCES,
     SHORT,
+    Gate,
     answer_of,
     engine,
     gate,
@@ -134,9 +135,12 @@ def test_max_waiting_is_checked(model, bad):
 def test_an_engine_can_be_full(model):
     with kl.Engine(model, max_waiting=2) as engine:
         for turn in range(2):
-            requests = [engine.submit([1], **LONG) for _ in range(SEQUENCES + 2)]
+            gate = Gate()
+            how = dict(logits_processor=gate, **LONG)
+            requests = [engine.submit([1], **how) for _ in range(SEQUENCES + 2)]
             with pytest.raises(kl.EngineFull, match=r"2 requests wait already \(max_waiting\)"):
                 engine.submit([1], **LONG)
+            gate.open(300)  # nobody's text ends
             wait_until(lambda: engine.stats().running == SEQUENCES)
             assert engine.stats().waiting == 2
             with pytest.raises(kl.EngineFull):
@@ -150,6 +154,7 @@ def test_an_engine_can_be_full(model):
             requests[-1].cancel()
             for r in requests[:-1]:
                 r.cancel()
+            gate.open()
             assert [r.result(20).finish_reason for r in requests] == ["cancelled"] * 5
         batch.join(20)
         assert len(answers) == 9 and len({tuple(a.token_ids) for a in answers}) == 1
@@ -199,15 +204,17 @@ def test_failures_are_alone(model, engine):
         engine.generate(["hello", [1, 2]], logits_processor=after(6, fates[0]), **LONG)
 
 
-def test_a_run_that_breaks_is_replaced(model, engine, monkeypatch):
+def test_a_run_that_breaks_is_replaced(model, engine, gate, monkeypatch):
     """Memory may run out up here, too: those under way fail, and say by what."""
-    requests = [engine.submit([1], **LONG) for _ in range(5)]
+    requests = [engine.submit([1], logits_processor=gate, **LONG) for _ in range(5)]
+    gate.open(300)
     next(iter(requests[0]))
 
     def broken(*_):
         raise MemoryError("up here")
 
     monkeypatch.setattr(engine._worker._run, "step", broken)
+    gate.open()
     for request in requests:
         assert isinstance(request.exception(20), MemoryError)
     want = model.generate([1], **SHORT)
@@ -263,7 +270,7 @@ def test_a_wait_can_end_early(engine, gate):
 
 
 def test_close_cancels_or_waits(roomy):
-    for cancel, reason, how in ((True, "cancelled", LONGER), (False, "length", LONG)):
+    for cancel, reason, how in ((True, "cancelled", ENDLESS), (False, "length", LONG)):
         engine = kl.Engine(roomy)
         requests = [engine.submit([1], **how) for _ in range(5)]
         next(iter(requests[0]))
@@ -275,7 +282,7 @@ def test_close_cancels_or_waits(roomy):
                 call()
         assert "closed" in repr(engine) and engine.stats().running == 0
     with pytest.raises(LookupError), kl.Engine(roomy) as engine:
-        request = engine.submit([1], **LONG)
+        request = engine.submit([1], **ENDLESS)
         raise LookupError
     assert request.result(0).finish_reason == "cancelled"
 
