@@ -5,6 +5,7 @@
     python benchmarks/bench_model.py --device cuda --shape wide5 --only long     # a million tokens
     python benchmarks/bench_model.py --device cuda --shape 48b --only memory --max-context 1048576
     python benchmarks/bench_model.py --device cuda --shape 48b --only logprobs128k --router-skew 500
+    python benchmarks/bench_model.py --device cuda --shape 48b --only steps,steps-b8 --router-skew 500
     python benchmarks/bench_model.py --shape small --no-write                    # seconds, anywhere
 
 A prompt's time is that of `generate(prompt, max_new_tokens=1)`: what a caller waits for a first
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import model_floor
 import numpy as np
+import step_logits
 from common import Results, rates
 from common import arguments as common_arguments
 from kimi_linear import _backends, _device
@@ -40,6 +42,14 @@ import kimi_linear as kl
 
 TAIL = 128  # tokens whose log-probabilities are compared with those of single steps
 STEPWISE = 0.03  # of their spread: twice what bf16 costs transformers' logits (parity.py)
+STEPS, PIECE = 64, 22  # tokens that are fed one at a time; in pieces with a prompt's kernels
+# How much further steps may be from the one call than its own kernels are in pieces, by the median
+# of the tokens: where rounding decides between two ways, a single one can be far off. Each distance
+# is that of two paths with rounding errors of their own: were these alike, both would be the same.
+# A prompt's kernels round quantised weights to bf16, a step's do not: that is less than 1.3. Past 2
+# steps would have an error of their own that is larger than what rounding does to both.
+FURTHER = 2
+SAME = 1e-3  # of log-probabilities from the same logits: sums of a vocabulary in float32
 SKEWED = 200  # from here on every token has the same experts
 BLOCK = 16  # decode steps of a measured block: what generate() runs in a call of the core
 KI = 1024
@@ -52,10 +62,15 @@ class Case:
     """A measurement: `tokens` of prompt for each of `batch` sequences."""
 
     name: str
-    kind: str  # "calls", "prefill", "decode", "long", "logprobs", "memory"
+    kind: str  # "calls", "prefill", "decode", "long", "logprobs", "memory", "steps"
     tokens: int = 0
     batch: int = 1
     made: bool = False  # the contexts are made, not read
+
+    @property
+    def sequences(self) -> int:
+        """Those alive at once; the rows of "steps" are forks of one that stays."""
+        return self.batch + (self.kind == "steps")
 
 
 def decode_case(name: str, tokens: int = 0, batch: int = 1) -> Case:
@@ -81,6 +96,8 @@ CASES = [  # the order of a run: what matters most comes first, up to LAST_UNNAM
     *(decode_case(f"decode1k-b{batch}", KI, batch) for batch in (8, 32, 64, 256)),
     Case("long", "long", 1_000_000),
     Case("logprobs128k", "logprobs", 128 * KI),
+    Case("steps", "steps", 250),  # no whole chunks of KDA: what goes on there begins one
+    Case("steps-b8", "steps", 250, 8),
 ]
 LAST_UNNAMED = "decode8k-b64"  # later ones run where --only asks for them
 SMALLER = 64  # the shape "small" divides prompts by this
@@ -112,10 +129,10 @@ class Bench:
         longest = max([64, *(c.tokens for c in self.cases)])
         plan = kl.plan(self.config, max_context=longest, max_batch=1, **how)
         self.step_tokens = plan.step_tokens
-        batch = max(c.batch for c in self.cases)
+        batch = max(c.sequences for c in self.cases)
         context = max(c.tokens + self.new_tokens(c) for c in self.cases)
         context = self.options.max_context or context
-        pages = max(c.batch * (c.tokens + self.new_tokens(c) + 64) for c in self.cases)
+        pages = max(c.sequences * (c.tokens + self.new_tokens(c) + 64) for c in self.cases)
         kept = max(2, -(-batch // 4))  # states that a plan keeps for prompts that begin alike
         cache = (batch + kept) * plan.kda_state_per_sequence
         cache += max(pages, context + 64) * plan.mla_page_per_token
@@ -124,7 +141,7 @@ class Bench:
     def new_tokens(self, case: Case) -> int:
         """Those that are measured, and what early rows of a batch get while others are read."""
         if case.kind not in ("decode", "long"):
-            return BLOCK
+            return BLOCK + STEPS * (case.kind == "steps")
         # The tokens of the rows that are done with theirs leave a little less room in a step.
         steps = -(-case.tokens // self.step_tokens) + 1
         waiting = case.batch * steps if case.batch > 1 and not case.made else 0
@@ -352,6 +369,34 @@ class Bench:
                 found.append(z[token] - z.max() - np.log(np.exp(z - z.max()).sum()))
                 state.feed([int(token)])
         return np.array(found)
+
+    def steps(self, case: Case) -> None:
+        """How far the logits of steps of a token (of each row) are from those of a prompt's kernels,
+        which read the same tokens in one call, and how far these are from themselves in pieces.
+        Recorded steps draw the tokens; enqueued ones, whose logits cross the host, must agree with
+        them. With random weights only a skewed router's distance is held to anything."""
+        engine = self.model._open_engine()
+        with self.model.state().feed(self.ids(case.tokens)) as state:
+            first = [[int(i)] for i in self.ids(case.batch)]
+            drawn = state.generate(
+                first, max_new_tokens=STEPS, ignore_eos=True, logprobs=0, progress=False
+            )
+            fed = [f + c.token_ids[:-1] for f, c in zip(first, drawn, strict=True)]
+            seq = state._get().sequence.seq
+            steps = step_logits.in_steps(engine, seq, fed)
+            pieces = np.stack([step_logits.in_pieces(engine, seq, row, PIECE) for row in fed])
+            texts = [[*state.token_ids, *row] for row in fed]
+            whole = np.stack([step_logits.at_once(engine, text)[-STEPS:] for text in texts])
+        recorded = max(map(step_logits.of_recorded, steps, drawn))
+        far, usual = (step_logits.distance(z, whole) for z in (steps, pieces))
+        self.results.add(
+            "step_logits", self.case | {"context": case.tokens, "batch": case.batch,
+                                        "router": self.router, "steps": STEPS},
+            of_steps=far, of_pieces=usual, recorded=recorded,
+        )  # fmt: skip
+        self.failed |= not recorded < SAME
+        if self.router == "skewed" and self.options.shape != "small":
+            self.failed |= not far["median"] <= FURTHER * usual["median"]
 
     def memory(self, _case: Case) -> None:
         """Construction, and what it took against its plan."""

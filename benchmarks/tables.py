@@ -221,6 +221,20 @@ def parity() -> str:
     ))  # fmt: skip
 
 
+def step_logits() -> str:
+    head = ["GPU, weights", "batch", "steps: median token (all)", "in pieces",
+            "same most likely token: steps, in pieces"]  # fmt: skip
+
+    def cells(line: Line) -> list[str]:
+        both = [line["of_steps"], line["of_pieces"]]
+        same = [f"{100 * x['same_greedy']:.0f} %" for x in both]
+        return [*(f"{x['median']:.2g} ({x['rms']:.2g})" for x in both), ", ".join(same)]
+
+    return table(head, (
+        [who(line), f"{line['case']['batch']}", *cells(line)] for line in model_lines("step_logits")
+    ))  # fmt: skip
+
+
 def storage() -> str:
     found = {(x["case"]["matrix"], x["case"]["format"]): x for x in lines("quant_error")}
     formats = list(dict.fromkeys(key[1] for key in found))
@@ -260,8 +274,8 @@ def harness() -> str:
 
 TABLES = {
     f.__name__: f
-    for f in (decode, batches, steps, kernels, prefill, load, cpu, ops, kda, parity, storage,
-              likelihoods, harness)
+    for f in (decode, batches, steps, kernels, prefill, load, cpu, ops, kda, parity, step_logits,
+              storage, likelihoods, harness)
 }
 
 

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from kimi_linear.config import KimiLinearConfig
+from kimi_linear.results import Completion, TokenLogprob
 
 COMMANDS = {
-    "bench_model.py": "--shape small --only decode0,decode8k-b8,decode1m,prefill1k,memory --blocks 1",
+    "bench_model.py": "--shape small --only decode0,decode8k-b8,decode1m,prefill1k,memory,steps,"
+    "steps-b8 --blocks 1 --router-skew 500",
     "bench_step.py": "--help",
     "bench_kda.py": "--small",
     "bench_prefix.py": "--document 512 --questions 8 --plain 1 --only batch",
@@ -30,6 +33,24 @@ def test_it_runs(program):
         return
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     assert lines and all(line["bench"] for line in lines)
+
+
+def test_logits_of_steps(monkeypatch):
+    """What the case "steps" says of logits that are known."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    step_logits = pytest.importorskip("step_logits")
+    want = np.eye(4, dtype=np.float32)[None]  # a row of four tokens, each likely after itself
+    got = want + 0.1 * np.eye(4, dtype=np.float32)[::-1]
+    got[0, 3] = [2, 0, 0, 1]
+    found = step_logits.distance(got, want)
+    assert found == pytest.approx(
+        {"rms": (4.03 / 4) ** 0.5, "median": 0.1, "worst": 2.0, "same_greedy": 0.75}
+    )
+    logprob = -np.log(1 + 3 / np.e)
+    said = [TokenLogprob(i, logprob + 0.01 * (i == 2)) for i in range(4)]
+    drawn = Completion("", [0, 1, 2, 3], [], "length", said, None)
+    assert step_logits.of_recorded(want[0], drawn) == pytest.approx(0.01)
+    assert step_logits.of_recorded(got[0], drawn) == np.inf
 
 
 # ---- the kernels of a step -------------------------------------------------------------------
