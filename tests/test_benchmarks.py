@@ -20,14 +20,18 @@ COMMANDS = {
 }
 
 
+def environment():
+    """That of programs which import the modules beside them."""
+    found = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    return found | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
 @pytest.mark.parametrize("program", COMMANDS)
 def test_it_runs(program):
     command = [sys.executable, str(ROOT / "benchmarks" / program), *COMMANDS[program].split()]
     if "--help" not in command:
         command += ["--no-write", "--dirty"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}  # their modules
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert run.returncode == 0, run.stderr
     if "--help" in command:
         return
@@ -51,6 +55,60 @@ def test_logits_of_steps(monkeypatch):
     drawn = Completion("", [0, 1, 2, 3], [], "length", said, None)
     assert step_logits.of_recorded(want[0], drawn) == pytest.approx(0.01)
     assert step_logits.of_recorded(got[0], drawn) == np.inf
+
+
+# ---- the commands behind the tables ----------------------------------------------------------
+
+
+def line(ms, command, date, device="NVIDIA H200", **case):
+    case = {"model": "48b", "dtype": "bf16", "context": 0, "batch": 1, "router": "balanced"} | case
+    return {"bench": "decode", "device": device, "commit": "1a2b3c4", "date": date,
+            "command": f"python benchmarks/{command}", "case": case, "ms_per_token": ms}  # fmt: skip
+
+
+def test_commands_behind_the_tables(monkeypatch, tmp_path):
+    """The last line of a case counts, of those that a table shows on this device."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rerun = pytest.importorskip("rerun")
+    lines = [
+        line(2.2, "a.py", "2026-11-03"),
+        line(2.1, "b.py", "2026-11-01", context=8192),
+        line(2.0, "c.py", "2026-11-02"),  # in the place of the first
+        line(2.5, "b.py", "2026-11-04", context=777),  # in no table
+        line(3.0, "d.py", "2026-11-02", device="NVIDIA H100 80GB HBM3"),
+        line(9.0, "e.py", "2026-11-02", model="wide5"),
+    ]
+    (tmp_path / "results").mkdir()
+    text = "".join(json.dumps(x) + "\n" for x in lines)
+    (tmp_path / "results" / "decode.jsonl").write_text(text)
+    monkeypatch.setattr(rerun.tables, "HERE", tmp_path)
+    found = rerun.commands("H200")
+    assert list(found) == ["python benchmarks/b.py", "python benchmarks/c.py"]
+    assert [x["case"]["context"] for x in found["python benchmarks/b.py"]] == [8192]
+    assert list(rerun.commands("H100")) == ["python benchmarks/d.py"]
+
+
+def test_commands_that_fail_are_told_and_others_run(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rerun = pytest.importorskip("rerun")
+    monkeypatch.setattr(rerun.tables, "HERE", tmp_path / "benchmarks")
+    commands = ["python -c 'raise SystemExit(3)'", "python -c 'open(\"ran\", \"w\")'",
+                "python -c 'import time; time.sleep(60)'", "python -c pass"]  # fmt: skip
+    assert rerun.run(commands, 6 / 60) == [
+        f"exit status 3: {commands[0]}", f"stopped: {commands[2]}", f"no time left: {commands[3]}"
+    ]  # fmt: skip
+    assert (tmp_path / "ran").exists()
+
+
+def test_commands_behind_the_recorded_figures():
+    command = [sys.executable, ROOT / "benchmarks" / "rerun.py", "--device-name", "H200"]
+    run = subprocess.run(
+        [*command, "--only", "bench_step,ops"], capture_output=True, text=True, env=environment()
+    )
+    listed = run.stdout.splitlines()
+    assert run.returncode == 0 and len(listed) > 4, run.stderr
+    assert all("bench_step.py" in x or "bench_ops.py" in x for x in listed)
+    assert len({x.split(maxsplit=3)[3] for x in listed}) == len(listed)
 
 
 # ---- the kernels of a step -------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""The commands behind the GPU figures of the READMEs' tables, to make the figures again.
+
+    python benchmarks/rerun.py                       # those of this GPU, oldest figures first
+    python benchmarks/rerun.py --device-name H100    # those of another, which need not be here
+    python benchmarks/rerun.py --run --only bench_kda --minutes 8
+
+Lists the command of every line without which a table would say something else, once, with the
+date and the commit of the newest of its lines and how many of them are shown. Commands run in this
+order, so that of two that measure the same case the one that counted last counts last again.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from unittest.mock import patch
+
+import tables
+from common import device_name
+
+
+def shown_tables() -> list[str]:
+    """Names of the tables that a README has."""
+    return [m[2] for readme in tables.READMES for m in tables.MARKED.finditer(readme.read_text())]
+
+
+def readers(names: list[str]) -> dict[str, list[str]]:
+    """Which of these tables read the lines of a benchmark."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        with patch.object(tables, "lines", wraps=tables.lines) as read:
+            tables.TABLES[name]()
+        for bench in {call.args[0] for call in read.call_args_list}:
+            found.setdefault(bench, []).append(name)
+    return found
+
+
+def is_shown(line: tables.Line, lines: list[tables.Line], names: list[str]) -> bool:
+    """Whether one of these tables differs without this line of a benchmark."""
+    every, others = tables.lines, [x for x in lines if x is not line]
+
+    def without(bench: str) -> list[tables.Line]:
+        return others if bench == line["bench"] else every(bench)
+
+    before = [tables.TABLES[name]() for name in names]
+    with patch.object(tables, "lines", without):
+        return before != [tables.TABLES[name]() for name in names]
+
+
+def commands(device: str) -> dict[str, list[tables.Line]]:
+    """Those of a device whose name has this word, with the lines that are shown, the newest last;
+    first the command whose newest line is the oldest."""
+    found: dict[str, list[tables.Line]] = {}
+    for bench, names in readers(shown_tables()).items():
+        lines = tables.lines(bench)
+        for line in lines:
+            if device in line["device"] and is_shown(line, lines, names):
+                found.setdefault(line["command"], []).append(line)
+    for lines in found.values():
+        lines.sort(key=lambda line: line["date"])
+    return dict(sorted(found.items(), key=lambda item: item[1][-1]["date"]))
+
+
+def run(commands: list[str], minutes: float) -> list[str]:
+    """Run them until the time is up, when one that runs is stopped; what it has measured stays.
+    Returns those that failed or were not run to their end."""
+    end, failed = time.monotonic() + 60 * minutes, []
+    for command in commands:
+        start, how = time.monotonic(), "no time left"
+        if start < end:
+            print(f"# {command}", flush=True)
+            program = [sys.executable, *shlex.split(command)[1:]]
+            try:
+                done = subprocess.run(program, cwd=tables.HERE.parent, timeout=end - start)
+                how = f"exit status {done.returncode}" if done.returncode else ""
+            except subprocess.TimeoutExpired:
+                how = "stopped"
+        if how:
+            failed.append(f"{how}: {command}")
+        print(f"# {time.monotonic() - start:.0f} s {how}", flush=True)
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device-name", help="a word of the GPU's name (by default this GPU's)")
+    parser.add_argument("--only", default="", help="commands that have one of these parts, commas")
+    parser.add_argument("--run", action="store_true", help="run them, and go on where one fails")
+    parser.add_argument("--minutes", type=float, default=1e6, help="for all of them together")
+    options = parser.parse_args()
+    device = options.device_name or device_name("cuda")
+    parts = options.only.split(",")
+    chosen = {c: lines for c, lines in commands(device).items() if any(p in c for p in parts)}
+    for command, lines in chosen.items():
+        newest = lines[-1]
+        print(f"{newest['date']} {newest['commit']:8} {len(lines):3} {command}", flush=True)
+    if options.run and (failed := run(list(chosen), options.minutes)):
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
