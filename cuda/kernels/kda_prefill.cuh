@@ -54,6 +54,9 @@ struct alignas(16) kda_chunk {
      * [j][2 i], for lane 4 r + j of an accumulator; rows 16 bytes off a bank's round. */
     float decay[4][KDA_K / 4 + 4];
     float factor[2][KDA_TOKENS]; /* f and g */
+    /* What M rounds away of pairs within an octet o (8 tokens), as lanes have the right operand
+     * of m16n8k8: row i, columns 2 c and 2 c + 1 of the octet at [4 i + c][o]. */
+    uint32_t M_low[WARP][KDA_TOKENS / 8];
 };
 
 /* What a launch is for: the summaries of segments (kda_prefill_segments.cu), or the outputs. */

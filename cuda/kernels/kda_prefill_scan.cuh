@@ -380,7 +380,16 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
 
 /* ---- the output -------------------------------------------------------------------------- */
 
-/* out = (S (E q)^T + U M^T) times the tokens' factors. */
+/* out += U M_low^T, octet by octet: of so few numbers the operands come from registers. */
+__device__ inline void multiply_low(token_sums &out, const uint32_t (&U)[STEPS][4],
+                                    const uint32_t (&M_low)[TILES_OF_TOKENS])
+{
+#pragma unroll
+    for (int t = 0; t < TILES_OF_TOKENS; t++)
+        mma_bf16(out[t], U[t / 2][t % 2 * 2], U[t / 2][t % 2 * 2 + 1], M_low[t]);
+}
+
+/* out = (S (E q)^T + U M^T) times the tokens' factors, M with M_low. */
 __device__ inline void make_output(token_sums &out, const descriptors &d, unsigned i, int w,
                                    unsigned count, scan_memory &m)
 {
@@ -401,10 +410,14 @@ __device__ inline void make_output(token_sums &out, const descriptors &d, unsign
     wgmma_fence();
     multiply_tokens(out, U, of_stage(d.M, i));
     wgmma_commit();
+    const kda_chunk &chunk = m.stages[i].chunk;
     lane_factors f;
-    load_factors(f, m.stages[i].chunk.factor[1]);
+    uint32_t M_low[TILES_OF_TOKENS];
+    load_factors(f, chunk.factor[1]);
+    get(M_low, *reinterpret_cast<const uint4 *>(chunk.M_low[lane_id()]));
     wgmma_wait<0>();
     settle(out);
+    multiply_low(out, U, M_low);
 #pragma unroll
     for (int t = 0; t < TILES_OF_TOKENS; t++)
 #pragma unroll
