@@ -161,7 +161,7 @@ template <int UNITS> struct halves_of_experts {
 
 /* How a step meets the inner products, two rows of x in shared memory: acc += weight times the sums
  * of the first half and of the second. */
-template <kl_weight_format format, bool halves = HAS_HALVES<format>>
+template <kl_weight_format format, bool halves = ring_feed<format>::SCALED>
 struct out_columns : ring_x<format, 1> {
     static __host__ __device__ int bytes_of(int cols)
     {
