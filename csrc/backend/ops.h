@@ -71,12 +71,15 @@ typedef struct {
     size_t bytes;
 } kl_workspace;
 
-/* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. */
+/* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. The
+ * first operation of a step, so it also clears what later ones add to: a router's sums. */
 typedef struct {
     kl_workspace ws;
     kl_tensor ids;   /* [T] i32, in [-1, rows)                           */
     kl_weight table; /* [rows, D], f32 or bf16, count 1                  */
     kl_tensor out;   /* [T, D] f32 or bf16                               */
+    kl_tensor sums;  /* [bytes] u8, set to 0, or absent; address and bytes are multiples of
+                        KL_SUMS_ALIGNMENT                                */
 } kl_embedding;
 
 /* out[n, :] = x[rows[n], :]. */

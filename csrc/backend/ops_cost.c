@@ -39,7 +39,8 @@ static double at_most(double a, double b)
 kl_cost kl_cost_embedding(const kl_embedding *a)
 {
     const double row = (double)kl_weight_row_bytes(a->table.format, a->table.cols);
-    return (kl_cost){0, tensor_bytes(&a->ids) + dim(&a->out, 0) * row + tensor_bytes(&a->out)};
+    return (kl_cost){0, tensor_bytes(&a->ids) + dim(&a->out, 0) * row + tensor_bytes(&a->out) +
+                            tensor_bytes(&a->sums)};
 }
 
 kl_cost kl_cost_gather(const kl_gather *a)

@@ -117,9 +117,9 @@ __device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
 
 /* With sums the inner kernel alone chooses, and its last block, which has the fewest tiles, tells
  * the out kernel: a word for each choice, its id + 1 above the bits of its weight, so not 0
- * whatever the weight. Words are zeros as the sums are, since before the first kernel behind zero()
- * started. A word says itself that it is there, and stands for nothing else: no order between
- * words, nor with other memory, is needed.
+ * whatever the weight. Words are zeros as the sums are: who cleared them had ended when the inner
+ * kernel's blocks were past their wait. A word says itself that it is there, and stands for nothing
+ * else: no order between words, nor with other memory, is needed.
  *
  * The out kernel's blocks look until it is there. That ends: they start only when every block of
  * the inner kernel has (let_next_start()), and the one that tells waits for nothing that comes
