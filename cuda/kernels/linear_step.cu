@@ -218,13 +218,13 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
     for (int d = 0; d < STEPS_AHEAD<numbers>; d++) walk.put(ring);
     router_share share; /* of the tile that comes first, then of the next one */
     if constexpr (kind == tile_of::HALVES) share.load(a.router, blockIdx.x * SHARE_ROWS);
-    prefetch_rows<STREAM_THREADS>(a.x);
+    const held_norm<STREAM_THREADS> norm(a.x);
     wait_for_inputs();
     let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
     if constexpr (kind == tile_of::HALVES)
         copy_halves<STREAM_THREADS>(x.plain, a.x);
     else
-        bring_rows<STREAM_THREADS>(x.plain, a.x, sums);
+        bring_rows<STREAM_THREADS>(x.plain, a.x, norm, sums);
     __syncthreads();
     x.finish();
     const int T = kind == tile_of::HALVES ? a.x.T / 2 : a.x.T;
