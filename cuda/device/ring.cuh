@@ -462,7 +462,7 @@ template <int threads, class X>
 __device__ void norm_rows(const shared_rows &to, const row_source &s,
                           const held_norm<threads> &norm, float *sums)
 {
-    constexpr int HELD = norm.HELD, STRIDE = NORM_SUMS * WARP;
+    constexpr int HELD = held_norm<threads>::HELD, STRIDE = NORM_SUMS * WARP;
     static_assert(STRIDE % threads == 0);
     const int units = to.pitch / 16;
 #pragma unroll 1
