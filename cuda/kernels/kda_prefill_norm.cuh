@@ -118,7 +118,9 @@ struct finisher {
 
     __device__ void finish(const unfinished &u, asked in, unsigned count) const
     {
-        while (in.sum >> 32 != count + 1) in.sum = read_word(word(1 - s.tile, count));
+        /* By all lanes: else ptxas takes the warp for parted, and keeps its count in registers. */
+        while (__any_sync(ALL_LANES, in.sum >> 32 != count + 1))
+            in.sum = read_word(word(1 - s.tile, count));
         const float sum = u.sum + __uint_as_float(static_cast<uint32_t>(in.sum));
         const float factor = norm_factor<bf16>(sum, KDA_NORM_V, norm.eps);
         float weight[8];
