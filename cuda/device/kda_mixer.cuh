@@ -6,9 +6,9 @@
 #ifndef KL_CUDA_DEVICE_KDA_MIXER_H
 #define KL_CUDA_DEVICE_KDA_MIXER_H
 
+#include "gated_norm.cuh"
 #include "kda.cuh"
 #include "launch.cuh"
-#include "wide.cuh"
 
 extern "C" {
 #include "backend/kda_mixer.h"
@@ -234,7 +234,7 @@ __device__ inline void mixer_unit(const float (&from)[MIXER_SIDE], float sum, fl
     for (int j = 0; j < 4; j++) to[j] *= factor;
 }
 
-/* norm.cu's sum of squares of a row of activations, in every lane. */
+/* gated_norm.cuh's sum of squares of a row of activations, in every lane. */
 template <class A> __device__ float mixer_sum_of_squares(const float *o, int V)
 {
     constexpr int VEC = 16 / sizeof(A), LANES = sizeof(A) == 2 ? WARP / 2 : WARP;
@@ -243,7 +243,7 @@ template <class A> __device__ float mixer_sum_of_squares(const float *o, int V)
 #pragma unroll
     for (int j = 0; j < VEC; j++)
         if (at < V) sum = fmaf(o[at + j], o[at + j], sum);
-    return warp_sum<LANES>(sum);
+    return sum_of_neighbours<LANES>(sum);
 }
 
 /* ---- host ------------------------------------------------------------------------------ */

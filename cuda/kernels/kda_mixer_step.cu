@@ -241,7 +241,7 @@ template <kl_weight_format format> struct head_gates {
         if (is_decay())
             share_decay(p.mixer.kda, x, s);
         else
-            s.gate[own()] = sigmoid(to_float(from_float<bf16>(x)));
+            s.gate[own()] = norm_gate<bf16>(to_float(from_float<bf16>(x)));
     }
 };
 
@@ -348,8 +348,8 @@ __device__ inline void recur(mixer_rows<ROWS> &rows, float *state, float scale, 
 __device__ inline void finish(const mixer_arguments &a, const place &at, head &s)
 {
     const float *const o = s.o();
-    const float inverse = inverse_rms(mixer_sum_of_squares<bf16>(o, SIDE), SIDE, a.eps);
-    const float out = o[at.i] * inverse * s.norm_weight[at.i] * s.gate[at.i];
+    const float factor = norm_factor<bf16>(mixer_sum_of_squares<bf16>(o, SIDE), SIDE, a.eps);
+    const float out = gated(o[at.i], factor, s.norm_weight[at.i], s.gate[at.i]);
     static_cast<bf16 *>(a.out)[(long long){at.n * at.H + at.h()} * SIDE + at.i] =
         from_float<bf16>(out);
 }

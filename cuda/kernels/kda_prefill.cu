@@ -4,7 +4,8 @@
  * K = 128.
  *
  * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;
- *              o = scale S q, with a, b and the normalised q, k of backend/ops.h
+ *              o = scale S q, with a, b and the normalised q, k of backend/ops.h;
+ *              for kda_mixer gated_rms_norm of that, too
  * Shapes       q, k [T, Hk, K]; v, out [T, H, V]; g [T, H, K]; beta [T, H]; state [S, H, V, K]
  * Layout       the state dense with K contiguous; of the others the first axis may be strided
  * Precision    f32 or bf16 in, f32 arithmetic and state, out as q. Within 64 tokens the state
@@ -16,6 +17,8 @@
  * Roofline     1,282 B a token and head in bf16; bound instead by the chain of T tokens
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/gated_norm.cuh"
+#include "../device/launch.cuh"
 #include "kda_prefill.cuh"
 
 namespace {
@@ -83,6 +86,34 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
     rows.write(a, state, first);
 }
 
+/* gated_rms_norm of those last tokens, in place and in its order. */
+constexpr int NORM_THREADS = 256, NORM_VEC = 8, NORM_LANES = KDA_NORM_V / NORM_VEC;
+
+struct last_arguments {
+    bf16 *out;
+    const bf16 *z;
+    const float *weight;
+    const int *cu;
+    long long z_stride, N, H;
+    float eps;
+};
+
+__global__ __launch_bounds__(NORM_THREADS) void kda_last_norm_kernel(
+    __grid_constant__ const last_arguments a)
+{
+    const long long row = static_cast<long long>(blockIdx.x) * (NORM_THREADS / NORM_LANES) +
+                          threadIdx.x / NORM_LANES;
+    const long long n = row / a.H, h = row % a.H;
+    let_next_start();
+    wait_for_inputs();
+    const bool inside = n < a.N && (a.cu[n + 1] - a.cu[n]) % KDA_GRID == 1;
+    const long long t = inside ? a.cu[n + 1] - 1 : 0;
+    bf16 *const out = a.out + (t * a.H + h) * KDA_NORM_V;
+    gated_row<bf16, NORM_VEC, NORM_LANES, 1>(out, a.z + t * a.z_stride + h * KDA_NORM_V,
+                                             a.weight, out, threadIdx.x % NORM_LANES, inside,
+                                             KDA_NORM_V, a.eps);
+}
+
 } // namespace
 
 /* ---- the choice -------------------------------------------------------------------------- */
@@ -106,6 +137,13 @@ static bool chunked_applies(const kl_kda *a)
            is_aligned(a->state.data, 0, sizeof(float), 16) &&
            is_aligned(a->checkpoints.data, 0, sizeof(float), 16) &&
            is_aligned(a->ws.data, 0, 1, 16);
+}
+
+/* Where the chunked kernel has the norm in it: where gated_rms_norm has the same order. */
+static bool norm_applies(const kl_gated_rms_norm *norm)
+{
+    return norm->x.shape[2] == KDA_NORM_V && is_wide(norm->z, KDA_NORM_V, NORM_VEC) &&
+           is_wide(norm->weight, KDA_NORM_V, NORM_VEC);
 }
 
 /* Token after token: all of a sequence, or the one that kda_chunked() leaves. */
@@ -136,14 +174,56 @@ size_t kl_cuda_kda_prefill_workspace(kl_backend *be, const kl_kda_prefill *a)
     return shapes_fit(a) ? kda_chunked_workspace(a, is_invariant(be)) : 0;
 }
 
+/* Whether sequences may have a last token that is left to kda_decode's arithmetic. */
+static bool may_leave_tokens(const kl_kda *a)
+{
+    return a->cu_seqlens.shape[0] != 2 || a->q.shape[0] % KDA_GRID == 1;
+}
+
+/* By chunks, then the last tokens; with a norm or null. */
+static kl_status run_chunks(kl_backend *be, const kda_arguments &args, const kl_kda *a,
+                            const kl_gated_rms_norm *norm, kl_error *err)
+{
+    const cudaStream_t stream = kl_cuda_stream(be);
+    if (a->q.shape[0] > 1) KL_TRY(kda_chunked(args, a, norm, is_invariant(be), stream, err));
+    return may_leave_tokens(a) ? run_tokens(args, a, true, stream, err) : KL_OK;
+}
+
+static kl_status norm_last_tokens(kl_backend *be, const kda_arguments &args, long long N,
+                                  const kl_gated_rms_norm *norm, kl_error *err)
+{
+    const last_arguments a = {
+        .out = static_cast<bf16 *>(args.out),
+        .z = static_cast<const bf16 *>(norm->z.data),
+        .weight = static_cast<const float *>(norm->weight.data),
+        .cu = args.cu,
+        .z_stride = norm->z.stride[0],
+        .N = N,
+        .H = args.H,
+        .eps = norm->eps,
+    };
+    const long long blocks = (N * a.H * NORM_LANES + NORM_THREADS - 1) / NORM_THREADS;
+    return kl_cuda_launch(kda_last_norm_kernel, static_cast<unsigned>(blocks), NORM_THREADS, 0,
+                          kl_cuda_stream(be), err, a);
+}
+
 kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
 {
     const kda_arguments args = kda_arguments_of(a);
-    const long long N = a->cu_seqlens.shape[0] - 1, T = a->q.shape[0];
-    if (N == 0 || T == 0) return KL_OK;
-    const cudaStream_t stream = kl_cuda_stream(be);
-    if (!chunked_applies(a)) return run_tokens(args, a, false, stream, err);
-    if (T > 1) KL_TRY(kda_chunked(args, a, is_invariant(be), stream, err));
-    if (N == 1 && T % KDA_GRID != 1) return KL_OK;
-    return run_tokens(args, a, true, stream, err);
+    if (a->cu_seqlens.shape[0] == 1 || a->q.shape[0] == 0) return KL_OK;
+    if (!chunked_applies(a)) return run_tokens(args, a, false, kl_cuda_stream(be), err);
+    return run_chunks(be, args, a, nullptr, err);
+}
+
+kl_status kl_cuda_kda_prefill_normed(kl_backend *be, const kl_kda_prefill *a,
+                                     const kl_gated_rms_norm *norm, kl_error *err)
+{
+    const long long N = a->cu_seqlens.shape[0] - 1;
+    if (N == 0 || a->q.shape[0] == 0 || !chunked_applies(a) || !norm_applies(norm)) {
+        KL_TRY(kl_cuda_kda_prefill(be, a, err));
+        return kl_cuda_gated_rms_norm(be, norm, err);
+    }
+    const kda_arguments args = kda_arguments_of(a);
+    KL_TRY(run_chunks(be, args, a, norm, err));
+    return may_leave_tokens(a) ? norm_last_tokens(be, args, N, norm, err) : KL_OK;
 }

@@ -62,6 +62,18 @@ struct alignas(16) kda_chunk {
 /* What a launch is for: the summaries of segments (kda_prefill_segments.cu), or the outputs. */
 enum kda_pass { KDA_SUMMARIES, KDA_OUTPUTS };
 
+/* gated_rms_norm of the outputs, for heads of KDA_NORM_V values: two tiles, which hand each other
+ * their sums of squares of every chunk and keep those of a few. */
+constexpr int KDA_NORM_V = 2 * KDA_V_TILE, KDA_SUMS_KEPT = 4;
+
+struct kda_norm {
+    const bf16 *z; /* [T, H, V] */
+    const float *weight;
+    long long z_stride;
+    float eps;
+    uint64_t *sums; /* [pairs, 2, KDA_SUMS_KEPT, KDA_TOKENS] chunk + 1 above its token's sum */
+};
+
 /* How a call is dealt out; the results do not depend on it, but for the segments. */
 struct kda_plan {
     kda_pass pass;
@@ -129,8 +141,12 @@ __device__ inline float *kda_summary(const kda_arguments &a, const kda_plan &p, 
 /* Host: bf16 with K = 128 and 32 | V <= KDA_MAX_V, in pieces of 16 bytes; all but the last tokens
  * above. */
 size_t kda_chunked_workspace(const kl_kda *a, bool invariant);
-kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
-                      cudaStream_t stream, kl_error *err);
+kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, const kl_gated_rms_norm *norm,
+                      bool invariant, cudaStream_t stream, kl_error *err);
+
+/* Host: kda_prefill, then gated_rms_norm of what it has written, with their bits. */
+kl_status kl_cuda_kda_prefill_normed(kl_backend *be, const kl_kda_prefill *a,
+                                     const kl_gated_rms_norm *norm, kl_error *err);
 
 /* Host, of kda_prefill_segments.cu: where N sequences are cut, and every segment's start. */
 kl_status kda_cut(const int *cu, long long N, int segments, int *borders, cudaStream_t stream,

@@ -47,6 +47,8 @@ using output_tile = bf16[KDA_TOKENS][V_PITCH];
 struct alignas(1024) stage {
     kda_chunk chunk;
     bf16 v[KDA_TOKENS][V_PITCH];
+    float squares[KDA_TOKENS]
+                 [SCANNERS]; /* of outputs, summed by a warp (kda_prefill_norm.cuh) */
 };
 
 struct scan_memory {
@@ -56,6 +58,7 @@ struct scan_memory {
     barrier full[STAGES], empty[STAGES];
     barrier has_state[SCANNERS], took_state[SCANNERS];   /* of a handoff's S */
     barrier has_update[SCANNERS], took_update[SCANNERS]; /* and U */
+    alignas(16) float weight[KDA_V_TILE];                /* of the norm */
 };
 
 /* ---- chunks on their way ----------------------------------------------------------------- */
@@ -109,6 +112,14 @@ __device__ inline void prefetch_values(const scanner &s, const walk &at)
                   at.h * s.a.V + first);
 }
 
+/* Gates of the chunk's outputs, likewise: these are wanted a chunk after it. */
+__device__ inline void prefetch_gates(const scanner &s, const kda_norm &norm, const walk &at)
+{
+    if (lane_id() < at.tokens_here())
+        prefetch_line(norm.z + (at.token(s) + lane_id()) * norm.z_stride + at.h * KDA_NORM_V +
+                      s.tile * KDA_V_TILE);
+}
+
 /* A chunk, once it is ready and its stage is free. */
 __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned count,
                                    scan_memory &m)
@@ -128,7 +139,9 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
 /* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the
  * round trips to a flag and a chunk take longer than the chain does; one brings the values; one
  * says which have come. */
-__device__ inline void bring_chunks(const scanner &s, int w, scan_memory &m)
+template <bool normed>
+__device__ inline void bring_chunks(const scanner &s, const kda_norm &norm, int w,
+                                    scan_memory &m)
 {
     unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
@@ -141,6 +154,7 @@ __device__ inline void bring_chunks(const scanner &s, int w, scan_memory &m)
         } else if (w > FETCHERS) {
             publish(s, at.serial); /* also where serials have a gap here */
             prefetch_values(s, at);
+            if (normed) prefetch_gates(s, norm, at);
             barrier_wait(&m.full[i], count / STAGES % 2);
             warp_arrive(&m.empty[i]);
         }

@@ -101,11 +101,12 @@ static void make_gates_negative(kl_kda_mixer *a)
         ((uint16_t *)a->f_b.data)[i] |= 0x8000;
 }
 
-static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *ragged)
+static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, int sequences,
+                             const int32_t *ragged)
 {
     static const int32_t ones[N + 1] = {0, 1, 2, 3, 4, 5};
-    const int n = c->single ? c->single : N;
-    const int64_t tokens = c->single ? n : ragged[N], C = c->H * (2 * c->K + c->V);
+    const int n = c->single ? c->single : sequences;
+    const int64_t tokens = c->single ? n : ragged[n], C = c->H * (2 * c->K + c->V);
     const int64_t more = c->R + c->R % 2 * 2;
     kl_tensor qkv = tensor(act, false, 2, tokens, C + 6, 1, 1);
     kl_tensor low = tensor(act, false, 2, tokens, c->R + more + 8, 1, 1);
@@ -134,10 +135,10 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *r
     return a;
 }
 
-static void check_mixer(const mixer_case *c, kl_dtype act)
+static void check_mixer(const mixer_case *c, kl_dtype act, int sequences, const int32_t *ragged)
 {
     parts p = {0};
-    kl_kda_mixer a = mixer_of(c, act, LONGER);
+    kl_kda_mixer a = mixer_of(c, act, sequences, ragged);
     kl_kda_mixer wide = a;
     wide.f_b = widened(&a.f_b), wide.g_b = widened(&a.g_b);
     char name[128];
@@ -191,7 +192,25 @@ static void mixers(void)
         {2, 19, 21, 1, KL_GATE_BOUNDED, 0, 19, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j]);
+        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j], N, LONGER);
+}
+
+/* CUDA takes the norm in the recurrence of bf16 where K = V = 128: all gates; more heads than it
+ * takes at once; a sequence that it cuts into segments, with a last token past them; one token. */
+static void prompts(void)
+{
+    static const int32_t few[N + 1] = {0, 33, 33, 34, 36, 100}, one[] = {0, 3329},
+                                 token[] = {0, 1};
+    if (cuda == NULL) return; /* to the CPU they are mixers() */
+    for (kl_gate gate = 0; gate < KL_N_GATES; gate++) {
+        const mixer_case c = {3, 128, 128, 4, gate, 0, 128, KL_W_BF16};
+        check_mixer(&c, KL_BF16, N, LONGER);
+    }
+    static const mixer_case many = {40, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 16, KL_W_BF16};
+    check_mixer(&many, KL_BF16, N, few);
+    static const mixer_case single = {1, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 16, KL_W_BF16};
+    if (!brief) check_mixer(&single, KL_BF16, 1, one);
+    check_mixer(&single, KL_BF16, 1, token);
 }
 
 /* ---- the same of guesses ----------------------------------------------------------------- */
@@ -305,7 +324,7 @@ static void check_guesses(const mixer_case *c, kl_dtype act, int wrong)
 {
     parts p = {0};
     char name[128];
-    kl_kda_mixer a = mixer_of(c, act, RAGGED);
+    kl_kda_mixer a = mixer_of(c, act, N, RAGGED);
     deal_guesses(wrong);
     a.guesses = true;
     a.tokens = integers(T, tokens);
@@ -342,7 +361,7 @@ static void unset_strides(void)
     static const mixer_case c = {2, 16, 8, 4, KL_GATE_SOFTPLUS, 0, 8, KL_W_BF16};
     static const int32_t all[2] = {0, T};
     parts p = {0};
-    kl_kda_mixer a = mixer_of(&c, KL_BF16, RAGGED);
+    kl_kda_mixer a = mixer_of(&c, KL_BF16, N, RAGGED);
     deal_guesses(6);
     a.guesses = true;
     a.tokens = integers(T, tokens);
@@ -384,6 +403,7 @@ int main(void)
     open_both();
     RUN(two_products);
     RUN(mixers);
+    RUN(prompts);
     RUN(guesses);
     RUN(unset_strides);
     return close_both();
