@@ -94,4 +94,13 @@ KL_CUDA_WORKSPACES(KL_DECLARE)
 #undef KL_DECLARE
 size_t kl_cuda_router_sums(kl_backend *be, const kl_weight *before, const kl_moe *a);
 
+/* Whether kda_prefill makes its q, k and v itself of what short_conv would make them of. They lie
+ * in conv->out, q | k | v, of which such a call writes what it needs: v, and last tokens. */
+bool kl_cuda_kda_convolves(kl_backend *be, const kl_short_conv *conv, const kl_kda *a);
+/* The bits of short_conv, then kda_prefill, in out, state and windows. */
+kl_status kl_cuda_kda_prefill_convolved(kl_backend *be, const kl_short_conv *conv,
+                                        const kl_kda *a, kl_error *err);
+/* Of a short_conv of bf16: the windows, and the last token of each sequence. */
+kl_status kl_cuda_short_conv_ends(kl_backend *be, const kl_short_conv *a, kl_error *err);
+
 #endif

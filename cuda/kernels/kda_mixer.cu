@@ -289,6 +289,17 @@ kl_status run(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p
     });
 }
 
+/* The convolution and what follows it. */
+kl_status run_recurrence(kl_backend *be, const kl_kda_mixer *a, const kl_kda_mixer_parts &p,
+                         kl_error *err)
+{
+    if (!a->single && kl_cuda_kda_convolves(be, &p.conv, &p.kda))
+        return kl_cuda_kda_prefill_convolved(be, &p.conv, &p.kda, err);
+    KL_TRY(kl_cuda_short_conv(be, &p.conv, err));
+    return a->single ? kl_cuda_kda_decode(be, &p.kda, err)
+                     : kl_cuda_kda_prefill(be, &p.kda, err);
+}
+
 } // namespace
 
 size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
@@ -306,8 +317,6 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
     if (kl_cuda_kda_mixer_step_takes(a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
-    KL_TRY(kl_cuda_short_conv(be, &p.conv, err));
-    KL_TRY(a->single ? kl_cuda_kda_decode(be, &p.kda, err)
-                     : kl_cuda_kda_prefill(be, &p.kda, err));
+    KL_TRY(run_recurrence(be, a, p, err));
     return kl_cuda_gated_rms_norm(be, &p.norm, err);
 }

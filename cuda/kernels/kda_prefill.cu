@@ -1,7 +1,7 @@
 /*
  * kda_prefill.cu -- Kimi Delta Attention over ragged sequences: token after token, for every
  * shape and type, and the choice of the chunked kernel (kda_prefill_chunked.cu), for bf16 with
- * K = 128.
+ * K = 128, with or without the convolution in it.
  *
  * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;
  *              o = scale S q, with a, b and the normalised q, k of backend/ops.h
@@ -143,7 +143,37 @@ kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error 
     if (N == 0 || T == 0) return KL_OK;
     const cudaStream_t stream = kl_cuda_stream(be);
     if (!chunked_applies(a)) return run_tokens(args, a, false, stream, err);
-    if (T > 1) KL_TRY(kda_chunked(args, a, is_invariant(be), stream, err));
+    if (T > 1) KL_TRY(kda_chunked(args, a, nullptr, is_invariant(be), stream, err));
+    if (N == 1 && T % KDA_GRID != 1) return KL_OK;
+    return run_tokens(args, a, true, stream, err);
+}
+
+/* ---- with the convolution before --------------------------------------------------------- */
+
+/* Where there are segments, chunks would be convolved twice. */
+bool kl_cuda_kda_convolves(kl_backend *be, const kl_short_conv *conv, const kl_kda *a)
+{
+    const int64_t H = a->state.shape[1];
+    return chunked_applies(a) && a->q.shape[1] == H && a->state.shape[2] == KDA_K &&
+           conv->silu && conv->weight.shape[1] == KDA_TAPS &&
+           is_aligned(conv->x.data, conv->x.stride[0], sizeof(bf16), 8) &&
+           is_aligned(conv->weight.data, 0, sizeof(float), 16) &&
+           is_aligned(conv->state.data, 0, sizeof(bf16), 8) &&
+           conv->x.stride[0] <= KDA_MOST_STRIDE && !kda_has_segments(a, is_invariant(be));
+}
+
+kl_status kl_cuda_kda_prefill_convolved(kl_backend *be, const kl_short_conv *conv,
+                                        const kl_kda *a, kl_error *err)
+{
+    const kda_arguments args = kda_arguments_of(a);
+    const long long N = a->cu_seqlens.shape[0] - 1, T = a->q.shape[0];
+    const kda_convolution rows = {.x = kda_operand_of(conv->x),
+                                  .taps = static_cast<const float *>(conv->weight.data),
+                                  .windows = static_cast<const bf16 *>(conv->state.data)};
+    const cudaStream_t stream = kl_cuda_stream(be);
+    if (N == 0 || T == 0) return KL_OK;
+    if (T > 1) KL_TRY(kda_chunked(args, a, &rows, is_invariant(be), stream, err));
+    KL_TRY(kl_cuda_short_conv_ends(be, conv, err));
     if (N == 1 && T % KDA_GRID != 1) return KL_OK;
     return run_tokens(args, a, true, stream, err);
 }

@@ -5,6 +5,8 @@
  * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; v, out [T, H, V]; 32 | V
  *              <= 1,024; state [S, H, V, 128] f32
  * Layout       first axes may be strided; rows in pieces of 16 bytes
+ * Convolution  with raw rows instead, K = V: q, k and v by the groups that prepare (four taps,
+ *              SiLU: kda_prefill_convolve.cuh), v by way of device memory
  * Precision    f32 sums, gate, decays, inverse and state; operands of products bf16, those that
  *              errors would last in as sums of two. No exponential of a positive number, but for
  *              factors of at most 2^100 whose product with their partner is at most 1
@@ -51,6 +53,7 @@ struct block_memory {
     };
     prepare_memory prepare; /* of the last group */
     kda_lanes_of_call lanes;
+    int windows[GROUPS][ITEMS]; /* prepare_chunks() */
 };
 static_assert(sizeof(block_memory) <= 227 * 1024);
 
@@ -90,7 +93,7 @@ __device__ void init_barriers(scan_memory &m)
 }
 
 /* What a warpgroup of a block that scans does there. */
-template <kda_pass pass>
+template <kda_pass pass, bool convolved>
 __device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
 {
     constexpr bool outputs = pass == KDA_OUTPUTS;
@@ -99,7 +102,7 @@ __device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
         run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m);
     } else if (group == BRING) {
         registers_down_to<BRING_REGISTERS>();
-        bring_chunks(s, w, m);
+        bring_chunks<convolved>(s, w, m);
     } else if constexpr (outputs) {
         registers_down_to<OUTPUT_REGISTERS>();
         run_output(s, w, m);
@@ -109,10 +112,11 @@ __device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
     }
 }
 
-template <kda_pass pass>
+template <kda_pass pass, class Rows>
 __global__ __launch_bounds__(THREADS,
                              1) void kda_chunked_kernel(__grid_constant__ const kda_arguments a,
-                                                        __grid_constant__ const kda_plan p)
+                                                        __grid_constant__ const kda_plan p,
+                                                        __grid_constant__ const Rows rows)
 {
     extern __shared__ __align__(1024) unsigned char bytes[];
     block_memory &m = *reinterpret_cast<block_memory *>(bytes);
@@ -136,9 +140,10 @@ __global__ __launch_bounds__(THREADS,
     if (scans && threadIdx.x == THREADS - 1) init_barriers(m.scan);
     __syncthreads();
     if (scans && group != PREPARE) {
-        scan_chunks<pass>(s, group, w % PREPARERS, m.scan);
+        scan_chunks<pass, Rows::IS_THERE>(s, group, w % PREPARERS, m.scan);
     } else {
-        prepare_chunks(a, p, m.lanes, group, group == PREPARE ? m.prepare : m.more[group]);
+        prepare_chunks(a, p, rows, m.lanes, group, group == PREPARE ? m.prepare : m.more[group],
+                       m.windows[group]);
     }
 }
 
@@ -251,12 +256,12 @@ struct places {
 
 /* ---- host: launches ------------------------------------------------------------------------ */
 
-template <kda_pass pass>
-kl_status launch(const kda_arguments &a, const kda_plan &p, int multiprocessors,
-                 cudaStream_t stream, kl_error *err)
+template <kda_pass pass, class Rows>
+kl_status launch(const kda_arguments &a, const kda_plan &p, const Rows &rows,
+                 int multiprocessors, cudaStream_t stream, kl_error *err)
 {
     constexpr int bytes = static_cast<int>(sizeof(block_memory));
-    const auto kernel = kda_chunked_kernel<pass>;
+    const auto kernel = kda_chunked_kernel<pass, Rows>;
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
     cudaLaunchAttribute together = {};
@@ -269,7 +274,7 @@ kl_status launch(const kda_arguments &a, const kda_plan &p, int multiprocessors,
     config.stream = stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p), err);
+    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p, rows), err);
     return KL_OK;
 }
 
@@ -284,8 +289,15 @@ size_t kda_chunked_workspace(const kl_kda *a, bool invariant)
     return l.ring + l.summaries + l.more_flags + l.flags + l.borders;
 }
 
-kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
-                      cudaStream_t stream, kl_error *err)
+bool kda_has_segments(const kl_kda *a, bool invariant)
+{
+    call_sizes s;
+    kl_error ignored;
+    return sizes_of(a, invariant, &s, &ignored) == KL_OK && s.segments(s.N) > 1;
+}
+
+kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, const kda_convolution *rows,
+                      bool invariant, cudaStream_t stream, kl_error *err)
 {
     call_sizes s;
     KL_TRY(sizes_of(op, invariant, &s, err));
@@ -297,12 +309,15 @@ kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
     KL_CUDA_TRY(cudaMemsetAsync(zeros, 0, static_cast<size_t>(at.borders - zeros), stream),
                 err);
     outputs.cu = a.cu;
+    const kda_no_convolution given = {};
+    const int mps = s.multiprocessors;
     if (is_cut) {
         int *borders = reinterpret_cast<int *>(at.borders);
         outputs.cu = summaries.cu = borders;
         KL_TRY(kda_cut(a.cu, s.N, outputs.segments, borders, stream, err));
-        KL_TRY(launch<KDA_SUMMARIES>(a, summaries, s.multiprocessors, stream, err));
+        KL_TRY(launch<KDA_SUMMARIES>(a, summaries, given, mps, stream, err));
         KL_TRY(kda_join(a, summaries, stream, err));
     }
-    return launch<KDA_OUTPUTS>(a, outputs, s.multiprocessors, stream, err);
+    return rows == nullptr ? launch<KDA_OUTPUTS>(a, outputs, given, mps, stream, err)
+                           : launch<KDA_OUTPUTS>(a, outputs, *rows, mps, stream, err);
 }

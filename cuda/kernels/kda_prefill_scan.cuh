@@ -127,20 +127,23 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
 
 /* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the
  * round trips to a flag and a chunk take longer than the chain does; one brings the values; one
- * says which have come. */
+ * says which have come. Convolved values come with their chunk: three warps take turns at both. */
+template <bool convolved>
 __device__ inline void bring_chunks(const scanner &s, int w, scan_memory &m)
 {
+    constexpr int fetchers = convolved ? FETCHERS + 1 : FETCHERS;
     unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
         const unsigned i = count % STAGES;
-        if (w < FETCHERS && count % FETCHERS == static_cast<unsigned>(w)) {
+        if (w < fetchers && count % fetchers == static_cast<unsigned>(w)) {
             fetch_chunk(s, at, count, m);
-        } else if (w == FETCHERS) {
+            if (convolved) fetch_values(s, at, m.stages[i], &m.full[i]);
+        } else if (!convolved && w == FETCHERS) {
             wait_until_empty(m, count);
             fetch_values(s, at, m.stages[i], &m.full[i]);
         } else if (w > FETCHERS) {
             publish(s, at.serial); /* also where serials have a gap here */
-            prefetch_values(s, at);
+            if (!convolved) prefetch_values(s, at);
             barrier_wait(&m.full[i], count / STAGES % 2);
             warp_arrive(&m.empty[i]);
         }

@@ -82,6 +82,11 @@ enum { N = 5, T = 90, SLOTS = 9 };
 static const int32_t RAGGED[N + 1] = {0, 70, 70, 71, 74, T}, SLOTS_OF[N] = {8, 3, 0, 5, 1};
 /* On CUDA more chunks than are on their way at once, and a last token beyond them. */
 static const int32_t LONGER[N + 1] = {0, 200, 200, 201, 266, 330};
+/* Fewer tokens than a window has, the ends of octets, of chunks and of 64 tokens. */
+static const int32_t ENDS[][N + 1] = {{0, 2, 67, 68, 164, 330},
+                                      {0, 3, 11, 43, 106, 235},
+                                      {0, 1, 32, 65, 129, 258},
+                                      {0, 4, 4, 68, 133, 229}};
 
 typedef struct {
     int64_t H, K, V, W;
@@ -89,6 +94,7 @@ typedef struct {
     int single; /* so many tokens, each of its own sequence; 0: ragged sequences */
     int64_t R;  /* columns of f_low; g_low has as many, or two more where they are odd */
     kl_weight_format format;
+    int64_t beside; /* columns beside qkv, more than others have */
 } mixer_case;
 
 /* So that no decay is above 1. */
@@ -107,7 +113,7 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *r
     const int n = c->single ? c->single : N;
     const int64_t tokens = c->single ? n : ragged[N], C = c->H * (2 * c->K + c->V);
     const int64_t more = c->R + c->R % 2 * 2;
-    kl_tensor qkv = tensor(act, false, 2, tokens, C + 6, 1, 1);
+    kl_tensor qkv = tensor(act, false, 2, tokens, C + 6 + c->beside, 1, 1);
     kl_tensor low = tensor(act, false, 2, tokens, c->R + more + 8, 1, 1);
     kl_kda_mixer a = {.qkv = kl_columns(&qkv, 4, C),
                       .conv_weight = tensor(KL_F32, false, 2, C, c->W, 1, 1),
@@ -134,10 +140,19 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *r
     return a;
 }
 
-static void check_mixer(const mixer_case *c, kl_dtype act)
+/* Keys and queries so short that a chunk's products might leave float32's range. */
+static void make_rows_short(kl_kda_mixer *a, int64_t from, int64_t to)
+{
+    for (int64_t t = from; t < to; t++)
+        for (int64_t i = 0; i < a->qkv.shape[1]; i++)
+            put(&a->qkv, t * a->qkv.stride[0] + i, 1e-7f * number());
+}
+
+static void check_mixer(const mixer_case *c, kl_dtype act, const int32_t *ragged, int64_t few)
 {
     parts p = {0};
-    kl_kda_mixer a = mixer_of(c, act, LONGER);
+    kl_kda_mixer a = mixer_of(c, act, ragged);
+    make_rows_short(&a, 0, few);
     kl_kda_mixer wide = a;
     wide.f_b = widened(&a.f_b), wide.g_b = widened(&a.g_b);
     char name[128];
@@ -191,7 +206,23 @@ static void mixers(void)
         {2, 19, 21, 1, KL_GATE_BOUNDED, 0, 19, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j]);
+        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j], LONGER, 0);
+}
+
+/* What CUDA's recurrence convolves itself: bf16, K = V = 128, four taps, aligned rows. */
+static void convolved_on_the_way(void)
+{
+    static const mixer_case cases[] = {
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 128, KL_W_BF16, 2},
+        {1, 128, 128, 4, KL_GATE_BOUNDED, 0, 128, KL_W_BF16, 2},
+        {3, 128, 128, 4, KL_GATE_DIRECT, 0, 128, KL_W_BF16, 10},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        check_mixer(&cases[i], KL_BF16, LONGER, 0);
+        check_mixer(&cases[i], KL_BF16, LONGER, 40);
+        for (size_t j = 0; j < sizeof ENDS / sizeof *ENDS; j++)
+            check_mixer(&cases[i], KL_BF16, ENDS[j], j == 2 ? 40 : 0);
+    }
 }
 
 /* ---- the same of guesses ----------------------------------------------------------------- */
@@ -384,6 +415,7 @@ int main(void)
     open_both();
     RUN(two_products);
     RUN(mixers);
+    RUN(convolved_on_the_way);
     RUN(guesses);
     RUN(unset_strides);
     return close_both();
