@@ -94,7 +94,6 @@ typedef struct {
     int single; /* so many tokens, each of its own sequence; 0: ragged sequences */
     int64_t R;  /* columns of f_low; g_low has as many, or two more where they are odd */
     kl_weight_format format;
-    int64_t beside; /* columns beside qkv, more than others have */
 } mixer_case;
 
 /* So that no decay is above 1. */
@@ -107,13 +106,15 @@ static void make_gates_negative(kl_kda_mixer *a)
         ((uint16_t *)a->f_b.data)[i] |= 0x8000;
 }
 
-static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *ragged)
+/* `beside`: columns of the rows that qkv is in, beside its own. */
+static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *ragged,
+                             int64_t beside)
 {
     static const int32_t ones[N + 1] = {0, 1, 2, 3, 4, 5};
     const int n = c->single ? c->single : N;
     const int64_t tokens = c->single ? n : ragged[N], C = c->H * (2 * c->K + c->V);
     const int64_t more = c->R + c->R % 2 * 2;
-    kl_tensor qkv = tensor(act, false, 2, tokens, C + 6 + c->beside, 1, 1);
+    kl_tensor qkv = tensor(act, false, 2, tokens, C + beside, 1, 1);
     kl_tensor low = tensor(act, false, 2, tokens, c->R + more + 8, 1, 1);
     kl_kda_mixer a = {.qkv = kl_columns(&qkv, 4, C),
                       .conv_weight = tensor(KL_F32, false, 2, C, c->W, 1, 1),
@@ -141,18 +142,20 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *r
 }
 
 /* Keys and queries so short that a chunk's products might leave float32's range. */
-static void make_rows_short(kl_kda_mixer *a, int64_t from, int64_t to)
+static void make_rows_short(kl_kda_mixer *a, int64_t tokens)
 {
-    for (int64_t t = from; t < to; t++)
+    for (int64_t t = 0; t < tokens; t++)
         for (int64_t i = 0; i < a->qkv.shape[1]; i++)
             put(&a->qkv, t * a->qkv.stride[0] + i, 1e-7f * number());
 }
 
-static void check_mixer(const mixer_case *c, kl_dtype act, const int32_t *ragged, int64_t few)
+/* The first `few` tokens have short rows. */
+static void check_mixer(const mixer_case *c, kl_dtype act, const int32_t *ragged,
+                        int64_t beside, int64_t few)
 {
     parts p = {0};
-    kl_kda_mixer a = mixer_of(c, act, ragged);
-    make_rows_short(&a, 0, few);
+    kl_kda_mixer a = mixer_of(c, act, ragged, beside);
+    make_rows_short(&a, few);
     kl_kda_mixer wide = a;
     wide.f_b = widened(&a.f_b), wide.g_b = widened(&a.g_b);
     char name[128];
@@ -206,22 +209,22 @@ static void mixers(void)
         {2, 19, 21, 1, KL_GATE_BOUNDED, 0, 19, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j], LONGER, 0);
+        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j], LONGER, 6, 0);
 }
 
 /* What CUDA's recurrence convolves itself: bf16, K = V = 128, four taps, aligned rows. */
 static void convolved_on_the_way(void)
 {
     static const mixer_case cases[] = {
-        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 128, KL_W_BF16, 2},
-        {1, 128, 128, 4, KL_GATE_BOUNDED, 0, 128, KL_W_BF16, 2},
-        {3, 128, 128, 4, KL_GATE_DIRECT, 0, 128, KL_W_BF16, 10},
+        {2, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 128, KL_W_BF16},
+        {1, 128, 128, 4, KL_GATE_BOUNDED, 0, 128, KL_W_BF16},
+        {3, 128, 128, 4, KL_GATE_DIRECT, 0, 128, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        check_mixer(&cases[i], KL_BF16, LONGER, 0);
-        check_mixer(&cases[i], KL_BF16, LONGER, 40);
+        check_mixer(&cases[i], KL_BF16, LONGER, 8, 0);
+        check_mixer(&cases[i], KL_BF16, LONGER, 8, 40);
         for (size_t j = 0; j < sizeof ENDS / sizeof *ENDS; j++)
-            check_mixer(&cases[i], KL_BF16, ENDS[j], j == 2 ? 40 : 0);
+            check_mixer(&cases[i], KL_BF16, ENDS[j], 8, j == 2 ? 40 : 0);
     }
 }
 
@@ -336,7 +339,7 @@ static void check_guesses(const mixer_case *c, kl_dtype act, int wrong)
 {
     parts p = {0};
     char name[128];
-    kl_kda_mixer a = mixer_of(c, act, RAGGED);
+    kl_kda_mixer a = mixer_of(c, act, RAGGED, 6);
     deal_guesses(wrong);
     a.guesses = true;
     a.tokens = integers(T, tokens);
@@ -373,7 +376,7 @@ static void unset_strides(void)
     static const mixer_case c = {2, 16, 8, 4, KL_GATE_SOFTPLUS, 0, 8, KL_W_BF16};
     static const int32_t all[2] = {0, T};
     parts p = {0};
-    kl_kda_mixer a = mixer_of(&c, KL_BF16, RAGGED);
+    kl_kda_mixer a = mixer_of(&c, KL_BF16, RAGGED, 6);
     deal_guesses(6);
     a.guesses = true;
     a.tokens = integers(T, tokens);
