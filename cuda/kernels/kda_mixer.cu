@@ -20,7 +20,6 @@
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"
-#include "kda_prefill.cuh"
 
 namespace {
 
@@ -307,8 +306,8 @@ kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err
     if (kl_cuda_kda_mixer_step_takes(a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
+    if (!a->single) return kl_cuda_kda_prompt(be, &p.conv, &p.kda, &p.norm, err);
     KL_TRY(kl_cuda_short_conv(be, &p.conv, err));
-    if (!a->single) return kl_cuda_kda_prefill_normed(be, &p.kda, &p.norm, err);
     KL_TRY(kl_cuda_kda_decode(be, &p.kda, err));
     return kl_cuda_gated_rms_norm(be, &p.norm, err);
 }

@@ -1,11 +1,11 @@
 /*
  * kda_prefill.cu -- Kimi Delta Attention over ragged sequences: token after token, for every
  * shape and type, and the choice of the chunked kernel (kda_prefill_chunked.cu), for bf16 with
- * K = 128.
+ * K = 128, with the convolution before it and the gated norm behind it in it where they fit.
  *
  * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;
  *              o = scale S q, with a, b and the normalised q, k of backend/ops.h;
- *              for kda_mixer gated_rms_norm of that, too
+ *              for kda_mixer short_conv before and gated_rms_norm of o, too
  * Shapes       q, k [T, Hk, K]; v, out [T, H, V]; g [T, H, K]; beta [T, H]; state [S, H, V, K]
  * Layout       the state dense with K contiguous; of the others the first axis may be strided
  * Precision    f32 or bf16 in, f32 arithmetic and state, out as q. Within 64 tokens the state
@@ -118,6 +118,11 @@ __global__ __launch_bounds__(NORM_THREADS) void kda_last_norm_kernel(
 
 /* ---- the choice -------------------------------------------------------------------------- */
 
+static bool is_invariant(kl_backend *be)
+{
+    return reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+}
+
 /* A property of types and widths, which a plan knows before there are tensors. */
 static bool shapes_fit(const kl_kda *a)
 {
@@ -139,7 +144,20 @@ static bool chunked_applies(const kl_kda *a)
            is_aligned(a->ws.data, 0, 1, 16);
 }
 
-/* Where the chunked kernel has the norm in it: where gated_rms_norm has the same order. */
+/* Where the chunked kernel has the convolution in it: not where there are segments, of which chunks
+ * would be convolved twice. */
+static bool convolution_applies(kl_backend *be, const kl_short_conv *conv, const kl_kda *a)
+{
+    const int64_t H = a->state.shape[1];
+    return a->q.shape[1] == H && a->state.shape[2] == KDA_K && conv->silu &&
+           conv->weight.shape[1] == KDA_TAPS &&
+           is_aligned(conv->x.data, conv->x.stride[0], sizeof(bf16), 8) &&
+           is_aligned(conv->weight.data, 0, sizeof(float), 16) &&
+           is_aligned(conv->state.data, 0, sizeof(bf16), 8) &&
+           conv->x.stride[0] <= KDA_MOST_STRIDE && !kda_has_segments(a, is_invariant(be));
+}
+
+/* Where it has the norm in it: where gated_rms_norm has the same order. */
 static bool norm_applies(const kl_gated_rms_norm *norm)
 {
     return norm->x.shape[2] == KDA_NORM_V && is_wide(norm->z, KDA_NORM_V, NORM_VEC) &&
@@ -164,11 +182,6 @@ static kl_status run_tokens(kda_arguments args, const kl_kda *a, bool last_only,
 
 /* ---- the operation ----------------------------------------------------------------------- */
 
-static bool is_invariant(kl_backend *be)
-{
-    return reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
-}
-
 size_t kl_cuda_kda_prefill_workspace(kl_backend *be, const kl_kda_prefill *a)
 {
     return shapes_fit(a) ? kda_chunked_workspace(a, is_invariant(be)) : 0;
@@ -180,50 +193,54 @@ static bool may_leave_tokens(const kl_kda *a)
     return a->cu_seqlens.shape[0] != 2 || a->q.shape[0] % KDA_GRID == 1;
 }
 
-/* By chunks, then the last tokens; with a norm or null. */
-static kl_status run_chunks(kl_backend *be, const kda_arguments &args, const kl_kda *a,
-                            const kl_gated_rms_norm *norm, kl_error *err)
-{
-    const cudaStream_t stream = kl_cuda_stream(be);
-    if (a->q.shape[0] > 1) KL_TRY(kda_chunked(args, a, norm, is_invariant(be), stream, err));
-    return may_leave_tokens(a) ? run_tokens(args, a, true, stream, err) : KL_OK;
-}
-
-static kl_status norm_last_tokens(kl_backend *be, const kda_arguments &args, long long N,
+static kl_status norm_last_tokens(kl_backend *be, const kl_kda *op,
                                   const kl_gated_rms_norm *norm, kl_error *err)
 {
     const last_arguments a = {
-        .out = static_cast<bf16 *>(args.out),
+        .out = static_cast<bf16 *>(op->out.data),
         .z = static_cast<const bf16 *>(norm->z.data),
         .weight = static_cast<const float *>(norm->weight.data),
-        .cu = args.cu,
+        .cu = static_cast<const int *>(op->cu_seqlens.data),
         .z_stride = norm->z.stride[0],
-        .N = N,
-        .H = args.H,
+        .N = op->cu_seqlens.shape[0] - 1,
+        .H = op->state.shape[1],
         .eps = norm->eps,
     };
-    const long long blocks = (N * a.H * NORM_LANES + NORM_THREADS - 1) / NORM_THREADS;
+    const long long blocks = (a.N * a.H * NORM_LANES + NORM_THREADS - 1) / NORM_THREADS;
     return kl_cuda_launch(kda_last_norm_kernel, static_cast<unsigned>(blocks), NORM_THREADS, 0,
                           kl_cuda_stream(be), err, a);
 }
 
-kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
+/* By chunks, then the last tokens. Whoever prepares chunks reads windows: new ones come after. */
+static kl_status run_chunks(kl_backend *be, const kl_short_conv *conv, const kl_kda *a,
+                            const kl_gated_rms_norm *norm, kl_error *err)
 {
     const kda_arguments args = kda_arguments_of(a);
-    if (a->cu_seqlens.shape[0] == 1 || a->q.shape[0] == 0) return KL_OK;
-    if (!chunked_applies(a)) return run_tokens(args, a, false, kl_cuda_stream(be), err);
-    return run_chunks(be, args, a, nullptr, err);
+    const cudaStream_t stream = kl_cuda_stream(be);
+    if (a->q.shape[0] > 1)
+        KL_TRY(kda_chunked(args, conv, a, norm, is_invariant(be), stream, err));
+    if (conv != nullptr) KL_TRY(kl_cuda_short_conv_ends(be, conv, err));
+    if (!may_leave_tokens(a)) return KL_OK;
+    KL_TRY(run_tokens(args, a, true, stream, err));
+    return norm == nullptr ? KL_OK : norm_last_tokens(be, a, norm, err);
 }
 
-kl_status kl_cuda_kda_prefill_normed(kl_backend *be, const kl_kda_prefill *a,
-                                     const kl_gated_rms_norm *norm, kl_error *err)
+kl_status kl_cuda_kda_prompt(kl_backend *be, const kl_short_conv *conv, const kl_kda *a,
+                             const kl_gated_rms_norm *norm, kl_error *err)
 {
-    const long long N = a->cu_seqlens.shape[0] - 1;
-    if (N == 0 || a->q.shape[0] == 0 || !chunked_applies(a) || !norm_applies(norm)) {
-        KL_TRY(kl_cuda_kda_prefill(be, a, err));
-        return kl_cuda_gated_rms_norm(be, norm, err);
-    }
-    const kda_arguments args = kda_arguments_of(a);
-    KL_TRY(run_chunks(be, args, a, norm, err));
-    return may_leave_tokens(a) ? norm_last_tokens(be, args, N, norm, err) : KL_OK;
+    if (a->cu_seqlens.shape[0] == 1 || a->q.shape[0] == 0) return KL_OK;
+    const bool chunks = chunked_applies(a);
+    const bool convolves = chunks && conv != nullptr && convolution_applies(be, conv, a);
+    const bool norms = chunks && norm != nullptr && norm_applies(norm);
+    if (conv != nullptr && !convolves) KL_TRY(kl_cuda_short_conv(be, conv, err));
+    if (chunks)
+        KL_TRY(run_chunks(be, convolves ? conv : nullptr, a, norms ? norm : nullptr, err));
+    else
+        KL_TRY(run_tokens(kda_arguments_of(a), a, false, kl_cuda_stream(be), err));
+    return norm == nullptr || norms ? KL_OK : kl_cuda_gated_rms_norm(be, norm, err);
+}
+
+kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
+{
+    return kl_cuda_kda_prompt(be, nullptr, a, nullptr, err);
 }

@@ -59,6 +59,23 @@ struct alignas(16) kda_chunk {
     uint32_t M_low[WARP][KDA_TOKENS / 8];
 };
 
+/* Where k, q and v come from, if they are to be convolved first, as short_conv does with SiLU: rows
+ * of the raw q | k | v, H heads of 128 channels each. v goes to the call's own v. */
+struct kda_convolution {
+    static constexpr bool IS_THERE = true;
+    kda_operand x;       /* [T, 3 H K] bf16                             */
+    const float *taps;   /* [3 H K, 4]                                  */
+    const bf16 *windows; /* [S, 3 H K, 3] what comes before a sequence */
+};
+
+/* None: k, q and v are given. */
+struct kda_no_convolution {
+    static constexpr bool IS_THERE = false;
+};
+
+constexpr int KDA_TAPS = 4;
+constexpr long long KDA_MOST_STRIDE = 1ll << 29; /* elements of x: bytes of a row fit an int */
+
 /* What a launch is for: the summaries of segments (kda_prefill_segments.cu), or the outputs. */
 enum kda_pass { KDA_SUMMARIES, KDA_OUTPUTS };
 
@@ -141,12 +158,12 @@ __device__ inline float *kda_summary(const kda_arguments &a, const kda_plan &p, 
 /* Host: bf16 with K = 128 and 32 | V <= KDA_MAX_V, in pieces of 16 bytes; all but the last tokens
  * above. */
 size_t kda_chunked_workspace(const kl_kda *a, bool invariant);
-kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, const kl_gated_rms_norm *norm,
-                      bool invariant, cudaStream_t stream, kl_error *err);
+bool kda_has_segments(const kl_kda *a, bool invariant);
 
-/* Host: kda_prefill, then gated_rms_norm of what it has written, with their bits. */
-kl_status kl_cuda_kda_prefill_normed(kl_backend *be, const kl_kda_prefill *a,
-                                     const kl_gated_rms_norm *norm, kl_error *err);
+/* With `conv`, q and k are not read and v is written; not where there are segments. */
+kl_status kda_chunked(const kda_arguments &a, const kl_short_conv *conv, const kl_kda *op,
+                      const kl_gated_rms_norm *norm, bool invariant, cudaStream_t stream,
+                      kl_error *err);
 
 /* Host, of kda_prefill_segments.cu: where N sequences are cut, and every segment's start. */
 kl_status kda_cut(const int *cu, long long N, int segments, int *borders, cudaStream_t stream,

@@ -19,6 +19,13 @@ namespace kda {
 
 static_assert(KDA_NORM_V == 2 * KDA_V_TILE);
 
+/* Shared memory of the output warps. Squares of two chunks: a barrier lies between a warp's reading
+ * of one's and any warp's writing of the next but one's. */
+struct alignas(16) norm_memory {
+    float squares[2][KDA_TOKENS][SCANNERS]; /* each warp's sum of a token's */
+    float weight[KDA_V_TILE];
+};
+
 __device__ inline void write_word(uint64_t *p, uint64_t x)
 {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
@@ -50,7 +57,8 @@ struct asked {
 struct finisher {
     const scanner &s;
     const kda_norm &norm;
-    scan_memory &m;
+    norm_memory &m;
+    output_tile &output;
     int w;
 
     /* Of the tile; in the chunk. */
@@ -88,7 +96,7 @@ struct finisher {
         }
         const int i = lane_id() % 2;
         const float other = __shfl_xor_sync(ALL_LANES, i == 0 ? sums[1] : sums[0], 1);
-        float(&parts)[KDA_TOKENS][SCANNERS] = m.stages[count % STAGES].squares;
+        float(&parts)[KDA_TOKENS][SCANNERS] = m.squares[count % 2];
         parts[token(i)][w] = (i == 0 ? sums[0] : sums[1]) + other;
         group_barrier(warp_id() / PREPARERS);
         float x[SCANNERS];
@@ -101,11 +109,11 @@ struct finisher {
     __device__ void begin(unfinished &u, const token_sums &out, const walk &at, int first,
                           unsigned count)
     {
-        put_output(out, m.output, w * ROWS);
+        put_output(out, output, w * ROWS);
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            u.o[i] = *reinterpret_cast<const uint4 *>(&m.output[token(i)][column()]);
+            u.o[i] = *reinterpret_cast<const uint4 *>(&output[token(i)][column()]);
         add_squares(u, count);
         if (w == 0)
             write_word(word(s.tile, count),
@@ -148,14 +156,14 @@ struct finisher {
  * has finished the chunk before the last; the other had handed over that one's sums, and so had
  * finished two chunks before it: its warps have read the word. */
 __device__ inline void run_normed_output(const scanner &s, const kda_norm &norm, int w,
-                                         scan_memory &m)
+                                         scan_memory &m, norm_memory &own)
 {
     static_assert(KDA_SUMS_KEPT >= 4);
-    finisher f{s, norm, m, w};
+    finisher f{s, norm, own, m.output, w};
     const descriptors d(m.stages[0].chunk);
     unfinished before, now;
     const int i = threadIdx.x % GROUP;
-    if (i < KDA_V_TILE) m.weight[i] = norm.weight[s.tile * KDA_V_TILE + i];
+    if (i < KDA_V_TILE) own.weight[i] = norm.weight[s.tile * KDA_V_TILE + i];
     unsigned count = 0;
     int first = 0; /* token of the chunk: reading it each time is a wait */
     for (walk at(s); at.valid; at.next(s), count++) {

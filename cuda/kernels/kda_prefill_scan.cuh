@@ -47,8 +47,6 @@ using output_tile = bf16[KDA_TOKENS][V_PITCH];
 struct alignas(1024) stage {
     kda_chunk chunk;
     bf16 v[KDA_TOKENS][V_PITCH];
-    float squares[KDA_TOKENS]
-                 [SCANNERS]; /* of outputs, summed by a warp (kda_prefill_norm.cuh) */
 };
 
 struct scan_memory {
@@ -58,7 +56,6 @@ struct scan_memory {
     barrier full[STAGES], empty[STAGES];
     barrier has_state[SCANNERS], took_state[SCANNERS];   /* of a handoff's S */
     barrier has_update[SCANNERS], took_update[SCANNERS]; /* and U */
-    alignas(16) float weight[KDA_V_TILE];                /* of the norm */
 };
 
 /* ---- chunks on their way ----------------------------------------------------------------- */
@@ -138,22 +135,24 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
 
 /* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the
  * round trips to a flag and a chunk take longer than the chain does; one brings the values; one
- * says which have come. */
-template <bool normed>
+ * says which have come. Convolved values come with their chunk: three warps take turns at both. */
+template <bool convolved, bool normed>
 __device__ inline void bring_chunks(const scanner &s, const kda_norm &norm, int w,
                                     scan_memory &m)
 {
+    constexpr int fetchers = convolved ? FETCHERS + 1 : FETCHERS;
     unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
         const unsigned i = count % STAGES;
-        if (w < FETCHERS && count % FETCHERS == static_cast<unsigned>(w)) {
+        if (w < fetchers && count % fetchers == static_cast<unsigned>(w)) {
             fetch_chunk(s, at, count, m);
-        } else if (w == FETCHERS) {
+            if (convolved) fetch_values(s, at, m.stages[i], &m.full[i]);
+        } else if (!convolved && w == FETCHERS) {
             wait_until_empty(m, count);
             fetch_values(s, at, m.stages[i], &m.full[i]);
         } else if (w > FETCHERS) {
             publish(s, at.serial); /* also where serials have a gap here */
-            prefetch_values(s, at);
+            if (!convolved) prefetch_values(s, at);
             if (normed) prefetch_gates(s, norm, at);
             barrier_wait(&m.full[i], count / STAGES % 2);
             warp_arrive(&m.empty[i]);
