@@ -71,12 +71,15 @@ typedef struct {
     size_t bytes;
 } kl_workspace;
 
-/* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. */
+/* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. The
+ * first operation of a step, so it also clears what later ones add to: a router's sums. */
 typedef struct {
     kl_workspace ws;
     kl_tensor ids;   /* [T] i32, in [-1, rows)                           */
     kl_weight table; /* [rows, D], f32 or bf16, count 1                  */
     kl_tensor out;   /* [T, D] f32 or bf16                               */
+    kl_tensor sums;  /* [bytes] u8, set to 0, or absent; address and bytes are multiples of
+                        KL_SUMS_ALIGNMENT                                */
 } kl_embedding;
 
 /* out[n, :] = x[rows[n], :]. */
@@ -121,7 +124,7 @@ typedef struct {
     kl_tensor x;           /* [T, in] act, with a norm_weight f32 or act; rows strided */
     kl_weight w;           /* [out, in], count 1                         */
     kl_tensor out;         /* [T, out] f32 or act, rows strided; absent with a residual */
-    kl_tensor norm_weight; /* [in] f32, or absent                        */
+    kl_tensor norm_weight; /* [in] f32, or absent; as unsettled as w     */
     kl_tensor residual;    /* [T, out] f32, in and out, or absent        */
     kl_tensor peaks; /* [T, kl_peaks_of(out), 2] f32, m and s, with an out in f32; or absent */
     kl_dtype act;    /* of h, with a norm_weight; else x has it    */
@@ -151,7 +154,7 @@ typedef struct {
     kl_weight w1, w3;      /* [I, D] gate and up                         */
     kl_weight w2;          /* [D, I] down                                */
     kl_tensor out;         /* [T, D] act; may not alias x; absent with a residual */
-    kl_tensor norm_weight; /* [D] f32, or absent                         */
+    kl_tensor norm_weight; /* [D] f32, or absent; as unsettled as w1     */
     kl_tensor residual;    /* [T, D] f32, in and out, or absent; may be x itself */
     kl_dtype act;          /* as in linear                               */
     float norm_eps;
@@ -389,7 +392,7 @@ static inline bool kl_moe_has_shared(const kl_moe_experts *a)
 typedef struct {
     kl_workspace ws;
     kl_tensor x;                               /* [T, D] act, with a norm_weight f32 or act  */
-    kl_tensor norm_weight;                     /* [D] f32, or absent                         */
+    kl_tensor norm_weight;                     /* [D] f32, or absent; unsettled as the router */
     kl_weight router;                          /* [E, D], count 1                            */
     kl_tensor bias;                            /* [E] f32, or absent                         */
     kl_weight w1, w3;                          /* [E, I, D] gate and up                      */

@@ -10,12 +10,18 @@
 kl_status kl_check_embedding(const kl_embedding *a, kl_error *err)
 {
     static const char op[] = "embedding";
-    const int64_t T = a->out.shape[0], D = a->out.shape[1];
+    const int64_t T = a->out.shape[0], D = a->out.shape[1], bytes = a->sums.shape[0];
     const kl_rule rules[] = {
         {&a->out, "out", KL_ANY_FLOAT, KL_OUT, 2, {T, D}, NULL},
         {&a->ids, "ids", I32, 0, 1, {T}, NULL},
+        {&a->sums, "sums", KL_DTYPE_BIT(KL_U8), KL_OPT | KL_OUT, 1, {bytes}, NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(kl_require_aligned(op, "sums", a->sums.data, KL_SUMS_ALIGNMENT, err));
+    if (bytes % KL_SUMS_ALIGNMENT != 0)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "%s: sums.shape[0] must be a multiple of %d, got %lld", op,
+                       KL_SUMS_ALIGNMENT, (long long)bytes);
     return kl_require_weight(op, "table", &a->table, 1, a->table.rows, D, KL_FLOAT_FORMATS,
                              err);
 }

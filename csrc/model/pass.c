@@ -175,14 +175,13 @@ static kl_status keep_near(kl_pass *p, int64_t layer, kl_error *err)
     return p->be->vt->wait_mark(p->be, p->marks[(layer + 1) % 2], err);
 }
 
-/* Zeros for the sums of all layers: once a step, for it is a node of its own in a recording. */
-static kl_status take_sums(kl_pass *p, kl_error *err)
+/* For the sums of all layers, or absent: the embedding clears them. */
+static kl_tensor take_sums(kl_pass *p)
 {
     size_t bytes = 0;
     for (int64_t i = 0; i < p->config->n_layers; i++) bytes += kl_moe_sums_bytes(p, i);
     p->sums = bytes == 0 ? NULL : kl_arena_take(&p->arena, bytes);
-    KL_TRY(check_arena(p, "step", err));
-    return p->sums == NULL ? KL_OK : p->be->vt->zero(p->be, p->sums, bytes, err);
+    return bytes == 0 ? (kl_tensor){0} : kl_tensor_1d(p->sums, KL_U8, (int64_t)bytes);
 }
 
 static void look_ahead(kl_pass *p, int64_t layer)
@@ -288,9 +287,9 @@ kl_status kl_pass_compute(kl_pass *p, kl_error *err)
         p->h = kl_pass_take(p, p->act, T, D);
         p->y = kl_pass_take(p, p->act, T, D);
     }
-    KL_TRY(take_sums(p, err));
 
-    kl_embedding embed = {.ids = p->in.ids, .table = p->weights->embedding, .out = p->x};
+    kl_embedding embed = {
+        .ids = p->in.ids, .table = p->weights->embedding, .out = p->x, .sums = take_sums(p)};
     KL_TRY(kl_pass_embedding(p, &embed, err));
     KL_TRY(run_layers(p, err));
     kl_arena_rewind(&p->arena, mark); /* the head needs x alone */

@@ -33,6 +33,12 @@ constexpr int ROWS = 8, WARPS = 16, THREADS = WARPS * WARP;
 constexpr int SIDE = MIXER_SIDE; /* threads that share a role */
 static_assert(THREADS == 4 * SIDE && WARPS * ROWS == SIDE);
 
+/* Registers, as threads of which a multiprocessor would hold two blocks: what two blocks of the
+ * in-projection leave. Those of 64 a thread leave 64, int4's of 72 leave 56. fp8 would find room
+ * with 64, too, but then the compiler keeps weights in local memory across the wait. */
+template <kl_weight_format format>
+constexpr int BOUND = format == KL_W_INT4 || format == KL_W_FP8 ? THREADS + 2 * WARP : THREADS;
+
 constexpr int LOW_PIECES = SIDE / 8; /* of 16 bytes: f_low, and then g_low, are as many */
 
 /* Of those that have no channel to convolve: who asks for f_low and g_low, and for beta. */
@@ -63,22 +69,30 @@ struct head {
 /* Which head the block has, and what of it this thread: channel i of q, k or v (role 0, 1, 2), or
  * what comes beside the convolution (3). Heads of a pool, with 64 KB each, are fewer than 2^32. */
 struct place {
-    unsigned h, n, H;
+    unsigned n, H;
     int role, i;
 
     __device__ explicit place(const kda_arguments &a)
-        : h(blockIdx.x), n(blockIdx.y), H(static_cast<unsigned>(a.H)), role(threadIdx.x / SIDE),
+        : n(blockIdx.y), H(static_cast<unsigned>(a.H)), role(threadIdx.x / SIDE),
           i(threadIdx.x % SIDE)
     {
     }
 
+    /* Asked for wherever it is needed: as a number that is held, it ends in local memory. */
+    static __device__ unsigned h()
+    {
+        unsigned x;
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+        return x;
+    }
+
     /* Of qkv. */
-    __device__ unsigned column() const { return (role * H + h) * SIDE + i; }
+    __device__ unsigned column() const { return (role * H + h()) * SIDE + i; }
 
     /* The warp's rows. */
     __device__ float *state(const mixer_arguments &a, unsigned slot) const
     {
-        return a.kda.state + (long long){slot * H + h} * (SIDE * SIDE) +
+        return a.kda.state + (long long){slot * H + h()} * (SIDE * SIDE) +
                warp_id() * ROWS * SIDE;
     }
 
@@ -262,7 +276,7 @@ struct token {
             input = static_cast<const bf16 *>(a.qkv) + at.n * a.qkv_stride + at.column();
             channel.read_taps(a);
         } else if (warp_id() == BETA_WARP) {
-            input = p.beta + at.n * p.beta_stride + at.h;
+            input = p.beta + at.n * p.beta_stride + at.h();
         } else if (lane < LOW_PIECES) {
             input = p.f_low + at.n * p.f_stride + lane * 8;
         } else {
@@ -336,12 +350,12 @@ __device__ inline void finish(const mixer_arguments &a, const place &at, head &s
     const float *const o = s.o();
     const float inverse = inverse_rms(mixer_sum_of_squares<bf16>(o, SIDE), SIDE, a.eps);
     const float out = o[at.i] * inverse * s.norm_weight[at.i] * s.gate[at.i];
-    static_cast<bf16 *>(a.out)[(long long){at.n * at.H + at.h} * SIDE + at.i] =
+    static_cast<bf16 *>(a.out)[(long long){at.n * at.H + at.h()} * SIDE + at.i] =
         from_float<bf16>(out);
 }
 
 template <kl_weight_format format>
-__global__ __launch_bounds__(THREADS,
+__global__ __launch_bounds__(BOUND<format>,
                              2) void kda_mixer_step_kernel(__grid_constant__ const arguments p)
 {
     __shared__ __align__(16) head s;
@@ -352,7 +366,7 @@ __global__ __launch_bounds__(THREADS,
     if (p.unsettled) wait_for_inputs();
     ask_ahead(a, at, guess);
     token own(p, at, guess);
-    const head_gates<format> gates(p, at.h);
+    const head_gates<format> gates(p, at.h());
     if (at.role == 0) s.norm_weight[at.i] = a.norm_weight[at.i];
     if (threadIdx.x == 0) {
         barrier_init(&s.low_here, WARP);

@@ -8,8 +8,8 @@
  * Layout       rows of x and of out strided, the residual dense; weights in pieces of 16 bytes
  * Precision    x bf16, before a norm also f32; int4 weights rounded to bf16, the others exact; f32
  *              sums; f32 or bf16 out. A single token meets quantised weights as they are: int8 and
- *              int4 as whole numbers (device/digits.cuh), their halves of rows as bf16
- *              (device/halves.cuh), fp8 as float16 (device/scaled.cuh)
+ *              int4 as whole numbers (device/digits.cuh), fp8 as float16 (device/scaled.cuh), halves
+ *              of rows as bf16 (device/halves.cuh)
  * Grid         blocks that stay, two a multiprocessor, take tiles of 16 rows of weights in turn;
  *              warps share out the columns. A tile with a second weight holds 8 rows of each. Of
  *              two products the first's tiles come first. Of a single token and few rows a tile
@@ -218,13 +218,13 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
     for (int d = 0; d < STEPS_AHEAD<numbers>; d++) walk.put(ring);
     router_share share; /* of the tile that comes first, then of the next one */
     if constexpr (kind == tile_of::HALVES) share.load(a.router, blockIdx.x * SHARE_ROWS);
-    prefetch_rows<STREAM_THREADS>(a.x);
+    const held_norm<STREAM_THREADS> norm(a.x);
     wait_for_inputs();
     let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
     if constexpr (kind == tile_of::HALVES)
         copy_halves<STREAM_THREADS>(x.plain, a.x);
     else
-        bring_rows<STREAM_THREADS>(x.plain, a.x, sums);
+        bring_rows<STREAM_THREADS>(x.plain, a.x, norm, sums);
     __syncthreads();
     x.finish();
     const int T = kind == tile_of::HALVES ? a.x.T / 2 : a.x.T;
@@ -442,7 +442,7 @@ kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_erro
     if (halved) halve(a);
     return with_format(p->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;
-        constexpr x_as halves = HAS_HALVES<w> ? x_as::HALVES : x_as::BF16;
+        constexpr x_as halves = IS_QUANTISED<w> ? x_as::HALVES : x_as::BF16;
         if (halved) return launch<w, w, 1, tile_of::HALVES, halves>(be, a, err);
         return is_gated(p) ? launch_for<w, w, tile_of::PAIRS>(be, a, own, err)
                            : launch_for<w, w, tile_of::ROWS>(be, a, own, err);

@@ -15,6 +15,16 @@ static void embedding_and_gather(void)
               "embedding: table must be 1 x [70, 6], each at least 1, got 1 x [70, 7]");
     BAD_TYPE(embedding, e, e.ids.dtype = KL_F32, "embedding: ids must be int32, got float32");
     BAD_VALUE(embedding, e, e.table.data = NULL, "embedding: table must have data, got NULL");
+    e.sums = tensor(KL_U8, 1, 3 * KL_SUMS_ALIGNMENT, 1, 1, 1);
+    ACCEPTED(embedding, e, NOTHING);
+    ACCEPTED(embedding, e, e.sums = none);
+    BAD_TYPE(embedding, e, e.sums.dtype = KL_F32, "embedding: sums must be uint8, got float32");
+    BAD_VALUE(embedding, e, e.sums.data = (char *)e.sums.data + 16,
+              "embedding: sums must be aligned to 64 bytes, got 16 past it");
+    BAD_VALUE(embedding, e, e.sums.shape[0]--,
+              "embedding: sums.shape[0] must be a multiple of 64, got 191");
+    BAD_VALUE(embedding, e, e.sums.data = e.out.data, "embedding: out must not overlap sums");
+    BAD_VALUE(embedding, e, e.sums.data = e.ids.data, "embedding: sums must not overlap ids");
 
     kl_gather g = {.x = f32(2, T, D, 1, 1), .rows = i32(1, N, 1), .out = f32(2, N, D, 1, 1)};
     ACCEPTED(gather, g, NOTHING);

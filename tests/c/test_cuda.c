@@ -10,6 +10,25 @@
 static const int32_t IDS[] = {3, 0, 49, 49, 7, 12, 31, 2, 48, -1};
 enum { PICKED = 9, ROWS = 50 };
 
+/* By one block or more, not all of them whole; with rows and without. */
+static void clears_sums(void)
+{
+    static const int64_t bytes[] = {64, 6144, 20480 - 64};
+    for (int i = 0; i < 6; i++) {
+        parts p = {0};
+        kl_embedding a = {.ids = integers(i % 2, IDS),
+                          .table = weight(KL_W_BF16, ROWS, 64),
+                          .out = tensor(KL_F32, true, 2, i % 2, 64, 1, 1),
+                          .sums = tensor(KL_U8, true, 1, bytes[i / 2] + 64, 1, 1, 1)};
+        IN(a.ids);
+        WEIGHT(a.table);
+        OUT(a.out, 0);
+        OUT(a.sums, 0); /* and what lies behind them */
+        a.sums.shape[0] = bytes[i / 2];
+        ON_BOTH(embedding, "embedding: sums");
+    }
+}
+
 static void embedding_and_gather(void)
 {
     static const int64_t widths[] = {1, 37, 64, 2304};
@@ -24,6 +43,7 @@ static void embedding_and_gather(void)
         OUT(a.out, 0);
         ON_BOTH(embedding, "embedding");
     }
+    clears_sums();
     for (int i = 0; i < 8; i++) {
         parts p = {0};
         kl_gather a = {.x = tensor(ACTS[i % 2], false, 2, ROWS, widths[i / 2], 1, 1),
