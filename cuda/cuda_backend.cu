@@ -190,6 +190,13 @@ static kl_status cuda_zero(kl_backend *be, void *ptr, size_t bytes, kl_error *er
     return KL_OK;
 }
 
+static kl_status cuda_blank(kl_backend *be, void *ptr, size_t bytes, kl_error *err)
+{
+    static_assert(KL_BLANK == 0xffff);
+    KL_CUDA_TRY(cudaMemsetAsync(ptr, 0xff, bytes, self_of(be)->stream), err);
+    return KL_OK;
+}
+
 static kl_status copy(kl_backend *be, void *dst, const void *src, size_t bytes,
                       cudaMemcpyKind kind, kl_error *err)
 {
@@ -385,6 +392,8 @@ static constexpr kl_backend_vtbl make_table()
     KL_CUDA_WORKSPACES(KL_ENTRY)
 #undef KL_ENTRY
     t.router_sums = kl_cuda_router_sums;
+    t.arrivals = entry<kl_cuda_arrivals>::call;
+    t.blank = entry<cuda_blank>::call;
     return t;
 }
 

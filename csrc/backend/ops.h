@@ -64,8 +64,7 @@
     X(fill_normal)
 
 /* Scratch memory of one call, lent by the caller: at least the bytes that the backend's
- * <name>_workspace(be, args) asks for, 64-byte aligned. Its contents mean nothing before or
- * after. */
+ * <name>_workspace(be, args) asks for, 64-byte aligned. What it holds means nothing outside. */
 typedef struct {
     void *data;
     size_t bytes;
@@ -127,6 +126,7 @@ typedef struct {
     kl_dtype act;    /* of h, with a norm_weight; else x has it    */
     float norm_eps;  /* > 0 with a norm_weight                     */
     kl_router_ahead ahead; /* with a residual of one token; not in a linear_pair */
+    bool arriving;         /* x is, without a norm: arrivals.h; not in a linear_pair */
 } kl_linear;
 
 #define KL_PEAK_OUTPUTS 16
@@ -263,7 +263,7 @@ typedef struct {
     kl_tensor drawn;       /* [T] i32, or absent; guesses only            */
     kl_gate gate;
     float lower_bound, scale, eps;
-    bool single, guesses;
+    bool single, guesses, arriving; /* the inputs are: backend/arrivals.h */
 } kl_kda_mixer;
 
 /* Cutting a prefill at its multiples changes no bit; on CUDA at 64, where there are no segments. */

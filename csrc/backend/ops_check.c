@@ -133,6 +133,14 @@ static kl_status check_no_peaks(const char *op, const kl_linear *a, const map_na
     return kl_fail(err, KL_ERR_VALUE, "%s: %s must be absent", op, n->peaks);
 }
 
+/* x as it arrives, which a norm would have to read twice. */
+static kl_status check_arriving(const char *op, const kl_linear *a, kl_error *err)
+{
+    if (!a->arriving) return KL_OK;
+    if (kl_tensor_absent(&a->norm_weight)) return kl_require_arriving(op, "x", &a->x, err);
+    return kl_fail(err, KL_ERR_VALUE, "%s: norm_weight must be absent with an arriving x", op);
+}
+
 /* The act of a map whose x may still be anything. */
 static unsigned act_bit_of(const kl_linear *a)
 {
@@ -182,6 +190,7 @@ kl_status kl_check_linear(const kl_linear *a, kl_error *err)
     KL_TRY(kl_require_aligned(op, "peaks", a->peaks.data, 2 * sizeof(float), err));
     KL_TRY(
         kl_require_weight(op, "w", &a->w, 1, width_of(a), a->x.shape[1], KL_ANY_FORMAT, err));
+    KL_TRY(check_arriving(op, a, err));
     return check_ahead(op, a, err);
 }
 
@@ -195,6 +204,9 @@ kl_status kl_check_linear_pair(const kl_linear_pair *a, kl_error *err)
     if (f->ahead.sums != NULL || s->ahead.sums != NULL)
         return kl_fail(err, KL_ERR_VALUE, "%s: %s.ahead.sums must be NULL", op,
                        f->ahead.sums != NULL ? "first" : "second");
+    if (f->arriving || s->arriving)
+        return kl_fail(err, KL_ERR_VALUE, "%s: %s.arriving must be false", op,
+                       f->arriving ? "first" : "second");
     KL_TRY(check_no_peaks(op, f, &FIRST, err));
     KL_TRY(check_no_peaks(op, s, &SECOND, err));
     const unsigned act = act_bit_of(f);

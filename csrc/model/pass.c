@@ -109,11 +109,10 @@ kl_linear kl_pass_first_map(const kl_pass *p, const kl_weight *w, kl_tensor out)
                        .out = out};
 }
 
-kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error *err)
+kl_linear kl_pass_last_map(const kl_pass *p, const kl_weight *w, kl_tensor x)
 {
-    kl_linear a = {
+    return (kl_linear){
         .x = x, .w = *w, .out = p->ends.out, .residual = p->ends.residual, .ahead = p->ahead};
-    return kl_pass_linear(p, &a, err);
 }
 
 /* ---- layers ---------------------------------------------------------------------------- */
@@ -183,6 +182,33 @@ static kl_status take_sums(kl_pass *p, kl_error *err)
     p->sums = bytes == 0 ? NULL : kl_arena_take(&p->arena, bytes);
     KL_TRY(check_arena(p, "step", err));
     return p->sums == NULL ? KL_OK : p->be->vt->zero(p->be, p->sums, bytes, err);
+}
+
+/* The first KDA layer, or n_layers. */
+static int64_t first_kda(const kl_config *c)
+{
+    int64_t i = 0;
+    while (i < c->n_layers && c->mixer[i] != KL_MIXER_KDA) i++;
+    return i;
+}
+
+/* Blank memory of all KDA layers for what is read as it arrives, likewise once a step. They are
+ * alike, so the first speaks for them. */
+static kl_status take_arriving(kl_pass *p, kl_error *err)
+{
+    const int64_t first = first_kda(p->config);
+    p->arrivals = (kl_arrivals){0};
+    if (p->be->vt->arrivals == NULL || !p->shape.decode || p->shape.T != 1 ||
+        first == p->config->n_layers)
+        return KL_OK;
+    const kl_layer_weights *w = &p->weights->layers[first];
+    KL_TRY(enter(p, &w->mixer_norm, true, err));
+    KL_TRY(kl_kda_find_arrivals(p, &w->kda, err));
+    if (!p->arrivals.mixer && !p->arrivals.out) return KL_OK;
+    const size_t bytes = (size_t)p->cache->n_kda * kl_kda_arriving_bytes(p);
+    p->arriving = kl_arena_take(&p->arena, bytes);
+    KL_TRY(check_arena(p, "step", err));
+    return kl_pass_dry(p) ? KL_OK : p->be->vt->blank(p->be, p->arriving, bytes, err);
 }
 
 static void look_ahead(kl_pass *p, int64_t layer)
@@ -289,6 +315,7 @@ kl_status kl_pass_compute(kl_pass *p, kl_error *err)
         p->y = kl_pass_take(p, p->act, T, D);
     }
     KL_TRY(take_sums(p, err));
+    KL_TRY(take_arriving(p, err));
 
     kl_embedding embed = {.ids = p->in.ids, .table = p->weights->embedding, .out = p->x};
     KL_TRY(kl_pass_embedding(p, &embed, err));
