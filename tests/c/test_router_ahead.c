@@ -159,7 +159,8 @@ static void a_layer_may_have_none(void)
 /* The CPU leaves none, and refuses to. */
 static void the_cpu_refuses(void)
 {
-    static float x[WIDTH], r[WIDTH], w[WIDTH * WIDTH], n[WIDTH];
+    static _Alignas(KL_SUMS_ALIGNMENT) float w[WIDTH * WIDTH];
+    static float x[WIDTH], r[WIDTH], n[WIDTH];
     kl_backend *be = tiny_backend(1);
     const kl_weight square = {
         .format = KL_W_F32, .count = 1, .rows = WIDTH, .cols = WIDTH, .data = w};
