@@ -93,5 +93,7 @@ KL_CUDA_OPS(KL_DECLARE)
 KL_CUDA_WORKSPACES(KL_DECLARE)
 #undef KL_DECLARE
 size_t kl_cuda_router_sums(kl_backend *be, const kl_weight *before, const kl_moe *a);
+kl_status kl_cuda_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
+                           const kl_linear *last, kl_arrivals *out, kl_error *err);
 
 #endif
