@@ -64,22 +64,22 @@
     X(fill_normal)
 
 /* Scratch memory of one call, lent by the caller: at least the bytes that the backend's
- * <name>_workspace(be, args) asks for, 64-byte aligned. Its contents mean nothing before or
- * after. */
+ * <name>_workspace(be, args) asks for, 64-byte aligned. What it holds means nothing outside. */
 typedef struct {
     void *data;
     size_t bytes;
 } kl_workspace;
 
 /* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. The
- * first operation of a step, so it also clears what later ones add to: a router's sums. */
+ * first operation of a step, so it also sets memory that later ones need so: a router's sums, and
+ * what is read as it arrives. Of both, address and bytes are multiples of KL_SUMS_ALIGNMENT. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor ids;   /* [T] i32, in [-1, rows)                           */
-    kl_weight table; /* [rows, D], f32 or bf16, count 1                  */
-    kl_tensor out;   /* [T, D] f32 or bf16                               */
-    kl_tensor sums;  /* [bytes] u8, set to 0, or absent; address and bytes are multiples of
-                        KL_SUMS_ALIGNMENT                                */
+    kl_tensor ids;    /* [T] i32, in [-1, rows)                          */
+    kl_weight table;  /* [rows, D], f32 or bf16, count 1                 */
+    kl_tensor out;    /* [T, D] f32 or bf16                              */
+    kl_tensor sums;   /* [bytes] u8, set to 0, or absent                 */
+    kl_tensor blanks; /* [bytes] u8, set to 0xff: KL_BLANK; or absent    */
 } kl_embedding;
 
 /* out[n, :] = x[rows[n], :]. */
@@ -130,6 +130,7 @@ typedef struct {
     kl_dtype act;    /* of h, with a norm_weight; else x has it    */
     float norm_eps;  /* > 0 with a norm_weight                     */
     kl_router_ahead ahead; /* with a residual of one token; not in a linear_pair */
+    bool arriving;         /* x is, without a norm: arrivals.h; not in a linear_pair */
 } kl_linear;
 
 #define KL_PEAK_OUTPUTS 16
@@ -266,7 +267,7 @@ typedef struct {
     kl_tensor drawn;       /* [T] i32, or absent; guesses only            */
     kl_gate gate;
     float lower_bound, scale, eps;
-    bool single, guesses;
+    bool single, guesses, arriving; /* the inputs are: backend/arrivals.h */
 } kl_kda_mixer;
 
 /* Cutting a prefill at its multiples changes no bit; on CUDA at 64, where there are no segments. */

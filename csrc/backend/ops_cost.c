@@ -40,7 +40,7 @@ kl_cost kl_cost_embedding(const kl_embedding *a)
 {
     const double row = (double)kl_weight_row_bytes(a->table.format, a->table.cols);
     return (kl_cost){0, tensor_bytes(&a->ids) + dim(&a->out, 0) * row + tensor_bytes(&a->out) +
-                            tensor_bytes(&a->sums)};
+                            tensor_bytes(&a->sums) + tensor_bytes(&a->blanks)};
 }
 
 kl_cost kl_cost_gather(const kl_gather *a)

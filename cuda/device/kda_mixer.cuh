@@ -6,6 +6,7 @@
 #ifndef KL_CUDA_DEVICE_KDA_MIXER_H
 #define KL_CUDA_DEVICE_KDA_MIXER_H
 
+#include "arriving.cuh"
 #include "gated_norm.cuh"
 #include "kda.cuh"
 #include "launch.cuh"
@@ -40,15 +41,7 @@ __device__ inline long long mixer_slot(const mixer_arguments &a, unsigned n)
     return a.kda.slots == nullptr ? n : a.kda.slots[n];
 }
 
-/* A load that stays where it is written, before it is known whether its address was right: the
- * compiler would rather have it where the value is used. */
-__device__ inline bf16 load_here(const bf16 *from)
-{
-    unsigned short x;
-    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
-    return __ushort_as_bfloat16(x);
-}
-
+/* As those of arriving.cuh, before it is known whether the address was right. */
 __device__ inline int load_here(const int *from)
 {
     int x;

@@ -39,6 +39,7 @@
 #define KL_CUDA_DEVICE_RING_H
 
 #include "../product.h"
+#include "arriving.cuh"
 #include "math.cuh"
 #include "stream.cuh"
 #include "wide.cuh"
@@ -381,8 +382,10 @@ template <int threads> __device__ void copy_rows(const shared_rows &to, const ro
     }
 }
 
-/* The same of the halves of a row, which lie one behind the other, of a multiple of 128 columns. */
-template <int threads> __device__ void copy_halves(const shared_rows &to, const row_source &s)
+/* The same of the halves of a row, which lie one behind the other, of a multiple of 128 columns;
+ * or of one that is arriving. */
+template <int threads, bool arriving>
+__device__ void copy_halves(const shared_rows &to, const row_source &s)
 {
     constexpr int AT_ONCE = 2;
     const uint4 *const from = static_cast<const uint4 *>(s.x);
@@ -392,11 +395,14 @@ template <int threads> __device__ void copy_halves(const shared_rows &to, const 
         uint4 v[AT_ONCE] = {};
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
-            if (const int u = first + i * threads; u < 2 * units) v[i] = from[u];
+            if (const int u = first + i * threads; u < 2 * units)
+                v[i] = arriving ? load_here(from + u) : from[u];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
-            if (const int u = first + i * threads; u < 2 * units)
+            if (const int u = first + i * threads; u < 2 * units) {
+                if (arriving && !is_there(v[i])) v[i] = await(from + u);
                 *to.unit(u >= units, u >= units ? u - units : u) = v[i];
+            }
     }
 }
 

@@ -2,12 +2,12 @@
  * embedding.cu -- picking rows: embedding and gather.
  *
  * Computes     out[n, :] = from[rows[n], :], in the dtype of out; zeros where rows[n] is -1; an
- *              embedding also clears sums, so that no other kernel has to
+ *              embedding also sets sums and blanks, so that no other kernel has to
  * Shapes       from [R, D]; rows [N] i32; out [N, D]
  * Layout       dense, row-major
  * Precision    a copy, widened or rounded to the dtype of out
  * Grid         one block a row; a thread asks for UNROLL pieces before it stores the first. Behind
- *              them blocks that clear CLEARED pieces a thread
+ *              them blocks that set SET pieces a thread
  * Roofline     N * D * (2 + 2) bytes for bf16: memory-bound, 12.6 us at N = 8192, D = 2304 on an
  *              H100 (3.0 TB/s)
  * Measured     H200, in a step (D = 2304, bf16 to f32): 1.9 us for one row, 2.7 for 256
@@ -20,20 +20,28 @@ namespace {
 
 constexpr int THREADS = 96; /* D = 2304 in bf16 is three pieces for each */
 constexpr int UNROLL = 3;
-constexpr int CLEARED = 4; /* the sums of the model's 26 layers, 238 KB, by 39 blocks */
-constexpr int64_t CLEARED_BYTES = int64_t{THREADS} * CLEARED * sizeof(uint4); /* of a block */
+constexpr int SET = 4; /* what a token of the model needs so, 238 and 667 KB, by 148 blocks */
+constexpr int64_t SET_PIECES = int64_t{THREADS} * SET; /* of a block */
 
-/* Of the sums, in pieces; none with 0. */
-struct clearing {
-    uint4 *sums;
-    int64_t pieces;
+/* Memory to set, as one row of pieces of 16 bytes: sums, behind them blanks. */
+struct setting {
+    uint4 *sums, *blanks;
+    int64_t n_sums, n; /* of the sums, of both */
+
+    int64_t blocks() const { return (n + SET_PIECES - 1) / SET_PIECES; }
 
     __device__ void run(int64_t block) const
     {
-        const int64_t first = block * THREADS * CLEARED + threadIdx.x;
+        static_assert(KL_BLANK == 0xffff);
+        const int64_t first = block * SET_PIECES + threadIdx.x;
 #pragma unroll
-        for (int i = 0; i < CLEARED; i++)
-            if (const int64_t at = first + i * THREADS; at < pieces) sums[at] = uint4{};
+        for (int i = 0; i < SET; i++) {
+            const int64_t at = first + i * THREADS;
+            if (at < n_sums)
+                sums[at] = uint4{};
+            else if (at < n)
+                blanks[at - n_sums] = uint4{~0u, ~0u, ~0u, ~0u};
+        }
     }
 };
 
@@ -49,12 +57,13 @@ template <class To, class From> __device__ To convert(From x)
 template <class From, class To, int VEC>
 __global__ __launch_bounds__(THREADS) void pick_kernel(const From *from, const int *rows,
                                                        To *to, int64_t N, int64_t D,
-                                                       clearing clear)
+                                                       setting memory)
 {
     const int64_t n = blockIdx.x;
     let_next_start();
-    wait_for_inputs(); /* who used the sums in the step before may not have ended either */
-    if (n >= N) return clear.run(n - N);
+    wait_for_inputs(); /* who used the memory in the step before may not have ended either; who uses
+                          it in this one waits for its own inputs, or starts behind one that has */
+    if (n >= N) return memory.run(n - N);
     const int row = rows[n];
     if (row >= 0) from += row * D;
     to += n * D;
@@ -79,16 +88,13 @@ __global__ __launch_bounds__(THREADS) void pick_kernel(const From *from, const i
 
 template <class From, class To>
 kl_status launch(const char *op, const kl_tensor &from, const kl_tensor &rows,
-                 const kl_tensor &out, const kl_tensor &sums, cudaStream_t stream,
+                 const kl_tensor &out, const setting &memory, cudaStream_t stream,
                  kl_error *err)
 {
     constexpr int VEC =
         16 / static_cast<int>(sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
     const int64_t N = out.shape[0], D = out.shape[1];
-    const int64_t bytes = kl_tensor_absent(&sums) ? 0 : sums.shape[0];
-    const int64_t blocks = N + (bytes + CLEARED_BYTES - 1) / CLEARED_BYTES;
-    const clearing clear = {static_cast<uint4 *>(sums.data),
-                            bytes / static_cast<int64_t>(sizeof(uint4))};
+    const int64_t blocks = N + memory.blocks();
     if (blocks == 0) return KL_OK;
     if (blocks > MAX_BLOCKS)
         return kl_fail(err, KL_ERR_VALUE, "%s: rows must be <= %lld, got %lld", op,
@@ -100,18 +106,23 @@ kl_status launch(const char *op, const kl_tensor &from, const kl_tensor &rows,
     return kl_cuda_launch(kernel, static_cast<unsigned>(blocks), THREADS, 0, stream, err,
                           static_cast<const From *>(from.data),
                           static_cast<const int *>(rows.data), static_cast<To *>(out.data), N,
-                          D, clear);
+                          D, memory);
 }
 
 kl_status pick(kl_backend *be, const char *op, const kl_tensor &from, const kl_tensor &rows,
-               const kl_tensor &out, const kl_tensor &sums, kl_error *err)
+               const kl_tensor &out, const setting &memory, kl_error *err)
 {
     return with_float_type(from.dtype, [&](auto f) {
         return with_float_type(out.dtype, [&](auto t) {
-            return launch<decltype(f), decltype(t)>(op, from, rows, out, sums,
+            return launch<decltype(f), decltype(t)>(op, from, rows, out, memory,
                                                     kl_cuda_stream(be), err);
         });
     });
+}
+
+int64_t pieces_of(const kl_tensor &bytes)
+{
+    return kl_tensor_absent(&bytes) ? 0 : bytes.shape[0] / static_cast<int64_t>(sizeof(uint4));
 }
 
 } // namespace
@@ -120,10 +131,14 @@ kl_status kl_cuda_embedding(kl_backend *be, const kl_embedding *a, kl_error *err
 {
     const kl_dtype dtype = a->table.format == KL_W_F32 ? KL_F32 : KL_BF16;
     const kl_tensor table = kl_tensor_2d(a->table.data, dtype, a->table.rows, a->table.cols);
-    return pick(be, "embedding", table, a->ids, a->out, a->sums, err);
+    const int64_t n_sums = pieces_of(a->sums);
+    const setting memory = {static_cast<uint4 *>(a->sums.data),
+                            static_cast<uint4 *>(a->blanks.data), n_sums,
+                            n_sums + pieces_of(a->blanks)};
+    return pick(be, "embedding", table, a->ids, a->out, memory, err);
 }
 
 kl_status kl_cuda_gather(kl_backend *be, const kl_gather *a, kl_error *err)
 {
-    return pick(be, "gather", a->x, a->rows, a->out, kl_tensor{}, err);
+    return pick(be, "gather", a->x, a->rows, a->out, setting{}, err);
 }

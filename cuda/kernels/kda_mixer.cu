@@ -20,6 +20,7 @@
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"
+#include "../product.h"
 
 namespace {
 
@@ -298,10 +299,27 @@ size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
     return kl_kda_mixer_bytes(a, kl_cuda_linear_pair_workspace(be, &p.gates), kda);
 }
 
+static bool hears(const kl_kda_mixer *a)
+{
+    return a->qkv.shape[0] == 1 && kl_cuda_kda_mixer_step_takes(a);
+}
+
+kl_status kl_cuda_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
+                           const kl_linear *last, kl_arrivals *out, kl_error *err)
+{
+    *out = {};
+    if (!hears(mixer) || !kl_cuda_linear_pair_tells(be, in)) return KL_OK;
+    out->mixer = true;
+    return kl_cuda_linear_hears(be, last, &out->out, err);
+}
+
 kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err)
 {
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     if (a->qkv.shape[0] == 0) return KL_OK;
+    if (a->arriving && !hears(a))
+        return kl_fail(err, KL_ERR_VALUE,
+                       "kda_mixer: inputs must not be arriving where arrivals() says so");
     if (a->guesses) return kl_cuda_kda_mixer_guesses(be, a, p, err);
     if (kl_cuda_kda_mixer_step_takes(a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));

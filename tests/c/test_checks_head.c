@@ -176,7 +176,7 @@ static void costs_of_known_calls(void)
            4 * D + 2 * E * D + 5 * E + kl_cost_moe_experts(&m).flops + D);
 }
 
-static void cost_of_an_embedding_with_sums(void)
+static void cost_of_an_embedding_with_memory_to_set(void)
 {
     kl_embedding e = {
         .ids = i32(1, T, 1), .table = weight(KL_W_BF16, 1, ROWS, D), .out = f32(2, T, D, 1, 1)};
@@ -184,6 +184,8 @@ static void cost_of_an_embedding_with_sums(void)
     EXPECT(bytes == 4 * T + 2 * T * D + 4 * T * D);
     e.sums = tensor(KL_U8, 1, 3 * KL_SUMS_ALIGNMENT, 1, 1, 1);
     EXPECT(kl_cost_embedding(&e).bytes == bytes + 3 * KL_SUMS_ALIGNMENT);
+    e.blanks = tensor(KL_U8, 1, 2 * KL_SUMS_ALIGNMENT, 1, 1, 1);
+    EXPECT(kl_cost_embedding(&e).bytes == bytes + 5 * KL_SUMS_ALIGNMENT);
 }
 
 /* Greedy rows with peaks read no more than 16 logits; a penalty or alternatives all of them. */
@@ -203,7 +205,8 @@ static void cost_of_greedy_rows(void)
     EXPECT(kl_cost_sample(&s).bytes == 4.0 * N * 7 + 8.0 * N + out);
     s.logits.shape[1] = VOCAB, s.peaks.shape[1] = PEAKS;
     s.greedy = false;
-    EXPECT(kl_cost_sample(&s).bytes == all + peaks && kl_cost_sample(&s).flops == 3.0 * N * VOCAB);
+    EXPECT(kl_cost_sample(&s).bytes == all + peaks &&
+           kl_cost_sample(&s).flops == 3.0 * N * VOCAB);
     s.greedy = true, s.peaks = none;
     EXPECT(kl_cost_sample(&s).bytes == all && kl_cost_sample(&s).flops == 3.0 * N * VOCAB);
     s.peaks = f32(3, N, PEAKS, 2, 1), s.seen = i32(2, N, 10);
@@ -218,7 +221,7 @@ int main(void)
     RUN(moe_whole);
     RUN(logprobs_and_sampling);
     RUN(costs_of_known_calls);
-    RUN(cost_of_an_embedding_with_sums);
+    RUN(cost_of_an_embedding_with_memory_to_set);
     RUN(cost_of_greedy_rows);
     return test_failures != 0;
 }

@@ -188,8 +188,8 @@ static kl_status run_layer(kl_backend *be, const kl_weight *square, float *x, fl
 /* The CPU leaves none and reads none, and refuses to. */
 static void the_cpu_refuses(void)
 {
-    static float x[WIDTH], r[WIDTH], n[WIDTH];
     static _Alignas(KL_SUMS_ALIGNMENT) float w[WIDTH * WIDTH];
+    static float x[WIDTH], r[WIDTH], n[WIDTH];
     kl_backend *be = tiny_backend(1);
     const kl_weight square = {
         .format = KL_W_F32, .count = 1, .rows = WIDTH, .cols = WIDTH, .data = w};
