@@ -275,6 +275,15 @@ __device__ void fill_ordered(const tile_arguments &p, const tile_ring<S> &ring,
 
 /* ---- the warpgroups that multiply ------------------------------------------------------ */
 
+/* In a register of its own. bf16 pairs are operand A as they are loaded: wgmma would read them where
+ * they are, while the next ones are loaded there. */
+__device__ __forceinline__ uint32_t copy_of(uint32_t x)
+{
+    uint32_t y;
+    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 /* Of a thread's two rows of weights: where their scales begin, and what it holds of a step. */
 template <class S> struct ordered_weights {
     using own = stream_format<S::FORMAT, 1>;
@@ -335,7 +344,7 @@ template <class S> struct ordered_weights {
         for (int i = 0; i < S::AT_ONCE; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                a[i][e] = pairs[e % 2][0][2 * (group * S::AT_ONCE + i) + e / 2];
+                a[i][e] = copy_of(pairs[e % 2][0][2 * (group * S::AT_ONCE + i) + e / 2]);
     }
 };
 
