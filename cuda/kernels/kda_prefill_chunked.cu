@@ -27,17 +27,21 @@ namespace {
 
 using namespace kda;
 
-constexpr int GROUPS = 4; /* warpgroups; in blocks that scan, one prepares */
+constexpr int GROUPS = 5; /* warpgroups; in blocks that scan, one prepares */
 constexpr int THREADS = GROUPS * GROUP;
 /* Roles of the warpgroups of a block that scans. */
-enum { CHAIN, OUTPUT, BRING, PREPARE };
+enum { CHAIN, OUTPUT, BRING, IDLE, PREPARE };
 /* Registers of a thread: at first, and those of a chain warp, which holds its rows of the state
  * beside their operands; the other two roles of a block that scans give up for it. */
-constexpr int REGISTERS = 128, CHAIN_REGISTERS = 168;
-constexpr int OUTPUT_REGISTERS = 112, BRING_REGISTERS = 48;
+constexpr int REGISTERS = 96, CHAIN_REGISTERS = 184, TWO_CHAINS_REGISTERS = 160;
+constexpr int OUTPUT_REGISTERS = 112, BRING_REGISTERS = 64, IDLE_REGISTERS = 24;
+constexpr int BRING_TO_TWO_REGISTERS = 40;
 static_assert(SCANNERS == PREPARERS);
-static_assert(REGISTERS * THREADS == 64 * 1024);
-static_assert(2 * CHAIN_REGISTERS + BRING_REGISTERS + REGISTERS <= 4 * REGISTERS);
+static_assert(REGISTERS * THREADS <= 64 * 1024);
+static_assert(CHAIN_REGISTERS + OUTPUT_REGISTERS + BRING_REGISTERS + IDLE_REGISTERS <=
+              4 * REGISTERS);
+static_assert(2 * TWO_CHAINS_REGISTERS + BRING_TO_TWO_REGISTERS + IDLE_REGISTERS <=
+              4 * REGISTERS);
 /* Chunks in flight: more than what all groups prepare at once, and 16 MB. Of a pair: as many let
  * as many groups prepare ahead of it; more than 64 chunks ahead serve nobody. */
 constexpr int RING = 512, FEWEST_SLOTS = 8, MOST_SLOTS = 64;
@@ -95,16 +99,18 @@ __device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
 {
     constexpr bool outputs = pass == KDA_OUTPUTS;
     if (group == CHAIN) {
-        registers_up_to<CHAIN_REGISTERS>();
+        registers_up_to<outputs ? CHAIN_REGISTERS : TWO_CHAINS_REGISTERS>();
         run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m);
     } else if (group == BRING) {
-        registers_down_to<BRING_REGISTERS>();
+        registers_down_to<outputs ? BRING_REGISTERS : BRING_TO_TWO_REGISTERS>();
         bring_chunks(s, w, m);
+    } else if (group == IDLE) {
+        registers_down_to<IDLE_REGISTERS>();
     } else if constexpr (outputs) {
-        registers_down_to<OUTPUT_REGISTERS>();
+        registers_up_to<OUTPUT_REGISTERS>();
         run_output(s, w, m);
     } else {
-        registers_up_to<CHAIN_REGISTERS>();
+        registers_up_to<TWO_CHAINS_REGISTERS>();
         run_chain<OF_UNITS>(s, w, m);
     }
 }

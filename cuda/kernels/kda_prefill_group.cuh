@@ -20,6 +20,7 @@ constexpr int PREPARERS = 4; /* warps of a group */
 constexpr int GROUP = PREPARERS * WARP;
 constexpr int OCTET = 8, OCTETS = KDA_TOKENS / OCTET;
 constexpr int TILES = OCTETS * (OCTETS + 1) / 2; /* pairs of octets, the earlier one second */
+constexpr int EARLY_TILES = TILES - OCTETS;      /* without the last octet's */
 constexpr int BLOCK = KDA_TOKENS / 2;            /* side of the blocks that are inverted */
 constexpr int BLOCK_PITCH = BLOCK + 4;  /* of one whose rows are read by lanes side by side */
 constexpr int CHANNELS = 8;             /* of a lane */
@@ -37,6 +38,15 @@ constexpr float LOST_TO_TF32 = 2 * 0.00035221f;
 
 static_assert(GROUP == KDA_K, "a thread has a channel");
 static_assert(PREPARERS * 4 * CHANNELS == KDA_K, "a warp has 32 channels");
+static_assert(EARLY_TILES + PREPARERS * OCTETS <= PREPARERS * EARLY_TILES);
+
+/* The same number. What is made of it is made here: compilers would make it before the loop over
+ * chunks, and keep it in registers that octets need. */
+__device__ inline int made_here(int x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 /* What turns A into X, in the place of X's two parts until they are known. */
 struct inverse_memory {
@@ -45,6 +55,12 @@ struct inverse_memory {
 };
 static_assert(sizeof(inverse_memory) <= sizeof(kda_chunk::X) + sizeof(kda_chunk::X_low));
 static_assert(offsetof(kda_chunk, X_low) == offsetof(kda_chunk, X) + sizeof(kda_chunk::X));
+
+/* A chunk on its way to its slot: the flag, and what it is to become when the chunk is there. */
+struct delivery {
+    unsigned *flag;
+    unsigned value;
+};
 
 /* A chunk to prepare. */
 struct item {
@@ -55,22 +71,37 @@ struct item {
     unsigned serial;
 };
 
+/* What one head's gate holds for all tokens:
+ *     log2-decay = outer * (g | log2(1 + 2^(inner g + bias)) | sigmoid(inner (g + bias))) */
+struct head_gate {
+    float inner, outer;
+};
+
+/* Where the rows of a chunk begin in device memory: its head's channels of its first token. */
+struct chunk_rows {
+    const char *k, *q, *g;
+};
+
 /* Shared memory of a group. */
 struct alignas(128) prepare_memory {
     kda_chunk chunk; /* until it is copied to its slot */
     union {
-        float part[PREPARERS][TILES][2][OCTET][OCTET]; /* A and M over a warp's channels */
-        struct {                                       /* afterwards */
-            float X[KDA_TOKENS][KDA_TOKENS + 4];       /* (1 + A)^-1 */
+        /* A and M over a warp's channels, but of the last octet: then the sums over warps take
+         * the place of the first warp's, and what follows them is the last octet's. */
+        float part[PREPARERS * EARLY_TILES][2][OCTET][OCTET];
+        struct {                                 /* afterwards */
+            float X[KDA_TOKENS][KDA_TOKENS + 4]; /* (1 + A)^-1 */
             float product[BLOCK][BLOCK_PITCH];
         };
     };
     float squares[2][KDA_TOKENS][PREPARERS]; /* sums of k^2 and q^2 */
-    float total[OCTETS][KDA_K];              /* log2 of its octets' decays */
     float beta[KDA_TOKENS];
     float column[KDA_TOKENS]; /* factors of X's columns */
     float bias[KDA_K];        /* of the gate, in its units */
-    item items[3];            /* the group's and its next */
+    head_gate gate;
+    chunk_rows rows;
+    delivery sent; /* the last chunk, of the thread that sent it */
+    item items[3]; /* the group's and its next */
 };
 
 __device__ inline inverse_memory &inverse_of(prepare_memory &m)
@@ -78,12 +109,11 @@ __device__ inline inverse_memory &inverse_of(prepare_memory &m)
     return reinterpret_cast<inverse_memory &>(m.chunk.X);
 }
 
-/* The same number. What is made of it is made here: compilers would make it before the loop over
- * chunks, and keep it in registers that octets need. */
-__device__ inline int made_here(int x)
+/* The sums of log2-decays of the octets so far, in the place of what is made of them. */
+__device__ inline float *totals_of(prepare_memory &m)
 {
-    asm volatile("" : "+r"(x));
-    return x;
+    static_assert(sizeof m.chunk.decay >= KDA_K * sizeof(float));
+    return m.chunk.decay[0];
 }
 
 __device__ inline void group_barrier(int group)
@@ -120,12 +150,6 @@ __device__ inline float log1p_quotient(float e)
     return fmaf(p, e, 1.44268325f);
 }
 
-/* What one head's gate holds for all tokens:
- *     log2-decay = outer * (g | log2(1 + 2^(inner g + bias)) | sigmoid(inner (g + bias))) */
-struct head_gate {
-    float inner, outer;
-};
-
 /* inner g may overflow: a rate that sees the difference makes LEAST of it anyway, and one that is
  * next to nothing counts in larger units. */
 __device__ inline head_gate gate_of(const kda_arguments &a, int h)
@@ -148,9 +172,9 @@ __device__ inline float at_least(float x, float least)
  * lane 4 c + t has tokens t and t + 4 of an octet, and channels 4 c .. 4 c + 3 of its warp. */
 using lane_gates = float[2][CHANNELS / 2];
 
-__device__ inline int gate_channel()
+__device__ inline int gate_channel(int thread)
 {
-    return warp_id() % PREPARERS * 32 + lane_id() / 4 * (CHANNELS / 2);
+    return thread / WARP * 32 + thread % WARP / 4 * (CHANNELS / 2);
 }
 
 /* Raw gates to log2-decays. */
@@ -176,10 +200,10 @@ __device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate,
 /* Sums L of an octet's log2-decays from its first token to the lane's, and to its last, of `left`
  * tokens. By a product with ones and zeros, in which a decay travels as two tf32; they keep 22
  * bits of it. */
-__device__ inline void sum_over_octet(const lane_gates &x, int left, float (&L)[CHANNELS],
-                                      float (&total)[CHANNELS])
+__device__ inline void sum_over_octet(const lane_gates &x, int left, int lane,
+                                      float (&L)[CHANNELS], float (&total)[CHANNELS])
 {
-    const int token = lane_id() / 4, first = lane_id() % 4, second = first + OCTET / 2;
+    const int token = lane / 4, first = lane % 4, second = first + OCTET / 2;
     const uint32_t one = __float_as_uint(1.0f);
     const uint32_t has_first = first < left ? one : 0, has_second = second < left ? one : 0;
     const uint32_t rows[4] = {token >= first ? has_first : 0, has_first,
@@ -223,10 +247,11 @@ __device__ inline void unpack_gates(const raw_gates &g, bool is_bf16, lane_gates
 }
 
 /* A channel a thread. */
-__device__ inline void load_bias(const kda_arguments &a, const head_gate &gate, const item &c,
-                                 prepare_memory &m)
+__device__ inline void load_gate(const kda_arguments &a, const item &c, prepare_memory &m)
 {
     const int i = threadIdx.x % GROUP;
+    const head_gate gate = gate_of(a, c.h);
+    if (i == 0) m.gate = gate;
     if (a.gate == KL_GATE_DIRECT) return;
     const float bias = a.dt_bias == nullptr ? 0.0f : a.dt_bias[c.h * KDA_K + i];
     m.bias[i] = a.gate == KL_GATE_SOFTPLUS ? bias * gate.inner : bias;
@@ -286,9 +311,34 @@ __device__ inline float find_factors(const kda_arguments &a, bool is_raw, prepar
     return column * f.x * (1 + LOST_TO_TF32);
 }
 
+/* ---- sums over warps --------------------------------------------------------------------- */
+
 __device__ constexpr int tile_of(int row, int column)
 {
     return row * (row + 1) / 2 + column;
+}
+
+/* Two neighbours of a tile, summed over the warps, each of which has so many tiles; `part` is of
+ * the first warp's. */
+template <int tiles> __device__ inline float2 add_part(const float2 *part)
+{
+    float2 sum = *part;
+#pragma unroll
+    for (int w = 1; w < PREPARERS; w++) {
+        const float2 x = part[w * tiles * 2 * PART];
+        sum.x += x.x, sum.y += x.y;
+    }
+    return sum;
+}
+
+/* The tiles of all octets but the last: sums in the place of the first warp's. */
+__device__ inline void add_early_parts(prepare_memory &m)
+{
+    static_assert(EARLY_TILES * 2 * PART % GROUP == 0);
+    float2 *part = reinterpret_cast<float2 *>(m.part) + made_here(threadIdx.x % GROUP);
+#pragma unroll
+    for (int i = 0; i < EARLY_TILES * 2 * PART; i += GROUP)
+        part[i] = add_part<EARLY_TILES>(part + i);
 }
 
 } // namespace kda

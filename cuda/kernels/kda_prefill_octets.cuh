@@ -20,9 +20,9 @@
 namespace kda {
 
 /* The lane's first channel of a head. */
-__device__ inline int lane_channel()
+__device__ inline int lane_channel(int thread)
 {
-    return warp_id() % PREPARERS * 32 + lane_id() % 4 * CHANNELS;
+    return thread / WARP * 32 + thread % 4 * CHANNELS;
 }
 
 /* ---- A and M ----------------------------------------------------------------------------- */
@@ -31,32 +31,12 @@ __device__ inline int lane_channel()
  * those of M. Those of the next pair lie behind. */
 using lane_part = float2 *;
 
-__device__ inline lane_part lane_part_of(prepare_memory &m)
+__device__ inline lane_part lane_part_of(prepare_memory &m, int o, int thread)
 {
-    float(*first)[OCTET] = m.part[warp_id() % PREPARERS][0][0];
-    return reinterpret_cast<lane_part>(&first[lane_id() / 4][lane_id() % 4 * 2]);
-}
-
-/* An octet's rows against its own k, from differences of the sums L. Lane 4 g + 0 writes row g. */
-__device__ inline void steep_octet(const float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                   const float (&L)[CHANNELS], lane_part to)
-{
-    const int row = lane_id() / 4;
-    float *const A = &to->x, *const M =
-                                 &to[PART].x; /* of its first column, in its first lane */
-#pragma unroll 1
-    for (int d = 0; d < OCTET; d++) {
-        float a = 0, b = 0;
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) {
-            const float other = __shfl_up_sync(ALL_LANES, k[i], 4 * d);
-            const float from = __shfl_up_sync(ALL_LANES, L[i], 4 * d);
-            const float y = other * exp2_approx(fminf(L[i] - from, 0.0f));
-            a = fmaf(k[i], y, a), b = fmaf(q[i], y, b);
-        }
-        a = warp_sum<4>(a), b = warp_sum<4>(b);
-        if (lane_id() % 4 == 0 && row >= d) A[row - d] = a, M[row - d] = b;
-    }
+    const int warp = thread / WARP;
+    const int tile =
+        o < OCTETS - 1 ? EARLY_TILES * warp + tile_of(o, 0) : EARLY_TILES + OCTETS * warp;
+    return reinterpret_cast<lane_part>(m.part[tile]) + thread % WARP;
 }
 
 /* Cut off, not rounded: see LOST_TO_TF32. */
@@ -96,10 +76,9 @@ __device__ inline void multiply_octets(const left_rows &a, const float (&k)[CHAN
 
 /* Where a lane's piece of its row of the first octet lies in the operands of a chunk; those of
  * the next octets and operands follow at fixed distances. */
-__device__ inline char *lane_piece(kda_chunk &out)
+__device__ inline char *lane_piece(kda_chunk &out, unsigned thread)
 {
-    const unsigned piece = threadIdx.x / WARP % PREPARERS * 4 + threadIdx.x % 4;
-    const unsigned row = threadIdx.x / 4 % OCTET;
+    const unsigned piece = thread / WARP * 4 + thread % 4, row = thread / 4 % OCTET;
     return reinterpret_cast<char *>(&out) + piece / 8 * sizeof out.k_decayed[0] + row * KDA_K +
            (piece % 8 ^ row) * 16;
 }
@@ -124,46 +103,49 @@ __device__ inline void write_piece(char *lane, operand which, const uint4 &x)
 /* Where the lane keeps its k of octet c < 3 times their decays up to the end of the latest octet,
  * half of the channels: in its own pieces of F k and where X is to come. The last octet writes
  * F k of an octet when it has read what the lane keeps there. */
-__device__ inline float4 *left_piece(prepare_memory &m, char *lane, int c, int half)
+__device__ inline float4 *left_piece(prepare_memory &m, char *lane, int thread, int c, int half)
 {
-    char *X = reinterpret_cast<char *>(m.chunk.X) + threadIdx.x % GROUP * 16;
+    char *X = reinterpret_cast<char *>(m.chunk.X) + thread * 16;
     char *own = lane + K_LEFT * sizeof(kda_chunk::k_decayed) + 2 * c * OCTET_BYTES;
     return reinterpret_cast<float4 *>(c == 2 ? X + half * GROUP * 16
                                              : own + half * OCTET_BYTES);
 }
 
-__device__ inline void put_left(prepare_memory &m, char *lane, int c,
+__device__ inline void put_left(prepare_memory &m, char *lane, int thread, int c,
                                 const float (&x)[CHANNELS])
 {
-    *left_piece(m, lane, c, 0) = float4{x[0], x[1], x[2], x[3]};
-    *left_piece(m, lane, c, 1) = float4{x[4], x[5], x[6], x[7]};
+    *left_piece(m, lane, thread, c, 0) = float4{x[0], x[1], x[2], x[3]};
+    *left_piece(m, lane, thread, c, 1) = float4{x[4], x[5], x[6], x[7]};
 }
 
-__device__ inline void get_left(prepare_memory &m, char *lane, int c, float (&x)[CHANNELS])
+__device__ inline void get_left(prepare_memory &m, char *lane, int thread, int c,
+                                float (&x)[CHANNELS])
 {
-    const float4 u = *left_piece(m, lane, c, 0), v = *left_piece(m, lane, c, 1);
+    const float4 u = *left_piece(m, lane, thread, c, 0), v = *left_piece(m, lane, thread, c, 1);
     x[0] = u.x, x[1] = u.y, x[2] = u.z, x[3] = u.w;
     x[4] = v.x, x[5] = v.y, x[6] = v.z, x[7] = v.w;
 }
 
 /* Octet o's rows, over its start, against the k of the octets before it, which then reach to its
- * end; with the last octet they are what the chunk leaves. */
+ * end; with the last octet they are what the chunk leaves. The next k are on their way meanwhile.
+ */
 template <int o>
 __device__ void meet_earlier(const left_rows &rows, const float (&end)[CHANNELS],
-                             lane_part part, prepare_memory &m, char *out)
+                             lane_part part, int thread, prepare_memory &m, char *out)
 {
-    float k[o][CHANNELS];
-#pragma unroll
-    for (int c = 0; c < o; c++) get_left(m, out, c, k[c]);
+    float k[2][CHANNELS];
+    get_left(m, out, thread, 0, k[0]);
 #pragma unroll
     for (int c = 0; c < o; c++) {
-        multiply_octets(rows, k[c], part + 2 * PART * c);
+        float(&x)[CHANNELS] = k[c % 2];
+        if (c + 1 < o) get_left(m, out, thread, c + 1, k[(c + 1) % 2]);
+        multiply_octets(rows, x, part + 2 * PART * c);
         if constexpr (o == OCTETS - 1) {
-            write_piece(out + c * OCTET_BYTES, K_LEFT, pack(k[c], end));
+            write_piece(out + c * OCTET_BYTES, K_LEFT, pack(x, end));
         } else {
 #pragma unroll
-            for (int i = 0; i < CHANNELS; i++) k[c][i] *= end[i];
-            put_left(m, out, c, k[c]);
+            for (int i = 0; i < CHANNELS; i++) x[i] *= end[i];
+            put_left(m, out, thread, c, x);
         }
     }
 }
@@ -182,46 +164,207 @@ __device__ inline void write_rows(const left_rows &a, const float (&start)[CHANN
     write_piece(out, Q_DECAYED, uint4{q[0], q[1], q[2], q[3]});
 }
 
-/* An octet's own product, and its k up to its end, where that may be 2^-63 or less. */
-__device__ inline void meet_itself_far(float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                       const float (&L)[CHANNELS], lane_part own)
+/* Sums of the octets' log2-decays, in the order in which they lie in registers. */
+__device__ inline float2 *lane_totals(prepare_memory &m, int thread)
 {
-    constexpr int MIDDLE_ROW = 4 * (OCTET / 2 - 1); /* its first lane */
-    float above[CHANNELS];
-    bool steep = false;
+    return reinterpret_cast<float2 *>(totals_of(m) + lane_channel(thread));
+}
+
+__device__ inline void begin_totals(prepare_memory &m)
+{
+    const int thread = made_here(threadIdx.x % GROUP);
+    if (thread % WARP >= 4) return;
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) {
-        above[i] = L[i] - __shfl_sync(ALL_LANES, L[i], MIDDLE_ROW + lane_id() % 4);
-        steep |= fabsf(above[i]) > STEEPEST;
+    for (int i = 0; i < CHANNELS / 2; i++) lane_totals(m, thread)[i] = float2{0, 0};
+}
+
+__device__ inline void add_total(const float (&x)[CHANNELS], int thread, prepare_memory &m)
+{
+    if (thread % WARP >= 4) return;
+#pragma unroll
+    for (int i = 0; i < CHANNELS / 2; i++) {
+        float2 &total = lane_totals(m, thread)[i];
+        total = float2{total.x + x[i], total.y + x[4 + i]};
     }
-    if (__any_sync(ALL_LANES, steep)) {
-        steep_octet(k, q, L, own);
-    } else {
-        float f[CHANNELS], other[CHANNELS];
-        left_rows rows;
+}
+
+/* What an octet needs from device memory: the lane's pieces of its row. */
+struct raw_octet {
+    uint4 k, q;
+    raw_gates g;
+};
+
+__device__ inline int gate_bytes(const kda_arguments &a)
+{
+    return a.g.is_bf16 ? 2 : 4;
+}
+
+__device__ inline const char *first_row_of(const kda_operand &x, const item &c, int head,
+                                           int bytes)
+{
+    return static_cast<const char *>(x.data) +
+           (c.token * x.stride + static_cast<long long>(head) * KDA_K) * bytes;
+}
+
+__device__ inline chunk_rows rows_of(const kda_arguments &a, const item &c)
+{
+    return {first_row_of(a.k, c, c.hk, 2), first_row_of(a.q, c, c.hk, 2),
+            first_row_of(a.g, c, c.h, gate_bytes(a))};
+}
+
+/* Bytes from a chunk's first row to another one. Past the last token that one's again: such a
+ * token's b and log-decays count as 0. */
+__device__ inline unsigned long long row_offset(const kda_operand &x, const item &c,
+                                                unsigned row, unsigned bytes)
+{
+    const unsigned at = min(row, static_cast<unsigned>(c.tokens) - 1);
+    return static_cast<unsigned long long>(at * bytes) * x.stride;
+}
+
+/* An octet's gates, read once. */
+template <class T>
+__device__ void read_gates(const kda_arguments &a, const item &c, const chunk_rows &rows,
+                           raw_gates &to, int o, int thread)
+{
+#pragma unroll
+    for (int t = 0; t < 2; t++) {
+        const int row = OCTET * o + thread % 4 + t * OCTET / 2;
+        const char *from = rows.g + gate_channel(thread) * gate_bytes(a) +
+                           row_offset(a.g, c, row, gate_bytes(a));
+        *reinterpret_cast<T *>(&to.x[t]) = __ldcs(reinterpret_cast<const T *>(from));
+    }
+}
+
+__device__ inline uint4 read_row(const kda_operand &x, const item &c, const char *first, int o,
+                                 int thread)
+{
+    const char *from =
+        first + lane_channel(thread) * 2 + row_offset(x, c, OCTET * o + thread % WARP / 4, 2);
+    return *reinterpret_cast<const uint4 *>(from);
+}
+
+__device__ inline void read_octet(const kda_arguments &a, const item &c, const chunk_rows &rows,
+                                  raw_octet &to, int o, int thread)
+{
+    to.k = read_row(a.k, c, rows.k, o, thread);
+    to.q = read_row(a.q, c, rows.q, o, thread);
+    if (a.g.is_bf16)
+        read_gates<uint2>(a, c, rows, to.g, o, thread);
+    else
+        read_gates<uint4>(a, c, rows, to.g, o, thread);
+}
+
+/* Sums of squares over a warp's channels: the diagonal of an octet's rows times themselves, k
+ * above q. */
+__device__ inline void sum_squares(const raw_octet &x, int o, int thread, prepare_memory &m)
+{
+    const uint32_t low[4] = {x.k.x, x.q.x, x.k.y, x.q.y};
+    const uint32_t high[4] = {x.k.z, x.q.z, x.k.w, x.q.w};
+    float of_k[4] = {0, 0, 0, 0}, of_q[4] = {0, 0, 0, 0};
+    mma_bf16(of_k, low, {x.k.x, x.k.y});
+    mma_bf16(of_q, low, {x.q.x, x.q.y});
+    mma_bf16(of_k, high, {x.k.z, x.k.w});
+    mma_bf16(of_q, high, {x.q.z, x.q.w});
+    const int row = thread % WARP / 4, warp = thread / WARP;
+    if (thread % 4 != row / 2) return;
+    m.squares[0][OCTET * o + row][warp] = row % 2 ? of_k[1] : of_k[0];
+    m.squares[1][OCTET * o + row][warp] = row % 2 ? of_q[3] : of_q[2];
+}
+
+/* To length 1, by the sums of squares. */
+__device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS], int o,
+                                       int lane, const prepare_memory &m)
+{
+    const float2 s = squares_of(m, OCTET * o + lane / 4);
+    const float of_k = kda_unit_factor(s.x), of_q = kda_unit_factor(s.y);
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) k[i] *= of_k, q[i] *= of_q;
+}
+
+/* The lane's row of q as it came, and its factor. It is read again where it is needed again, which
+ * is rare: registers are few. */
+struct raw_row {
+    uint4 x;
+    float factor;
+
+    __device__ float operator[](int i) const
+    {
+        const uint32_t pair = i < 2 ? x.x : i < 4 ? x.y : i < 6 ? x.z : x.w;
+        return (i % 2 ? high_half(pair) : low_half(pair)) * factor;
+    }
+};
+
+/* An octet's rows against its own k, from differences of the sums L. Lane 4 g + 0 writes row g. */
+__device__ inline void steep_octet(const float (&k)[CHANNELS], const raw_row &q,
+                                   const float (&L)[CHANNELS], int lane, lane_part to)
+{
+    const int row = lane / 4;
+    float *const A = &to->x, *const M =
+                                 &to[PART].x; /* of its first column, in its first lane */
+#pragma unroll 1
+    for (int d = 0; d < OCTET; d++) {
+        float a = 0, b = 0;
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
-            f[i] = exp2_approx(above[i]);
-            other[i] = k[i] * exp2_approx(-above[i]);
+            const float other = __shfl_up_sync(ALL_LANES, k[i], 4 * d);
+            const float from = __shfl_up_sync(ALL_LANES, L[i], 4 * d);
+            const float y = other * exp2_approx(fminf(L[i] - from, 0.0f));
+            a = fmaf(k[i], y, a), b = fmaf(q[i], y, b);
         }
-        left_operands(k, q, f, rows);
-        multiply_octets(rows, other, own);
+        a = warp_sum<4>(a), b = warp_sum<4>(b);
+        if (lane % 4 == 0 && row >= d) A[row - d] = a, M[row - d] = b;
     }
+}
+
+/* An octet's own product, measured to its middle, whose log2-decays are in the lane of the row
+ * there. */
+__device__ inline void meet_in_middle(const float (&k)[CHANNELS], const raw_row &q,
+                                      const float (&L)[CHANNELS], int middle, lane_part own)
+{
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int s = 0; s < CHANNELS; s += 2) {
+        uint32_t a[4], b[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const float above = L[s + j] - __shfl_sync(ALL_LANES, L[s + j], middle);
+            const float f = exp2_approx(above);
+            a[2 * j] = to_tf32(k[s + j] * f), a[2 * j + 1] = to_tf32(q[s + j] * f);
+            b[j] = to_tf32(k[s + j] * exp2_approx(-above));
+        }
+        mma_tf32(sum, a, b);
+    }
+    own[0] = float2{sum[0], sum[1]}, own[PART] = float2{sum[2], sum[3]};
+}
+
+/* An octet's own product, and its k up to its end, where that may be 2^-63 or less. */
+__device__ inline void meet_itself_far(float (&k)[CHANNELS], const raw_row &q,
+                                       const float (&L)[CHANNELS], int lane, lane_part own)
+{
+    const int middle = 4 * (OCTET / 2 - 1) + lane % 4;
+    bool steep = false;
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++)
-        k[i] *= exp2_approx(__shfl_sync(ALL_LANES, L[i], LAST_ROW + lane_id() % 4) - L[i]);
+        steep |= fabsf(L[i] - __shfl_sync(ALL_LANES, L[i], middle)) > STEEPEST;
+    if (__any_sync(ALL_LANES, steep))
+        steep_octet(k, q, L, lane, own);
+    else
+        meet_in_middle(k, q, L, middle, own);
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++)
+        k[i] *= exp2_approx(__shfl_sync(ALL_LANES, L[i], LAST_ROW + lane % 4) - L[i]);
 }
 
 /* An octet's rows and its own product; its k reach to its end then. */
-__device__ inline void meet_itself(float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                   const float (&L)[CHANNELS], const float (&end)[CHANNELS],
-                                   const left_rows &rows, lane_part own)
+__device__ inline void meet_itself(float (&k)[CHANNELS], const float (&L)[CHANNELS],
+                                   const float (&end)[CHANNELS], const left_rows &rows,
+                                   int lane, lane_part own, auto read_q)
 {
     uint32_t common = IS_NEAR;
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) common &= __float_as_uint(end[i]);
     if (__any_sync(ALL_LANES, common == 0)) {
-        meet_itself_far(k, q, L, own);
+        meet_itself_far(k, read_q(), L, lane, own);
         return;
     }
 #pragma unroll
@@ -231,165 +374,79 @@ __device__ inline void meet_itself(float (&k)[CHANNELS], const float (&q)[CHANNE
     for (int i = 0; i < CHANNELS; i++) k[i] *= end[i];
 }
 
-/* The octet's log2-decays, in the order in which they lie in registers. */
-__device__ inline void put_total(const float (&x)[CHANNELS], float *to)
-{
-    if (lane_id() >= 4) return;
-#pragma unroll
-    for (int i = 0; i < CHANNELS / 2; i++)
-        *reinterpret_cast<float2 *>(to + lane_channel() + 2 * i) = float2{x[i], x[4 + i]};
-}
-
-/* Octet o of `left` tokens, given its log2-decays; `start` are the decays of those before it, and
- * `part` is where A and M of octets (o, 0) go. */
-__device__ inline void prepare_octet(int o, int left, float (&k)[CHANNELS],
-                                     const float (&q)[CHANNELS], const lane_gates &decays,
-                                     float (&start)[CHANNELS], lane_part part,
-                                     prepare_memory &m, char *out)
-{
-    float L[CHANNELS], f[CHANNELS], end[CHANNELS]; /* log2-decays' sums; 2^ them, the last */
+/* What an octet leaves to its meetings with earlier ones. */
+struct octet_sums {
     left_rows rows;
-    sum_over_octet(decays, left, L, end);
-    put_total(end, m.total[o]);
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) f[i] = exp2_approx(L[i]), end[i] = exp2_approx(end[i]);
-    left_operands(k, q, f, rows);
-    write_rows(rows, start, out + o * OCTET_BYTES);
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) start[i] *= end[i];
-    meet_itself(k, q, L, end, rows, part + 2 * PART * o);
-    if (o == 1) meet_earlier<1>(rows, end, part, m, out);
-    if (o == 2) meet_earlier<2>(rows, end, part, m, out);
-    if (o == 3) {
-        const float one[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
-        meet_earlier<3>(rows, end, part, m, out);
-        write_piece(out + o * OCTET_BYTES, K_LEFT, pack(k, one));
-    } else
-        put_left(m, out, o, k);
-}
-
-/* What an octet needs from device memory: the lane's pieces of its row. */
-struct raw_octet {
-    uint4 k, q;
-    raw_gates g;
+    float k[CHANNELS], end[CHANNELS];
 };
 
-/* One sum from here on, where a compiler would add its terms anew for each row. */
-__device__ inline void keep_whole(const char *&p)
+/* Octet o, whose rows and gates are x, up to its own product; then x are the next one's. `start` are
+ * the decays of those before it, and `part` is where A and M of octets (o, 0) go. */
+__device__ inline void begin_octet(const kda_arguments &a, const item &c, raw_octet &x, int o,
+                                   int thread, bool is_raw, float (&start)[CHANNELS],
+                                   octet_sums &to, lane_part part, prepare_memory &m)
 {
-    asm("" : "+l"(p));
-}
-
-/* A lane's column of an operand in a chunk. */
-struct lane_column {
-    const char *first; /* of the lane's piece in the chunk's first row */
-    long long stride;  /* elements between rows, of so many bytes      */
-    unsigned bytes, last;
-
-    __device__ lane_column(const kda_operand &x, const item &c, int head, int channel,
-                           unsigned bytes)
-        : stride(x.stride), bytes(bytes), last((c.tokens - 1) * bytes)
+    const int lane = thread % WARP;
+    float L[CHANNELS]; /* log2-decays' sums */
     {
-        first = static_cast<const char *>(x.data) +
-                (c.token * stride + static_cast<long long>(head) * KDA_K + channel) * bytes;
-        keep_whole(first);
-    }
-
-    /* Past the last token its piece again: such a token's b and log-decays count as 0. */
-    __device__ const char *piece(unsigned row) const
-    {
-        return first + static_cast<unsigned long long>(min(row * bytes, last)) * stride;
-    }
-};
-
-/* Goes through the octets of a chunk. */
-struct octet_reader {
-    lane_column k, q, g;
-    bool short_gates; /* bf16 */
-
-    __device__ octet_reader(const kda_arguments &a, const item &c)
-        : k(a.k, c, c.hk, lane_channel(), 2), q(a.q, c, c.hk, lane_channel(), 2),
-          g(a.g, c, c.h, gate_channel(), a.g.is_bf16 ? 2 : 4), short_gates(a.g.is_bf16)
-    {
-    }
-
-    template <class T> __device__ void read_gates(raw_gates &to, int o) const
-    {
-        const int row = OCTET * o + lane_id() % 4;
-#pragma unroll
-        for (int t = 0; t < 2; t++)
-            *reinterpret_cast<T *>(&to.x[t]) =
-                __ldcs(reinterpret_cast<const T *>(g.piece(row + t * OCTET / 2)));
-    }
-
-    __device__ void read_rows(uint4 &to_k, uint4 &to_q, int o) const
-    {
-        const int row = OCTET * o + lane_id() / 4;
-        to_k = *reinterpret_cast<const uint4 *>(k.piece(row));
-        to_q = *reinterpret_cast<const uint4 *>(q.piece(row));
-    }
-
-    __device__ void read(raw_octet &to, int o) const
-    {
-        read_rows(to.k, to.q, o);
-        if (short_gates)
-            read_gates<uint2>(to.g, o);
-        else
-            read_gates<uint4>(to.g, o);
-    }
-};
-
-/* Sums of squares over a warp's channels: the diagonal of an octet's rows times themselves, k
- * above q. */
-__device__ inline void sum_squares(const raw_octet &x, int o, prepare_memory &m)
-{
-    const uint32_t low[4] = {x.k.x, x.q.x, x.k.y, x.q.y};
-    const uint32_t high[4] = {x.k.z, x.q.z, x.k.w, x.q.w};
-    float of_k[4] = {0, 0, 0, 0}, of_q[4] = {0, 0, 0, 0};
-    mma_bf16(of_k, low, {x.k.x, x.k.y});
-    mma_bf16(of_q, low, {x.q.x, x.q.y});
-    mma_bf16(of_k, high, {x.k.z, x.k.w});
-    mma_bf16(of_q, high, {x.q.z, x.q.w});
-    const int row = lane_id() / 4, warp = warp_id() % PREPARERS;
-    if (lane_id() % 4 != row / 2) return;
-    m.squares[0][OCTET * o + row][warp] = row % 2 ? of_k[1] : of_k[0];
-    m.squares[1][OCTET * o + row][warp] = row % 2 ? of_q[3] : of_q[2];
-}
-
-/* To length 1, by the sums of squares. */
-__device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS], int o,
-                                       const prepare_memory &m)
-{
-    const float2 s = squares_of(m, OCTET * o + lane_id() / 4);
-    const float of_k = kda_unit_factor(s.x), of_q = kda_unit_factor(s.y);
-#pragma unroll
-    for (int i = 0; i < CHANNELS; i++) k[i] *= of_k, q[i] *= of_q;
-}
-
-/* `x` is the first octet. Rows stay as they are, and the factors that bring them to unit length are
- * found on the way; or, given these, they are multiplied. */
-__device__ inline void prepare_octets(const kda_arguments &a, const item &c,
-                                      const head_gate &gate, const octet_reader &from,
-                                      raw_octet &x, bool is_raw, prepare_memory &m)
-{
-    float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
-    lane_part part = lane_part_of(m);
-#pragma unroll 1 /* four times the code would not stay in the instruction cache */
-    for (int o = 0; o < OCTETS; part += 2 * PART * ++o) {
-        float k[CHANNELS], q[CHANNELS];
+        float q[CHANNELS], f[CHANNELS];
         lane_gates decays;
-        unpack(x.k, k);
-        unpack(x.q, q);
         unpack_gates(x.g, a.g.is_bf16, decays);
-        apply_gate(a, gate, &m.bias[gate_channel()], decays);
-        if (!is_raw)
-            normalize_octet(k, q, o, m);
-        else if (a.normalize)
-            sum_squares(x, o, m);
-        if (o < OCTETS - 1) from.read(x, o + 1);
-        prepare_octet(o, c.tokens - OCTET * o, k, q, decays, start, part, m,
-                      lane_piece(m.chunk));
+        apply_gate(a, m.gate, &m.bias[gate_channel(thread)], decays);
+        if (is_raw && a.normalize) sum_squares(x, o, thread, m);
+        sum_over_octet(decays, c.tokens - OCTET * o, lane, L, to.end);
+        add_total(to.end, thread, m);
+        unpack(x.k, to.k);
+        unpack(x.q, q);
+        if (!is_raw) normalize_octet(to.k, q, o, lane, m);
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) {
+            f[i] = exp2_approx(L[i]);
+            to.end[i] = exp2_approx(to.end[i]);
+        }
+        left_operands(to.k, q, f, to.rows);
     }
+    write_rows(to.rows, start, lane_piece(m.chunk, thread) + o * OCTET_BYTES);
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) start[i] *= to.end[i];
+    read_octet(a, c, m.rows, x, o + 1, thread);
+    meet_itself(to.k, L, to.end, to.rows, lane, part + 2 * PART * o, [&] {
+        const float2 squares = squares_of(m, OCTET * o + lane / 4);
+        return raw_row{read_row(a.q, c, m.rows.q, o, thread),
+                       is_raw ? 1.0f : kda_unit_factor(squares.y)};
+    });
+}
+
+/* The first octet's rows and gates are x. Rows stay as they are, and the factors that bring them to
+ * unit length are found on the way; or, given these, they are multiplied. */
+__device__ inline void prepare_octets(const kda_arguments &a, const item &c, raw_octet &x,
+                                      bool is_raw, int group, prepare_memory &m)
+{
+    constexpr int LAST = OCTETS - 1;
+    float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
+    octet_sums now;
+    begin_totals(m);
+#pragma unroll 1 /* four times the code would not stay in the instruction cache */
+    for (int o = 0;; o++) {
+        const int thread = made_here(threadIdx.x % GROUP);
+        if (o == LAST) {
+            group_barrier(group);
+            add_early_parts(m);
+            group_barrier(group);
+        }
+        const lane_part part = lane_part_of(m, o, thread);
+        begin_octet(a, c, x, o, thread, is_raw, start, now, part, m);
+        if (o == LAST) break;
+        char *const out = lane_piece(m.chunk, thread);
+        if (o == 1) meet_earlier<1>(now.rows, now.end, part, thread, m, out);
+        if (o == 2) meet_earlier<2>(now.rows, now.end, part, thread, m, out);
+        put_left(m, out, thread, o, now.k);
+    }
+    const float one[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
+    const int thread = made_here(threadIdx.x % GROUP);
+    char *const out = lane_piece(m.chunk, thread);
+    meet_earlier<LAST>(now.rows, now.end, lane_part_of(m, LAST, thread), thread, m, out);
+    write_piece(out + LAST * OCTET_BYTES, K_LEFT, pack(now.k, one));
 }
 
 } // namespace kda

@@ -94,32 +94,21 @@ struct room {
     }
 };
 
-/* A chunk on its way from shared memory to its slot, by the thread that sent it. */
-struct delivery {
-    unsigned *flag = nullptr;
-    unsigned value;
+/* A chunk goes from shared memory to its slot; all by one thread. */
+__device__ inline void send(const kda_plan &p, const item &c, prepare_memory &m)
+{
+    copy_bytes_out(&p.ring[c.slot], &m.chunk, sizeof m.chunk);
+    m.sent = {&p.ready[c.slot * KDA_FLAG], c.serial + 1};
+}
 
-    __device__ void send(const kda_plan &p, const item &c, prepare_memory &m)
-    {
-        copy_bytes_out(&p.ring[c.slot], &m.chunk, sizeof m.chunk);
-        flag = &p.ready[c.slot * KDA_FLAG], value = c.serial + 1;
-    }
-
-    /* The next chunk may take its place. */
-    __device__ void wait_until_read() const
-    {
-        if (flag != nullptr) wait_for_copies_out<true>();
-    }
-
-    /* To those who wait for the chunk. The group has begun the next: the copy has ended. */
-    __device__ void announce()
-    {
-        if (flag == nullptr) return;
-        wait_for_copies_out<false>();
-        write_release(flag, value);
-        flag = nullptr;
-    }
-};
+/* To those who wait for the chunk. The group has begun the next: the copy has ended. */
+__device__ inline void announce(prepare_memory &m)
+{
+    if (m.sent.flag == nullptr) return;
+    wait_for_copies_out<false>();
+    write_release(m.sent.flag, m.sent.value);
+    m.sent.flag = nullptr;
+}
 
 /* The rows of a chunk on their way to the L2, by a warp, a row a lane. */
 __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int head)
@@ -134,34 +123,33 @@ __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int he
 
 /* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
  * Returns whether they are. */
-__device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
-                                    const head_gate &gate, const octet_reader &from,
-                                    raw_octet &first, int group, prepare_memory &m)
+__device__ inline bool prepare_rows(const kda_arguments &a, const item &c, raw_octet &first,
+                                    int group, prepare_memory &m)
 {
     for (bool is_raw = true;; is_raw = false) {
-        prepare_octets(a, c, gate, from, first, is_raw, m);
+        prepare_octets(a, c, first, is_raw, group, m);
         group_barrier(group);
         if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
-        from.read(first, 0);
+        read_octet(a, c, m.rows, first, 0, threadIdx.x % GROUP);
     }
 }
 
-/* All but the inverse. `last` is of the thread that sends. */
-__device__ inline void prepare_products(const kda_arguments &a, const item &c, int group,
-                                        prepare_memory &m, delivery &last)
+/* All but the sums over warps and the inverse; returns whether rows are raw. `sends`: the thread
+ * that sends chunks. */
+__device__ inline bool prepare_products(const kda_arguments &a, const item &c, int group,
+                                        bool sends, prepare_memory &m)
 {
-    const octet_reader from(a, c);
-    const head_gate gate = gate_of(a, c.h);
+    const int thread = made_here(threadIdx.x % GROUP);
+    const chunk_rows rows = rows_of(a, c);
     raw_octet first;
-    from.read(first, 0);
+    read_octet(a, c, rows, first, 0, thread);
+    if (thread == 0) m.rows = rows;
     load_beta(a, c, m);
-    load_bias(a, gate, c, m);
-    last.wait_until_read();
+    load_gate(a, c, m);
+    if (sends) wait_for_copies_out<true>(); /* the next chunk may take the place of the last */
     group_barrier(group);
-    last.announce();
-    const bool is_raw = prepare_rows(a, c, gate, from, first, group, m);
-    add_parts(m, find_factors(a, is_raw, m));
-    group_barrier(group);
+    if (sends) announce(m);
+    return prepare_rows(a, c, first, group, m);
 }
 
 /* Up to the last barrier, which the caller has. */
@@ -239,12 +227,12 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
                                       const kda_lanes_of_call &lanes, int group,
                                       prepare_memory &m)
 {
-    const bool leads = is_leader();
-    delivery last;
+    const bool leads = is_leader(), sends = leads && lane_id() == 0;
     leader tickets;
     /* M's octets above the diagonal stay zero. */
     for (int i = threadIdx.x % GROUP; i < KDA_TOKENS * KDA_TOKENS / 2; i += GROUP)
         reinterpret_cast<uint32_t *>(m.chunk.M)[i] = 0;
+    if (sends) m.sent.flag = nullptr;
     if (leads) {
         tickets.ask(p, 2);
         tickets.take();
@@ -254,10 +242,14 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
     group_barrier(group);
     for (int n = 0; m.items[n].tokens >= 0; n = (n + 1) % 3) {
         const item &c = m.items[n];
-        const bool sends = leads && c.tokens > 0;
         room space;
+        bool is_raw = false;
+        if (c.tokens > 0) is_raw = prepare_products(a, c, group, sends, m);
         if (leads) tickets.ask(p, 1);
-        if (c.tokens > 0) prepare_products(a, c, group, m, last);
+        if (c.tokens > 0) {
+            add_parts(m, find_factors(a, is_raw, m));
+            group_barrier(group);
+        }
         if (leads) { /* while others invert */
             tickets.prefetch(a, m.items[(n + 1) % 3]);
             tickets.take();
@@ -265,12 +257,12 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
         }
         if (c.tokens > 0) space = finish_chunk(p, c, group, m);
         group_barrier(group);
-        if (!sends) continue;
+        if (!leads || c.tokens <= 0) continue;
         space.wait(p, c);
         __syncwarp();
-        if (lane_id() == 0) last.send(p, c, m);
+        if (sends) send(p, c, m);
     }
-    last.announce();
+    if (sends) announce(m);
 }
 
 } // namespace kda

@@ -30,17 +30,10 @@ struct tile_place {
     }
 };
 
-/* Two neighbours of a tile, summed over the warps; `part` is of the first warp's. */
-__device__ inline float2 add_part(const float2 *part)
+/* Two neighbours of a tile, summed over the warps: the last octet's have not been yet. */
+__device__ inline float2 sum_of(const float2 *part, const tile_place &at)
 {
-    constexpr int OF_WARP = sizeof(prepare_memory::part[0]) / sizeof(float2);
-    float2 sum = *part;
-#pragma unroll
-    for (int w = 1; w < PREPARERS; w++) {
-        const float2 x = part[w * OF_WARP];
-        sum.x += x.x, sum.y += x.y;
-    }
-    return sum;
+    return at.o < OCTETS - 1 ? *part : add_part<OCTETS>(part);
 }
 
 /* Every second tile of A, times the factors of the lane's rows, to where it is inverted. */
@@ -55,7 +48,7 @@ __device__ void add_A(const float2 *part, int lane, const float (&factor)[OCTETS
     for (int n = 0; n < TILES / 2; n++) {
         const tile_place at(2 * n + half);
         const float f = factor[at.o];
-        const float2 sum = add_part(part + 4 * PART * n);
+        const float2 sum = sum_of(part + 4 * PART * n, at);
         const float x = at.c < at.o || j < i ? sum.x * f : 0.0f;
         const float y = at.c < at.o || j + 1 < i ? sum.y * f : 0.0f;
         const int b = at.o / OCTETS_OF_BLOCK, row = OCTET * at.o + i, column = OCTET * at.c + j;
@@ -76,7 +69,7 @@ template <int half> __device__ void add_M(const float2 *part, int lane, prepare_
 #pragma unroll
     for (int n = 0; n < TILES / 2; n++) {
         const tile_place at(2 * n + half);
-        const float2 sum = add_part(part + 4 * PART * n);
+        const float2 sum = sum_of(part + 4 * PART * n, at);
         const float x = at.c < at.o || j <= i ? sum.x * one : 0.0f;
         const float y = at.c < at.o || j + 1 <= i ? sum.y * one : 0.0f;
         const uint32_t high = pack_bf16(x, y);
@@ -229,15 +222,19 @@ __device__ inline float exp2_less_1(float x)
 /* By one warp, four channels a lane. */
 __device__ inline void write_decays(prepare_memory &m)
 {
+    constexpr int EACH = KDA_K / WARP;
     const int lane = made_here(lane_id());
+    float total[EACH];
 #pragma unroll
-    for (int i = 0; i < KDA_K; i += WARP) {
-        const int channel = i + lane;
-        const int at = channel / 8 * 8 + channel % 4 * 2 + channel / 4 % 2; /* put_total() */
-        float total = 0;
+    for (int i = 0; i < EACH; i++) {
+        const int channel = i * WARP + lane; /* as add_total() has it: */
+        total[i] = totals_of(m)[channel / 8 * 8 + channel % 4 * 2 + channel / 4 % 2];
+    }
+    __syncwarp();
 #pragma unroll
-        for (int o = 0; o < OCTETS; o++) total += m.total[o][at];
-        m.chunk.decay[channel % 8 / 2][channel / 8 * 2 + channel % 2] = exp2_less_1(total);
+    for (int i = 0; i < EACH; i++) {
+        const int channel = i * WARP + lane;
+        m.chunk.decay[channel % 8 / 2][channel / 8 * 2 + channel % 2] = exp2_less_1(total[i]);
     }
 }
 
