@@ -27,12 +27,13 @@ namespace {
 
 using namespace kda;
 
-constexpr int GROUPS = 5; /* warpgroups; in blocks that scan, one prepares */
+constexpr int GROUPS = 5; /* warpgroups; in blocks that scan, one prepares, one is idle */
 constexpr int THREADS = GROUPS * GROUP;
 /* Roles of the warpgroups of a block that scans. */
 enum { CHAIN, OUTPUT, BRING, IDLE, PREPARE };
 /* Registers of a thread: at first, and those of a chain warp, which holds its rows of the state
- * beside their operands; the other two roles of a block that scans give up for it. */
+ * beside their operands; other roles of a block that scans give up for it. There a fifth group
+ * beside the chain would share its schedulers: it only gives its registers away. */
 constexpr int REGISTERS = 96, CHAIN_REGISTERS = 184, TWO_CHAINS_REGISTERS = 160;
 constexpr int OUTPUT_REGISTERS = 112, BRING_REGISTERS = 64, IDLE_REGISTERS = 24;
 constexpr int BRING_TO_TWO_REGISTERS = 40;

@@ -409,11 +409,13 @@ __device__ inline void begin_octet(const kda_arguments &a, const item &c, raw_oc
     write_rows(to.rows, start, lane_piece(m.chunk, thread) + o * OCTET_BYTES);
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) start[i] *= to.end[i];
+    /* Behind the last octet rows that nobody wants: where reading depends on o, x stays in its
+     * registers until here. */
     read_octet(a, c, m.rows, x, o + 1, thread);
     meet_itself(to.k, L, to.end, to.rows, lane, part + 2 * PART * o, [&] {
-        const float2 squares = squares_of(m, OCTET * o + lane / 4);
-        return raw_row{read_row(a.q, c, m.rows.q, o, thread),
-                       is_raw ? 1.0f : kda_unit_factor(squares.y)};
+        const float factor =
+            is_raw ? 1.0f : kda_unit_factor(squares_of(m, OCTET * o + lane / 4).y);
+        return raw_row{read_row(a.q, c, m.rows.q, o, thread), factor};
     });
 }
 
