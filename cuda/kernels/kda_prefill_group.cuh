@@ -172,7 +172,7 @@ __device__ inline float at_least(float x, float least)
  * lane 4 c + t has tokens t and t + 4 of an octet, and channels 4 c .. 4 c + 3 of its warp. */
 using lane_gates = float[2][CHANNELS / 2];
 
-__device__ inline int gate_channel(int thread)
+__device__ inline int gate_channel(unsigned thread)
 {
     return thread / WARP * 32 + thread % WARP / 4 * (CHANNELS / 2);
 }
@@ -200,7 +200,7 @@ __device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate,
 /* Sums L of an octet's log2-decays from its first token to the lane's, and to its last, of `left`
  * tokens. By a product with ones and zeros, in which a decay travels as two tf32; they keep 22
  * bits of it. */
-__device__ inline void sum_over_octet(const lane_gates &x, int left, int lane,
+__device__ inline void sum_over_octet(const lane_gates &x, int left, unsigned lane,
                                       float (&L)[CHANNELS], float (&total)[CHANNELS])
 {
     const int token = lane / 4, first = lane % 4, second = first + OCTET / 2;

@@ -20,7 +20,7 @@
 namespace kda {
 
 /* The lane's first channel of a head. */
-__device__ inline int lane_channel(int thread)
+__device__ inline int lane_channel(unsigned thread)
 {
     return thread / WARP * 32 + thread % 4 * CHANNELS;
 }
@@ -31,7 +31,7 @@ __device__ inline int lane_channel(int thread)
  * those of M. Those of the next pair lie behind. */
 using lane_part = float2 *;
 
-__device__ inline lane_part lane_part_of(prepare_memory &m, int o, int thread)
+__device__ inline lane_part lane_part_of(prepare_memory &m, int o, unsigned thread)
 {
     const int warp = thread / WARP;
     const int tile =
@@ -103,7 +103,8 @@ __device__ inline void write_piece(char *lane, operand which, const uint4 &x)
 /* Where the lane keeps its k of octet c < 3 times their decays up to the end of the latest octet,
  * half of the channels: in its own pieces of F k and where X is to come. The last octet writes
  * F k of an octet when it has read what the lane keeps there. */
-__device__ inline float4 *left_piece(prepare_memory &m, char *lane, int thread, int c, int half)
+__device__ inline float4 *left_piece(prepare_memory &m, char *lane, unsigned thread, int c,
+                                     int half)
 {
     char *X = reinterpret_cast<char *>(m.chunk.X) + thread * 16;
     char *own = lane + K_LEFT * sizeof(kda_chunk::k_decayed) + 2 * c * OCTET_BYTES;
@@ -111,14 +112,14 @@ __device__ inline float4 *left_piece(prepare_memory &m, char *lane, int thread, 
                                              : own + half * OCTET_BYTES);
 }
 
-__device__ inline void put_left(prepare_memory &m, char *lane, int thread, int c,
+__device__ inline void put_left(prepare_memory &m, char *lane, unsigned thread, int c,
                                 const float (&x)[CHANNELS])
 {
     *left_piece(m, lane, thread, c, 0) = float4{x[0], x[1], x[2], x[3]};
     *left_piece(m, lane, thread, c, 1) = float4{x[4], x[5], x[6], x[7]};
 }
 
-__device__ inline void get_left(prepare_memory &m, char *lane, int thread, int c,
+__device__ inline void get_left(prepare_memory &m, char *lane, unsigned thread, int c,
                                 float (&x)[CHANNELS])
 {
     const float4 u = *left_piece(m, lane, thread, c, 0), v = *left_piece(m, lane, thread, c, 1);
@@ -131,7 +132,7 @@ __device__ inline void get_left(prepare_memory &m, char *lane, int thread, int c
  */
 template <int o>
 __device__ void meet_earlier(const left_rows &rows, const float (&end)[CHANNELS],
-                             lane_part part, int thread, prepare_memory &m, char *out)
+                             lane_part part, unsigned thread, prepare_memory &m, char *out)
 {
     float k[2][CHANNELS];
     get_left(m, out, thread, 0, k[0]);
@@ -165,20 +166,20 @@ __device__ inline void write_rows(const left_rows &a, const float (&start)[CHANN
 }
 
 /* Sums of the octets' log2-decays, in the order in which they lie in registers. */
-__device__ inline float2 *lane_totals(prepare_memory &m, int thread)
+__device__ inline float2 *lane_totals(prepare_memory &m, unsigned thread)
 {
     return reinterpret_cast<float2 *>(totals_of(m) + lane_channel(thread));
 }
 
 __device__ inline void begin_totals(prepare_memory &m)
 {
-    const int thread = made_here(threadIdx.x % GROUP);
+    const unsigned thread = made_here(threadIdx.x % GROUP);
     if (thread % WARP >= 4) return;
 #pragma unroll
     for (int i = 0; i < CHANNELS / 2; i++) lane_totals(m, thread)[i] = float2{0, 0};
 }
 
-__device__ inline void add_total(const float (&x)[CHANNELS], int thread, prepare_memory &m)
+__device__ inline void add_total(const float (&x)[CHANNELS], unsigned thread, prepare_memory &m)
 {
     if (thread % WARP >= 4) return;
 #pragma unroll
@@ -224,7 +225,7 @@ __device__ inline unsigned long long row_offset(const kda_operand &x, const item
 /* An octet's gates, read once. */
 template <class T>
 __device__ void read_gates(const kda_arguments &a, const item &c, const chunk_rows &rows,
-                           raw_gates &to, int o, int thread)
+                           raw_gates &to, int o, unsigned thread)
 {
 #pragma unroll
     for (int t = 0; t < 2; t++) {
@@ -236,15 +237,15 @@ __device__ void read_gates(const kda_arguments &a, const item &c, const chunk_ro
 }
 
 __device__ inline uint4 read_row(const kda_operand &x, const item &c, const char *first, int o,
-                                 int thread)
+                                 unsigned thread)
 {
     const char *from =
         first + lane_channel(thread) * 2 + row_offset(x, c, OCTET * o + thread % WARP / 4, 2);
-    return *reinterpret_cast<const uint4 *>(from);
+    return __ldg(reinterpret_cast<const uint4 *>(from)); /* says that it is device memory */
 }
 
 __device__ inline void read_octet(const kda_arguments &a, const item &c, const chunk_rows &rows,
-                                  raw_octet &to, int o, int thread)
+                                  raw_octet &to, int o, unsigned thread)
 {
     to.k = read_row(a.k, c, rows.k, o, thread);
     to.q = read_row(a.q, c, rows.q, o, thread);
@@ -256,7 +257,8 @@ __device__ inline void read_octet(const kda_arguments &a, const item &c, const c
 
 /* Sums of squares over a warp's channels: the diagonal of an octet's rows times themselves, k
  * above q. */
-__device__ inline void sum_squares(const raw_octet &x, int o, int thread, prepare_memory &m)
+__device__ inline void sum_squares(const raw_octet &x, int o, unsigned thread,
+                                   prepare_memory &m)
 {
     const uint32_t low[4] = {x.k.x, x.q.x, x.k.y, x.q.y};
     const uint32_t high[4] = {x.k.z, x.q.z, x.k.w, x.q.w};
@@ -273,7 +275,7 @@ __device__ inline void sum_squares(const raw_octet &x, int o, int thread, prepar
 
 /* To length 1, by the sums of squares. */
 __device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS], int o,
-                                       int lane, const prepare_memory &m)
+                                       unsigned lane, const prepare_memory &m)
 {
     const float2 s = squares_of(m, OCTET * o + lane / 4);
     const float of_k = kda_unit_factor(s.x), of_q = kda_unit_factor(s.y);
@@ -296,7 +298,7 @@ struct raw_row {
 
 /* An octet's rows against its own k, from differences of the sums L. Lane 4 g + 0 writes row g. */
 __device__ inline void steep_octet(const float (&k)[CHANNELS], const raw_row &q,
-                                   const float (&L)[CHANNELS], int lane, lane_part to)
+                                   const float (&L)[CHANNELS], unsigned lane, lane_part to)
 {
     const int row = lane / 4;
     float *const A = &to->x, *const M =
@@ -339,7 +341,7 @@ __device__ inline void meet_in_middle(const float (&k)[CHANNELS], const raw_row 
 
 /* An octet's own product, and its k up to its end, where that may be 2^-63 or less. */
 __device__ inline void meet_itself_far(float (&k)[CHANNELS], const raw_row &q,
-                                       const float (&L)[CHANNELS], int lane, lane_part own)
+                                       const float (&L)[CHANNELS], unsigned lane, lane_part own)
 {
     const int middle = 4 * (OCTET / 2 - 1) + lane % 4;
     bool steep = false;
@@ -358,7 +360,7 @@ __device__ inline void meet_itself_far(float (&k)[CHANNELS], const raw_row &q,
 /* An octet's rows and its own product; its k reach to its end then. */
 __device__ inline void meet_itself(float (&k)[CHANNELS], const float (&L)[CHANNELS],
                                    const float (&end)[CHANNELS], const left_rows &rows,
-                                   int lane, lane_part own, auto read_q)
+                                   unsigned lane, lane_part own, auto read_q)
 {
     uint32_t common = IS_NEAR;
 #pragma unroll
@@ -383,10 +385,10 @@ struct octet_sums {
 /* Octet o, whose rows and gates are x, up to its own product; then x are the next one's. `start` are
  * the decays of those before it, and `part` is where A and M of octets (o, 0) go. */
 __device__ inline void begin_octet(const kda_arguments &a, const item &c, raw_octet &x, int o,
-                                   int thread, bool is_raw, float (&start)[CHANNELS],
+                                   unsigned thread, bool is_raw, float (&start)[CHANNELS],
                                    octet_sums &to, lane_part part, prepare_memory &m)
 {
-    const int lane = thread % WARP;
+    const unsigned lane = thread % WARP;
     float L[CHANNELS]; /* log2-decays' sums */
     {
         float q[CHANNELS], f[CHANNELS];
@@ -430,7 +432,7 @@ __device__ inline void prepare_octets(const kda_arguments &a, const item &c, raw
     begin_totals(m);
 #pragma unroll 1 /* four times the code would not stay in the instruction cache */
     for (int o = 0;; o++) {
-        const int thread = made_here(threadIdx.x % GROUP);
+        const unsigned thread = made_here(threadIdx.x % GROUP);
         if (o == LAST) {
             group_barrier(group);
             add_early_parts(m);
@@ -445,7 +447,7 @@ __device__ inline void prepare_octets(const kda_arguments &a, const item &c, raw
         put_left(m, out, thread, o, now.k);
     }
     const float one[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
-    const int thread = made_here(threadIdx.x % GROUP);
+    const unsigned thread = made_here(threadIdx.x % GROUP);
     char *const out = lane_piece(m.chunk, thread);
     meet_earlier<LAST>(now.rows, now.end, lane_part_of(m, LAST, thread), thread, m, out);
     write_piece(out + LAST * OCTET_BYTES, K_LEFT, pack(now.k, one));

@@ -139,7 +139,7 @@ __device__ inline bool prepare_rows(const kda_arguments &a, const item &c, raw_o
 __device__ inline bool prepare_products(const kda_arguments &a, const item &c, int group,
                                         bool sends, prepare_memory &m)
 {
-    const int thread = made_here(threadIdx.x % GROUP);
+    const unsigned thread = made_here(threadIdx.x % GROUP);
     const chunk_rows rows = rows_of(a, c);
     raw_octet first;
     read_octet(a, c, rows, first, 0, thread);
