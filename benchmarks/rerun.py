@@ -31,21 +31,24 @@ def readers(names: list[str]) -> dict[str, list[str]]:
     for name in names:
         with patch.object(tables, "lines", wraps=tables.lines) as read:
             tables.TABLES[name]()
-        for bench in {call.args[0] for call in read.call_args_list}:
+        for bench in dict.fromkeys(call.args[0] for call in read.call_args_list):
             found.setdefault(bench, []).append(name)
     return found
 
 
-def is_shown(line: tables.Line, lines: list[tables.Line], names: list[str]) -> bool:
-    """Whether one of these tables differs without this line of a benchmark."""
+def made(names: list[str]) -> list[str]:
+    return [tables.TABLES[name]() for name in names]
+
+
+def made_without(line: tables.Line, lines: list[tables.Line], names: list[str]) -> list[str]:
+    """These tables without this line of a benchmark."""
     every, others = tables.lines, [x for x in lines if x is not line]
 
     def without(bench: str) -> list[tables.Line]:
         return others if bench == line["bench"] else every(bench)
 
-    before = [tables.TABLES[name]() for name in names]
     with patch.object(tables, "lines", without):
-        return before != [tables.TABLES[name]() for name in names]
+        return made(names)
 
 
 def commands(device: str) -> dict[str, list[tables.Line]]:
@@ -53,9 +56,9 @@ def commands(device: str) -> dict[str, list[tables.Line]]:
     first the command whose newest line is the oldest."""
     found: dict[str, list[tables.Line]] = {}
     for bench, names in readers(shown_tables()).items():
-        lines = tables.lines(bench)
+        lines, shown = tables.lines(bench), made(names)
         for line in lines:
-            if device in line["device"] and is_shown(line, lines, names):
+            if device in line["device"] and made_without(line, lines, names) != shown:
                 found.setdefault(line["command"], []).append(line)
     for lines in found.values():
         lines.sort(key=lambda line: line["date"])

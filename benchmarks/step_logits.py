@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from kimi_linear._held import HeldSequence
+from kimi_linear.reference import log_softmax
 
 import kimi_linear as kl
 
@@ -53,9 +54,7 @@ def distance(got: np.ndarray, want: np.ndarray) -> dict[str, float]:
 def of_recorded(logits: np.ndarray, drawn: kl.Completion) -> float:
     """How far the log-probabilities of drawn tokens are from those in logits; infinite where one
     is not the most likely there."""
-    z = logits.astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    if z.argmax(axis=1).tolist() != drawn.token_ids:
+    if logits.argmax(axis=1).tolist() != drawn.token_ids:
         return float("inf")
     said = np.array([t.logprob for t in drawn.logprobs or ()])
-    return float(np.abs(said + np.log(np.exp(z).sum(axis=1))).max())
+    return float(np.abs(said - log_softmax(logits.astype(np.float64)).max(axis=1)).max())

@@ -10,6 +10,7 @@ import pytest
 from engines import cut, in_pieces, open_engine, whole
 from generators import tasks
 from kimi_linear.model import SMALL_MODEL
+from kimi_linear.reference import log_softmax
 from transformers import AutoTokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "small_model_golden.json").read_text())
@@ -49,10 +50,9 @@ def greedy(engine, ids):
 
 def of_tokens(logits, tokens):
     """Log-probabilities of these tokens, and how far below the most likely ones they are."""
-    z = logits[-STEPS:].astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
+    z = log_softmax(logits[-STEPS:].astype(np.float64))
     chosen = z[np.arange(STEPS), tokens]
-    return chosen - np.log(np.exp(z).sum(axis=1)), 0.0 - chosen
+    return chosen, z.max(axis=1) - chosen
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16", "int8", "fp8", "int4"])
