@@ -8,15 +8,23 @@
 
 typedef void (*run_fn)(kl_backend *be, void *call);
 
+/* A copy in memory of the backend's. */
+static inline void *sent(kl_backend *be, const void *from, size_t bytes)
+{
+    kl_error err;
+    void *to = NULL;
+    EXPECT(be->vt->alloc(be, bytes, &to, &err) == KL_OK);
+    EXPECT(be->vt->copy_in(be, to, from, bytes, &err) == KL_OK);
+    EXPECT(be->vt->sync(be, &err) == KL_OK);
+    return to;
+}
+
 /* Memory of the backend's for what one piece hands to the next. To compute-sanitizer it is written,
  * which does not see all that cuBLASLt writes. */
 static inline void *poisoned(kl_backend *be, size_t bytes)
 {
-    kl_error err;
-    void *there = NULL, *const here = memset(kl_malloc(bytes + 1), 0xff, bytes + 1);
-    EXPECT(be->vt->alloc(be, bytes, &there, &err) == KL_OK);
-    EXPECT(be->vt->copy_in(be, there, here, bytes, &err) == KL_OK);
-    EXPECT(be->vt->sync(be, &err) == KL_OK);
+    void *const here = memset(kl_malloc(bytes + 1), 0xff, bytes + 1);
+    void *const there = sent(be, here, bytes);
     kl_free(here);
     return there;
 }

@@ -284,8 +284,7 @@ static void check_chain(const moe_case *c, int64_t K, float spoiled)
 }
 
 /* The model's width and others; rows that the ring holds and, of 8192, blocks with several tiles;
- * what is not finite comes through. A
- * linear of float32 weights leaves no sums. */
+ * what is not finite comes through. A linear of float32 weights leaves no sums. */
 static void sums_of_the_linear_before(void)
 {
     static const moe_case cases[] = {

@@ -115,16 +115,6 @@ typedef struct {
     float *host; /* the logits */
 } drawn_rows;
 
-static void *sent(kl_backend *be, const void *from, size_t bytes)
-{
-    kl_error err;
-    void *to = NULL;
-    EXPECT(be->vt->alloc(be, bytes, &to, &err) == KL_OK);
-    EXPECT(be->vt->copy_in(be, to, from, bytes, &err) == KL_OK);
-    EXPECT(be->vt->sync(be, &err) == KL_OK);
-    return to;
-}
-
 static void *fetched(kl_backend *be, const void *from, size_t bytes)
 {
     kl_error err;
