@@ -52,7 +52,7 @@ def spans_of(trace: list[dict]) -> Iterator[tuple[float, dict[str, float]]]:
     start, end, parts = 0.0, 0.0, {}
     for e in [*kernels, {"name": "", "ts": 0, "dur": 0}]:
         found = OWN.search(e["name"])
-        if parts and (not found or found[0] == "short_conv"):
+        if parts and not found:
             yield end - start, parts
             parts = {}
         if not found:

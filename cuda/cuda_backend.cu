@@ -385,6 +385,7 @@ static constexpr kl_backend_vtbl make_table()
     KL_CUDA_WORKSPACES(KL_ENTRY)
 #undef KL_ENTRY
     t.router_sums = kl_cuda_router_sums;
+    t.arrivals = entry<kl_cuda_arrivals>::call;
     return t;
 }
 

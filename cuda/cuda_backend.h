@@ -93,5 +93,15 @@ KL_CUDA_OPS(KL_DECLARE)
 KL_CUDA_WORKSPACES(KL_DECLARE)
 #undef KL_DECLARE
 size_t kl_cuda_router_sums(kl_backend *be, const kl_weight *before, const kl_moe *a);
+kl_status kl_cuda_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
+                           const kl_linear *last, kl_arrivals *out, kl_error *err);
+
+/* kda_prefill after the short_conv that makes its q, k and v, and before a gated_rms_norm of its
+ * out: either may be null. In out, state and windows the bits of the three one after the other;
+ * conv->out may be left unwritten in parts. */
+kl_status kl_cuda_kda_prompt(kl_backend *be, const kl_short_conv *conv, const kl_kda *a,
+                             const kl_gated_rms_norm *norm, kl_error *err);
+/* Of a short_conv of bf16: the windows, and the last token of each sequence. */
+kl_status kl_cuda_short_conv_ends(kl_backend *be, const kl_short_conv *a, kl_error *err);
 
 #endif

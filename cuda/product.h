@@ -23,6 +23,7 @@ typedef struct {
     void *h;         /* [T, w.cols] act: h is stored, too; or NULL, but for ..._single() */
     kl_router_ahead ahead; /* only where ..._step_routes() */
     float *peaks;          /* kl_linear's, of an f32 out; or NULL, but for ..._step() */
+    bool arriving;         /* x is (backend/arrivals.h): only where ..._step_holds() */
 } kl_cuda_product;
 
 /* Enqueue it, with at least kl_cuda_product_workspace() bytes of scratch memory. What the kernel
@@ -33,6 +34,11 @@ size_t kl_cuda_product_workspace(const kl_cuda_product *p);
 
 /* Whether a linear with a residual can do the work of a router `ahead`. */
 bool kl_cuda_linear_routes(kl_backend *be, const kl_linear *a);
+
+/* Whether the next kernel can read the results of a linear_pair as they arrive, and a linear its
+ * x (device/arriving.cuh). */
+bool kl_cuda_linear_pair_tells(kl_backend *be, const kl_linear_pair *a);
+kl_status kl_cuda_linear_hears(kl_backend *be, const kl_linear *a, bool *hears, kl_error *err);
 
 /* The ways to compute it: a weight that streams by once, for a few tokens; tiles of tokens and
  * outputs, for many (not float32 weights; on a batch-invariant backend with the bits of the
@@ -55,6 +61,8 @@ kl_status kl_cuda_product_f32(kl_backend *be, const kl_cuda_product *p, kl_error
 bool kl_cuda_product_step_takes(const kl_cuda_product *p);
 bool kl_cuda_product_step_halves(kl_backend *be, const kl_cuda_product *p);
 bool kl_cuda_product_step_routes(kl_backend *be, const kl_cuda_product *p);
+kl_status kl_cuda_product_step_holds(kl_backend *be, const kl_cuda_product *p, bool *holds,
+                                     kl_error *err);
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first,
                                     const kl_cuda_product *second, kl_error *err);

@@ -14,9 +14,17 @@ struct moe_tile {
 };
 
 constexpr int MOE_SHARED = -1;
-constexpr int MOST_TILE_ROWS = 320;    /* n of a tile */
-constexpr int NARROW_TILE_ROWS = 64;   /* n where all are narrow */
-constexpr int ORDERED_TILE_ROWS = 128; /* of kl_cuda_ordered_run() */
+constexpr int MOST_TILE_ROWS = 320;  /* n of a tile */
+constexpr int NARROW_TILE_ROWS = 64; /* n where all are narrow */
+
+/* n of a tile of kl_cuda_ordered_run(): as many as there are registers for. There are two sums an
+ * output, three where a scale meets a sum. */
+constexpr int ORDERED_TILE_ROWS = 160, ORDERED_QUANTISED_ROWS = 96;
+
+constexpr int ordered_tile_rows(kl_weight_format format)
+{
+    return format == KL_W_BF16 ? ORDERED_TILE_ROWS : ORDERED_QUANTISED_ROWS;
+}
 
 /* out = x w^T, or with a second weight silu(x w^T) * (x up^T), for rows [first, first + n) of
  * the matrices: column i of out is row first + i. */
@@ -40,7 +48,7 @@ struct kl_cuda_tile_product {
 };
 
 /* On the current device. Bits of the second do not depend on the tile: they are those of
- * kl_cuda_product_few(). */
+ * kl_cuda_product_few(). Its tiles have ordered_tile_rows() at most. */
 kl_status kl_cuda_tiles_run(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err);
 kl_status kl_cuda_ordered_run(const kl_cuda_tile_product *p, cudaStream_t stream,
                               kl_error *err);

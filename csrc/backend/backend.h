@@ -10,13 +10,14 @@
 #ifndef KL_BACKEND_BACKEND_H
 #define KL_BACKEND_BACKEND_H
 
+#include "backend/arrivals.h"
 #include "backend/ops.h"
 
 #include <stddef.h>
 
 /* Raised with every change to kl_backend_vtbl or to a struct of ops.h; a library built with
  * another number is refused. */
-#define KL_BACKEND_ABI 13u
+#define KL_BACKEND_ABI 15u
 
 /* The only symbol the CUDA library exports. */
 #define KL_CUDA_ENTRY "kl_cuda_backend_entry"
@@ -100,6 +101,11 @@ typedef struct {
     /* Bytes of the sums that a linear by `before` leaves for the layer `a` of a single token,
      * whose x is its residual (router_ahead.h); 0: it leaves none. NULL: none ever does. */
     size_t (*router_sums)(kl_backend *be, const kl_weight *before, const kl_moe *a);
+
+    /* Which operations of a KDA layer of a single token, enqueued in this order, may be told that
+     * their inputs are arriving (arrivals.h). NULL: none. */
+    kl_status (*arrivals)(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
+                          const kl_linear *last, kl_arrivals *out, kl_error *err);
 } kl_backend_vtbl;
 
 struct kl_backend {

@@ -218,6 +218,15 @@ kl_status kl_require_aligned(const char *op, const char *name, const void *data,
                    op, name, bytes, past);
 }
 
+kl_status kl_require_arriving(const char *op, const char *name, const kl_tensor *t,
+                              kl_error *err)
+{
+    if (t->dtype == KL_BF16 && t->shape[0] == 1) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE,
+                   "%s: an arriving %s must be bfloat16 of one token, got %s of %lld", op, name,
+                   kl_dtype_name(t->dtype), (long long)t->shape[0]);
+}
+
 kl_status kl_require_finite(const char *op, const char *name, double value, kl_error *err)
 {
     if (isfinite(value)) return KL_OK;

@@ -45,6 +45,9 @@ kl_status kl_require_range(const char *op, const char *name, int64_t value, int6
 /* Of memory that is more than its tensor's elements, or no tensor: a multiple of so many bytes. */
 kl_status kl_require_aligned(const char *op, const char *name, const void *data, size_t bytes,
                              kl_error *err);
+/* What an operation reads as it arrives (backend/arrivals.h). */
+kl_status kl_require_arriving(const char *op, const char *name, const kl_tensor *t,
+                              kl_error *err);
 kl_status kl_require_finite(const char *op, const char *name, double value, kl_error *err);
 kl_status kl_require_positive(const char *op, const char *name, double value, kl_error *err);
 

@@ -64,19 +64,22 @@
     X(fill_normal)
 
 /* Scratch memory of one call, lent by the caller: at least the bytes that the backend's
- * <name>_workspace(be, args) asks for, 64-byte aligned. Its contents mean nothing before or
- * after. */
+ * <name>_workspace(be, args) asks for, 64-byte aligned. What it holds means nothing outside. */
 typedef struct {
     void *data;
     size_t bytes;
 } kl_workspace;
 
-/* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. */
+/* out[t, :] = table[ids[t], :]; zeros for an id of -1, which kl_sample draws where it cannot. The
+ * first operation of a step, so it also sets memory that later ones need so: a router's sums, and
+ * what is read as it arrives. Of both, address and bytes are multiples of KL_SUMS_ALIGNMENT. */
 typedef struct {
     kl_workspace ws;
-    kl_tensor ids;   /* [T] i32, in [-1, rows)                           */
-    kl_weight table; /* [rows, D], f32 or bf16, count 1                  */
-    kl_tensor out;   /* [T, D] f32 or bf16                               */
+    kl_tensor ids;    /* [T] i32, in [-1, rows)                          */
+    kl_weight table;  /* [rows, D], f32 or bf16, count 1                 */
+    kl_tensor out;    /* [T, D] f32 or bf16                              */
+    kl_tensor sums;   /* [bytes] u8, set to 0, or absent                 */
+    kl_tensor blanks; /* [bytes] u8, set to 0xff: KL_BLANK; or absent    */
 } kl_embedding;
 
 /* out[n, :] = x[rows[n], :]. */
@@ -121,12 +124,13 @@ typedef struct {
     kl_tensor x;           /* [T, in] act, with a norm_weight f32 or act; rows strided */
     kl_weight w;           /* [out, in], count 1                         */
     kl_tensor out;         /* [T, out] f32 or act, rows strided; absent with a residual */
-    kl_tensor norm_weight; /* [in] f32, or absent                        */
+    kl_tensor norm_weight; /* [in] f32, or absent; as unsettled as w     */
     kl_tensor residual;    /* [T, out] f32, in and out, or absent        */
     kl_tensor peaks; /* [T, kl_peaks_of(out), 2] f32, m and s, with an out in f32; or absent */
     kl_dtype act;    /* of h, with a norm_weight; else x has it    */
     float norm_eps;  /* > 0 with a norm_weight                     */
     kl_router_ahead ahead; /* with a residual of one token; not in a linear_pair */
+    bool arriving;         /* x is, without a norm: arrivals.h; not in a linear_pair */
 } kl_linear;
 
 #define KL_PEAK_OUTPUTS 16
@@ -151,7 +155,7 @@ typedef struct {
     kl_weight w1, w3;      /* [I, D] gate and up                         */
     kl_weight w2;          /* [D, I] down                                */
     kl_tensor out;         /* [T, D] act; may not alias x; absent with a residual */
-    kl_tensor norm_weight; /* [D] f32, or absent                         */
+    kl_tensor norm_weight; /* [D] f32, or absent; as unsettled as w1     */
     kl_tensor residual;    /* [T, D] f32, in and out, or absent; may be x itself */
     kl_dtype act;          /* as in linear                               */
     float norm_eps;
@@ -263,7 +267,7 @@ typedef struct {
     kl_tensor drawn;       /* [T] i32, or absent; guesses only            */
     kl_gate gate;
     float lower_bound, scale, eps;
-    bool single, guesses;
+    bool single, guesses, arriving; /* the inputs are: backend/arrivals.h */
 } kl_kda_mixer;
 
 /* Cutting a prefill at its multiples changes no bit; on CUDA at 64, where there are no segments. */
@@ -389,7 +393,7 @@ static inline bool kl_moe_has_shared(const kl_moe_experts *a)
 typedef struct {
     kl_workspace ws;
     kl_tensor x;                               /* [T, D] act, with a norm_weight f32 or act  */
-    kl_tensor norm_weight;                     /* [D] f32, or absent                         */
+    kl_tensor norm_weight;                     /* [D] f32, or absent; unsettled as the router */
     kl_weight router;                          /* [E, D], count 1                            */
     kl_tensor bias;                            /* [E] f32, or absent                         */
     kl_weight w1, w3;                          /* [E, I, D] gate and up                      */

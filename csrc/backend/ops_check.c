@@ -6,6 +6,16 @@
 
 #define F32 KL_DTYPE_BIT(KL_F32)
 #define I32 KL_DTYPE_BIT(KL_I32)
+#define U8  KL_DTYPE_BIT(KL_U8)
+
+/* Memory that an embedding sets. */
+static kl_status check_set(const char *op, const char *name, const kl_tensor *t, kl_error *err)
+{
+    KL_TRY(kl_require_aligned(op, name, t->data, KL_SUMS_ALIGNMENT, err));
+    if (t->shape[0] % KL_SUMS_ALIGNMENT == 0) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE, "%s: %s.shape[0] must be a multiple of %d, got %lld", op,
+                   name, KL_SUMS_ALIGNMENT, (long long)t->shape[0]);
+}
 
 kl_status kl_check_embedding(const kl_embedding *a, kl_error *err)
 {
@@ -14,8 +24,12 @@ kl_status kl_check_embedding(const kl_embedding *a, kl_error *err)
     const kl_rule rules[] = {
         {&a->out, "out", KL_ANY_FLOAT, KL_OUT, 2, {T, D}, NULL},
         {&a->ids, "ids", I32, 0, 1, {T}, NULL},
+        {&a->sums, "sums", U8, KL_OPT | KL_OUT, 1, {a->sums.shape[0]}, NULL},
+        {&a->blanks, "blanks", U8, KL_OPT | KL_OUT, 1, {a->blanks.shape[0]}, NULL},
     };
     KL_REQUIRE_TENSORS(op, rules, err);
+    KL_TRY(check_set(op, "sums", &a->sums, err));
+    KL_TRY(check_set(op, "blanks", &a->blanks, err));
     return kl_require_weight(op, "table", &a->table, 1, a->table.rows, D, KL_FLOAT_FORMATS,
                              err);
 }
@@ -133,6 +147,14 @@ static kl_status check_no_peaks(const char *op, const kl_linear *a, const map_na
     return kl_fail(err, KL_ERR_VALUE, "%s: %s must be absent", op, n->peaks);
 }
 
+/* x as it arrives, which a norm would have to read twice. */
+static kl_status check_arriving(const char *op, const kl_linear *a, kl_error *err)
+{
+    if (!a->arriving) return KL_OK;
+    if (kl_tensor_absent(&a->norm_weight)) return kl_require_arriving(op, "x", &a->x, err);
+    return kl_fail(err, KL_ERR_VALUE, "%s: norm_weight must be absent with an arriving x", op);
+}
+
 /* The act of a map whose x may still be anything. */
 static unsigned act_bit_of(const kl_linear *a)
 {
@@ -182,6 +204,7 @@ kl_status kl_check_linear(const kl_linear *a, kl_error *err)
     KL_TRY(kl_require_aligned(op, "peaks", a->peaks.data, 2 * sizeof(float), err));
     KL_TRY(
         kl_require_weight(op, "w", &a->w, 1, width_of(a), a->x.shape[1], KL_ANY_FORMAT, err));
+    KL_TRY(check_arriving(op, a, err));
     return check_ahead(op, a, err);
 }
 
@@ -195,6 +218,9 @@ kl_status kl_check_linear_pair(const kl_linear_pair *a, kl_error *err)
     if (f->ahead.sums != NULL || s->ahead.sums != NULL)
         return kl_fail(err, KL_ERR_VALUE, "%s: %s.ahead.sums must be NULL", op,
                        f->ahead.sums != NULL ? "first" : "second");
+    if (f->arriving || s->arriving)
+        return kl_fail(err, KL_ERR_VALUE, "%s: %s.arriving must be false", op,
+                       f->arriving ? "first" : "second");
     KL_TRY(check_no_peaks(op, f, &FIRST, err));
     KL_TRY(check_no_peaks(op, s, &SECOND, err));
     const unsigned act = act_bit_of(f);

@@ -144,6 +144,15 @@ static kl_status check_mixer_guesses(const char *op, const kl_kda_mixer *a, kl_e
     return kl_fail(err, KL_ERR_VALUE, "%s: drawn must be absent without guesses", op);
 }
 
+static kl_status check_mixer_arriving(const char *op, const kl_kda_mixer *a, kl_error *err)
+{
+    if (!a->arriving) return KL_OK;
+    if (!a->single)
+        return kl_fail(err, KL_ERR_VALUE, "%s: single must be true with arriving inputs", op);
+    KL_TRY(kl_require_arriving(op, "qkv", &a->qkv, err));
+    return kl_require_arriving(op, "beta", &a->beta, err);
+}
+
 /* The tensors of the whole; what its gate needs is said of the kl_kda within. */
 kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
 {
@@ -195,6 +204,7 @@ kl_status kl_check_kda_mixer(const kl_kda_mixer *a, kl_error *err)
                         .gate = a->gate,
                         .lower_bound = a->lower_bound};
     KL_TRY(check_gate(op, &kda, err));
+    KL_TRY(check_mixer_arriving(op, a, err));
     KL_TRY(kl_require_finite(op, "scale", a->scale, err));
     return kl_require_positive(op, "eps", a->eps, err);
 }

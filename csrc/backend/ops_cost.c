@@ -39,7 +39,8 @@ static double at_most(double a, double b)
 kl_cost kl_cost_embedding(const kl_embedding *a)
 {
     const double row = (double)kl_weight_row_bytes(a->table.format, a->table.cols);
-    return (kl_cost){0, tensor_bytes(&a->ids) + dim(&a->out, 0) * row + tensor_bytes(&a->out)};
+    return (kl_cost){0, tensor_bytes(&a->ids) + dim(&a->out, 0) * row + tensor_bytes(&a->out) +
+                            tensor_bytes(&a->sums) + tensor_bytes(&a->blanks)};
 }
 
 kl_cost kl_cost_gather(const kl_gather *a)
@@ -319,13 +320,25 @@ kl_cost kl_cost_token_logprobs(const kl_token_logprobs *a)
     };
 }
 
+/* Peaks are all that a greedy row needs, with the logits of one of them, and no sampling; but for a
+ * penalty or alternatives. */
+static bool needs_peaks_alone(const kl_sample *a)
+{
+    return a->greedy && !kl_tensor_absent(&a->peaks) && kl_tensor_absent(&a->seen) &&
+           kl_tensor_absent(&a->top_ids);
+}
+
 kl_cost kl_cost_sample(const kl_sample *a)
 {
+    const bool alone = needs_peaks_alone(a);
+    const double N = dim(&a->logits, 0), V = dim(&a->logits, 1);
+    const double logits = N * (alone ? at_most(KL_PEAK_OUTPUTS, V) : V);
+    const double peaks = alone ? N * (double)kl_peaks_of(a->logits.shape[1]) : 0;
     return (kl_cost){
-        .flops = 3 * (double)kl_tensor_size(&a->logits),
-        .bytes = tensor_bytes(&a->logits) + tensor_bytes(&a->peaks) + tensor_bytes(&a->seen) +
+        .flops = 3 * (logits + peaks), /* a maximum, exp, sum */
+        .bytes = logits * sizeof(float) + tensor_bytes(&a->peaks) + tensor_bytes(&a->seen) +
                  tensor_bytes(&a->ids) + tensor_bytes(&a->logprobs) +
                  tensor_bytes(&a->top_ids) + tensor_bytes(&a->top_logprobs) +
-                 dim(&a->logits, 0) * sizeof(kl_sampling),
+                 (alone ? 0 : N * sizeof(kl_sampling)),
     };
 }

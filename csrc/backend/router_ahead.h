@@ -11,8 +11,8 @@
  * than without `sums`. An r past what the sums can hold makes every result NaN.
  *
  * kl_backend_vtbl.router_sums says of which linear and layer a backend does this, and in how many
- * bytes. These are aligned to KL_SUMS_ALIGNMENT, zeros before linear, and after it for one kl_moe
- * alone.
+ * bytes. These are aligned to KL_SUMS_ALIGNMENT, zeros before linear (kl_embedding clears them,
+ * or zero()), and after it for one kl_moe alone.
  */
 #ifndef KL_BACKEND_ROUTER_AHEAD_H
 #define KL_BACKEND_ROUTER_AHEAD_H

@@ -66,6 +66,8 @@ kl_status kl_cpu_embedding(kl_backend *be, const kl_embedding *a, kl_error *err)
     p.to_dtype = a->out.dtype;
     p.n = a->out.shape[0], p.D = a->out.shape[1];
     run(be, &p);
+    if (!kl_tensor_absent(&a->sums)) memset(a->sums.data, 0, (size_t)a->sums.shape[0]);
+    if (!kl_tensor_absent(&a->blanks)) memset(a->blanks.data, 0xff, (size_t)a->blanks.shape[0]);
     return KL_OK;
 }
 

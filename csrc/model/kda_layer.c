@@ -43,10 +43,9 @@ size_t kl_kda_kept_bytes(const kl_pass *p)
     return kl_align_up(arena.used, 64);
 }
 
-/* Those of layer `index`, in memory that outlives the layer where tokens are guesses. */
-static inputs inputs_of(kl_pass *p, int64_t index)
+/* Those of layer `index` where tokens are guesses: in memory that outlives the layer. */
+static inputs kept_inputs(const kl_pass *p, int64_t index)
 {
-    if (!p->shape.verify) return take_inputs(p, &p->arena);
     const size_t bytes = p->kept_bytes;
     kl_arena arena;
     kl_arena_init(&arena, p->kept == NULL ? NULL : (char *)p->kept + (size_t)index * bytes,
@@ -85,7 +84,7 @@ static kl_kda_mixer mixer_of(const kl_pass *p, const kl_kda_weights *w, int64_t 
 
 kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err)
 {
-    const inputs in = inputs_of(p, index);
+    const inputs in = kept_inputs(p, index);
     const size_t mark = p->arena.used;
     const kl_tensor untouched = kl_pass_take(p, p->act, p->shape.T, w->o.cols);
     kl_kda_mixer mixer = mixer_of(p, w, index, &in, untouched);
@@ -96,14 +95,61 @@ kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_
     return KL_OK;
 }
 
+static kl_linear_pair first_of(const kl_pass *p, const kl_kda_weights *w, const inputs *in)
+{
+    return (kl_linear_pair){.first = kl_pass_first_map(p, &w->low, in->low),
+                            .second = kl_pass_first_map(p, &w->qkv, in->qkv)};
+}
+
+/* Of all heads. */
+static kl_tensor take_o(const kl_pass *p, kl_arena *arena)
+{
+    return take(p, arena, p->act, p->config->kda_heads * p->config->kda_head_dim);
+}
+
+size_t kl_kda_arriving_bytes(const kl_pass *p)
+{
+    kl_arena arena;
+    kl_arena_init(&arena, NULL, 0);
+    take_inputs(p, &arena);
+    take_o(p, &arena);
+    return kl_align_up(arena.used, 64);
+}
+
+kl_status kl_kda_find_arrivals(kl_pass *p, const kl_kda_weights *w, kl_error *err)
+{
+    kl_arena arena;
+    kl_arena_init(&arena, NULL, 0);
+    const inputs in = take_inputs(p, &arena);
+    const kl_tensor o = take_o(p, &arena);
+    const kl_linear_pair first = first_of(p, w, &in);
+    const kl_kda_mixer mixer = mixer_of(p, w, 0, &in, o);
+    const kl_linear last = kl_pass_last_map(p, &w->o, o);
+    return p->be->vt->arrivals(p->be, &first, &mixer, &last, &p->arrivals, err);
+}
+
+/* Layer `index`'s own part of p->arriving. */
+static kl_arena own_memory(const kl_pass *p, int64_t index)
+{
+    const size_t bytes = kl_kda_arriving_bytes(p);
+    char *const first = p->arriving;
+    kl_arena arena;
+    kl_arena_init(&arena, first == NULL ? NULL : first + (size_t)index * bytes, bytes);
+    return arena;
+}
+
 kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err)
 {
-    const inputs in = inputs_of(p, index);
-    kl_linear_pair first = {.first = kl_pass_first_map(p, &w->low, in.low),
-                            .second = kl_pass_first_map(p, &w->qkv, in.qkv)};
+    const bool arrives = p->arrivals.mixer || p->arrivals.out;
+    kl_arena own = own_memory(p, index), *const arena = arrives ? &own : &p->arena;
+    const inputs in = p->shape.verify ? kept_inputs(p, index) : take_inputs(p, arena);
+    kl_linear_pair first = first_of(p, w, &in);
     KL_TRY(kl_pass_linear_pair(p, &first, err));
-    const kl_tensor o = kl_pass_take(p, p->act, p->shape.T, w->o.cols);
+    const kl_tensor o = take_o(p, arena);
     kl_kda_mixer mixer = mixer_of(p, w, index, &in, o);
+    mixer.arriving = p->arrivals.mixer;
     KL_TRY(kl_pass_kda_mixer(p, &mixer, err));
-    return kl_pass_last_map(p, o, &w->o, err);
+    kl_linear last = kl_pass_last_map(p, &w->o, o);
+    last.arriving = p->arrivals.out;
+    return kl_pass_linear(p, &last, err);
 }

@@ -76,5 +76,6 @@ kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_er
     KL_TRY(project(p, w, q, raw, err));
     const kl_tensor o = kl_pass_take(p, p->act, T, p->config->mla_heads * p->config->v_dim);
     KL_TRY(attend(p, w, index, q, raw, o, err));
-    return kl_pass_last_map(p, o, &w->o, err);
+    kl_linear last = kl_pass_last_map(p, &w->o, o);
+    return kl_pass_linear(p, &last, err);
 }

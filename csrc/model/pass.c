@@ -109,11 +109,10 @@ kl_linear kl_pass_first_map(const kl_pass *p, const kl_weight *w, kl_tensor out)
                        .out = out};
 }
 
-kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error *err)
+kl_linear kl_pass_last_map(const kl_pass *p, const kl_weight *w, kl_tensor x)
 {
-    kl_linear a = {
+    return (kl_linear){
         .x = x, .w = *w, .out = p->ends.out, .residual = p->ends.residual, .ahead = p->ahead};
-    return kl_pass_linear(p, &a, err);
 }
 
 /* ---- layers ---------------------------------------------------------------------------- */
@@ -175,14 +174,40 @@ static kl_status keep_near(kl_pass *p, int64_t layer, kl_error *err)
     return p->be->vt->wait_mark(p->be, p->marks[(layer + 1) % 2], err);
 }
 
-/* Zeros for the sums of all layers: once a step, for it is a node of its own in a recording. */
-static kl_status take_sums(kl_pass *p, kl_error *err)
+/* For the sums of all layers, or absent: the embedding clears them. */
+static kl_tensor take_sums(kl_pass *p)
 {
     size_t bytes = 0;
     for (int64_t i = 0; i < p->config->n_layers; i++) bytes += kl_moe_sums_bytes(p, i);
     p->sums = bytes == 0 ? NULL : kl_arena_take(&p->arena, bytes);
-    KL_TRY(check_arena(p, "step", err));
-    return p->sums == NULL ? KL_OK : p->be->vt->zero(p->be, p->sums, bytes, err);
+    return bytes == 0 ? (kl_tensor){0} : kl_tensor_1d(p->sums, KL_U8, (int64_t)bytes);
+}
+
+/* The first KDA layer, or n_layers. */
+static int64_t first_kda(const kl_config *c)
+{
+    int64_t i = 0;
+    while (i < c->n_layers && c->mixer[i] != KL_MIXER_KDA) i++;
+    return i;
+}
+
+/* Find what of the KDA layers is read as it arrives: they are alike, so the first speaks for them.
+ * For memory of each, or absent: the embedding makes it blank. */
+static kl_status take_arriving(kl_pass *p, kl_tensor *blanks, kl_error *err)
+{
+    const int64_t first = first_kda(p->config);
+    p->arrivals = (kl_arrivals){0};
+    if (p->be->vt->arrivals == NULL || !p->shape.decode || p->shape.T != 1 ||
+        first == p->config->n_layers)
+        return KL_OK;
+    const kl_layer_weights *w = &p->weights->layers[first];
+    KL_TRY(enter(p, &w->mixer_norm, true, err));
+    KL_TRY(kl_kda_find_arrivals(p, &w->kda, err));
+    if (!p->arrivals.mixer && !p->arrivals.out) return KL_OK;
+    const size_t bytes = (size_t)p->cache->n_kda * kl_kda_arriving_bytes(p);
+    p->arriving = kl_arena_take(&p->arena, bytes);
+    *blanks = kl_tensor_1d(p->arriving, KL_U8, (int64_t)bytes);
+    return KL_OK;
 }
 
 static void look_ahead(kl_pass *p, int64_t layer)
@@ -288,9 +313,10 @@ kl_status kl_pass_compute(kl_pass *p, kl_error *err)
         p->h = kl_pass_take(p, p->act, T, D);
         p->y = kl_pass_take(p, p->act, T, D);
     }
-    KL_TRY(take_sums(p, err));
 
-    kl_embedding embed = {.ids = p->in.ids, .table = p->weights->embedding, .out = p->x};
+    kl_embedding embed = {
+        .ids = p->in.ids, .table = p->weights->embedding, .out = p->x, .sums = take_sums(p)};
+    KL_TRY(take_arriving(p, &embed.blanks, err));
     KL_TRY(kl_pass_embedding(p, &embed, err));
     KL_TRY(run_layers(p, err));
     kl_arena_rewind(&p->arena, mark); /* the head needs x alone */

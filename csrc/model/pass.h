@@ -89,6 +89,8 @@ typedef struct {
     kl_router_ahead ahead; /* of the layer under way, or without sums */
     void *kept;            /* of a verify step: what the KDA layers read, kept_bytes each */
     size_t kept_bytes;
+    kl_arrivals arrivals; /* of its KDA layers, each of which then has memory of its own for */
+    char *arriving;       /* what passes between its operations, kl_kda_arriving_bytes() */
 } kl_pass;
 
 /* Lay out the inputs or outputs of a shape in a block (NULL measures) and return its bytes. */
@@ -133,13 +135,16 @@ KL_OPS(KL_DECLARE)
 /* out = x w^T of an x at the beginning of a part. */
 kl_linear kl_pass_first_map(const kl_pass *p, const kl_weight *w, kl_tensor out);
 /* What a part adds to the stream: x w^T. */
-kl_status kl_pass_last_map(kl_pass *p, kl_tensor x, const kl_weight *w, kl_error *err);
+kl_linear kl_pass_last_map(const kl_pass *p, const kl_weight *w, kl_tensor x);
 
 /* A layer's part, between p->ends. `index` counts the layers of its kind. */
 kl_status kl_kda_layer(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err);
 /* After the draws of a verify step: the states read the guesses that were right. */
 kl_status kl_kda_advance(kl_pass *p, const kl_kda_weights *w, int64_t index, kl_error *err);
 size_t kl_kda_kept_bytes(const kl_pass *p); /* of a layer, in a verify step of p's shape */
+/* Find p->arrivals, those of a layer like this one, which p->ends lead to. */
+kl_status kl_kda_find_arrivals(kl_pass *p, const kl_kda_weights *w, kl_error *err);
+size_t kl_kda_arriving_bytes(const kl_pass *p);
 kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err);
 kl_status kl_dense_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);
 kl_status kl_moe_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);

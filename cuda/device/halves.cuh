@@ -1,13 +1,14 @@
 /*
- * halves.cuh -- x w^T for two rows of x, the halves of a single token's, and int8 or int4 weights,
+ * halves.cuh -- x w^T for two rows of x, the halves of a single token's, and quantised weights,
  * where row r of a step meets the first and row r + 8 the second: halves of the columns of the same
  * row of a weight.
  *
- * A byte b in the lower bits of a bf16 is b 2^-133, below 128 as a subnormal number, above as one
- * of the least exponent. So one fma makes of it (b - 128) 2^-6, of a nibble (b - 8) 2^-6: exact,
- * in fewer operations than weight.cuh's, and without the scale, which meets the f32 sum.
+ * int8 and int4: a byte b in the lower bits of a bf16 is b 2^-133, below 128 as a subnormal number,
+ * above as one of the least exponent. So one fma makes of it (b - 128) 2^-6, of a nibble
+ * (b - 8) 2^-6: exact, in fewer operations than weight.cuh's, and without the scale, which meets
+ * the f32 sum. fp8 as weight.cuh has it, without the scale too.
  *
- * int8: lanes that are multiples of 4 find the sums. int4: a lane's piece is a group of its own,
+ * 8 bits: lanes that are multiples of 4 find the sums. int4: a lane's piece is a group of its own,
  * so that its columns of the narrow side, one for each row of x, are zeros but for that lane's
  * piece, and all lanes of a row find sums, of their own groups.
  */
@@ -25,19 +26,19 @@ __device__ inline uint32_t centred(uint32_t raised, float times, float less)
     return *reinterpret_cast<const uint32_t *>(&p);
 }
 
-constexpr float CENTRED_ONE = 64; /* what sums are multiplied by in the end */
-
-template <kl_weight_format format>
-constexpr bool HAS_HALVES = format == KL_W_INT8 || format == KL_W_INT4;
+/* What sums are multiplied by in the end. */
+template <kl_weight_format format> constexpr float HALVES_ONE = format == KL_W_FP8 ? 1 : 64;
 
 /* Eight columns of a piece as bf16 pairs, the unit-th. */
 template <kl_weight_format format>
-__device__ void centred_pairs(const uint32_t (&raw)[4], int unit, uint32_t (&to)[4])
+__device__ void halves_pairs(const uint32_t (&raw)[4], int unit, uint32_t (&to)[4])
 {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const uint32_t selector = i % 2 ? 0x4342u : 0x4140u; /* a byte for each number */
-        if constexpr (format == KL_W_INT8) {
+        if constexpr (format == KL_W_FP8) {
+            to[i] = weight_codec<format>::pair(raw[2 * unit + i / 2], i % 2);
+        } else if constexpr (format == KL_W_INT8) {
             const uint32_t word = raw[2 * unit + i / 2] ^ 0x80808080u;
             to[i] = centred(choose_bytes(word, 0, selector), 1, 128);
         } else {
@@ -91,8 +92,8 @@ template <kl_weight_format format> struct ring_halves {
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             uint32_t top[4], bottom[4];
-            centred_pairs<format>(raw[0], u, top);
-            centred_pairs<format>(raw[1], u, bottom);
+            halves_pairs<format>(raw[0], u, top);
+            halves_pairs<format>(raw[1], u, bottom);
             const uint4 b = *reinterpret_cast<const uint4 *>(rows + (at ^ u << 4));
             mma_bf16(sum, {top[0], bottom[0], top[1], bottom[1]}, {b.x, b.y});
             mma_bf16(sum, {top[2], bottom[2], top[3], bottom[3]}, {b.z, b.w});
@@ -104,7 +105,7 @@ template <kl_weight_format format> struct ring_halves {
     /* In lanes that are multiples of 4. */
     static __device__ float total(float acc)
     {
-        acc *= CENTRED_ONE;
+        acc *= HALVES_ONE<format>;
         if constexpr (!OWN) return acc;
         acc += __shfl_xor_sync(ALL_LANES, acc, 1);
         return acc + __shfl_xor_sync(ALL_LANES, acc, 2);

@@ -6,9 +6,10 @@
 #ifndef KL_CUDA_DEVICE_KDA_MIXER_H
 #define KL_CUDA_DEVICE_KDA_MIXER_H
 
+#include "arriving.cuh"
+#include "gated_norm.cuh"
 #include "kda.cuh"
 #include "launch.cuh"
-#include "wide.cuh"
 
 extern "C" {
 #include "backend/kda_mixer.h"
@@ -40,15 +41,7 @@ __device__ inline long long mixer_slot(const mixer_arguments &a, unsigned n)
     return a.kda.slots == nullptr ? n : a.kda.slots[n];
 }
 
-/* A load that stays where it is written, before it is known whether its address was right: the
- * compiler would rather have it where the value is used. */
-__device__ inline bf16 load_here(const bf16 *from)
-{
-    unsigned short x;
-    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
-    return __ushort_as_bfloat16(x);
-}
-
+/* As those of arriving.cuh, before it is known whether the address was right. */
 __device__ inline int load_here(const int *from)
 {
     int x;
@@ -234,7 +227,7 @@ __device__ inline void mixer_unit(const float (&from)[MIXER_SIDE], float sum, fl
     for (int j = 0; j < 4; j++) to[j] *= factor;
 }
 
-/* norm.cu's sum of squares of a row of activations, in every lane. */
+/* gated_norm.cuh's sum of squares of a row of activations, in every lane. */
 template <class A> __device__ float mixer_sum_of_squares(const float *o, int V)
 {
     constexpr int VEC = 16 / sizeof(A), LANES = sizeof(A) == 2 ? WARP / 2 : WARP;
@@ -243,7 +236,7 @@ template <class A> __device__ float mixer_sum_of_squares(const float *o, int V)
 #pragma unroll
     for (int j = 0; j < VEC; j++)
         if (at < V) sum = fmaf(o[at + j], o[at + j], sum);
-    return warp_sum<LANES>(sum);
+    return sum_of_neighbours<LANES>(sum);
 }
 
 /* ---- host ------------------------------------------------------------------------------ */

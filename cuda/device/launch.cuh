@@ -10,9 +10,15 @@
  * afterwards, but for loads that promise the data never changes (ld.global.nc, __ldg): the
  * compiler may move those ahead of the wait. prefetch_l2() may come before: it changes nothing
  * that a program can see, whoever is still writing there. Two exceptions, each argued where it is
- * made (moe_step.cuh): what was complete before the kernel ahead let this one start may be read
- * past the L1; and a word that itself says that it is there may be looked for, if the block that
- * writes it waits for nothing behind it.
+ * made (moe_step.cuh, arriving.cuh): what was complete before the kernel ahead let this one start
+ * may be read past the L1; and a word that itself says that it is there may be looked for, if the
+ * block that writes it waits for nothing behind it.
+ *
+ * Such a word comes: this kernel's blocks start only when every block of the kernel ahead has
+ * called let_next_start(), so these are on the device, whatever room is left, and what they look
+ * for themselves comes likewise. A kernel that looks for its inputs instead of waiting writes
+ * nothing that the kernels ahead of it may still read; and all its threads call wait_for_inputs()
+ * before they end, for its end still has to mean that those have ended too.
  *
  * Kernels of others in the stream need not know of this: one that never calls
  * let_next_start() does so by ending, and one launched plainly starts after the end.

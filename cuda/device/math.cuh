@@ -1,5 +1,6 @@
 /*
- * math.cuh -- the model's scalar functions. None forms the exponential of a positive number.
+ * math.cuh -- the model's scalar functions. None forms the exponential of a positive number where
+ * an overflow would be seen.
  */
 #ifndef KL_CUDA_DEVICE_MATH_H
 #define KL_CUDA_DEVICE_MATH_H
@@ -38,12 +39,12 @@ __device__ inline float silu(float x)
     return x * sigmoid(x);
 }
 
-/* As good as needs be for a result that is rounded to A: to 1e-6 for 16 bits. */
+/* As good as needs be for a result that is rounded to A: to 1e-6 for 16 bits. Where 1 + e^-x is no
+ * float, or its reciprocal none, x times that is 0 to 1e-36. */
 template <class A> __device__ float silu_for(float x)
 {
     if constexpr (sizeof(A) == sizeof(float)) return silu(x);
-    const float e = exp2_approx(-1.4426950408889634f * fabsf(x));
-    return x * ((x >= 0 ? 1.0f : e) * reciprocal(1 + e));
+    return x * reciprocal(1 + exp2_approx(-1.4426950408889634f * x));
 }
 
 __device__ inline float softplus(float x)

@@ -23,6 +23,15 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uin
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/* The same 8 deep: a[0] and a[1] of A, b[0] of B. */
+__device__ inline void mma_bf16(float (&c)[4], uint32_t a_0, uint32_t a_1, uint32_t b)
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a_0), "r"(a_1), "r"(b));
+}
+
 /* c += a b, float16 operands, f32 sums; fragments as mma_bf16 has them. */
 __device__ inline void mma_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 {

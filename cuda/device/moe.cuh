@@ -121,8 +121,9 @@ bool kl_cuda_moe_is_step(const kl_moe_experts *a);    /* whether they are for it
 bool kl_cuda_moe_step_takes(const kl_moe_experts *a); /* of what tensor cores take */
 kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err);
 
-/* The third has the bits of the second, the last two have not. */
-extern const moe_path kl_moe_general, kl_moe_few, kl_moe_ordered, kl_moe_some, kl_moe_many;
+/* The ordered ones have the bits of the second, the last two have not. */
+extern const moe_path kl_moe_general, kl_moe_few, kl_moe_ordered, kl_moe_ordered_quantised,
+    kl_moe_some, kl_moe_many;
 
 /* What few does where x does not fit in shared memory. */
 kl_status kl_cuda_moe_stream(moe_product p, bool gated, cudaStream_t stream, kl_error *err);

@@ -42,9 +42,15 @@ struct chosen_experts {
     unsigned keys[FEW_EXPERTS]; /* and what they are chosen by */
 };
 
-__device__ inline bool chooses(const moe_step_arguments &a)
+/* Whether there are sums, in a kernel that may get some: their code is not in others. */
+template <bool may> __device__ bool has_sums(const moe_step_arguments &a)
 {
-    return a.sums != nullptr || a.logits != nullptr;
+    return may && a.sums != nullptr;
+}
+
+template <bool may = true> __device__ bool chooses(const moe_step_arguments &a)
+{
+    return has_sums<may>(a) || a.logits != nullptr;
 }
 
 /* Before the wait: the bias comes from memory, and would come last. */
@@ -63,12 +69,12 @@ struct choice_input {
 /* The out kernel starts when all blocks of the inner one have waited for what came before: that is
  * complete then, and the out kernel may read it before its own wait, past the L1, which that wait
  * alone would clean. */
-__device__ inline choice_input load_choice(const moe_step_arguments &a)
+template <bool may = true> __device__ choice_input load_choice(const moe_step_arguments &a)
 {
     choice_input in = {};
     const int e = threadIdx.x;
     const bool inside = e < a.rule.E;
-    if (a.sums != nullptr) in.sums.load(*a.sums, e); /* zeros of those that are none */
+    if (has_sums<may>(a)) in.sums.load(*a.sums, e); /* zeros of those that are none */
     if (a.logits != nullptr && inside) in.logit = __ldcg(a.logits + e);
     if (a.rule.bias != nullptr && inside) in.bias = __ldcg(a.rule.bias + e);
     return in;
@@ -76,14 +82,15 @@ __device__ inline choice_input load_choice(const moe_step_arguments &a)
 
 /* What the choice is made from, by all threads; a barrier follows. Returned is what the experts'
  * first products are to be multiplied by. */
-__device__ inline float share_choice(const moe_step_arguments &a, const choice_input &in,
-                                     chosen_experts &to)
+template <bool may = true>
+__device__ float share_choice(const moe_step_arguments &a, const choice_input &in,
+                              chosen_experts &to)
 {
     static_assert(FEW_EXPERTS == STREAM_THREADS && MAX_STEP_EXPERTS <= STREAM_THREADS);
     const int i = threadIdx.x;
-    const bool summed = a.sums != nullptr;
+    const bool summed = has_sums<may>(a);
     const float inverse = summed ? in.sums.inverse_rms(a.D, a.norm_eps) : 1;
-    if (chooses(a)) {
+    if (chooses<may>(a)) {
         const float score = sigmoid(summed ? in.sums.sum() * inverse : in.logit);
         to.scores[i] = score;
         const unsigned key = key_of(a.rule.bias != nullptr ? score + in.bias : score);
@@ -103,10 +110,13 @@ __device__ inline lane_keys keys_of(const chosen_experts &from)
     return keys;
 }
 
-/* After a barrier, by one warp. */
+/* Without sums, by all threads; a barrier follows. */
 __device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
 {
-    if (!chooses(a)) return;
+    share_choice<false>(a, load_choice<false>(a), to);
+    if (!chooses<false>(a)) return;
+    __syncthreads();
+    if (warp_id() != 0) return;
     lane_keys keys = keys_of(to);
     const expert_choice choice = choose_experts(
         keys, a.rule, [&](int e) { return to.scores[e]; }, to.ids);
@@ -117,9 +127,9 @@ __device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
 
 /* With sums the inner kernel alone chooses, and its last block, which has the fewest tiles, tells
  * the out kernel: a word for each choice, its id + 1 above the bits of its weight, so not 0
- * whatever the weight. Words are zeros as the sums are, since before the first kernel behind zero()
- * started. A word says itself that it is there, and stands for nothing else: no order between
- * words, nor with other memory, is needed.
+ * whatever the weight. Words are zeros as the sums are: who cleared them had ended when the inner
+ * kernel's blocks were past their wait. A word says itself that it is there, and stands for nothing
+ * else: no order between words, nor with other memory, is needed.
  *
  * The out kernel's blocks look until it is there. That ends: they start only when every block of
  * the inner kernel has (let_next_start()), and the one that tells waits for nothing that comes

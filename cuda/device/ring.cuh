@@ -39,6 +39,7 @@
 #define KL_CUDA_DEVICE_RING_H
 
 #include "../product.h"
+#include "arriving.cuh"
 #include "math.cuh"
 #include "stream.cuh"
 #include "wide.cuh"
@@ -358,14 +359,6 @@ inline row_source row_source_of(const kl_cuda_product *p)
     };
 }
 
-/* Before the wait: the norm's weight never changes either. */
-template <int threads> __device__ void prefetch_rows(const row_source &s)
-{
-    if (s.norm_weight == nullptr) return;
-    for (int i = threadIdx.x * 8; i < s.cols; i += threads * 8)
-        prefetch_line(s.norm_weight + i);
-}
-
 /* All of a thread's loads, up to AT_ONCE, are under way before it waits for one. */
 template <int threads> __device__ void copy_rows(const shared_rows &to, const row_source &s)
 {
@@ -389,8 +382,10 @@ template <int threads> __device__ void copy_rows(const shared_rows &to, const ro
     }
 }
 
-/* The same of the halves of a row, which lie one behind the other, of a multiple of 128 columns. */
-template <int threads> __device__ void copy_halves(const shared_rows &to, const row_source &s)
+/* The same of the halves of a row, which lie one behind the other, of a multiple of 128 columns;
+ * or of one that is arriving. */
+template <int threads, bool arriving>
+__device__ void copy_halves(const shared_rows &to, const row_source &s)
 {
     constexpr int AT_ONCE = 2;
     const uint4 *const from = static_cast<const uint4 *>(s.x);
@@ -400,11 +395,14 @@ template <int threads> __device__ void copy_halves(const shared_rows &to, const 
         uint4 v[AT_ONCE] = {};
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
-            if (const int u = first + i * threads; u < 2 * units) v[i] = from[u];
+            if (const int u = first + i * threads; u < 2 * units)
+                v[i] = arriving ? load_here(from + u) : from[u];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
-            if (const int u = first + i * threads; u < 2 * units)
+            if (const int u = first + i * threads; u < 2 * units) {
+                if (arriving && !is_there(v[i])) v[i] = await(from + u);
                 *to.unit(u >= units, u >= units ? u - units : u) = v[i];
+            }
     }
 }
 
@@ -415,6 +413,24 @@ template <class X> __device__ void load_unit(float (&to)[8], const X *row, int u
     for (int j = 0; j < 8; j++) to[j] = 0;
     if (8 * u < cols) load_wide(row + 8 * u, to);
 }
+
+/* Before the wait: the norm's weight never changes either. A thread has that of its first units, 4096
+ * columns of all together, and asks the L2 for the others. */
+template <int threads> struct held_norm {
+    static constexpr int HELD = 2 * 256 / threads;
+    float weight[HELD][8];
+
+    __device__ explicit held_norm(const row_source &s)
+    {
+        if (s.norm_weight == nullptr) return;
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            load_unit(weight[i], s.norm_weight, threadIdx.x + i * threads, s.cols);
+#pragma unroll 1
+        for (int i = (threadIdx.x + HELD * threads) * 8; i < s.cols; i += threads * 8)
+            prefetch_line(s.norm_weight + i);
+    }
+};
 
 template <class X>
 __device__ void norm_unit(const shared_rows &to, const row_source &s, int t, int u,
@@ -429,28 +445,38 @@ __device__ void norm_unit(const shared_rows &to, const row_source &s, int t, int
     *to.unit(t, u) = {h[0], h[1], h[2], h[3]};
 }
 
-/* To the bit as rms_norm stores it, of up to NORM_COLS columns. `sums` holds NORM_SUMS floats for
- * each token. The weight of a thread's first units is asked for together with x. */
-template <int threads, class X>
-__device__ void norm_rows(const shared_rows &to, const row_source &s, float *sums)
+/* The squares of units u, u + STRIDE and on of a row, added up by their whole warp; two at a time, so
+ * that both are on their way before one is waited for. */
+template <int STRIDE, class X>
+__device__ float squares_of_units(const X *row, int u, int units, int cols)
 {
-    constexpr int HELD = 2 * 256 / threads, STRIDE = NORM_SUMS * WARP;
+    float sum = 0;
+#pragma unroll 1
+    for (; u - lane_id() < units; u += 2 * STRIDE) {
+        float v[2][8];
+#pragma unroll
+        for (int i = 0; i < 2; i++) load_unit(v[i], row, u + i * STRIDE, cols);
+#pragma unroll
+        for (int i = 0; i < 2; i++) sum += warp_sum(sum_of_squares(v[i]));
+    }
+    return sum;
+}
+
+/* To the bit as rms_norm stores it, of up to NORM_COLS columns. `sums` holds NORM_SUMS floats for
+ * each token. */
+template <int threads, class X>
+__device__ void norm_rows(const shared_rows &to, const row_source &s,
+                          const held_norm<threads> &norm, float *sums)
+{
+    constexpr int HELD = held_norm<threads>::HELD, STRIDE = NORM_SUMS * WARP;
     static_assert(STRIDE % threads == 0);
     const int units = to.pitch / 16;
-    float weight[HELD][8], v[8];
-#pragma unroll
-    for (int i = 0; i < HELD; i++)
-        load_unit(weight[i], s.norm_weight, threadIdx.x + i * threads, s.cols);
 #pragma unroll 1
     for (int t = 0; t < s.T; t++)
 #pragma unroll
         for (int first = threadIdx.x; first < STRIDE; first += threads) {
-            float sum = 0;
-#pragma unroll 2
-            for (int u = first; u - lane_id() < units; u += STRIDE) { /* the whole warp */
-                load_unit(v, static_cast<const X *>(s.x) + t * s.stride, u, s.cols);
-                sum += warp_sum(sum_of_squares(v));
-            }
+            const X *const row = static_cast<const X *>(s.x) + t * s.stride;
+            const float sum = squares_of_units<STRIDE>(row, first, units, s.cols);
             if (lane_id() == 0) sums[t * NORM_SUMS + first / WARP] = sum;
         }
     __syncthreads();
@@ -463,9 +489,10 @@ __device__ void norm_rows(const shared_rows &to, const row_source &s, float *sum
 #pragma unroll
         for (int i = 0; i < HELD; i++)
             if (threadIdx.x + i * threads < units)
-                norm_unit<X>(to, s, t, threadIdx.x + i * threads, inverse, weight[i]);
+                norm_unit<X>(to, s, t, threadIdx.x + i * threads, inverse, norm.weight[i]);
 #pragma unroll 1
         for (int u = threadIdx.x + HELD * threads; u < units; u += threads) {
+            float v[8];
             load_unit(v, s.norm_weight, u, s.cols);
             norm_unit<X>(to, s, t, u, inverse, v);
         }
@@ -474,14 +501,15 @@ __device__ void norm_rows(const shared_rows &to, const row_source &s, float *sum
 
 /* After the wait; a barrier follows. */
 template <int threads>
-__device__ void bring_rows(const shared_rows &to, const row_source &s, float *sums)
+__device__ void bring_rows(const shared_rows &to, const row_source &s,
+                           const held_norm<threads> &norm, float *sums)
 {
     if (s.norm_weight == nullptr)
         copy_rows<threads>(to, s);
     else if (s.is_float)
-        norm_rows<threads, float>(to, s, sums);
+        norm_rows<threads, float>(to, s, norm, sums);
     else
-        norm_rows<threads, bf16>(to, s, sums);
+        norm_rows<threads, bf16>(to, s, norm, sums);
 }
 
 #endif

@@ -14,116 +14,33 @@
 #ifndef KL_CUDA_DEVICE_TILES_H
 #define KL_CUDA_DEVICE_TILES_H
 
-#include "../tiles.h"
-#include "barrier.cuh"
 #include "fragments.cuh"
-#include "math.cuh"
+#include "tile_ring.cuh"
 
-constexpr int TILE_ROWS = 128; /* of weights */
-constexpr int MULTIPLIERS = 2; /* warpgroups, behind the one that fills */
-constexpr int TILE_THREADS = (1 + MULTIPLIERS) * WARPGROUP;
 /* Of a thread. A block begins with 168 each, and no more than it has can be handed over: 72 + 2 *
  * 216 = 3 * 168. Sums take 160. */
 constexpr int FILL_REGISTERS = 72, MULTIPLY_REGISTERS = 216;
 
 constexpr int X_ROW_BYTES = 2 * STEP_K;
-constexpr int BAND = 12; /* tiles whose blocks run together, times 11 groups: 132 */
 
 /* A kernel's tiles, of at most ROWS rows of x, and how they cut shared memory. Where tiles are
  * narrow, weights are what there is to read: as many steps as fit are on their way. */
 template <kl_weight_format format, int ROWS> struct tile_shape {
-    static constexpr int MOST_SHARED = 227 << 10, ALIGNED = 1024, BARRIERS = 2 * 8;
     static constexpr kl_weight_format FORMAT = format;
     static constexpr int MOST_ROWS = ROWS;
     static constexpr int X_BYTES = ROWS * X_ROW_BYTES;
-    static constexpr int W_BYTES = TILE_ROWS * step_bytes<format>;
+    static constexpr int W_ROW_BYTES = step_bytes<format>;
+    static constexpr bool W_SWIZZLED = true;
+    static constexpr int W_BYTES = TILE_ROWS * W_ROW_BYTES;
     static constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
     static constexpr int STAGES =
-        ROWS == MOST_TILE_ROWS ? 4 : (MOST_SHARED - ALIGNED) / (STAGE_BYTES + BARRIERS);
+        ROWS == MOST_TILE_ROWS ? 4 : (MOST_SHARED - ALIGNED) / (STAGE_BYTES + SLOT_BARRIERS);
     static constexpr int LAG =
         STAGES / 2; /* steps a filler sends off before it waits for one */
     /* The barriers follow the stages; those begin at a multiple of 1024. */
-    static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + BARRIERS) + ALIGNED;
+    static constexpr int SHARED_BYTES = STAGES * (STAGE_BYTES + SLOT_BARRIERS) + ALIGNED;
     static_assert(STAGE_BYTES % ALIGNED == 0 && SHARED_BYTES <= MOST_SHARED);
 };
-
-/* An operand as the kernel takes it. */
-struct tile_operand {
-    CUtensorMap maps[2]; /* the weight; the second one, or the weight again */
-    const bf16 *scales[2];
-    int64_t matrix_rows, first, n, K, groups;
-    const bf16 *x;
-    int64_t x_stride;
-    const int *rows;
-    void *out;
-    int64_t out_stride;
-    bool pairs; /* neighbours of out can be stored together */
-};
-
-struct tile_arguments {
-    tile_operand routed, shared;
-    const moe_tile *tiles;
-    const int *surplus;  /* how many of the last tiles are; null: none */
-    int n_tiles, groups; /* blocks of TILE_ROWS for a tile      */
-    int tile, T;         /* without `tiles`: rows of each, of all */
-};
-
-/* One item of work of a block. */
-struct tile_item {
-    moe_tile tile;
-    int64_t column; /* of out */
-};
-
-/* What a block's threads share. */
-template <class S> struct tile_ring {
-    uint8_t *stages;
-    barrier *full, *empty;
-
-    __device__ uint8_t *x(int slot) const { return stages + slot * S::STAGE_BYTES; }
-    __device__ uint8_t *w(int slot) const { return x(slot) + S::X_BYTES; }
-};
-
-template <class S> struct ring_place {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void advance()
-    {
-        if (++slot == S::STAGES) slot = 0, phase ^= 1;
-    }
-};
-
-template <class A> __device__ const auto &operand_of(const A &p, const moe_tile &tile)
-{
-    return tile.expert == MOE_SHARED ? p.shared : p.routed;
-}
-
-/* Columns of out in an item. */
-template <bool gated> constexpr int TILE_WIDTH = gated ? TILE_ROWS / 2 : TILE_ROWS;
-
-/* Tiles of a band come first: blocks that run together share rows of x, and of weights where
- * their tiles are of one matrix. */
-template <bool gated, class A> __device__ tile_item item_at(const A &p, int n_tiles, int i)
-{
-    const int band = i / (BAND * p.groups), rest = i % (BAND * p.groups);
-    const int width = min(BAND, n_tiles - band * BAND);
-    const int at = band * BAND + rest % width;
-    const int first = at * p.tile;
-    return {p.tiles != nullptr ? p.tiles[at] : moe_tile{0, first, min(p.tile, p.T - first)},
-            static_cast<int64_t>(rest / width) * TILE_WIDTH<gated>};
-}
-
-/* After the wait: the plan's tiles without the surplus. */
-template <class A> __device__ int tiles_of(const A &p)
-{
-    return p.n_tiles - (p.surplus == nullptr ? 0 : *p.surplus);
-}
-
-/* Columns that one of the operands does not have are no work. */
-template <class O> __device__ bool has_work(const O &o, const tile_item &item)
-{
-    return item.column < o.n;
-}
 
 __device__ inline int steps_of(const tile_operand &o)
 {
@@ -164,23 +81,6 @@ template <int ROWS> struct tile_copier {
                 copy_async(at + i * STRIDE * X_ROW_BYTES, from[i] + k, inside);
     }
 };
-
-/* Rows of weights of an item: two boxes of 64, of both weights in a gated product. */
-template <class S, bool gated>
-__device__ void copy_weights(uint8_t *to, const tile_operand &o, int row, int step, barrier *b)
-{
-    constexpr int BYTES = step_bytes<S::FORMAT>;
-    barrier_arrive_expecting(b, S::W_BYTES);
-    copy_box(to, &o.maps[0], step * BYTES, row, b);
-    copy_box(to + S::W_BYTES / 2, &o.maps[1], step * BYTES, gated ? row : row + TILE_ROWS / 2,
-             b);
-}
-
-__device__ inline int first_weight_row(const tile_operand &o, const tile_item &item)
-{
-    const int64_t matrix = item.tile.expert == MOE_SHARED ? 0 : item.tile.expert;
-    return static_cast<int>(matrix * o.matrix_rows + o.first + item.column);
-}
 
 /* Steps that a filling thread has sent off and not yet announced. cp.async writes by another
  * way than the one wgmma reads by: hence the fence, and the lag, so that nobody waits for it. */
@@ -227,22 +127,6 @@ __device__ void fill_ring(const tile_arguments &p, const tile_ring<S> &ring)
 }
 
 /* ---- the warpgroups that multiply ------------------------------------------------------ */
-
-/* Where a warp's rows of weights lie in the ring, and where in out. */
-template <bool gated> struct tile_rows {
-    int bases[2];   /* in the ring, of eight rows each                      */
-    int columns[2]; /* of out, from the item's; one and the same when gated */
-
-    __device__ tile_rows()
-    {
-        const int warp = warp_id() - WARPGROUP / WARP; /* 0 .. 7 */
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            bases[h] = gated ? h * TILE_ROWS / 2 + warp * 8 : warp * 16 + h * 8;
-            columns[h] = gated ? warp * 8 : warp * 16 + h * 8;
-        }
-    }
-};
 
 /* N: rows of x, in one wgmma or two. */
 template <int N> struct tile_split {

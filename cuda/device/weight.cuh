@@ -236,20 +236,22 @@ template <> struct weight_codec<KL_W_FP8> {
             to[2 * i + 1] = q.y * s;
         }
     }
-    /* q as bf16 pairs, of a finite q: sign, exponent and mantissa move to their places, which
-     * makes 2^-120 q, subnormal numbers included. The conversion instruction has a quarter of
-     * the rate. */
+    /* Bytes 2 i and 2 i + 1 of a word as a bf16 pair, exactly, of finite numbers. A byte whose sign
+     * fills the upper half goes four places up: exponent and mantissa are where a bf16 has them,
+     * which makes 2^-120 q, subnormal numbers included. The conversion instruction has a quarter
+     * of the rate. */
+    static __device__ uint32_t pair(uint32_t word, int i)
+    {
+        uint32_t wide; /* selectors from 8 on: the sign of a byte, eight times */
+        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(wide) : "r"(word), "r"(i == 0 ? 0x9180 : 0xb3a2));
+        return multiply_bf16(wide << 4 & 0x87f087f0u, __float2bfloat162_rn(0x1p120f));
+    }
+    /* q as bf16 pairs. */
     static __device__ void unscaled(uint4 raw, uint32_t (&to)[PIECE / 2])
     {
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-        const __nv_bfloat162 raise = __float2bfloat162_rn(0x1p120f);
 #pragma unroll
-        for (int i = 0; i < PIECE / 2; i++) {
-            const uint32_t high = /* each byte in the upper half of a number */
-                choose_bytes(words[i / 2], 0, i % 2 == 0 ? 0x1404u : 0x3424u);
-            const uint32_t magnitude = (high & 0x7fff7fffu) >> 4;
-            to[i] = multiply_bf16((high & 0x80008000u) | magnitude, raise);
-        }
+        for (int i = 0; i < PIECE / 2; i++) to[i] = pair(words[i / 2], i % 2);
     }
     static __device__ void pairs(uint4 raw, float s, uint32_t (&to)[PIECE / 2])
     {

@@ -20,6 +20,7 @@
  */
 #include "../device/barrier.cuh"
 #include "../device/kda_mixer.cuh"
+#include "../product.h"
 
 namespace {
 
@@ -92,7 +93,7 @@ template <class A> struct gate_channel {
             s.decay[at.i] = s.decay_low[at.i] = 0;
             if (at.inside) share_decay(p.mixer.kda, at.i, s);
         }
-        if (at.role == 2) s.gate[at.i] = sigmoid(value);
+        if (at.role == 2) s.gate[at.i] = norm_gate<A>(value);
     }
 };
 
@@ -212,8 +213,8 @@ template <class A> struct token {
     __device__ void finish(const head &s) const
     {
         const int V = static_cast<int>(a.kda.V);
-        const float inverse = inverse_rms(mixer_sum_of_squares<A>(s.o, V), V, a.eps);
-        const float out = s.o[at.i] * inverse * s.norm_weight[at.i] * s.gate[at.i];
+        const float factor = norm_factor<A>(mixer_sum_of_squares<A>(s.o, V), V, a.eps);
+        const float out = gated(s.o[at.i], factor, s.norm_weight[at.i], s.gate[at.i]);
         if (at.i < V)
             static_cast<A *>(a.out)[(at.n * a.kda.H + at.h) * V + at.i] = from_float<A>(out);
     }
@@ -298,16 +299,33 @@ size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
     return kl_kda_mixer_bytes(a, kl_cuda_linear_pair_workspace(be, &p.gates), kda);
 }
 
+static bool hears(const kl_kda_mixer *a)
+{
+    return a->qkv.shape[0] == 1 && kl_cuda_kda_mixer_step_takes(a);
+}
+
+kl_status kl_cuda_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
+                           const kl_linear *last, kl_arrivals *out, kl_error *err)
+{
+    *out = {};
+    if (!hears(mixer) || !kl_cuda_linear_pair_tells(be, in)) return KL_OK;
+    out->mixer = true;
+    return kl_cuda_linear_hears(be, last, &out->out, err);
+}
+
 kl_status kl_cuda_kda_mixer(kl_backend *be, const kl_kda_mixer *a, kl_error *err)
 {
     const kl_kda_mixer_parts p = kl_kda_mixer_parts_of(a);
     if (a->qkv.shape[0] == 0) return KL_OK;
+    if (a->arriving && !hears(a))
+        return kl_fail(err, KL_ERR_VALUE,
+                       "kda_mixer: inputs must not be arriving where arrivals() says so");
     if (a->guesses) return kl_cuda_kda_mixer_guesses(be, a, p, err);
     if (kl_cuda_kda_mixer_step_takes(a)) return kl_cuda_kda_mixer_step(be, a, p, err);
     KL_TRY(kl_cuda_linear_pair(be, &p.gates, err));
     if (takes(a, p)) return run(be, a, p, err);
+    if (!a->single) return kl_cuda_kda_prompt(be, &p.conv, &p.kda, &p.norm, err);
     KL_TRY(kl_cuda_short_conv(be, &p.conv, err));
-    KL_TRY(a->single ? kl_cuda_kda_decode(be, &p.kda, err)
-                     : kl_cuda_kda_prefill(be, &p.kda, err));
+    KL_TRY(kl_cuda_kda_decode(be, &p.kda, err));
     return kl_cuda_gated_rms_norm(be, &p.norm, err);
 }

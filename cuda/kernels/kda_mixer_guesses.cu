@@ -91,7 +91,7 @@ template <class A> struct preparation {
         const float x = inside ? convolve(t) : 0.0f;
         (role == 0 ? s.q : role == 1 ? s.k : s.v)[i] = x;
         if (role == 2 && inside)
-            s.gate[i] = sigmoid(
+            s.gate[i] = norm_gate<A>(
                 to_float(static_cast<const A *>(p.z)[t * p.z_stride + h * p.mixer.kda.V + i]));
     }
 
@@ -126,10 +126,10 @@ __device__ void answer(const mixer_rows<ROWS> &rows, const mixer_arguments &a, i
         s.o[warp_id() * ROWS + rows.row()] = to_float(from_float<A>(o));
     __syncthreads();
     if (warp_id() >= SIDE / WARP) return;
-    const float inverse = inverse_rms(mixer_sum_of_squares<A>(s.o, V), V, a.eps);
+    const float factor = norm_factor<A>(mixer_sum_of_squares<A>(s.o, V), V, a.eps);
     if (i < V)
         static_cast<A *>(a.out)[(t * a.kda.H + h) * V + i] =
-            from_float<A>(s.o[i] * inverse * a.norm_weight[i] * s.gate[i]);
+            from_float<A>(gated(s.o[i], factor, a.norm_weight[i], s.gate[i]));
 }
 
 /* Past the last of the guesses from token t on that are what was drawn before them. */

@@ -12,7 +12,9 @@
  *              where the operations store them; weights as in linear_step.cu
  * Grid         a block for each head and sequence. 128 threads each convolve q, k and v; a warp makes
  *              16 channels of g or of z from rows of weights in its registers; then it has 8 rows
- *              of the state there, a lane the same four channels of each
+ *              of the state there, a lane the same four channels of each. A single token's inputs
+ *              may be arriving (device/arriving.cuh): then the gates are done and the state is
+ *              there before q, k and v are
  * Order        that of linear_step.cu, short_conv.cu, kda_decode.cu and norm.cu: the same bits
  * Roofline     4 MiB of state and 2 MiB of weights in bf16 with H = 32: 2.1 us on an H100 (3.0
  *              TB/s)
@@ -32,6 +34,15 @@ namespace {
 constexpr int ROWS = 8, WARPS = 16, THREADS = WARPS * WARP;
 constexpr int SIDE = MIXER_SIDE; /* threads that share a role */
 static_assert(THREADS == 4 * SIDE && WARPS * ROWS == SIDE);
+
+/* Registers, as threads of which a multiprocessor would hold two blocks: what two blocks of the
+ * in-projection leave. Those of 64 a thread leave 64, int4's of 72 leave 56. fp8 would find room
+ * with 64, too, but where it waits, the compiler then keeps weights in local memory across that;
+ * where inputs arrive, it keeps those of the convolution there with 56. */
+template <kl_weight_format format, bool arriving>
+constexpr int BOUND = format == KL_W_INT4 || (format == KL_W_FP8 && !arriving)
+                          ? THREADS + 2 * WARP
+                          : THREADS;
 
 constexpr int LOW_PIECES = SIDE / 8; /* of 16 bytes: f_low, and then g_low, are as many */
 
@@ -63,22 +74,30 @@ struct head {
 /* Which head the block has, and what of it this thread: channel i of q, k or v (role 0, 1, 2), or
  * what comes beside the convolution (3). Heads of a pool, with 64 KB each, are fewer than 2^32. */
 struct place {
-    unsigned h, n, H;
+    unsigned n, H;
     int role, i;
 
     __device__ explicit place(const kda_arguments &a)
-        : h(blockIdx.x), n(blockIdx.y), H(static_cast<unsigned>(a.H)), role(threadIdx.x / SIDE),
+        : n(blockIdx.y), H(static_cast<unsigned>(a.H)), role(threadIdx.x / SIDE),
           i(threadIdx.x % SIDE)
     {
     }
 
+    /* Asked for wherever it is needed: as a number that is held, it ends in local memory. */
+    static __device__ unsigned h()
+    {
+        unsigned x;
+        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+        return x;
+    }
+
     /* Of qkv. */
-    __device__ unsigned column() const { return (role * H + h) * SIDE + i; }
+    __device__ unsigned column() const { return (role * H + h()) * SIDE + i; }
 
     /* The warp's rows. */
     __device__ float *state(const mixer_arguments &a, unsigned slot) const
     {
-        return a.kda.state + (long long){slot * H + h} * (SIDE * SIDE) +
+        return a.kda.state + (long long){slot * H + h()} * (SIDE * SIDE) +
                warp_id() * ROWS * SIDE;
     }
 
@@ -227,7 +246,7 @@ template <kl_weight_format format> struct head_gates {
         if (is_decay())
             share_decay(p.mixer.kda, x, s);
         else
-            s.gate[own()] = sigmoid(to_float(from_float<bf16>(x)));
+            s.gate[own()] = norm_gate<bf16>(to_float(from_float<bf16>(x)));
     }
 };
 
@@ -262,7 +281,7 @@ struct token {
             input = static_cast<const bf16 *>(a.qkv) + at.n * a.qkv_stride + at.column();
             channel.read_taps(a);
         } else if (warp_id() == BETA_WARP) {
-            input = p.beta + at.n * p.beta_stride + at.h;
+            input = p.beta + at.n * p.beta_stride + at.h();
         } else if (lane < LOW_PIECES) {
             input = p.f_low + at.n * p.f_stride + lane * 8;
         } else {
@@ -270,16 +289,33 @@ struct token {
         }
     }
 
-    /* All of it is on its way at once, where the slot that was guessed is right; the slot. */
-    __device__ unsigned read(const arguments &p, const place &at, unsigned slot, head &s)
+    __device__ void ask(head &s)
     {
-        const mixer_arguments &a = p.mixer;
         if (warp_id() != LOW_WARP) {
             channel.input = load_here(input);
         } else {
             copy_async(&s.low[0][0] + lane_id(), input, true);
             barrier_arrive_after_copies(&s.low_here);
         }
+    }
+
+    /* f_low and g_low as they arrive, */
+    __device__ void receive_low(head &s) const
+    {
+        if (warp_id() != LOW_WARP) return;
+        (&s.low[0][0])[lane_id()] = await(reinterpret_cast<const uint4 *>(input));
+        barrier_arrive(&s.low_here);
+    }
+
+    /* and the others. */
+    __device__ void receive()
+    {
+        if (warp_id() != LOW_WARP) channel.input = await(input);
+    }
+
+    /* The window, on its way at once where the slot that was guessed is right; the slot. */
+    __device__ unsigned read(const mixer_arguments &a, const place &at, unsigned slot)
+    {
 #pragma unroll 1
         for (;;) {
             if (at.role < 3) channel.read_window(window);
@@ -309,6 +345,39 @@ struct token {
     }
 };
 
+/* What a block needs of its head before its rows read the token, up to a barrier; where they lie. */
+template <class Gates>
+__device__ float *prepare(const arguments &p, const place &at, unsigned guess, token &own,
+                          const Gates &gates, mixer_rows<ROWS> &rows, head &s)
+{
+    wait_for_inputs();
+    own.ask(s);
+    const unsigned slot = own.read(p.mixer, at, guess);
+    own.convolve(at, s);
+    barrier_wait(&s.low_here, 0);
+    const float x = gates.multiply(s);
+    float *const state = at.state(p.mixer, slot);
+    rows.read_whole(state); /* no earlier: there are too few registers */
+    gates.share(p, x, s);
+    return state;
+}
+
+/* The same as inputs arrive: f_low and g_low are of the first tiles of their product, v of the last
+ * ones. Until these come the gates are done and the state is there. */
+template <class Gates>
+__device__ float *prepare_early(const arguments &p, const place &at, unsigned guess, token &own,
+                                const Gates &gates, mixer_rows<ROWS> &rows, head &s)
+{
+    float *const state = at.state(p.mixer, own.read(p.mixer, at, guess));
+    own.receive_low(s);
+    barrier_wait(&s.low_here, 0);
+    gates.share(p, gates.multiply(s), s);
+    rows.read_whole(state);
+    own.receive();
+    own.convolve(at, s);
+    return state;
+}
+
 /* The warp's rows read the token and are written; o to the block. The dot products with k and with q
  * are one piece of code. */
 __device__ inline void recur(mixer_rows<ROWS> &rows, float *state, float scale, head &s)
@@ -334,14 +403,14 @@ __device__ inline void recur(mixer_rows<ROWS> &rows, float *state, float scale, 
 __device__ inline void finish(const mixer_arguments &a, const place &at, head &s)
 {
     const float *const o = s.o();
-    const float inverse = inverse_rms(mixer_sum_of_squares<bf16>(o, SIDE), SIDE, a.eps);
-    const float out = o[at.i] * inverse * s.norm_weight[at.i] * s.gate[at.i];
-    static_cast<bf16 *>(a.out)[(long long){at.n * at.H + at.h} * SIDE + at.i] =
-        from_float<bf16>(out);
+    const float factor = norm_factor<bf16>(mixer_sum_of_squares<bf16>(o, SIDE), SIDE, a.eps);
+    const float out = gated(o[at.i], factor, s.norm_weight[at.i], s.gate[at.i]);
+    const long long to = (long long){at.n * at.H + at.h()} * SIDE + at.i;
+    store_arriving(static_cast<bf16 *>(a.out) + to, out);
 }
 
-template <kl_weight_format format>
-__global__ __launch_bounds__(THREADS,
+template <kl_weight_format format, bool arriving>
+__global__ __launch_bounds__((BOUND<format, arriving>),
                              2) void kda_mixer_step_kernel(__grid_constant__ const arguments p)
 {
     __shared__ __align__(16) head s;
@@ -352,7 +421,7 @@ __global__ __launch_bounds__(THREADS,
     if (p.unsettled) wait_for_inputs();
     ask_ahead(a, at, guess);
     token own(p, at, guess);
-    const head_gates<format> gates(p, at.h);
+    const head_gates<format> gates(p, at.h());
     if (at.role == 0) s.norm_weight[at.i] = a.norm_weight[at.i];
     if (threadIdx.x == 0) {
         barrier_init(&s.low_here, WARP);
@@ -360,19 +429,14 @@ __global__ __launch_bounds__(THREADS,
     }
     __syncthreads();
 
-    wait_for_inputs();
-    const unsigned slot = own.read(p, at, guess, s);
-    own.convolve(at, s);
-    barrier_wait(&s.low_here, 0);
-    const float x = gates.multiply(s);
-    float *const state = at.state(a, slot);
     mixer_rows<ROWS> rows;
-    rows.read_whole(state); /* no earlier: there are too few registers */
-    gates.share(p, x, s);
+    float *const state = arriving ? prepare_early(p, at, guess, own, gates, rows, s)
+                                  : prepare(p, at, guess, own, gates, rows, s);
     __syncthreads();
     recur(rows, state, a.kda.scale, s);
     __syncthreads();
     if (at.role == 0) finish(a, at, s);
+    if constexpr (arriving) wait_for_inputs();
 }
 
 /* ---- host -------------------------------------------------------------------------------- */
@@ -384,11 +448,12 @@ bool takes_gate(const kl_tensor &low, const kl_weight &w)
 }
 
 template <kl_weight_format format>
-kl_status launch(kl_backend *be, const arguments &a, int64_t N, kl_error *err)
+kl_status launch(kl_backend *be, const arguments &a, int64_t N, bool arriving, kl_error *err)
 {
     const dim3 blocks(static_cast<unsigned>(a.mixer.kda.H), static_cast<unsigned>(N));
-    return kl_cuda_launch(kda_mixer_step_kernel<format>, blocks, THREADS, 0, kl_cuda_stream(be),
-                          err, a);
+    const auto kernel =
+        arriving ? kda_mixer_step_kernel<format, true> : kda_mixer_step_kernel<format, false>;
+    return kl_cuda_launch(kernel, blocks, THREADS, 0, kl_cuda_stream(be), err, a);
 }
 
 } // namespace
@@ -421,12 +486,12 @@ kl_status kl_cuda_kda_mixer_step(kl_backend *be, const kl_kda_mixer *a,
     const int64_t N = a->qkv.shape[0];
     switch (a->f_b.format) {
     case KL_W_INT8:
-        return launch<KL_W_INT8>(be, args, N, err);
+        return launch<KL_W_INT8>(be, args, N, a->arriving, err);
     case KL_W_INT4:
-        return launch<KL_W_INT4>(be, args, N, err);
+        return launch<KL_W_INT4>(be, args, N, a->arriving, err);
     case KL_W_FP8:
-        return launch<KL_W_FP8>(be, args, N, err);
+        return launch<KL_W_FP8>(be, args, N, a->arriving, err);
     default:
-        return launch<KL_W_BF16>(be, args, N, err);
+        return launch<KL_W_BF16>(be, args, N, a->arriving, err);
     }
 }

@@ -1,10 +1,11 @@
 /*
  * kda_prefill.cu -- Kimi Delta Attention over ragged sequences: token after token, for every
  * shape and type, and the choice of the chunked kernel (kda_prefill_chunked.cu), for bf16 with
- * K = 128.
+ * K = 128, with the convolution before it and the gated norm behind it in it where they fit.
  *
  * Computes     for each token: S <- S diag(a);  u = b (v - S k);  S <- S + u k^T;
- *              o = scale S q, with a, b and the normalised q, k of backend/ops.h
+ *              o = scale S q, with a, b and the normalised q, k of backend/ops.h;
+ *              for kda_mixer short_conv before and gated_rms_norm of o, too
  * Shapes       q, k [T, Hk, K]; v, out [T, H, V]; g [T, H, K]; beta [T, H]; state [S, H, V, K]
  * Layout       the state dense with K contiguous; of the others the first axis may be strided
  * Precision    f32 or bf16 in, f32 arithmetic and state, out as q. Within 64 tokens the state
@@ -16,6 +17,8 @@
  * Roofline     1,282 B a token and head in bf16; bound instead by the chain of T tokens
  * Measured     not timed yet; right on an H100 (2026-11-22)
  */
+#include "../device/gated_norm.cuh"
+#include "../device/launch.cuh"
 #include "kda_prefill.cuh"
 
 namespace {
@@ -83,9 +86,42 @@ __launch_bounds__(KDA_THREADS) void kda_prefill_kernel(__grid_constant__ const k
     rows.write(a, state, first);
 }
 
+/* gated_rms_norm of those last tokens, in place and in its order. */
+constexpr int NORM_THREADS = 256, NORM_VEC = 8, NORM_LANES = KDA_NORM_V / NORM_VEC;
+
+struct last_arguments {
+    bf16 *out;
+    const bf16 *z;
+    const float *weight;
+    const int *cu;
+    long long z_stride, N, H;
+    float eps;
+};
+
+__global__ __launch_bounds__(NORM_THREADS) void kda_last_norm_kernel(
+    __grid_constant__ const last_arguments a)
+{
+    const long long row = static_cast<long long>(blockIdx.x) * (NORM_THREADS / NORM_LANES) +
+                          threadIdx.x / NORM_LANES;
+    const long long n = row / a.H, h = row % a.H;
+    let_next_start();
+    wait_for_inputs();
+    const bool inside = n < a.N && (a.cu[n + 1] - a.cu[n]) % KDA_GRID == 1;
+    const long long t = inside ? a.cu[n + 1] - 1 : 0;
+    bf16 *const out = a.out + (t * a.H + h) * KDA_NORM_V;
+    gated_row<bf16, NORM_VEC, NORM_LANES, 1>(out, a.z + t * a.z_stride + h * KDA_NORM_V,
+                                             a.weight, out, threadIdx.x % NORM_LANES, inside,
+                                             KDA_NORM_V, a.eps);
+}
+
 } // namespace
 
 /* ---- the choice -------------------------------------------------------------------------- */
+
+static bool is_invariant(kl_backend *be)
+{
+    return reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
+}
 
 /* A property of types and widths, which a plan knows before there are tensors. */
 static bool shapes_fit(const kl_kda *a)
@@ -108,6 +144,26 @@ static bool chunked_applies(const kl_kda *a)
            is_aligned(a->ws.data, 0, 1, 16);
 }
 
+/* Where the chunked kernel has the convolution in it: not where there are segments, of which chunks
+ * would be convolved twice. */
+static bool convolution_applies(kl_backend *be, const kl_short_conv *conv, const kl_kda *a)
+{
+    const int64_t H = a->state.shape[1];
+    return a->q.shape[1] == H && a->state.shape[2] == KDA_K && conv->silu &&
+           conv->weight.shape[1] == KDA_TAPS &&
+           is_aligned(conv->x.data, conv->x.stride[0], sizeof(bf16), 8) &&
+           is_aligned(conv->weight.data, 0, sizeof(float), 16) &&
+           is_aligned(conv->state.data, 0, sizeof(bf16), 8) &&
+           conv->x.stride[0] <= KDA_MOST_STRIDE && !kda_has_segments(a, is_invariant(be));
+}
+
+/* Where it has the norm in it: where gated_rms_norm has the same order. */
+static bool norm_applies(const kl_gated_rms_norm *norm)
+{
+    return norm->x.shape[2] == KDA_NORM_V && is_wide(norm->z, KDA_NORM_V, NORM_VEC) &&
+           is_wide(norm->weight, KDA_NORM_V, NORM_VEC);
+}
+
 /* Token after token: all of a sequence, or the one that kda_chunked() leaves. */
 static kl_status run_tokens(kda_arguments args, const kl_kda *a, bool last_only,
                             cudaStream_t stream, kl_error *err)
@@ -126,24 +182,65 @@ static kl_status run_tokens(kda_arguments args, const kl_kda *a, bool last_only,
 
 /* ---- the operation ----------------------------------------------------------------------- */
 
-static bool is_invariant(kl_backend *be)
-{
-    return reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
-}
-
 size_t kl_cuda_kda_prefill_workspace(kl_backend *be, const kl_kda_prefill *a)
 {
     return shapes_fit(a) ? kda_chunked_workspace(a, is_invariant(be)) : 0;
 }
 
-kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
+/* Whether sequences may have a last token that is left to kda_decode's arithmetic. */
+static bool may_leave_tokens(const kl_kda *a)
+{
+    return a->cu_seqlens.shape[0] != 2 || a->q.shape[0] % KDA_GRID == 1;
+}
+
+static kl_status norm_last_tokens(kl_backend *be, const kl_kda *op,
+                                  const kl_gated_rms_norm *norm, kl_error *err)
+{
+    const last_arguments a = {
+        .out = static_cast<bf16 *>(op->out.data),
+        .z = static_cast<const bf16 *>(norm->z.data),
+        .weight = static_cast<const float *>(norm->weight.data),
+        .cu = static_cast<const int *>(op->cu_seqlens.data),
+        .z_stride = norm->z.stride[0],
+        .N = op->cu_seqlens.shape[0] - 1,
+        .H = op->state.shape[1],
+        .eps = norm->eps,
+    };
+    const long long blocks = (a.N * a.H * NORM_LANES + NORM_THREADS - 1) / NORM_THREADS;
+    return kl_cuda_launch(kda_last_norm_kernel, static_cast<unsigned>(blocks), NORM_THREADS, 0,
+                          kl_cuda_stream(be), err, a);
+}
+
+/* By chunks, then the last tokens. Whoever prepares chunks reads windows: new ones come after. */
+static kl_status run_chunks(kl_backend *be, const kl_short_conv *conv, const kl_kda *a,
+                            const kl_gated_rms_norm *norm, kl_error *err)
 {
     const kda_arguments args = kda_arguments_of(a);
-    const long long N = a->cu_seqlens.shape[0] - 1, T = a->q.shape[0];
-    if (N == 0 || T == 0) return KL_OK;
     const cudaStream_t stream = kl_cuda_stream(be);
-    if (!chunked_applies(a)) return run_tokens(args, a, false, stream, err);
-    if (T > 1) KL_TRY(kda_chunked(args, a, is_invariant(be), stream, err));
-    if (N == 1 && T % KDA_GRID != 1) return KL_OK;
-    return run_tokens(args, a, true, stream, err);
+    if (a->q.shape[0] > 1)
+        KL_TRY(kda_chunked(args, conv, a, norm, is_invariant(be), stream, err));
+    if (conv != nullptr) KL_TRY(kl_cuda_short_conv_ends(be, conv, err));
+    if (!may_leave_tokens(a)) return KL_OK;
+    KL_TRY(run_tokens(args, a, true, stream, err));
+    return norm == nullptr ? KL_OK : norm_last_tokens(be, a, norm, err);
+}
+
+kl_status kl_cuda_kda_prompt(kl_backend *be, const kl_short_conv *conv, const kl_kda *a,
+                             const kl_gated_rms_norm *norm, kl_error *err)
+{
+    if (a->cu_seqlens.shape[0] == 1 || a->q.shape[0] == 0) return KL_OK;
+    const bool chunks = chunked_applies(a);
+    const bool convolves = chunks && conv != nullptr && convolution_applies(be, conv, a);
+    const bool norms = chunks && norm != nullptr && norm_applies(norm);
+    if (conv != nullptr && !convolves) KL_TRY(kl_cuda_short_conv(be, conv, err));
+    if (chunks)
+        KL_TRY(run_chunks(be, convolves ? conv : nullptr, a, norms ? norm : nullptr, err));
+    else
+        KL_TRY(run_tokens(kda_arguments_of(a), a, false, kl_cuda_stream(be), err));
+    return norm == nullptr || norms ? KL_OK : kl_cuda_gated_rms_norm(be, norm, err);
+}
+
+kl_status kl_cuda_kda_prefill(kl_backend *be, const kl_kda_prefill *a, kl_error *err)
+{
+    return kl_cuda_kda_prompt(be, nullptr, a, nullptr, err);
 }

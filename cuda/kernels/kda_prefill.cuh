@@ -54,10 +54,42 @@ struct alignas(16) kda_chunk {
      * [j][2 i], for lane 4 r + j of an accumulator; rows 16 bytes off a bank's round. */
     float decay[4][KDA_K / 4 + 4];
     float factor[2][KDA_TOKENS]; /* f and g */
+    /* What M rounds away of pairs within an octet o (8 tokens), as lanes have the right operand
+     * of m16n8k8: row i, columns 2 c and 2 c + 1 of the octet at [4 i + c][o]. */
+    uint32_t M_low[WARP][KDA_TOKENS / 8];
 };
+
+/* Where k, q and v come from, if they are to be convolved first, as short_conv does with SiLU: rows
+ * of the raw q | k | v, H heads of 128 channels each. v goes to the call's own v. */
+struct kda_convolution {
+    static constexpr bool IS_THERE = true;
+    kda_operand x;       /* [T, 3 H K] bf16                             */
+    const float *taps;   /* [3 H K, 4]                                  */
+    const bf16 *windows; /* [S, 3 H K, 3] what comes before a sequence */
+};
+
+/* None: k, q and v are given. */
+struct kda_no_convolution {
+    static constexpr bool IS_THERE = false;
+};
+
+constexpr int KDA_TAPS = 4;
+constexpr long long KDA_MOST_STRIDE = 1ll << 29; /* elements of x: bytes of a row fit an int */
 
 /* What a launch is for: the summaries of segments (kda_prefill_segments.cu), or the outputs. */
 enum kda_pass { KDA_SUMMARIES, KDA_OUTPUTS };
+
+/* gated_rms_norm of the outputs, for heads of KDA_NORM_V values: two tiles, which hand each other
+ * their sums of squares of every chunk and keep those of a few. */
+constexpr int KDA_NORM_V = 2 * KDA_V_TILE, KDA_SUMS_KEPT = 4;
+
+struct kda_norm {
+    const bf16 *z; /* [T, H, V] */
+    const float *weight;
+    long long z_stride;
+    float eps;
+    uint64_t *sums; /* [pairs, 2, KDA_SUMS_KEPT, KDA_TOKENS] chunk + 1 above its token's sum */
+};
 
 /* How a call is dealt out; the results do not depend on it, but for the segments. */
 struct kda_plan {
@@ -126,8 +158,12 @@ __device__ inline float *kda_summary(const kda_arguments &a, const kda_plan &p, 
 /* Host: bf16 with K = 128 and 32 | V <= KDA_MAX_V, in pieces of 16 bytes; all but the last tokens
  * above. */
 size_t kda_chunked_workspace(const kl_kda *a, bool invariant);
-kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
-                      cudaStream_t stream, kl_error *err);
+bool kda_has_segments(const kl_kda *a, bool invariant);
+
+/* With `conv`, q and k are not read and v is written; not where there are segments. */
+kl_status kda_chunked(const kda_arguments &a, const kl_short_conv *conv, const kl_kda *op,
+                      const kl_gated_rms_norm *norm, bool invariant, cudaStream_t stream,
+                      kl_error *err);
 
 /* Host, of kda_prefill_segments.cu: where N sequences are cut, and every segment's start. */
 kl_status kda_cut(const int *cu, long long N, int segments, int *borders, cudaStream_t stream,

@@ -1,10 +1,13 @@
 /*
  * kda_prefill_chunked.cu -- chunked KDA prefill of bf16 with K = 128, as one kernel.
  *
- * Computes     what kda_prefill.cuh says: for each chunk of 32 tokens U, O and the next state
+ * Computes     what kda_prefill.cuh says: for each chunk of 32 tokens U, O and the next state;
+ *              where the call has a norm, that of O as well (kda_prefill_norm.cuh)
  * Shapes       q, k [T, Hk, 128] bf16; g [T, H, 128]; beta [T, H]; v, out [T, H, V]; 32 | V
  *              <= 1,024; state [S, H, V, 128] f32
  * Layout       first axes may be strided; rows in pieces of 16 bytes
+ * Convolution  with raw rows instead, K = V: q, k and v by the groups that prepare (four taps,
+ *              SiLU: kda_prefill_convolve.cuh), v by way of device memory
  * Precision    f32 sums, gate, decays, inverse and state; operands of products bf16, those that
  *              errors would last in as sums of two. No exponential of a positive number, but for
  *              factors of at most 2^100 whose product with their partner is at most 1
@@ -16,12 +19,13 @@
  *              the summaries of segments (both warpgroups take rows, 64 of C and 64 of M), then
  *              for the outputs
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
- *              an H100. Preparing and the chain alone take four fifths of the whole each
+ *              an H100; 256 more with a norm. Preparing and the chain alone take four fifths of
+ *              the whole each
  * Measured     H200, 8,192 tokens of 32 heads: 330 us with given log-decays, 335 with the
  *              softplus gate (23 % of its roofline of 78 us); H100 339 and 337
  *              (benchmarks/bench_kda.py, 2026-11-23)
  */
-#include "kda_prefill_scan.cuh"
+#include "kda_prefill_norm.cuh"
 
 namespace {
 
@@ -51,6 +55,8 @@ struct block_memory {
     };
     prepare_memory prepare; /* of the last group */
     kda_lanes_of_call lanes;
+    norm_memory norm;
+    int windows[GROUPS][ITEMS]; /* prepare_chunks() */
 };
 static_assert(sizeof(block_memory) <= 227 * 1024);
 
@@ -90,32 +96,47 @@ __device__ void init_barriers(scan_memory &m)
 }
 
 /* What a warpgroup of a block that scans does there. */
-template <kda_pass pass>
-__device__ void scan_chunks(const scanner &s, int group, int w, scan_memory &m)
+template <kda_pass pass, bool convolved, bool normed>
+__device__ void scan_chunks(const scanner &s, const kda_norm &norm, int group, int w,
+                            block_memory &m)
 {
     constexpr bool outputs = pass == KDA_OUTPUTS;
     if (group == CHAIN) {
         registers_up_to<CHAIN_REGISTERS>();
-        run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m);
+        run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m.scan);
     } else if (group == BRING) {
         registers_down_to<BRING_REGISTERS>();
-        bring_chunks(s, w, m);
+        bring_chunks<convolved, normed>(s, norm, w, m.scan);
     } else if constexpr (outputs) {
         registers_down_to<OUTPUT_REGISTERS>();
-        run_output(s, w, m);
+        if constexpr (normed)
+            run_normed_output(s, norm, w, m.scan, m.norm);
+        else
+            run_output(s, w, m.scan);
     } else {
         registers_up_to<CHAIN_REGISTERS>();
-        run_chain<OF_UNITS>(s, w, m);
+        run_chain<OF_UNITS>(s, w, m.scan);
     }
 }
 
-template <kda_pass pass>
+/* The same memory. An address that ptxas knows it keeps for all roles in one register, which all of
+ * them spill where the kernel has most in it; this one it takes for a variable. */
+__device__ block_memory &hidden(block_memory &m)
+{
+    const int address = made_here(static_cast<int>(shared_address(&m)));
+    return *static_cast<block_memory *>(__cvta_shared_to_generic(address));
+}
+
+template <kda_pass pass, bool normed, class Rows>
 __global__ __launch_bounds__(THREADS,
                              1) void kda_chunked_kernel(__grid_constant__ const kda_arguments a,
-                                                        __grid_constant__ const kda_plan p)
+                                                        __grid_constant__ const kda_plan p,
+                                                        __grid_constant__ const Rows rows,
+                                                        __grid_constant__ const kda_norm norm)
 {
     extern __shared__ __align__(1024) unsigned char bytes[];
-    block_memory &m = *reinterpret_cast<block_memory *>(bytes);
+    block_memory &own = *reinterpret_cast<block_memory *>(bytes);
+    block_memory &m = Rows::IS_THERE && normed ? hidden(own) : own;
     /* From a shuffle, ptxas knows that it is the same for the warp; else it waits for every
      * product of a warpgroup on its own. */
     const int w = __shfl_sync(ALL_LANES, warp_id(), 0), group = w / PREPARERS;
@@ -136,9 +157,10 @@ __global__ __launch_bounds__(THREADS,
     if (scans && threadIdx.x == THREADS - 1) init_barriers(m.scan);
     __syncthreads();
     if (scans && group != PREPARE) {
-        scan_chunks<pass>(s, group, w % PREPARERS, m.scan);
+        scan_chunks<pass, Rows::IS_THERE, normed>(s, norm, group, w % PREPARERS, own);
     } else {
-        prepare_chunks(a, p, m.lanes, group, group == PREPARE ? m.prepare : m.more[group]);
+        prepare_chunks(a, p, rows, m.lanes, group, group == PREPARE ? m.prepare : m.more[group],
+                       m.windows[group]);
     }
 }
 
@@ -211,7 +233,7 @@ kda_plan plan_of(const call_sizes &s, kda_pass pass)
 
 /* Bytes of its parts, in their order: enough for fewer sequences and tokens as well. */
 struct layout {
-    size_t ring, summaries, more_flags, flags, borders;
+    size_t ring, summaries, more_flags, flags, sums, borders;
 };
 
 layout layout_of(const call_sizes &s)
@@ -223,6 +245,7 @@ layout layout_of(const call_sizes &s)
     const size_t slots = many < RING ? many : few > RING ? few : RING;
     layout l = {.ring = slots * sizeof(kda_chunk)};
     l.flags = sizeof(unsigned) * KDA_FLAG * (1 + slots + pairs * s.tiles(KDA_SUMMARIES));
+    l.sums = sizeof(uint64_t) * KDA_TOKENS * KDA_SUMS_KEPT * 2 * pairs;
     if (!may_cut) return l;
     l.summaries = most * (s.V + KDA_K) * KDA_K * sizeof(float);
     l.more_flags = l.flags, l.borders = (most + 1) * sizeof(int);
@@ -231,12 +254,12 @@ layout layout_of(const call_sizes &s)
 
 /* Where they lie. */
 struct places {
-    char *ring, *summaries, *more_flags, *flags, *borders;
+    char *ring, *summaries, *more_flags, *flags, *sums, *borders;
 
     places(const layout &l, void *memory)
         : ring(static_cast<char *>(memory)), summaries(ring + l.ring),
           more_flags(summaries + l.summaries), flags(more_flags + l.more_flags),
-          borders(flags + l.flags)
+          sums(flags + l.flags), borders(sums + l.sums)
     {
     }
 
@@ -251,12 +274,12 @@ struct places {
 
 /* ---- host: launches ------------------------------------------------------------------------ */
 
-template <kda_pass pass>
-kl_status launch(const kda_arguments &a, const kda_plan &p, int multiprocessors,
-                 cudaStream_t stream, kl_error *err)
+template <kda_pass pass, bool normed, class Rows>
+kl_status launch(const kda_arguments &a, const kda_plan &p, const Rows &rows,
+                 const kda_norm &norm, int multiprocessors, cudaStream_t stream, kl_error *err)
 {
     constexpr int bytes = static_cast<int>(sizeof(block_memory));
-    const auto kernel = kda_chunked_kernel<pass>;
+    const auto kernel = kda_chunked_kernel<pass, normed, Rows>;
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
     cudaLaunchAttribute together = {};
@@ -269,8 +292,25 @@ kl_status launch(const kda_arguments &a, const kda_plan &p, int multiprocessors,
     config.stream = stream;
     config.attrs = &together;
     config.numAttrs = 1;
-    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p), err);
+    KL_CUDA_TRY(cudaLaunchKernelEx(&config, kernel, a, p, rows, norm), err);
     return KL_OK;
+}
+
+template <class Rows>
+kl_status launch_outputs(const kda_arguments &a, const kda_plan &p, const Rows &rows,
+                         const kl_gated_rms_norm *norm, uint64_t *sums, int multiprocessors,
+                         cudaStream_t stream, kl_error *err)
+{
+    if (norm == nullptr)
+        return launch<KDA_OUTPUTS, false>(a, p, rows, {}, multiprocessors, stream, err);
+    const kda_norm n = {
+        .z = static_cast<const bf16 *>(norm->z.data),
+        .weight = static_cast<const float *>(norm->weight.data),
+        .z_stride = norm->z.stride[0],
+        .eps = norm->eps,
+        .sums = sums,
+    };
+    return launch<KDA_OUTPUTS, true>(a, p, rows, n, multiprocessors, stream, err);
 }
 
 } // namespace
@@ -281,11 +321,19 @@ size_t kda_chunked_workspace(const kl_kda *a, bool invariant)
     kl_error ignored;
     if (sizes_of(a, invariant, &s, &ignored) != KL_OK || s.N <= 0) return 0;
     const layout l = layout_of(s);
-    return l.ring + l.summaries + l.more_flags + l.flags + l.borders;
+    return l.ring + l.summaries + l.more_flags + l.flags + l.sums + l.borders;
 }
 
-kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
-                      cudaStream_t stream, kl_error *err)
+bool kda_has_segments(const kl_kda *a, bool invariant)
+{
+    call_sizes s;
+    kl_error ignored;
+    return sizes_of(a, invariant, &s, &ignored) == KL_OK && s.segments(s.N) > 1;
+}
+
+kl_status kda_chunked(const kda_arguments &a, const kl_short_conv *conv, const kl_kda *op,
+                      const kl_gated_rms_norm *norm, bool invariant, cudaStream_t stream,
+                      kl_error *err)
 {
     call_sizes s;
     KL_TRY(sizes_of(op, invariant, &s, err));
@@ -294,15 +342,23 @@ kl_status kda_chunked(const kda_arguments &a, const kl_kda *op, bool invariant,
     const bool is_cut = outputs.segments > 1;
     at.put(outputs, at.flags), at.put(summaries, at.more_flags);
     char *zeros = is_cut ? at.more_flags : at.flags;
-    KL_CUDA_TRY(cudaMemsetAsync(zeros, 0, static_cast<size_t>(at.borders - zeros), stream),
-                err);
+    char *end = norm != nullptr ? at.borders : at.sums;
+    KL_CUDA_TRY(cudaMemsetAsync(zeros, 0, static_cast<size_t>(end - zeros), stream), err);
     outputs.cu = a.cu;
+    const int mps = s.multiprocessors;
     if (is_cut) {
         int *borders = reinterpret_cast<int *>(at.borders);
         outputs.cu = summaries.cu = borders;
         KL_TRY(kda_cut(a.cu, s.N, outputs.segments, borders, stream, err));
-        KL_TRY(launch<KDA_SUMMARIES>(a, summaries, s.multiprocessors, stream, err));
+        KL_TRY((launch<KDA_SUMMARIES, false>(a, summaries, kda_no_convolution{}, {}, mps,
+                                             stream, err)));
         KL_TRY(kda_join(a, summaries, stream, err));
     }
-    return launch<KDA_OUTPUTS>(a, outputs, s.multiprocessors, stream, err);
+    uint64_t *const sums = reinterpret_cast<uint64_t *>(at.sums);
+    if (conv == nullptr)
+        return launch_outputs(a, outputs, kda_no_convolution{}, norm, sums, mps, stream, err);
+    const kda_convolution rows = {.x = kda_operand_of(conv->x),
+                                  .taps = static_cast<const float *>(conv->weight.data),
+                                  .windows = static_cast<const bf16 *>(conv->state.data)};
+    return launch_outputs(a, outputs, rows, norm, sums, mps, stream, err);
 }

@@ -46,6 +46,8 @@ struct inverse_memory {
 static_assert(sizeof(inverse_memory) <= sizeof(kda_chunk::X) + sizeof(kda_chunk::X_low));
 static_assert(offsetof(kda_chunk, X_low) == offsetof(kda_chunk, X) + sizeof(kda_chunk::X));
 
+constexpr int ITEMS = 3; /* a group's, and its next two */
+
 /* A chunk to prepare. */
 struct item {
     long long token; /* its first */
@@ -70,7 +72,7 @@ struct alignas(128) prepare_memory {
     float beta[KDA_TOKENS];
     float column[KDA_TOKENS]; /* factors of X's columns */
     float bias[KDA_K];        /* of the gate, in its units */
-    item items[3];            /* the group's and its next */
+    item items[ITEMS];        /* the group's and its next */
 };
 
 __device__ inline inverse_memory &inverse_of(prepare_memory &m)

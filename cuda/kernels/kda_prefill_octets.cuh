@@ -302,18 +302,17 @@ struct lane_column {
     }
 };
 
-/* Goes through the octets of a chunk. */
-struct octet_reader {
-    lane_column k, q, g;
-    bool short_gates; /* bf16 */
+/* The lane's gates, an octet after the other. */
+struct gate_column {
+    lane_column g;
+    bool is_short; /* bf16 */
 
-    __device__ octet_reader(const kda_arguments &a, const item &c)
-        : k(a.k, c, c.hk, lane_channel(), 2), q(a.q, c, c.hk, lane_channel(), 2),
-          g(a.g, c, c.h, gate_channel(), a.g.is_bf16 ? 2 : 4), short_gates(a.g.is_bf16)
+    __device__ gate_column(const kda_arguments &a, const item &c)
+        : g(a.g, c, c.h, gate_channel(), a.g.is_bf16 ? 2 : 4), is_short(a.g.is_bf16)
     {
     }
 
-    template <class T> __device__ void read_gates(raw_gates &to, int o) const
+    template <class T> __device__ void read_as(raw_gates &to, int o) const
     {
         const int row = OCTET * o + lane_id() % 4;
 #pragma unroll
@@ -322,20 +321,31 @@ struct octet_reader {
                 __ldcs(reinterpret_cast<const T *>(g.piece(row + t * OCTET / 2)));
     }
 
-    __device__ void read_rows(uint4 &to_k, uint4 &to_q, int o) const
+    __device__ void read(raw_gates &to, int o) const
     {
-        const int row = OCTET * o + lane_id() / 4;
-        to_k = *reinterpret_cast<const uint4 *>(k.piece(row));
-        to_q = *reinterpret_cast<const uint4 *>(q.piece(row));
+        if (is_short)
+            read_as<uint2>(to, o);
+        else
+            read_as<uint4>(to, o);
+    }
+};
+
+/* Goes through the octets of a chunk. */
+struct octet_reader {
+    lane_column k, q;
+    gate_column g;
+
+    __device__ octet_reader(const kda_arguments &a, const item &c)
+        : k(a.k, c, c.hk, lane_channel(), 2), q(a.q, c, c.hk, lane_channel(), 2), g(a, c)
+    {
     }
 
     __device__ void read(raw_octet &to, int o) const
     {
-        read_rows(to.k, to.q, o);
-        if (short_gates)
-            read_gates<uint2>(to.g, o);
-        else
-            read_gates<uint4>(to.g, o);
+        const int row = OCTET * o + lane_id() / 4;
+        to.k = *reinterpret_cast<const uint4 *>(k.piece(row));
+        to.q = *reinterpret_cast<const uint4 *>(q.piece(row));
+        g.read(to.g, o);
     }
 };
 
@@ -368,9 +378,9 @@ __device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS
 
 /* `x` is the first octet. Rows stay as they are, and the factors that bring them to unit length are
  * found on the way; or, given these, they are multiplied. */
-__device__ inline void prepare_octets(const kda_arguments &a, const item &c,
-                                      const head_gate &gate, const octet_reader &from,
-                                      raw_octet &x, bool is_raw, prepare_memory &m)
+template <class Reader>
+__device__ void prepare_octets(const kda_arguments &a, const item &c, const head_gate &gate,
+                               const Reader &from, raw_octet &x, bool is_raw, prepare_memory &m)
 {
     float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
     lane_part part = lane_part_of(m);

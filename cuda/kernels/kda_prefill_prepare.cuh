@@ -6,7 +6,7 @@
 #define KL_CUDA_KERNELS_KDA_PREFILL_PREPARE_H
 
 #include "../device/barrier.cuh"
-#include "kda_prefill_octets.cuh"
+#include "kda_prefill_convolve.cuh"
 #include "kda_prefill_squares.cuh"
 
 namespace kda {
@@ -132,6 +132,14 @@ __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int he
     if (!x.is_bf16) prefetch_line(from + 256), prefetch_line(from + 384);
 }
 
+/* The chunk has been copied to its slot: another one may take its place. */
+__device__ inline void have_chunk(delivery &last, int group)
+{
+    last.wait_until_read();
+    group_barrier(group);
+    last.announce();
+}
+
 /* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
  * Returns whether they are. */
 __device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
@@ -146,9 +154,11 @@ __device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
     }
 }
 
-/* All but the inverse. `last` is of the thread that sends. */
-__device__ inline void prepare_products(const kda_arguments &a, const item &c, int group,
-                                        prepare_memory &m, delivery &last)
+/* From a chunk's tokens in device memory to the sums of its octets; returns what prepare_rows()
+ * does. */
+__device__ inline bool prepare_tokens(const kda_arguments &a, const kda_no_convolution &,
+                                      const item &c, int, int group, prepare_memory &m,
+                                      delivery &last)
 {
     const octet_reader from(a, c);
     const head_gate gate = gate_of(a, c.h);
@@ -156,10 +166,36 @@ __device__ inline void prepare_products(const kda_arguments &a, const item &c, i
     from.read(first, 0);
     load_beta(a, c, m);
     load_bias(a, gate, c, m);
-    last.wait_until_read();
-    group_barrier(group);
-    last.announce();
-    const bool is_raw = prepare_rows(a, c, gate, from, first, group, m);
+    have_chunk(last, group);
+    return prepare_rows(a, c, gate, from, first, group, m);
+}
+
+/* The same with the convolution before: of k and q again, where a chunk is begun again. */
+__device__ inline bool prepare_tokens(const kda_arguments &a, const kda_convolution &rows,
+                                      const item &c, int window, int group, prepare_memory &m,
+                                      delivery &last)
+{
+    const kept_reader from(a, c, m);
+    const head_gate gate = gate_of(a, c.h);
+    load_beta(a, c, m);
+    load_bias(a, gate, c, m);
+    for (bool is_raw = true;; is_raw = false) {
+        raw_octet first;
+        convolver lane(rows, a, c, window, m);
+        lane.run(is_raw ? OF_V : OF_K, [&] { have_chunk(last, group); });
+        from.read(first, 0);
+        prepare_octets(a, c, gate, from, first, is_raw, m);
+        group_barrier(group);
+        if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
+    }
+}
+
+/* All but the inverse. `last` is of the thread that sends; `window` is the convolver's. */
+template <class Rows>
+__device__ void prepare_products(const kda_arguments &a, const Rows &rows, const item &c,
+                                 int window, int group, prepare_memory &m, delivery &last)
+{
+    const bool is_raw = prepare_tokens(a, rows, c, window, group, m, last);
     add_parts(m, find_factors(a, is_raw, m));
     group_barrier(group);
 }
@@ -183,10 +219,12 @@ __device__ inline room finish_chunk(const kda_plan &p, const item &c, int group,
 
 /* ---- all chunks -------------------------------------------------------------------------- */
 
-/* Tickets go through the serials, and for each of them through the pairs. */
+/* Tickets go through the serials, and for each of them through the pairs. `begun` is the sequence
+ * of the call that begins with the chunk, or -1. */
 __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
-                               const kda_lanes_of_call &lanes, unsigned ticket)
+                               const kda_lanes_of_call &lanes, unsigned ticket, int &begun)
 {
+    begun = -1;
     const unsigned pair = ticket % p.pairs, serial = ticket / p.pairs;
     const int round = serial / lanes.longest, at = serial % lanes.longest;
     const int l = pair / p.groups, h = round * p.groups + pair % p.groups;
@@ -200,6 +238,7 @@ __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
                   });
     const int before = (number - kda_first_number(p.cu, n)) * KDA_TOKENS;
     const int left = kda_chunked_tokens(p, n) - before;
+    if (before == 0) begun = n;
     c.token = p.cu[n] + before;
     c.tokens = min(max(left, 0), KDA_TOKENS);
     c.h = h, c.hk = h / static_cast<int>(a.H / a.Hk);
@@ -216,28 +255,43 @@ struct leader {
         if (lane_id() == 0) asked = atomicAdd(p.ticket, n);
     }
 
-    /* The item of the next ticket. */
+    /* The item of the next ticket, and the slot that its convolution begins with, or -1. */
+    template <class Rows>
     __device__ void put(const kda_arguments &a, const kda_plan &p,
-                        const kda_lanes_of_call &lanes, item &to)
+                        const kda_lanes_of_call &lanes, item &to, int &window)
     {
-        const item c = item_of(a, p, lanes, next++);
+        int n;
+        const item c = item_of(a, p, lanes, next++, n);
         if (lane_id() == 0) to = c;
+        if constexpr (Rows::IS_THERE)
+            if (lane_id() == 0) window = n < 0 || a.slots == nullptr ? n : a.slots[n];
     }
 
     /* An item on its way to the L2. */
-    __device__ static void prefetch(const kda_arguments &a, const item &c)
+    __device__ static void prefetch(const kda_arguments &a, const kda_no_convolution &,
+                                    const item &c)
     {
         prefetch_rows(a.k, c, c.hk);
         prefetch_rows(a.q, c, c.hk);
         prefetch_rows(a.g, c, c.h);
     }
 
+    __device__ static void prefetch(const kda_arguments &a, const kda_convolution &rows,
+                                    const item &c)
+    {
+        for (int part = OF_V; part >= 0; part--)
+            prefetch_rows(rows.x, c, part * static_cast<int>(a.H) + c.h);
+        prefetch_rows(a.g, c, c.h);
+    }
+
     __device__ void take() { next = __shfl_sync(ALL_LANES, asked, 0); }
 };
 
-__device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
-                                      const kda_lanes_of_call &lanes, int group,
-                                      prepare_memory &m)
+/* windows: of the group's items. */
+template <class Rows>
+__device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const Rows &rows,
+                               const kda_lanes_of_call &lanes, int group, prepare_memory &m,
+                               int (&windows)[ITEMS])
 {
     const bool leads = is_leader();
     delivery last;
@@ -248,20 +302,20 @@ __device__ inline void prepare_chunks(const kda_arguments &a, const kda_plan &p,
     if (leads) {
         tickets.ask(p, 2);
         tickets.take();
-        tickets.put(a, p, lanes, m.items[0]);
-        tickets.put(a, p, lanes, m.items[1]);
+        tickets.put<Rows>(a, p, lanes, m.items[0], windows[0]);
+        tickets.put<Rows>(a, p, lanes, m.items[1], windows[1]);
     }
     group_barrier(group);
-    for (int n = 0; m.items[n].tokens >= 0; n = (n + 1) % 3) {
+    for (int n = 0; m.items[n].tokens >= 0; n = (n + 1) % ITEMS) {
         const item &c = m.items[n];
         const bool sends = leads && c.tokens > 0;
         room space;
         if (leads) tickets.ask(p, 1);
-        if (c.tokens > 0) prepare_products(a, c, group, m, last);
+        if (c.tokens > 0) prepare_products(a, rows, c, windows[n], group, m, last);
         if (leads) { /* while others invert */
-            tickets.prefetch(a, m.items[(n + 1) % 3]);
+            tickets.prefetch(a, rows, m.items[(n + 1) % ITEMS]);
             tickets.take();
-            tickets.put(a, p, lanes, m.items[(n + 2) % 3]);
+            tickets.put<Rows>(a, p, lanes, m.items[(n + 2) % ITEMS], windows[(n + 2) % ITEMS]);
         }
         if (c.tokens > 0) space = finish_chunk(p, c, group, m);
         group_barrier(group);

@@ -109,6 +109,14 @@ __device__ inline void prefetch_values(const scanner &s, const walk &at)
                   at.h * s.a.V + first);
 }
 
+/* Gates of the chunk's outputs, likewise: these are wanted a chunk after it. */
+__device__ inline void prefetch_gates(const scanner &s, const kda_norm &norm, const walk &at)
+{
+    if (lane_id() < at.tokens_here())
+        prefetch_line(norm.z + (at.token(s) + lane_id()) * norm.z_stride + at.h * KDA_NORM_V +
+                      s.tile * KDA_V_TILE);
+}
+
 /* A chunk, once it is ready and its stage is free. */
 __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned count,
                                    scan_memory &m)
@@ -127,20 +135,25 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
 
 /* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the
  * round trips to a flag and a chunk take longer than the chain does; one brings the values; one
- * says which have come. */
-__device__ inline void bring_chunks(const scanner &s, int w, scan_memory &m)
+ * says which have come. Convolved values come with their chunk: three warps take turns at both. */
+template <bool convolved, bool normed>
+__device__ inline void bring_chunks(const scanner &s, const kda_norm &norm, int w,
+                                    scan_memory &m)
 {
+    constexpr int fetchers = convolved ? FETCHERS + 1 : FETCHERS;
     unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
         const unsigned i = count % STAGES;
-        if (w < FETCHERS && count % FETCHERS == static_cast<unsigned>(w)) {
+        if (w < fetchers && count % fetchers == static_cast<unsigned>(w)) {
             fetch_chunk(s, at, count, m);
-        } else if (w == FETCHERS) {
+            if (convolved) fetch_values(s, at, m.stages[i], &m.full[i]);
+        } else if (!convolved && w == FETCHERS) {
             wait_until_empty(m, count);
             fetch_values(s, at, m.stages[i], &m.full[i]);
         } else if (w > FETCHERS) {
             publish(s, at.serial); /* also where serials have a gap here */
-            prefetch_values(s, at);
+            if (!convolved) prefetch_values(s, at);
+            if (normed) prefetch_gates(s, norm, at);
             barrier_wait(&m.full[i], count / STAGES % 2);
             warp_arrive(&m.empty[i]);
         }
@@ -380,7 +393,16 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
 
 /* ---- the output -------------------------------------------------------------------------- */
 
-/* out = (S (E q)^T + U M^T) times the tokens' factors. */
+/* out += U M_low^T, octet by octet: of so few numbers the operands come from registers. */
+__device__ inline void multiply_low(token_sums &out, const uint32_t (&U)[STEPS][4],
+                                    const uint32_t (&M_low)[TILES_OF_TOKENS])
+{
+#pragma unroll
+    for (int t = 0; t < TILES_OF_TOKENS; t++)
+        mma_bf16(out[t], U[t / 2][t % 2 * 2], U[t / 2][t % 2 * 2 + 1], M_low[t]);
+}
+
+/* out = (S (E q)^T + U M^T) times the tokens' factors, M with M_low. */
 __device__ inline void make_output(token_sums &out, const descriptors &d, unsigned i, int w,
                                    unsigned count, scan_memory &m)
 {
@@ -401,10 +423,14 @@ __device__ inline void make_output(token_sums &out, const descriptors &d, unsign
     wgmma_fence();
     multiply_tokens(out, U, of_stage(d.M, i));
     wgmma_commit();
+    const kda_chunk &chunk = m.stages[i].chunk;
     lane_factors f;
-    load_factors(f, m.stages[i].chunk.factor[1]);
+    uint32_t M_low[TILES_OF_TOKENS];
+    load_factors(f, chunk.factor[1]);
+    get(M_low, *reinterpret_cast<const uint4 *>(chunk.M_low[lane_id()]));
     wgmma_wait<0>();
     settle(out);
+    multiply_low(out, U, M_low);
 #pragma unroll
     for (int t = 0; t < TILES_OF_TOKENS; t++)
 #pragma unroll

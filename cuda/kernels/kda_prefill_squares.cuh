@@ -67,7 +67,8 @@ __device__ void add_A(const float2 *part, int lane, const float (&factor)[OCTETS
     }
 }
 
-/* Every second tile of M, to the chunk. */
+/* Every second tile of M, to the chunk; of an octet's own also what is rounded away, for where
+ * decay is strong, the output is little more than M's diagonal times U. */
 template <int half> __device__ void add_M(const float2 *part, int lane, prepare_memory &m)
 {
     constexpr float one = 1 + LOST_TO_TF32;
@@ -78,8 +79,11 @@ template <int half> __device__ void add_M(const float2 *part, int lane, prepare_
         const float2 sum = add_part(part + 4 * PART * n);
         const float x = at.c < at.o || j <= i ? sum.x * one : 0.0f;
         const float y = at.c < at.o || j + 1 <= i ? sum.y * one : 0.0f;
+        const uint32_t high = pack_bf16(x, y);
         char *piece = square_piece(m.chunk.M, i, at.c) + 2 * j;
-        *reinterpret_cast<uint32_t *>(piece + at.o * OCTET * 2 * KDA_TOKENS) = pack_bf16(x, y);
+        *reinterpret_cast<uint32_t *>(piece + at.o * OCTET * 2 * KDA_TOKENS) = high;
+        if (at.c == at.o)
+            m.chunk.M_low[lane][at.o] = pack_bf16(x - low_half(high), y - high_half(high));
     }
 }
 

@@ -133,6 +133,7 @@ kl_cuda_product product_of(const kl_linear *a)
         .h = nullptr,
         .ahead = a->ahead,
         .peaks = static_cast<float *>(a->peaks.data),
+        .arriving = a->arriving,
     };
 }
 
@@ -313,9 +314,34 @@ bool kl_cuda_linear_routes(kl_backend *be, const kl_linear *a)
     return routes(be, &p);
 }
 
+bool kl_cuda_linear_pair_tells(kl_backend *be, const kl_linear_pair *a)
+{
+    const kl_cuda_product first = product_of(&a->first), second = product_of(&a->second);
+    return first.out_dtype == KL_BF16 && second.out_dtype == KL_BF16 &&
+           suits_pair(be, &first, &second);
+}
+
+kl_status kl_cuda_linear_hears(kl_backend *be, const kl_linear *a, bool *hears, kl_error *err)
+{
+    const kl_cuda_product p = product_of(a);
+    *hears = false;
+    if (way_of(be, &p) != way::STEP) return KL_OK;
+    return kl_cuda_product_step_holds(be, &p, hears, err);
+}
+
+static kl_status require_arriving(kl_backend *be, const kl_linear *a, kl_error *err)
+{
+    bool hears = true;
+    if (a->arriving) KL_TRY(kl_cuda_linear_hears(be, a, &hears, err));
+    if (hears) return KL_OK;
+    return kl_fail(err, KL_ERR_VALUE,
+                   "linear: x must not be arriving where arrivals() says so");
+}
+
 kl_status kl_cuda_linear(kl_backend *be, const kl_linear *a, kl_error *err)
 {
     const kl_cuda_product p = product_of(a);
+    KL_TRY(require_arriving(be, a, err));
     if (a->ahead.sums != nullptr && !routes(be, &p))
         return kl_fail(err, KL_ERR_VALUE,
                        "linear: ahead.sums must be NULL where router_sums() is 0");

@@ -15,7 +15,7 @@
 kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
     const bool ordered = reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
-    const int64_t most = ordered ? ORDERED_TILE_ROWS : MOST_TILE_ROWS;
+    const int64_t most = ordered ? ordered_tile_rows(p->w.format) : MOST_TILE_ROWS;
     const kl_cuda_tile_operand all = {
         .w = p->w,
         .up = p->up,

@@ -79,9 +79,9 @@ __global__ __launch_bounds__(THREADS) void product_single_kernel(
     let_next_start();
     if (a.unsettled) wait_for_inputs();
     copy_pieces(own, a, row, 0);
-    prefetch_rows<THREADS>(a.x);
+    const held_norm<THREADS> norm(a.x);
     wait_for_inputs();
-    bring_rows<THREADS>(x, a.x, sums);
+    bring_rows<THREADS>(x, a.x, norm, sums);
     __syncthreads();
     if (a.h != nullptr && blockIdx.x == 0) store_row(a.h, x, a.x.cols);
     float sum = 0;

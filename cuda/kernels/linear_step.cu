@@ -8,14 +8,15 @@
  * Layout       rows of x and of out strided, the residual dense; weights in pieces of 16 bytes
  * Precision    x bf16, before a norm also f32; int4 weights rounded to bf16, the others exact; f32
  *              sums; f32 or bf16 out. A single token meets quantised weights as they are: int8 and
- *              int4 as whole numbers (device/digits.cuh), their halves of rows as bf16
- *              (device/halves.cuh), fp8 as float16 (device/scaled.cuh)
+ *              int4 as whole numbers (device/digits.cuh), fp8 as float16 (device/scaled.cuh), halves
+ *              of rows as bf16 (device/halves.cuh)
  * Grid         blocks that stay, two a multiprocessor, take tiles of 16 rows of weights in turn;
  *              warps share out the columns. A tile with a second weight holds 8 rows of each. Of
  *              two products the first's tiles come first. Of a single token and few rows a tile
  *              is 8 rows, the halves of whose columns meet two halves of x: twice as many blocks,
  *              up to three a multiprocessor, have all of the weight on its way. Where each has
- *              one tile, all of it in its ring, product_held_kernel only waits for x
+ *              one tile, all of it in its ring, product_held_kernel only waits for x, or looks
+ *              at an x that is arriving (device/arriving.cuh)
  * Order        an output: a warp's columns in rising order, then warps in order: that of
  *              linear_few.cu. Of tiles of halves the warp's two sums are added before; of whole
  *              numbers those of a row's four lanes
@@ -53,6 +54,7 @@ struct step_arguments {
     step_product first, second;
     unsigned first_tiles, tiles; /* of the first product, of both */
     bool unsettled;              /* one of the weights, or the router */
+    bool arriving;               /* x: of product_held_kernel */
     router_work router;          /* of tiles of halves that add to a residual */
 };
 
@@ -218,13 +220,14 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
     for (int d = 0; d < STEPS_AHEAD<numbers>; d++) walk.put(ring);
     router_share share; /* of the tile that comes first, then of the next one */
     if constexpr (kind == tile_of::HALVES) share.load(a.router, blockIdx.x * SHARE_ROWS);
-    prefetch_rows<STREAM_THREADS>(a.x);
+    const held_norm<STREAM_THREADS> norm(a.x);
     wait_for_inputs();
-    let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
+    let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one,
+                         and the next ones may rely on it (arriving.cuh) */
     if constexpr (kind == tile_of::HALVES)
-        copy_halves<STREAM_THREADS>(x.plain, a.x);
+        copy_halves<STREAM_THREADS, false>(x.plain, a.x);
     else
-        bring_rows<STREAM_THREADS>(x.plain, a.x, sums);
+        bring_rows<STREAM_THREADS>(x.plain, a.x, norm, sums);
     __syncthreads();
     x.finish();
     const int T = kind == tile_of::HALVES ? a.x.T / 2 : a.x.T;
@@ -242,24 +245,9 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
     }
 }
 
-/* Steps whose operands are on their way together. What is not bf16 takes longer to become numbers
- * than to come, and the registers for it. */
-template <kl_weight_format format> constexpr int HELD_AT_ONCE = format == KL_W_BF16 ? 4 : 1;
-
-/* The products of the ring's next steps, all of which are there, as many at a time as can be. */
-template <int AT_ONCE, kl_weight_format format, class Sums, class Ring>
-__device__ void add_held(Sums &own, Ring &ring, const bool (&odd)[2], int steps)
-{
-#pragma unroll 1
-    for (; steps >= AT_ONCE; steps -= AT_ONCE)
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++, ring.skip()) own.add(ring.template read<format>(odd));
-    if constexpr (AT_ONCE > 1) add_held<AT_ONCE / 2, format>(own, ring, odd, steps);
-}
-
 /* Tiles of halves, one a block, whose weights are all in the rings before x is there: no more is
  * asked for, and nothing but products stands between x and the sums. */
-template <kl_weight_format format, x_as numbers>
+template <kl_weight_format format, x_as numbers, bool arriving>
 __global__
 __launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_kernel(
     const __grid_constant__ step_arguments a)
@@ -283,17 +271,23 @@ __launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_
     routed_rows routed;
     routed.load_weight(a.router, tile);
     step_sums<format, 1, format, numbers> own(x, a.x.T);
-    wait_for_inputs();
-    let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
     tile_output<1, kind> output;
-    load_tile<1, kind>(a.first, a.router, tile, 1, output, routed);
-    copy_halves<STREAM_THREADS>(x.plain, a.x);
+    if constexpr (arriving) {
+        load_tile<1, kind>(a.first, a.router, tile, 1, output, routed);
+        await_some<STREAM_THREADS>(a.x);
+    } else {
+        wait_for_inputs();
+    }
+    let_next_start(); /* not before: rings of two kernels ahead would stand in the way of this one */
+    if constexpr (!arriving) load_tile<1, kind>(a.first, a.router, tile, 1, output, routed);
+    copy_halves<STREAM_THREADS, arriving>(x.plain, a.x);
     copy_wait<0>();
     __syncthreads();
     add_held<HELD_AT_ONCE<format>, format>(own, ring, odd, steps);
     own.template share<kind>(sums);
     __syncthreads();
     store_tile<1, kind, false>(a.first, a.router, tile, 1, output, routed, share, sums);
+    if constexpr (arriving) wait_for_inputs();
 }
 
 /* ---- host ------------------------------------------------------------------------------ */
@@ -374,20 +368,34 @@ void halve(step_arguments &a)
     a.tiles = a.first_tiles *= 2;
 }
 
+/* The most blocks of a launch, with so much shared memory each. */
+template <tile_of kind> kl_status most_blocks(size_t shared, unsigned *most, kl_error *err)
+{
+    int multiprocessors;
+    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
+    const bool three = kind == tile_of::HALVES && shared <= HALF_SHARED;
+    *most = static_cast<unsigned>(multiprocessors) * (three ? HALF_BLOCKS : RING_BLOCKS);
+    return KL_OK;
+}
+
+/* Of tiles of halves: whether each is a block's only one, and all in its ring. */
+template <x_as numbers> bool is_held(const step_arguments &a, unsigned most)
+{
+    return a.tiles <= most && a.first.w.row_bytes <= STEPS_AHEAD<numbers> * RING_TURN;
+}
+
 template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, x_as numbers>
 kl_status launch(kl_backend *be, const step_arguments &a, kl_error *err)
 {
     auto kernel = product_step_kernel<first, second, N, kind, numbers>;
     const size_t shared =
         bytes_of<SCALES<first, second>, numbers, tile_sums<N, kind>::FLOATS>(a.x);
-    int multiprocessors;
-    KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    const bool three = kind == tile_of::HALVES && shared <= HALF_SHARED;
-    const unsigned most =
-        static_cast<unsigned>(multiprocessors) * (three ? HALF_BLOCKS : RING_BLOCKS);
+    unsigned most;
+    KL_TRY(most_blocks<kind>(shared, &most, err));
     if constexpr (kind == tile_of::HALVES)
-        if (a.tiles <= most && a.first.w.row_bytes <= STEPS_AHEAD<numbers> * RING_TURN)
-            kernel = product_held_kernel<first, numbers>;
+        if (is_held<numbers>(a, most))
+            kernel = a.arriving ? product_held_kernel<first, numbers, true>
+                                : product_held_kernel<first, numbers, false>;
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
     return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
                           kl_cuda_stream(be), err, a);
@@ -400,6 +408,19 @@ kl_status launch_for(kl_backend *be, const step_arguments &a, bool own, kl_error
         if (own) return launch<first, second, 1, kind, x_as::OWN>(be, a, err);
     return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, kind, x_as::BF16>(be, a, err)
                                   : launch<first, second, 2, kind, x_as::BF16>(be, a, err);
+}
+
+/* What x is for tiles of halves. */
+template <kl_weight_format format>
+constexpr x_as HALVED = IS_QUANTISED<format> ? x_as::HALVES : x_as::BF16;
+
+step_arguments arguments_of(const kl_cuda_product *p, bool halved)
+{
+    const unsigned tiles = static_cast<unsigned>(tiles_of(p));
+    step_arguments a = {row_source_of(p), step_of(p),  step_of(p),  tiles, tiles,
+                        is_unsettled(p),  p->arriving, router_of(p)};
+    if (halved) halve(a);
+    return a;
 }
 
 } // namespace
@@ -433,17 +454,29 @@ bool kl_cuda_product_step_routes(kl_backend *be, const kl_cuda_product *p)
            router.cols == p->w.rows && has_pieces(weight_view_of(router));
 }
 
+kl_status kl_cuda_product_step_holds(kl_backend *be, const kl_cuda_product *p, bool *holds,
+                                     kl_error *err)
+{
+    *holds = kl_cuda_product_step_halves(be, p);
+    if (!*holds) return KL_OK;
+    const step_arguments a = arguments_of(p, true);
+    return with_format(p->w.format, [&](auto f) {
+        constexpr x_as numbers = HALVED<f.value>;
+        constexpr int SUMS = tile_sums<1, tile_of::HALVES>::FLOATS;
+        unsigned most;
+        KL_TRY(most_blocks<tile_of::HALVES>(bytes_of<f.value, numbers, SUMS>(a.x), &most, err));
+        *holds = is_held<numbers>(a, most);
+        return KL_OK;
+    });
+}
+
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
-    const unsigned tiles = static_cast<unsigned>(tiles_of(p));
-    step_arguments a = {row_source_of(p), step_of(p),  step_of(p), tiles, tiles,
-                        is_unsettled(p),  router_of(p)};
     const bool halved = is_halved(be, p), own = has_own(be, p);
-    if (halved) halve(a);
+    const step_arguments a = arguments_of(p, halved);
     return with_format(p->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;
-        constexpr x_as halves = HAS_HALVES<w> ? x_as::HALVES : x_as::BF16;
-        if (halved) return launch<w, w, 1, tile_of::HALVES, halves>(be, a, err);
+        if (halved) return launch<w, w, 1, tile_of::HALVES, HALVED<w>>(be, a, err);
         return is_gated(p) ? launch_for<w, w, tile_of::PAIRS>(be, a, own, err)
                            : launch_for<w, w, tile_of::ROWS>(be, a, own, err);
     });
@@ -452,11 +485,10 @@ kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_erro
 kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first,
                                     const kl_cuda_product *second, kl_error *err)
 {
-    const unsigned tiles = static_cast<unsigned>(tiles_of(first));
-    const unsigned all = tiles + static_cast<unsigned>(tiles_of(second));
-    const bool unsettled = is_unsettled(first) || is_unsettled(second);
-    const step_arguments a = {
-        row_source_of(first), step_of(first), step_of(second), tiles, all, unsettled, {}};
+    step_arguments a = arguments_of(first, false);
+    a.second = step_of(second);
+    a.tiles += static_cast<unsigned>(tiles_of(second));
+    a.unsettled |= is_unsettled(second);
     const bool own = has_own(be, second);
     return with_format(second->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;

@@ -136,4 +136,31 @@ requires(numbers != x_as::BF16) struct step_sums<format, N, format, numbers> {
     }
 };
 
+/* Steps whose operands are on their way together. What is not bf16 takes longer to become numbers
+ * than to come, and the registers for it. */
+template <kl_weight_format format> constexpr int HELD_AT_ONCE = format == KL_W_BF16 ? 4 : 1;
+
+/* The products of the ring's next steps, all of which are there, as many at a time as can be. */
+template <int AT_ONCE, kl_weight_format format, class Sums, class Ring>
+__device__ void add_held(Sums &own, Ring &ring, const bool (&odd)[2], int steps)
+{
+#pragma unroll 1
+    for (; steps >= AT_ONCE; steps -= AT_ONCE)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++, ring.skip()) own.add(ring.template read<format>(odd));
+    if constexpr (AT_ONCE > 1) add_held<AT_ONCE / 2, format>(own, ring, odd, steps);
+}
+
+/* Look until some of x is there, before copy_halves(): a word of every 128 columns, a head of what
+ * makes x. Even threads look where the first unit is that this thread copies, odd ones at the
+ * second. Looks at all of x would keep the L2 from those that write it, and at one place they come
+ * one after the other: blocks take turns at eight. */
+template <int threads> __device__ void await_some(const row_source &s)
+{
+    const unsigned unit = threadIdx.x + threadIdx.x % 2 * threads;
+    const unsigned column = unit / 16 * 128 + blockIdx.x % 8 * 16;
+    if (column < static_cast<unsigned>(s.T * s.cols))
+        await(static_cast<const bf16 *>(s.x) + column);
+}
+
 #endif

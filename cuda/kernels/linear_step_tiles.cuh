@@ -91,7 +91,7 @@ template <int N, tile_of kind> struct tile_output {
     __device__ void load(const step_product &p, unsigned tile, int T)
     {
         if (ADDS && p.residual != nullptr && is_inside(p, tile, T))
-            before = p.residual[place(p, tile)];
+            before = __ldcg(p.residual + place(p, tile)); /* see arriving.cuh, as below */
     }
 
     __device__ void store(const step_product &p, unsigned tile, int T, const float *sums) const
@@ -102,7 +102,7 @@ template <int N, tile_of kind> struct tile_output {
         if (ADDS && p.residual != nullptr)
             p.residual[at] = before + to_float(from_float<bf16>(y));
         else if (p.out_is_bf16)
-            static_cast<bf16 *>(p.out)[at] = from_float<bf16>(y);
+            store_arriving(static_cast<bf16 *>(p.out) + at, y);
         else
             static_cast<float *>(p.out)[at] = y;
     }
@@ -142,7 +142,7 @@ struct routed_rows {
     /* and after it. */
     __device__ void load_residual(const step_product &p, unsigned tile)
     {
-        before = p.residual[row(tile)];
+        before = __ldcg(p.residual + row(tile));
     }
 
     __device__ void store(const step_product &p, const router_work &router,

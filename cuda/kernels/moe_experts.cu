@@ -166,19 +166,30 @@ bool is_fast(const kl_moe_experts *a)
             has_fast_shape(a->shared_w3) && has_fast_shape(a->shared_w2));
 }
 
-bool has_f32(const kl_moe_experts *a)
+/* Whether f is true of a format of the weights. */
+template <class F> bool any_format(const kl_moe_experts *a, F f)
 {
-    return a->w1.format == KL_W_F32 || a->w2.format == KL_W_F32 ||
-           (kl_moe_has_shared(a) &&
-            (a->shared_w1.format == KL_W_F32 || a->shared_w2.format == KL_W_F32));
+    return f(a->w1.format) || f(a->w2.format) ||
+           (kl_moe_has_shared(a) && (f(a->shared_w1.format) || f(a->shared_w2.format)));
+}
+
+bool is_f32(kl_weight_format format)
+{
+    return format == KL_W_F32;
+}
+
+bool is_quantised(kl_weight_format format)
+{
+    return format != KL_W_F32 && format != KL_W_BF16;
 }
 
 const moe_path *path_of(const kl_moe_experts *a, const sizes &s, bool invariant)
 {
     if (!is_fast(a)) return &kl_moe_general;
-    if (has_f32(a)) return &kl_moe_few;
+    if (any_format(a, is_f32)) return &kl_moe_few;
     if (s.pairs < FEW_PAIRS * s.E) return &kl_moe_few;
-    if (invariant) return &kl_moe_ordered;
+    if (invariant)
+        return any_format(a, is_quantised) ? &kl_moe_ordered_quantised : &kl_moe_ordered;
     return s.pairs <= SOME_PAIRS * s.E ? &kl_moe_some : &kl_moe_many;
 }
 

@@ -82,3 +82,4 @@ kl_status run_ordered(moe_product p, bool gated, kl_dtype act, cudaStream_t stre
 const moe_path kl_moe_some = {NARROW_TILE_ROWS, run_some};
 const moe_path kl_moe_many = {MOST_TILE_ROWS, run_many};
 const moe_path kl_moe_ordered = {ORDERED_TILE_ROWS, run_ordered};
+const moe_path kl_moe_ordered_quantised = {ORDERED_QUANTISED_ROWS, run_ordered};

@@ -161,7 +161,7 @@ template <int UNITS> struct halves_of_experts {
 
 /* How a step meets the inner products, two rows of x in shared memory: acc += weight times the sums
  * of the first half and of the second. */
-template <kl_weight_format format, bool halves = HAS_HALVES<format>>
+template <kl_weight_format format, bool halves = ring_feed<format>::SCALED>
 struct out_columns : ring_x<format, 1> {
     static __host__ __device__ int bytes_of(int cols)
     {
@@ -231,13 +231,10 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_out_
     ring_type ring(shared);
     let_next_start();
     if (a.unsettled) wait_for_inputs(); /* scales come through the L1 */
-    if (a.sums != nullptr) {
+    if (a.sums != nullptr)
         hear(a, chosen);
-    } else {
-        share_choice(a, load_choice(a), chosen);
-        __syncthreads();
-        if (warp_id() == 0) choose(a, chosen);
-    }
+    else
+        choose(a, chosen);
     __syncthreads();
     for (int s = threadIdx.x; s < steps; s += STREAM_THREADS) list[s] = step_of(a, chosen, s);
     __syncthreads();

@@ -225,9 +225,7 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_apar
     apart_ring<format> ring(shared);
     let_next_start();
     if (a.unsettled) wait_for_inputs(); /* scales come through the L1 */
-    share_choice(a, load_choice(a), chosen);
-    __syncthreads();
-    if (warp_id() == 0) choose(a, chosen);
+    choose(a, chosen);
     __syncthreads();
     list_visits(a, chosen, visits);
     __syncthreads();

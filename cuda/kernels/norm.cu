@@ -10,18 +10,17 @@
  * Grid         rms_norm: a block a row, which stays in registers between the sum and the scaling;
  *              gated: a part of a warp a row. Rows that are not aligned, or longer than the
  *              registers hold, are read twice by a block
- * Order        a function of D and the layout alone: rms_norm's that of wide.cuh; else a thread
- *              sums its elements in rising order, then butterflies and warps
+ * Order        a function of D and the layout alone: rms_norm's that of wide.cuh, gated rows'
+ *              that of gated_norm.cuh; where rows are not aligned, a thread sums its elements in
+ *              rising order, then butterflies and warps
  * Roofline     each element once each way: bf16 x, f32 residual, T = 8192, D = 2304 are 226 MB:
  *              memory-bound, 75 us on an H100 (3.0 TB/s); gated, H D = 4096, 201 MB, 67 us
  * Measured     H200, rms_norm of D = 2304: in a step 1.6 us for 8 rows, 3.4 for 32 and 64; with the
  *              sum, T = 8192, before sums had this order, 114 us (2.0 TB/s). gated, H D = 4096:
  *              T = 8192 58.8 us (3.4 TB/s), 2048 16.8, 512 5.0 (2026-11-22)
  */
+#include "../device/gated_norm.cuh"
 #include "../device/launch.cuh"
-#include "../device/math.cuh"
-#include "../device/warp.cuh"
-#include "../device/wide.cuh"
 
 namespace {
 
@@ -171,40 +170,12 @@ __launch_bounds__(LOOP_THREADS) void gated_kernel(__grid_constant__ const gated_
     constexpr int ROWS = LOOP_THREADS / LANES;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.x / LANES;
     const int64_t t = row / a.H, h = row % a.H;
-    const int lane = threadIdx.x % LANES;
     const A *from = static_cast<const A *>(a.x) + t * a.x_stride + h * a.D;
     const A *gate = static_cast<const A *>(a.z) + t * a.z_stride + h * a.D;
-    float x[CHUNKS][VEC], z[CHUNKS][VEC];
-    float sum = 0;
     let_next_start();
     wait_for_inputs();
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        const int64_t i = (c * LANES + lane) * VEC;
-#pragma unroll
-        for (int j = 0; j < VEC; j++) x[c][j] = 0;
-        if (row >= a.rows || i >= a.D) continue;
-        load_wide(from + i, x[c]);
-        load_wide(gate + i, z[c]);
-    }
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-        for (int j = 0; j < VEC; j++) sum = fmaf(x[c][j], x[c][j], sum);
-    const float inverse = inverse_rms(warp_sum<LANES>(sum), a.D, a.eps);
-
-    A *out = static_cast<A *>(a.out) + row * a.D;
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        const int64_t i = (c * LANES + lane) * VEC;
-        if (row >= a.rows || i >= a.D) continue;
-        float weight[VEC];
-        load_wide(a.weight + i, weight);
-#pragma unroll
-        for (int j = 0; j < VEC; j++)
-            x[c][j] = x[c][j] * inverse * weight[j] * sigmoid(z[c][j]);
-        store_wide(out + i, x[c]);
-    }
+    gated_row<A, VEC, LANES, CHUNKS>(from, gate, a.weight, static_cast<A *>(a.out) + row * a.D,
+                                     threadIdx.x % LANES, row < a.rows, a.D, a.eps);
 }
 
 template <class A>
@@ -221,10 +192,10 @@ __global__ __launch_bounds__(LOOP_THREADS) void gated_loop_kernel(
     wait_for_inputs();
     for (int64_t i = threadIdx.x; i < a.D; i += LOOP_THREADS)
         sum = fmaf(to_float(x[i]), to_float(x[i]), sum);
-    const float inverse = inverse_rms(block_sum<LOOP_THREADS>(sum, sums), a.D, a.eps);
+    const float factor = norm_factor<A>(block_sum<LOOP_THREADS>(sum, sums), a.D, a.eps);
     for (int64_t i = threadIdx.x; i < a.D; i += LOOP_THREADS)
-        out[i] =
-            from_float<A>(to_float(x[i]) * inverse * a.weight[i] * sigmoid(to_float(z[i])));
+        out[i] = from_float<A>(
+            gated(to_float(x[i]), factor, a.weight[i], norm_gate<A>(to_float(z[i]))));
 }
 
 /* ---- launchers ------------------------------------------------------------------------- */

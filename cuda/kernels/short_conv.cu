@@ -9,7 +9,9 @@
  *              thread has VEC channels, whose window it keeps in registers. Runs start at their
  *              sequence's first token, so the first one alone touches the state: it reads it,
  *              and writes the new one from the end of the sequence. Nobody has to wait.
- * Order        taps in rising order, whatever the run
+ * Order        taps in rising order, whatever the run; kda_mixer.cuh and kda_prefill_convolve.cuh
+ *              have the same arithmetic. Where kda_prefill convolves, a second kernel does what is
+ *              left: windows and last tokens
  * Roofline     each element once each way: bf16, T = 8192, C = 12288 are 403 MB: memory-bound,
  *              134 us on an H100 (3.0 TB/s)
  * Measured     H200, bf16, T = 8192, C = 12288: 166 us (benchmarks/kda_fused.py, 2026-11-22)
@@ -172,11 +174,30 @@ template <class A, int VEC, int WIDTH, int AHEAD> struct strip {
     }
 };
 
+template <int VEC> __device__ int64_t first_channel()
+{
+    return (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * VEC;
+}
+
+/* Channels from c on of sequence n, which begins with token `start`; the taps are there. */
+template <class A, int VEC, int WIDTH, int AHEAD>
+__device__ void open_strip(const arguments &a, int64_t n, int64_t start, int64_t c,
+                           strip<A, VEC, WIDTH, AHEAD> &s)
+{
+    const int64_t slot = a.slots == nullptr ? n : a.slots[n];
+    s.x = static_cast<const A *>(a.x) + start * a.x_stride + c;
+    s.out = static_cast<A *>(a.out) + start * a.C + c;
+    s.state = static_cast<A *>(a.state) + (slot * a.C + c) * (a.W - 1);
+    s.x_stride = a.x_stride, s.out_stride = a.C;
+    s.past = a.W - 1;
+    s.read_taps(a.weight + c * a.W);
+}
+
 template <class A, int VEC, int WIDTH, int AHEAD>
 __global__
 __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const arguments a)
 {
-    const int64_t c = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * VEC;
+    const int64_t c = first_channel<VEC>();
     let_next_start();
     if (c < a.C) prefetch_line(a.weight + c * a.W);
     wait_for_inputs();
@@ -185,14 +206,8 @@ __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const argume
     const int64_t first = (blockIdx.x - first_run(a, n)) * RUN;
     if (c >= a.C || first >= length) return;
 
-    const int64_t slot = a.slots == nullptr ? n : a.slots[n];
     strip<A, VEC, WIDTH, AHEAD> s;
-    s.x = static_cast<const A *>(a.x) + start * a.x_stride + c;
-    s.out = static_cast<A *>(a.out) + start * a.C + c;
-    s.state = static_cast<A *>(a.state) + (slot * a.C + c) * (a.W - 1);
-    s.x_stride = a.x_stride, s.out_stride = a.C;
-    s.past = a.W - 1;
-    s.read_taps(a.weight + c * a.W);
+    open_strip(a, n, start, c, s);
     if (first == 0)
         s.read_state();
     else
@@ -203,10 +218,37 @@ __launch_bounds__(THREADS) void short_conv_kernel(__grid_constant__ const argume
     s.write_state();
 }
 
+/* Of each sequence the last token, or all of a run or less, and the window: a block a sequence and
+ * strip. */
+template <class A, int VEC, int WIDTH>
+__global__
+__launch_bounds__(THREADS) void short_conv_ends_kernel(__grid_constant__ const arguments a)
+{
+    const int64_t c = first_channel<VEC>(), n = blockIdx.x;
+    let_next_start();
+    wait_for_inputs();
+    const int64_t start = a.cu_seqlens[n], length = a.cu_seqlens[n + 1] - start;
+    if (c >= a.C || length <= 0) return;
+    const int64_t first = length > RUN ? length - 1 : 0;
+    strip<A, VEC, WIDTH, 1> s;
+    open_strip(a, n, start, c, s);
+    if (first == 0)
+        s.read_state();
+    else
+        s.read_window(first);
+    s.run(first, length, a.silu);
+    s.write_state();
+}
+
+template <int VEC> int64_t strips_of(const arguments &a)
+{
+    return (a.C + THREADS * VEC - 1) / (THREADS * VEC);
+}
+
 template <class A, int VEC, int WIDTH>
 kl_status launch(const arguments &a, int64_t T, cudaStream_t stream, kl_error *err)
 {
-    const int64_t runs = T / RUN + a.N, strips = (a.C + THREADS * VEC - 1) / (THREADS * VEC);
+    const int64_t runs = T / RUN + a.N, strips = strips_of<VEC>(a);
     if (runs > MAX_BLOCKS || strips > MAX_BLOCKS_Y)
         return kl_fail(
             err, KL_ERR_VALUE,
@@ -229,12 +271,9 @@ bool takes_vectors(const kl_short_conv *a)
            is_aligned(a->weight.data, 0, 4, 16) && is_aligned(a->state.data, 0, 2, 16);
 }
 
-} // namespace
-
-kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *err)
+arguments arguments_of(const kl_short_conv *a)
 {
-    const int64_t T = a->x.shape[0], C = a->x.shape[1];
-    const arguments args = {
+    return {
         .x = a->x.data,
         .weight = static_cast<const float *>(a->weight.data),
         .state = a->state.data,
@@ -242,15 +281,40 @@ kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *e
         .slots = static_cast<const int *>(a->slots.data),
         .cu_seqlens = static_cast<const int *>(a->cu_seqlens.data),
         .x_stride = a->x.stride[0],
-        .C = C,
+        .C = a->x.shape[1],
         .N = a->cu_seqlens.shape[0] - 1,
         .W = static_cast<int>(a->weight.shape[1]),
         .silu = a->silu,
     };
+}
+
+} // namespace
+
+kl_status kl_cuda_short_conv(kl_backend *be, const kl_short_conv *a, kl_error *err)
+{
+    const int64_t T = a->x.shape[0];
+    const arguments args = arguments_of(a);
     if (T == 0) return KL_OK;
     return with_float_type(a->x.dtype, [&](auto t) {
         using A = decltype(t);
         return takes_vectors(a) ? launch<A, 16 / sizeof(A), 4>(args, T, kl_cuda_stream(be), err)
                                 : launch<A, 1, MAX_WIDTH>(args, T, kl_cuda_stream(be), err);
     });
+}
+
+kl_status kl_cuda_short_conv_ends(kl_backend *be, const kl_short_conv *a, kl_error *err)
+{
+    constexpr int VEC = 8;
+    const arguments args = arguments_of(a);
+    const bool wide = takes_vectors(a);
+    const int64_t strips = wide ? strips_of<VEC>(args) : strips_of<1>(args);
+    const auto kernel = wide ? short_conv_ends_kernel<bf16, VEC, 4>
+                             : short_conv_ends_kernel<bf16, 1, MAX_WIDTH>;
+    if (args.N > MAX_BLOCKS || strips > MAX_BLOCKS_Y)
+        return kl_fail(err, KL_ERR_VALUE,
+                       "short_conv: N must be <= %lld and C <= %lld, got %lld and %lld",
+                       MAX_BLOCKS, static_cast<long long>(MAX_BLOCKS_Y * THREADS),
+                       static_cast<long long>(args.N), static_cast<long long>(args.C));
+    const dim3 blocks(static_cast<unsigned>(args.N), static_cast<unsigned>(strips));
+    return kl_cuda_launch(kernel, blocks, THREADS, 0, kl_cuda_stream(be), err, args);
 }

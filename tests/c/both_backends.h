@@ -48,7 +48,7 @@ static const kl_dtype ACTS[] = {KL_F32, KL_BF16};
 /* ---- numbers ----------------------------------------------------------------------------- */
 
 /* Memory until the end of a case. */
-static unsigned char pool[32u << 20];
+static _Alignas(64) unsigned char pool[256u << 20];
 static size_t used;
 
 static void *memory_of(size_t bytes)

@@ -20,10 +20,6 @@ typedef struct call {
 #define KL_FIELD(op) kl_##op op;
         KL_OPS(KL_FIELD)
 #undef KL_FIELD
-        struct {
-            void *dst;
-            size_t bytes;
-        } zero;
     } args;
 } call;
 
@@ -85,24 +81,17 @@ static kl_status ask(kl_backend *be, const work *w, kl_error *err)
     return KL_OK;
 }
 
-/* Copies are not something that can be repeated: the host's memory has other contents by then. */
+/* Copies are not something that can be repeated: the host's memory has other contents by then. And
+ * zeros would be a kernel of their own in each token, where an operation can clear memory besides. */
 static kl_status ask_copy(kl_backend *be, void *dst, const void *src, size_t n, kl_error *err)
 {
     EXPECT(noting == NULL);
     return n == 0 ? KL_OK : ask(be, &(work){.dst = dst, .src = src, .bytes = n}, err);
 }
 
-static kl_status run_zero(kl_backend *be, const call *c, kl_error *err)
-{
-    return cpu->zero(be, c->args.zero.dst, c->args.zero.bytes, err);
-}
-
 static kl_status ask_zero(kl_backend *be, void *dst, size_t n, kl_error *err)
 {
-    if (noting == NULL) return ask_copy(be, dst, NULL, n, err);
-    EXPECT(noting->n < MAX_CALLS);
-    noting->calls[noting->n++] = (call){.run = run_zero, .args.zero = {.dst = dst, .bytes = n}};
-    return KL_OK;
+    return ask_copy(be, dst, NULL, n, err);
 }
 
 static kl_status wait_all(kl_backend *be, kl_error *err)

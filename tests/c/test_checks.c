@@ -15,6 +15,27 @@ static void embedding_and_gather(void)
               "embedding: table must be 1 x [70, 6], each at least 1, got 1 x [70, 7]");
     BAD_TYPE(embedding, e, e.ids.dtype = KL_F32, "embedding: ids must be int32, got float32");
     BAD_VALUE(embedding, e, e.table.data = NULL, "embedding: table must have data, got NULL");
+    e.sums = tensor(KL_U8, 1, 3 * KL_SUMS_ALIGNMENT, 1, 1, 1);
+    ACCEPTED(embedding, e, NOTHING);
+    ACCEPTED(embedding, e, e.sums = none);
+    BAD_TYPE(embedding, e, e.sums.dtype = KL_F32, "embedding: sums must be uint8, got float32");
+    BAD_VALUE(embedding, e, e.sums.data = (char *)e.sums.data + 16,
+              "embedding: sums must be aligned to 64 bytes, got 16 past it");
+    BAD_VALUE(embedding, e, e.sums.shape[0]--,
+              "embedding: sums.shape[0] must be a multiple of 64, got 191");
+    BAD_VALUE(embedding, e, e.sums.data = e.out.data, "embedding: out must not overlap sums");
+    BAD_VALUE(embedding, e, e.sums.data = e.ids.data, "embedding: sums must not overlap ids");
+    e.blanks = tensor(KL_U8, 1, 2 * KL_SUMS_ALIGNMENT, 1, 1, 1);
+    ACCEPTED(embedding, e, NOTHING);
+    ACCEPTED(embedding, e, e.sums = none);
+    BAD_TYPE(embedding, e, e.blanks.dtype = KL_BF16,
+             "embedding: blanks must be uint8, got bfloat16");
+    BAD_VALUE(embedding, e, e.blanks.data = (char *)e.blanks.data + 16,
+              "embedding: blanks must be aligned to 64 bytes, got 16 past it");
+    BAD_VALUE(embedding, e, e.blanks.shape[0]--,
+              "embedding: blanks.shape[0] must be a multiple of 64, got 127");
+    BAD_VALUE(embedding, e, e.blanks.data = e.sums.data,
+              "embedding: sums must not overlap blanks");
 
     kl_gather g = {.x = f32(2, T, D, 1, 1), .rows = i32(1, N, 1), .out = f32(2, N, D, 1, 1)};
     ACCEPTED(gather, g, NOTHING);
@@ -140,6 +161,30 @@ static void linear_ahead(void)
     BAD_VALUE(linear_pair, pair, NOTHING, "linear_pair: first.ahead.sums must be NULL");
     BAD_VALUE(linear_pair, pair, pair.first.ahead.sums = NULL,
               "linear_pair: second.ahead.sums must be NULL");
+}
+
+/* An x that is arriving: of one token, without a norm, not in a pair. */
+static void linear_arriving(void)
+{
+    kl_linear a = {.x = f32(2, 1, D, 1, 1),
+                   .w = weight(KL_W_INT4, 1, I, D),
+                   .residual = f32(2, 1, I, 1, 1),
+                   .arriving = true};
+    a.x.dtype = KL_BF16;
+    ACCEPTED(linear, a, NOTHING);
+    BAD_VALUE(linear, a, a.x.dtype = KL_F32,
+              "linear: an arriving x must be bfloat16 of one token, got float32 of 1");
+    BAD_VALUE(linear, a,
+              (a.x = f32(2, 2, D, 1, 1), a.x.dtype = KL_BF16, a.residual = f32(2, 2, I, 1, 1)),
+              "linear: an arriving x must be bfloat16 of one token, got bfloat16 of 2");
+    BAD_VALUE(linear, a,
+              (a.norm_weight = f32(1, D, 1, 1, 1), a.act = KL_BF16, a.norm_eps = 1e-5f),
+              "linear: norm_weight must be absent with an arriving x");
+    kl_linear_pair pair = {.first = a, .second = a};
+    pair.second.residual = f32(2, 1, I, 1, 1);
+    BAD_VALUE(linear_pair, pair, NOTHING, "linear_pair: first.arriving must be false");
+    BAD_VALUE(linear_pair, pair, pair.first.arriving = false,
+              "linear_pair: second.arriving must be false");
 }
 
 /* Column slices of one buffer may be operand and result; shared columns may not. */
@@ -297,6 +342,7 @@ int main(void)
     RUN(norms);
     RUN(linear);
     RUN(linear_ahead);
+    RUN(linear_arriving);
     RUN(linear_pair);
     RUN(ends_of_products);
     RUN(ends_of_pairs_and_mlp);

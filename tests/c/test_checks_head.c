@@ -176,11 +176,52 @@ static void costs_of_known_calls(void)
            4 * D + 2 * E * D + 5 * E + kl_cost_moe_experts(&m).flops + D);
 }
 
+static void cost_of_an_embedding_with_memory_to_set(void)
+{
+    kl_embedding e = {
+        .ids = i32(1, T, 1), .table = weight(KL_W_BF16, 1, ROWS, D), .out = f32(2, T, D, 1, 1)};
+    const double bytes = kl_cost_embedding(&e).bytes;
+    EXPECT(bytes == 4 * T + 2 * T * D + 4 * T * D);
+    e.sums = tensor(KL_U8, 1, 3 * KL_SUMS_ALIGNMENT, 1, 1, 1);
+    EXPECT(kl_cost_embedding(&e).bytes == bytes + 3 * KL_SUMS_ALIGNMENT);
+    e.blanks = tensor(KL_U8, 1, 2 * KL_SUMS_ALIGNMENT, 1, 1, 1);
+    EXPECT(kl_cost_embedding(&e).bytes == bytes + 5 * KL_SUMS_ALIGNMENT);
+}
+
+/* Greedy rows with peaks read no more than 16 logits; a penalty or alternatives all of them. */
+static void cost_of_greedy_rows(void)
+{
+    enum { VOCAB = 300, PEAKS = 19 };
+    kl_sample s = {.logits = f32(2, N, VOCAB, 1, 1),
+                   .peaks = f32(3, N, PEAKS, 2, 1),
+                   .ids = i32(1, N, 1),
+                   .logprobs = f32(1, N, 1, 1, 1),
+                   .greedy = true};
+    const double peaks = 8.0 * N * PEAKS, out = 4.0 * (N + N);
+    const double all = 4.0 * N * VOCAB + N * sizeof(kl_sampling) + out;
+    EXPECT(kl_cost_sample(&s).bytes == 4.0 * N * KL_PEAK_OUTPUTS + peaks + out);
+    EXPECT(kl_cost_sample(&s).flops == 3.0 * N * (KL_PEAK_OUTPUTS + PEAKS));
+    s.logits.shape[1] = 7, s.peaks.shape[1] = 1;
+    EXPECT(kl_cost_sample(&s).bytes == 4.0 * N * 7 + 8.0 * N + out);
+    s.logits.shape[1] = VOCAB, s.peaks.shape[1] = PEAKS;
+    s.greedy = false;
+    EXPECT(kl_cost_sample(&s).bytes == all + peaks &&
+           kl_cost_sample(&s).flops == 3.0 * N * VOCAB);
+    s.greedy = true, s.peaks = none;
+    EXPECT(kl_cost_sample(&s).bytes == all && kl_cost_sample(&s).flops == 3.0 * N * VOCAB);
+    s.peaks = f32(3, N, PEAKS, 2, 1), s.seen = i32(2, N, 10);
+    EXPECT(kl_cost_sample(&s).bytes == all + peaks + 4.0 * N * 10);
+    s.seen = none, s.top_ids = i32(2, N, 5), s.top_logprobs = f32(2, N, 5, 1, 1);
+    EXPECT(kl_cost_sample(&s).bytes == all + peaks + 8.0 * N * 5);
+}
+
 int main(void)
 {
     RUN(moe);
     RUN(moe_whole);
     RUN(logprobs_and_sampling);
     RUN(costs_of_known_calls);
+    RUN(cost_of_an_embedding_with_memory_to_set);
+    RUN(cost_of_greedy_rows);
     return test_failures != 0;
 }

@@ -129,6 +129,12 @@ static void kda_mixer(void)
               "kda_mixer: drawn.shape[0] must be 5, got 3");
     BAD_VALUE(kda_mixer, a, a.single = true,
               "kda_mixer: single tokens need a sequence each, got 5 tokens of 3");
+    BAD_VALUE(kda_mixer, a, a.arriving = true,
+              "kda_mixer: single must be true with arriving inputs");
+    BAD_VALUE(kda_mixer, a,
+              (a.arriving = a.single = true, a.cu_seqlens = i32(1, T + 1, 1), a.slots = none,
+               a.state = f32(4, T, H, V, K), a.conv_state = f32(3, T, all, W - 1, 1)),
+              "kda_mixer: an arriving qkv must be bfloat16 of one token, got float32 of 5");
     BAD_VALUE(kda_mixer, a, a.gate = KL_GATE_SOFTPLUS,
               "kda_mixer: A_log must be given with a softplus gate");
     BAD_VALUE(kda_mixer, a, a.conv_weight.shape[1] = 9,

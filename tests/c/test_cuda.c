@@ -10,6 +10,32 @@
 static const int32_t IDS[] = {3, 0, 49, 49, 7, 12, 31, 2, 48, -1};
 enum { PICKED = 9, ROWS = 50 };
 
+/* Sums and blanks by one block or more, not all of them whole, some of both; or one of them; with
+ * rows and without. */
+static void sets_memory(void)
+{
+    static const int64_t sums[] = {64, 6144, 20480 - 64, 0, 6144 + 64};
+    static const int64_t blanks[] = {0, 6144, 6144 + 64, 20480 - 64, 64};
+    for (int i = 0; i < 10; i++) {
+        const int64_t zeros = sums[i / 2], blank = blanks[i / 2];
+        parts p = {0};
+        kl_embedding a = {.ids = integers(i % 2, IDS),
+                          .table = weight(KL_W_BF16, ROWS, 64),
+                          .out = tensor(KL_F32, true, 2, i % 2, 64, 1, 1),
+                          .sums = tensor(KL_U8, true, 1, zeros + 64, 1, 1, 1),
+                          .blanks = tensor(KL_U8, true, 1, blank + 64, 1, 1, 1)};
+        memset(a.blanks.data, 7, (size_t)blank + 64); /* for poison looks like them */
+        IN(a.ids);
+        WEIGHT(a.table);
+        OUT(a.out, 0);
+        OUT(a.sums, 0); /* and what lies behind them */
+        OUT(a.blanks, 0);
+        a.sums.shape[0] = zeros;
+        a.blanks.shape[0] = blank;
+        ON_BOTH(embedding, "embedding: memory to set");
+    }
+}
+
 static void embedding_and_gather(void)
 {
     static const int64_t widths[] = {1, 37, 64, 2304};
@@ -24,6 +50,7 @@ static void embedding_and_gather(void)
         OUT(a.out, 0);
         ON_BOTH(embedding, "embedding");
     }
+    sets_memory();
     for (int i = 0; i < 8; i++) {
         parts p = {0};
         kl_gather a = {.x = tensor(ACTS[i % 2], false, 2, ROWS, widths[i / 2], 1, 1),

@@ -82,6 +82,11 @@ enum { N = 5, T = 90, SLOTS = 9 };
 static const int32_t RAGGED[N + 1] = {0, 70, 70, 71, 74, T}, SLOTS_OF[N] = {8, 3, 0, 5, 1};
 /* On CUDA more chunks than are on their way at once, and a last token beyond them. */
 static const int32_t LONGER[N + 1] = {0, 200, 200, 201, 266, 330};
+/* Fewer tokens than a window has, the ends of octets, of chunks and of 64 tokens. */
+static const int32_t ENDS[][N + 1] = {{0, 2, 67, 68, 164, 330},
+                                      {0, 3, 11, 43, 106, 235},
+                                      {0, 1, 32, 65, 129, 258},
+                                      {0, 4, 4, 68, 133, 229}};
 
 typedef struct {
     int64_t H, K, V, W;
@@ -101,13 +106,22 @@ static void make_gates_negative(kl_kda_mixer *a)
         ((uint16_t *)a->f_b.data)[i] |= 0x8000;
 }
 
-static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *ragged)
+/* Sequences of a call. The first tokens' rows may be so short that a chunk's products might leave
+ * float32's range. */
+typedef struct {
+    int n;
+    const int32_t *ragged; /* [n + 1]                                            */
+    int64_t beside;        /* columns of the rows that qkv is in, beside its own */
+    int64_t short_rows;
+} prompt;
+
+static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const prompt *at)
 {
     static const int32_t ones[N + 1] = {0, 1, 2, 3, 4, 5};
-    const int n = c->single ? c->single : N;
-    const int64_t tokens = c->single ? n : ragged[N], C = c->H * (2 * c->K + c->V);
+    const int n = c->single ? c->single : at->n;
+    const int64_t tokens = c->single ? n : at->ragged[n], C = c->H * (2 * c->K + c->V);
     const int64_t more = c->R + c->R % 2 * 2;
-    kl_tensor qkv = tensor(act, false, 2, tokens, C + 6, 1, 1);
+    kl_tensor qkv = tensor(act, false, 2, tokens, C + at->beside, 1, 1);
     kl_tensor low = tensor(act, false, 2, tokens, c->R + more + 8, 1, 1);
     kl_kda_mixer a = {.qkv = kl_columns(&qkv, 4, C),
                       .conv_weight = tensor(KL_F32, false, 2, C, c->W, 1, 1),
@@ -119,7 +133,7 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *r
                       .beta = tensor(act, false, 2, tokens, c->H, 1, 1),
                       .state = tensor(KL_F32, false, 4, SLOTS, c->H, c->V, c->K),
                       .slots = integers(n, SLOTS_OF),
-                      .cu_seqlens = integers(n + 1, c->single ? ones : ragged),
+                      .cu_seqlens = integers(n + 1, c->single ? ones : at->ragged),
                       .norm_weight = tensor(KL_F32, false, 1, c->V, 1, 1, 1),
                       .out = tensor(act, true, 3, tokens, c->H, c->V, 1),
                       .gate = c->gate,
@@ -134,10 +148,18 @@ static kl_kda_mixer mixer_of(const mixer_case *c, kl_dtype act, const int32_t *r
     return a;
 }
 
-static void check_mixer(const mixer_case *c, kl_dtype act)
+static void make_rows_short(kl_kda_mixer *a, int64_t tokens)
+{
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < a->qkv.shape[1]; i++)
+            put(&a->qkv, t * a->qkv.stride[0] + i, 1e-7f * number());
+}
+
+static void check_mixer(const mixer_case *c, kl_dtype act, const prompt *at)
 {
     parts p = {0};
-    kl_kda_mixer a = mixer_of(c, act, LONGER);
+    kl_kda_mixer a = mixer_of(c, act, at);
+    make_rows_short(&a, at->short_rows);
     kl_kda_mixer wide = a;
     wide.f_b = widened(&a.f_b), wide.g_b = widened(&a.g_b);
     char name[128];
@@ -191,7 +213,35 @@ static void mixers(void)
         {2, 19, 21, 1, KL_GATE_BOUNDED, 0, 19, KL_W_BF16},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j]);
+        for (int j = 0; j < 2; j++) check_mixer(&cases[i], ACTS[j], &(prompt){N, LONGER, 6, 0});
+}
+
+/* What CUDA's recurrence of bf16 takes in where K = V = 128: the norm, and the convolution where
+ * rows are aligned, which they are with 8 columns beside them and not with 6. */
+static void check_prompt(const mixer_case *c, prompt at)
+{
+    for (at.beside = 6; at.beside <= 8; at.beside += 2) check_mixer(c, KL_BF16, &at);
+}
+
+/* All gates and ends; more heads than it takes at once; a sequence that it cuts into segments, with
+ * a last token past them, which it does not convolve; one token. */
+static void prompts(void)
+{
+    static const int32_t few[N + 1] = {0, 33, 33, 34, 36, 100}, one[] = {0, 3329},
+                                 token[] = {0, 1};
+    if (cuda == NULL) return; /* to the CPU they are mixers() */
+    for (kl_gate gate = 0; gate < KL_N_GATES; gate++) {
+        const mixer_case c = {1 + gate, 128, 128, 4, gate, 0, 128, KL_W_BF16};
+        check_prompt(&c, (prompt){N, LONGER, 0, 0});
+        check_prompt(&c, (prompt){N, LONGER, 0, 40});
+        for (size_t j = 0; j < sizeof ENDS / sizeof *ENDS; j++)
+            check_prompt(&c, (prompt){N, ENDS[j], 0, j == 2 ? 40 : 0});
+    }
+    static const mixer_case many = {40, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 16, KL_W_BF16};
+    check_prompt(&many, (prompt){N, few, 0, 0});
+    static const mixer_case single = {1, 128, 128, 4, KL_GATE_SOFTPLUS, 0, 16, KL_W_BF16};
+    if (!brief) check_prompt(&single, (prompt){1, one, 0, 0});
+    check_prompt(&single, (prompt){1, token, 0, 0});
 }
 
 /* ---- the same of guesses ----------------------------------------------------------------- */
@@ -305,7 +355,7 @@ static void check_guesses(const mixer_case *c, kl_dtype act, int wrong)
 {
     parts p = {0};
     char name[128];
-    kl_kda_mixer a = mixer_of(c, act, RAGGED);
+    kl_kda_mixer a = mixer_of(c, act, &(prompt){N, RAGGED, 6, 0});
     deal_guesses(wrong);
     a.guesses = true;
     a.tokens = integers(T, tokens);
@@ -342,7 +392,7 @@ static void unset_strides(void)
     static const mixer_case c = {2, 16, 8, 4, KL_GATE_SOFTPLUS, 0, 8, KL_W_BF16};
     static const int32_t all[2] = {0, T};
     parts p = {0};
-    kl_kda_mixer a = mixer_of(&c, KL_BF16, RAGGED);
+    kl_kda_mixer a = mixer_of(&c, KL_BF16, &(prompt){N, RAGGED, 6, 0});
     deal_guesses(6);
     a.guesses = true;
     a.tokens = integers(T, tokens);
@@ -384,6 +434,7 @@ int main(void)
     open_both();
     RUN(two_products);
     RUN(mixers);
+    RUN(prompts);
     RUN(guesses);
     RUN(unset_strides);
     return close_both();

@@ -304,10 +304,75 @@ static void sums_of_the_linear_before(void)
         }
 }
 
+/* One number of the stream and the norm's weight of it, both finite; alarm: that they pass what the
+ * sums can hold, so that everything is NaN. */
+static void check_alarm(float x, float weight, bool alarm)
+{
+    const moe_case c = {1, 192, 192, 64, 12, 4, 1, KL_W_BF16, KL_W_F32};
+    parts p = {0};
+    chain a = chain_of(&c, 256), there = a;
+    kl_error err;
+    int n_nan = 0;
+    put(&a.before.residual, c.D / 2, x);
+    put(&a.moe.norm_weight, c.D / 2, weight);
+    IN(a.before.x);
+    WEIGHT(a.before.w);
+    OUT(a.before.residual, 0);
+    IN(a.moe.norm_weight);
+    IN(a.moe.bias);
+    WEIGHT(a.moe.router);
+    WEIGHT(a.moe.w1);
+    WEIGHT(a.moe.w3);
+    WEIGHT(a.moe.w2);
+    WEIGHT(a.moe.shared_w1);
+    WEIGHT(a.moe.shared_w3);
+    WEIGHT(a.moe.shared_w2);
+    to_device(&p, &a, &there);
+    chain_on_cuda(&there);
+    const size_t bytes = (size_t)c.D * sizeof(float);
+    float *const got = a.before.residual.data;
+    EXPECT(cuda->vt->copy_out(cuda, got, there.before.residual.data, bytes, &err) == KL_OK);
+    EXPECT(cuda->vt->sync(cuda, &err) == KL_OK);
+    for (int64_t i = 0; i < c.D; i++) n_nan += isnan(got[i]);
+    EXPECT(n_nan == (alarm ? c.D : 0));
+    for (int i = 0; i < p.n; i++) kl_free(back(cuda, &p.parts[i], &there));
+    used = 0;
+}
+
+/* Shares up to 2^22, with weights of the router up to 0.07; squares up to 2^45. */
+static void sums_past_their_range_are_nan(void)
+{
+    if (cuda == NULL) return;
+    check_alarm(1e5f, 1e6f, true);
+    check_alarm(1e5f, -1e6f, true);
+    check_alarm(1e7f, 1e-6f, true);
+    check_alarm(1e5f, 1, false);
+}
+
+/* A linear of float32 weights leaves none, a layer in float32 reads none. */
+static void sums_are_refused(void)
+{
+    const moe_case c = {1, 192, 192, 64, 12, 4, 1, KL_W_F32, KL_W_F32};
+    chain a = chain_of(&c, 256);
+    kl_error err = {KL_OK, ""};
+    if (cuda == NULL) return;
+    a.before.ahead = (kl_router_ahead){
+        .router = a.moe.router, .norm_weight = a.moe.norm_weight, .sums = memory_of(1 << 16)};
+    EXPECT(cuda->vt->router_sums(cuda, &a.before.w, &a.moe) == 0);
+    EXPECT(cuda->vt->linear(cuda, &a.before, &err) == KL_ERR_VALUE);
+    EXPECT_TEXT(err.message, "linear: ahead.sums must be NULL where router_sums() is 0");
+    a.moe.sums = a.before.ahead.sums, a.moe.act = KL_F32;
+    EXPECT(cuda->vt->moe(cuda, &a.moe, &err) == KL_ERR_VALUE);
+    EXPECT_TEXT(err.message, "moe: sums must be NULL where router_sums() is 0");
+    used = 0;
+}
+
 int main(void)
 {
     open_both();
     RUN(moes);
     RUN(sums_of_the_linear_before);
+    RUN(sums_past_their_range_are_nan);
+    RUN(sums_are_refused);
     return close_both();
 }

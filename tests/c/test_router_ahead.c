@@ -156,10 +156,40 @@ static void a_layer_may_have_none(void)
     kl_backend_close(be);
 }
 
-/* The CPU leaves none, and refuses to. */
+/* A layer of experts as large as the router, whose weights are all `square`'s. */
+static kl_status run_layer(kl_backend *be, const kl_weight *square, float *x, float *n,
+                           void *left, kl_error *err)
+{
+    kl_weight wide = *square, high = *square;
+    wide.count = high.count = WIDTH;
+    wide.rows = high.cols = 1;
+    kl_moe a = {.x = kl_tensor_2d(x, KL_F32, 1, WIDTH),
+                .norm_weight = kl_tensor_1d(n, KL_F32, WIDTH),
+                .router = *square,
+                .w1 = wide,
+                .w3 = wide,
+                .w2 = high,
+                .residual = kl_tensor_2d(x, KL_F32, 1, WIDTH),
+                .act = KL_F32,
+                .norm_eps = 1e-5f,
+                .score = KL_SCORE_SIGMOID,
+                .top_k = 2,
+                .groups = 1,
+                .top_groups = 1,
+                .scaling = 1,
+                .sums = left};
+    a.ws.bytes = kl_workspace_moe(be, &a);
+    a.ws.data = kl_aligned_alloc(a.ws.bytes);
+    const kl_status status = kl_run_moe(be, &a, err);
+    kl_free(a.ws.data);
+    return status;
+}
+
+/* The CPU leaves none and reads none, and refuses to. */
 static void the_cpu_refuses(void)
 {
-    static float x[WIDTH], r[WIDTH], w[WIDTH * WIDTH], n[WIDTH];
+    static _Alignas(KL_SUMS_ALIGNMENT) float w[WIDTH * WIDTH];
+    static float x[WIDTH], r[WIDTH], n[WIDTH];
     kl_backend *be = tiny_backend(1);
     const kl_weight square = {
         .format = KL_W_F32, .count = 1, .rows = WIDTH, .cols = WIDTH, .data = w};
@@ -175,6 +205,9 @@ static void the_cpu_refuses(void)
     EXPECT(kl_run_linear(be, &a, &err) == KL_ERR_UNAVAILABLE);
     EXPECT_TEXT(err.message, "linear: ahead.sums must be NULL, the cpu backend leaves none");
     kl_free(a.ws.data);
+    EXPECT(run_layer(be, &square, r, n, NULL, &err) == KL_OK);
+    EXPECT(run_layer(be, &square, r, n, w, &err) == KL_ERR_UNAVAILABLE);
+    EXPECT_TEXT(err.message, "moe: sums must be NULL, the cpu backend reads none");
     kl_backend_close(be);
 }
 

@@ -79,6 +79,35 @@ static void embedding_converts(void)
     kl_backend_close(be);
 }
 
+/* Sums 0, blanks 0xff, all of them and no byte beside, also where there are no rows. */
+static void embedding_sets_memory(void)
+{
+    enum { AROUND = KL_SUMS_ALIGNMENT, SUMS = 40 * AROUND, BLANKS = 20 * AROUND };
+    static _Alignas(KL_SUMS_ALIGNMENT) unsigned char memory[SUMS + BLANKS + 3 * AROUND];
+    unsigned char *const sums = memory + AROUND, *const blanks = sums + SUMS + AROUND;
+    kl_backend *be = open_backend(3, NULL);
+    float values[ROWS * D], out[D];
+    int32_t id = 7;
+    fill(values, ROWS * D, 0);
+    for (int n = 0; n < 2; n++) {
+        int wrong = 0;
+        memset(memory, 7, sizeof memory);
+        kl_embedding a = {.ids = kl_tensor_1d(&id, KL_I32, n),
+                          .table = {KL_W_F32, 1, ROWS, D, values, NULL},
+                          .out = kl_tensor_2d(out, KL_F32, n, D),
+                          .sums = kl_tensor_1d(sums, KL_U8, SUMS),
+                          .blanks = kl_tensor_1d(blanks, KL_U8, BLANKS)};
+        RUN_OP(embedding, be, a);
+        for (unsigned char *at = memory; at < memory + sizeof memory; at++) {
+            const bool zero = at >= sums && at < sums + SUMS;
+            const bool blank = at >= blanks && at < blanks + BLANKS;
+            wrong += *at != (zero ? 0 : blank ? 0xff : 7);
+        }
+        EXPECT(wrong == 0);
+    }
+    kl_backend_close(be);
+}
+
 static void gather_picks_rows(void)
 {
     kl_backend *be = open_backend(2, NULL);
@@ -280,6 +309,7 @@ static void workspace_grows_with_the_call(void)
 int main(void)
 {
     RUN(embedding_converts);
+    RUN(embedding_sets_memory);
     RUN(gather_picks_rows);
     RUN(append_normalises_into_pages);
     RUN(append_copies_without_weight);

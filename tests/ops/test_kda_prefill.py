@@ -177,6 +177,12 @@ def test_profiles(profile, gates):
     assert close(prefill(case), want)
 
 
+def test_what_strong_decay_leaves_of_the_output():
+    """It is (q_i k_i) u_i: bf16 for u and the output makes 2.4e-3, for q_i k_i as well 2.9e-3."""
+    case, want = case_and_truth("strong", 512, H=4, V=64)
+    assert off(prefill(case), want)[0] < 2.6e-3
+
+
 def test_one_key_with_steps_to_two():
     """What a token writes the next may turn into its negative: terms of the inverse cancel."""
     case = make_case("none", 150, H=2, K=K, V=32)

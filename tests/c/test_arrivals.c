@@ -1,0 +1,152 @@
+/*
+ * test_arrivals.c -- a backend that reads a KDA layer's inputs as they arrive: the runner hands
+ * over blank memory of each layer's own, in the steps of a single token alone, recorded or not.
+ * What CUDA makes of it is in test_arriving.c.
+ */
+#include "recorder.h"
+
+enum { KDA_LAYERS = 2, QKV = 3 * 2 * 8, TOKENS = 40 }; /* of the tiny model */
+
+static const kl_backend_vtbl *plain;
+static kl_arrivals wanted;
+static int n_asked_for, n_mixers, n_outs;
+
+static bool is_blank(const void *data, size_t bytes)
+{
+    const unsigned char *const at = data;
+    return at[0] == 0xff && memcmp(at, at + 1, bytes - 1) == 0;
+}
+
+static bool row_is_blank(const kl_tensor *t)
+{
+    return is_blank(t->data, (size_t)kl_tensor_size(t) * sizeof(uint16_t));
+}
+
+static bool has_blanks(const kl_tensor *t)
+{
+    bool any = false;
+    for (int64_t i = 0; i < kl_tensor_size(t); i++)
+        any = any || ((const uint16_t *)t->data)[i] == KL_BLANK;
+    return any;
+}
+
+static kl_status pair_that_writes(kl_backend *be, const kl_linear_pair *a, kl_error *err)
+{
+    const kl_tensor *const low = &a->first.out, *const qkv = &a->second.out;
+    EXPECT(!a->first.arriving && !a->second.arriving);
+    if (wanted.mixer && qkv->shape[0] == 1 && qkv->shape[1] == QKV)
+        EXPECT(row_is_blank(low) && row_is_blank(qkv));
+    return plain->linear_pair(be, a, err);
+}
+
+static kl_status mixer_that_hears(kl_backend *be, const kl_kda_mixer *a, kl_error *err)
+{
+    const bool alone = a->single && a->qkv.shape[0] == 1;
+    EXPECT(a->arriving == (alone && wanted.mixer));
+    if (alone) EXPECT(!has_blanks(&a->qkv) && !has_blanks(&a->f_low) && !has_blanks(&a->beta));
+    if (alone && wanted.out) EXPECT(row_is_blank(&a->out));
+    n_mixers += a->arriving;
+    return plain->kda_mixer(be, a, err);
+}
+
+static kl_status linear_that_hears(kl_backend *be, const kl_linear *a, kl_error *err)
+{
+    if (a->arriving) EXPECT(wanted.out && a->x.shape[0] == 1 && !has_blanks(&a->x));
+    n_outs += a->arriving;
+    return plain->linear(be, a, err);
+}
+
+/* The layer's operations as they will be called, without memory. */
+static kl_status arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
+                          const kl_linear *last, kl_arrivals *out, kl_error *err)
+{
+    (void)be, (void)err;
+    EXPECT(in->first.x.shape[0] == 1 && in->second.out.shape[1] == mixer->qkv.shape[1]);
+    EXPECT(!kl_tensor_absent(&in->first.norm_weight) && mixer->single && !mixer->arriving);
+    EXPECT(last->x.shape[1] == last->w.cols && !kl_tensor_absent(&last->residual));
+    n_asked_for++;
+    *out = wanted;
+    return KL_OK;
+}
+
+static kl_backend *open_hearing(bool mixer, bool out)
+{
+    static kl_backend_vtbl below, table;
+    kl_backend *be = open_recording(false);
+    plain = cpu;
+    below = *cpu;
+    below.linear_pair = pair_that_writes;
+    below.kda_mixer = mixer_that_hears;
+    below.linear = linear_that_hears;
+    cpu = &below;
+    table = *be->vt;
+    table.arrivals = arrivals;
+    be->vt = &table;
+    wanted = (kl_arrivals){mixer, out};
+    n_asked_for = n_mixers = n_outs = 0;
+    return be;
+}
+
+/* Tokens after a prompt of one, alone or of `n` requests. */
+static void generate(kl_engine *e, int n, int32_t (*ids)[TOKENS])
+{
+    static const int32_t prompt[] = {5, 9};
+    static kl_event events[64];
+    kl_request requests[2];
+    kl_generation *g;
+    kl_error err = {KL_OK, ""};
+    int64_t got = 0, count[2] = {0, 0};
+    for (int i = 0; i < n; i++)
+        requests[i] = (kl_request){.prompt = prompt + i,
+                                   .n_prompt = 1,
+                                   .max_new_tokens = TOKENS,
+                                   .sampling = {.top_p = 1.0f, .repetition_penalty = 1.0f}};
+    EXPECT(kl_generation_new(e, requests, n, &g, &err) == KL_OK);
+    while (!kl_generation_done(g)) {
+        EXPECT(kl_generation_run(g, 1000, events, 64, &got, NULL, NULL, NULL, NULL, &err) ==
+               KL_OK);
+        for (int64_t k = 0; k < got; k++) {
+            const int64_t r = events[k].request;
+            if (count[r] < TOKENS) ids[r][count[r]++] = events[k].id;
+        }
+    }
+    EXPECT_TEXT(err.message, "");
+    EXPECT(count[0] == TOKENS);
+    kl_generation_free(g);
+}
+
+static const kl_engine_options bf16_options = {
+    .format = KL_W_BF16, .max_context = 256, .max_batch = 2, .step_tokens = 2};
+
+/* Each combination. */
+static void a_single_token_hears(void)
+{
+    for (int i = 0; i < 4; i++) {
+        int32_t want[2][TOKENS], got[2][TOKENS];
+        kl_backend *other = tiny_backend(1), *be = open_hearing(i % 2 == 1, i / 2 == 1);
+        kl_engine *a = tiny_engine_on(other, &bf16_options);
+        kl_engine *b = tiny_engine_on(be, &bf16_options);
+        EXPECT(n_asked_for > 0); /* by its plan */
+        generate(a, 1, want);
+        generate(b, 1, got);
+        EXPECT(memcmp(want[0], got[0], sizeof want[0]) == 0);
+        EXPECT(n_replayed > TOKENS / 2);
+        EXPECT(wanted.mixer ? n_mixers >= KDA_LAYERS * (TOKENS - 1) : n_mixers == 0);
+        EXPECT(wanted.out ? n_outs >= KDA_LAYERS * (TOKENS - 1) : n_outs == 0);
+        const int before = n_mixers + n_outs;
+        generate(a, 2, want);
+        generate(b, 2, got);
+        EXPECT(memcmp(want, got, sizeof want) == 0);
+        EXPECT(n_mixers + n_outs - before < TOKENS); /* at the ends, where one is alone */
+        kl_engine_free(b);
+        kl_engine_free(a);
+        kl_backend_close(other);
+        kl_backend_close(be);
+    }
+}
+
+int main(void)
+{
+    RUN(a_single_token_hears);
+    return test_failures != 0;
+}
