@@ -36,16 +36,18 @@ WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # exception").
 MISREAD = {"racecheck": ["kda_chunked_kernel", "mla_attend_tensor", "mla_attend_fp8"]}
 # What a batch-invariant backend does otherwise are products of many rows, a router's by several and
-# a single token's experts: racecheck is slow, so of its cases these, in two runs.
+# a single token's experts: racecheck is slow, so of its cases these, in four runs.
 # cuBLASLt stores by bulk copies, which initcheck does not see: there our own kernels stand in, those
 # of the batch-invariant calls, for token_logprobs those of a quantised head, too.
 # Each with the least number of calls; those of racecheck not in a row, which one worker would run.
 CASES = {
-    "racecheck": ("not moe_experts and (default or many or router or step)", 60),
+    "racecheck-others": ("default and not linear and not moe_experts", 35),
     "memcheck": ("default or invariant", 140),
-    "racecheck-experts": ("moe_experts and (default or many or step)", 20),
+    "racecheck-linear": ("default and linear", 20),
     "synccheck": ("default or invariant", 140),
+    "racecheck-experts": ("moe_experts and (default or many or step)", 20),
     "initcheck": ("not (default and wide and (many or logprobs))", 140),
+    "racecheck-invariant": ("invariant and not moe_experts and (many or router or step)", 7),
 }
 TOOLS = ["racecheck", "initcheck", "memcheck", "synccheck"]
 PROGRAMS = [("test_cuda", 8), ("test_peaks", 2), ("test_ends", 3), ("test_fused", 3),

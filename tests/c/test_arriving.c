@@ -165,8 +165,11 @@ static void others_are_refused(void)
     EXPECT(arrivals_of(cuda, &a).mixer && !arrivals_of(cuda, &a).out);
     a.last.residual = tensor(KL_F32, false, 2, 1, 4096, 1, 1);
     a.last.arriving = true;
+    const size_t bytes = kl_workspace_linear(cuda, &a.last);
+    a.last.ws = (kl_workspace){poisoned(cuda, bytes), bytes};
     EXPECT(kl_run_linear(cuda, &a.last, &err) == KL_ERR_VALUE);
     EXPECT_TEXT(err.message, "linear: x must not be arriving where arrivals() says so");
+    cuda->vt->free(cuda, a.last.ws.data, bytes);
     a.mixer.conv_weight = tensor(KL_F32, false, 2, 6 * K, W - 1, 1, 1);
     a.mixer.conv_state.shape[2] = W - 2;
     EXPECT(!arrivals_of(cuda, &a).mixer);

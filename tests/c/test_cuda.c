@@ -242,19 +242,20 @@ static void draws(void)
         if (brief && i == 4) continue; /* the next one asks for more */
         parts p = {0};
         const int64_t V = sizes[i / 2], words = (V + 31) / 32;
-        kl_sample a = {.logits = tensor(KL_F32, false, 2, DRAWN, V, 1, 1),
-                       .sampling =
-                           memcpy(memory_of(sizeof sampling), sampling, sizeof sampling),
-                       .ids = tensor(KL_I32, true, 1, DRAWN, 1, 1, 1),
-                       .logprobs = tensor(KL_F32, true, 1, DRAWN, 1, 1, 1)};
+        const int64_t rows = brief && i == 5 ? 1 : DRAWN;
+        kl_sample a = {.logits = tensor(KL_F32, false, 2, rows, V, 1, 1),
+                       .sampling = memcpy(memory_of(sizeof sampling), sampling + DRAWN - rows,
+                                          (size_t)rows * sizeof *sampling),
+                       .ids = tensor(KL_I32, true, 1, rows, 1, 1, 1),
+                       .logprobs = tensor(KL_F32, true, 1, rows, 1, 1, 1)};
         if (i % 2 == 1) {
-            a.seen = tensor(KL_I32, true, 2, DRAWN, words, 1, 1);
-            memset(a.seen.data, 0x55, (size_t)(DRAWN * words) * sizeof(int32_t));
-            a.top_ids = tensor(KL_I32, true, 2, DRAWN, TOP, 1, 1);
-            a.top_logprobs = tensor(KL_F32, true, 2, DRAWN, TOP, 1, 1);
+            a.seen = tensor(KL_I32, true, 2, rows, words, 1, 1);
+            memset(a.seen.data, 0x55, (size_t)(rows * words) * sizeof(int32_t));
+            a.top_ids = tensor(KL_I32, true, 2, rows, TOP, 1, 1);
+            a.top_logprobs = tensor(KL_F32, true, 2, rows, TOP, 1, 1);
         }
         IN(a.logits);
-        add(&p, &a, &a.sampling, sizeof sampling, KL_U8, false, 0);
+        add(&p, &a, &a.sampling, (size_t)rows * sizeof *sampling, KL_U8, false, 0);
         IN(a.seen);
         OUT(a.ids, 0);
         OUT(a.logprobs, 2e-6);
