@@ -252,12 +252,6 @@ template <kl_weight_format format> struct head_gates {
 
 /* ---- a token of a head ------------------------------------------------------------------- */
 
-/* A barrier of some warps of the block: which of 16 it is, and how many threads. */
-template <int threads> __device__ void sync_threads_of(int which)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(which), "n"(threads) : "memory");
-}
-
 /* Ask the L2 for what lies in a slot: nobody sees that who is still writing there. */
 __device__ inline void ask_ahead(const mixer_arguments &a, const place &at, unsigned slot)
 {
@@ -327,20 +321,20 @@ struct token {
         }
     }
 
-    /* q, k and v, the first two of unit length; beta. */
+    /* q, k and v, the first two of unit length; beta. By all threads of the block. */
     __device__ void convolve(const place &at, head &s) const
     {
+        float x = 0;
         if (at.role == 3) {
             if (warp_id() == BETA_WARP) s.beta = sigmoid(to_float(channel.input));
-            return;
+        } else {
+            x = channel.output();
+            channel.write_window(window);
+            if (at.role < 2) s.raw[at.role][at.i] = x;
         }
-        float x = channel.output();
-        channel.write_window(window);
-        if (at.role < 2) {
-            s.raw[at.role][at.i] = x;
-            sync_threads_of<SIDE>(1 + at.role);
-            x *= mixer_unit_factor(warp_sum(mixer_squares(s.raw[at.role])));
-        }
+        __syncthreads();
+        if (at.role == 3) return;
+        if (at.role < 2) x *= mixer_unit_factor(warp_sum(mixer_squares(s.raw[at.role])));
         s.qkv[at.role][at.i] = x;
     }
 };
