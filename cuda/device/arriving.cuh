@@ -20,6 +20,10 @@
  *   - the mixer may still run beside o. Of its states and windows each is read and written by one
  *     block, and by no other kernel of the layer.
  *   - what o adds to a router's sums is read behind o's end.
+ *
+ * In an MLA layer of a single token the first of mla_decode's three kernels lets the next one start
+ * after its own wait, and each of the others once it has begun itself: so again what came before the
+ * first one is complete when a block of o starts.
  */
 #ifndef KL_CUDA_DEVICE_ARRIVING_H
 #define KL_CUDA_DEVICE_ARRIVING_H

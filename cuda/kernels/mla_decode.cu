@@ -23,6 +23,7 @@
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"
 #include "../device/warp.cuh"
+#include "../product.h"
 
 namespace {
 
@@ -336,6 +337,20 @@ kl_status choose(const kl_backend *be, kl_dtype weight, mla_arguments *a, int *b
 
 } // namespace
 
+/* The product after it reads its words wherever the last kernel is that on tensor cores: this lets
+ * it start once the first one has had all of its inputs. */
+kl_status kl_cuda_mla_arrivals(kl_backend *be, const kl_linear_pair *, const kl_mla_decode *a,
+                               const kl_linear *last, kl_mla_arrivals *out, kl_error *err)
+{
+    const kl_dtype weight = a->w_kv_b.dtype;
+    mla_arguments args = arguments_of(a);
+    int blocks = 0;
+    *out = {};
+    KL_TRY(choose(be, weight, &args, &blocks, err));
+    if (args.N != 1 || !args.asks) return KL_OK;
+    return kl_cuda_linear_hears(be, last, &out->out, err);
+}
+
 size_t kl_cuda_mla_decode_workspace(kl_backend *, const kl_mla_decode *a)
 {
     mla_arguments args = arguments_of(a);
@@ -358,6 +373,9 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
                        "mla_decode: N * H must be <= %lld / (rank / %d), got N %lld, H %lld",
                        MAX_BLOCKS, ABSORB_COLS, args.N, args.H);
     KL_TRY(choose(be, weight, &args, &blocks, err));
+    if (!kl_tensor_absent(&a->blanks))
+        return kl_fail(err, KL_ERR_VALUE,
+                       "mla_decode: blanks must be absent unless mla_arrivals() asks for them");
     KL_TRY(absorb(args, a, stream, err));
     return attend_in_waves(args, weight, blocks, stream, err);
 }

@@ -19,6 +19,7 @@
  *              (2026-11-22); in a step (context 1024) from the end of the kernel before 4.1, 8
  *              rows 9.9 (2026-11-23); the whole operation: mla_decode.cu
  */
+#include "../device/arriving.cuh"
 #include "../device/barrier.cuh"
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"
@@ -312,8 +313,7 @@ __device__ void add_up(const mla_arguments &a, long long n0, int rows, long long
         float sum = 0;
 #pragma unroll
         for (int b = 0; b < CLUSTER; b++) sum += s.received[b][n][v];
-        static_cast<bf16 *>(a.out)[((n0 + n) * a.H + h) * OUTS + v0 + v] =
-            from_float<bf16>(sum);
+        store_arriving(static_cast<bf16 *>(a.out) + ((n0 + n) * a.H + h) * OUTS + v0 + v, sum);
     }
 }
 

@@ -1,7 +1,8 @@
 /*
  * test_arriving.c -- inputs read as they arrive (backend/arrivals.h): a KDA layer's three operations
  * have the bits that they have one after the other, also of numbers that are none, and on CUDA so
- * have steps, enqueued and recorded. Skips CUDA where KL_CUDA_LIBRARY finds no device.
+ * have steps, enqueued and recorded. Skips CUDA where KL_CUDA_LIBRARY finds no device. An MLA
+ * layer's operations are in test_arriving_mla.c.
  */
 #include "pieces.h"
 
@@ -188,7 +189,7 @@ static const kl_config config = {
     .kda_head_dim = K,
     .conv_width = W,
     .gate = KL_GATE_SOFTPLUS,
-    .mla_heads = 4,
+    .mla_heads = 32,
     .kv_rank = 512,
     .nope_dim = 128,
     .rope_dim = 64,
@@ -257,6 +258,7 @@ static void answer_with(kl_backend *be, const kl_backend_vtbl *table, kl_weight_
 
 static const kl_backend_vtbl *below;
 static kl_arrivals found;
+static kl_mla_arrivals mla_found;
 
 static kl_status noted_arrivals(kl_backend *be, const kl_linear_pair *in,
                                 const kl_kda_mixer *mixer, const kl_linear *last,
@@ -267,23 +269,36 @@ static kl_status noted_arrivals(kl_backend *be, const kl_linear_pair *in,
     return status;
 }
 
-static void check_steps(kl_backend *be, bool out)
+static kl_status noted_mla_arrivals(kl_backend *be, const kl_linear_pair *in,
+                                    const kl_mla_decode *a, const kl_linear *last,
+                                    kl_mla_arrivals *out, kl_error *err)
+{
+    const kl_status status = below->mla_arrivals(be, in, a, last, out, err);
+    mla_found = *out;
+    return status;
+}
+
+/* alone: not batch-invariant, whose o and MLA layers wait. */
+static void check_steps(kl_backend *be, bool alone)
 {
     static answer with, without;
     kl_backend_vtbl noting = *be->vt, plain = *be->vt;
     below = be->vt;
     noting.arrivals = noted_arrivals;
+    noting.mla_arrivals = noted_mla_arrivals;
     plain.arrivals = NULL;
+    plain.mla_arrivals = NULL;
     for (kl_weight_format f = KL_W_BF16; f < KL_N_WEIGHT_FORMATS; f++) {
         found = (kl_arrivals){0};
+        mla_found = (kl_mla_arrivals){0};
         answer_with(be, &noting, f, &with);
-        EXPECT(found.mixer && found.out == out);
+        EXPECT(found.mixer && found.out == alone);
+        EXPECT(mla_found.out == alone);
         answer_with(be, &plain, f, &without);
         EXPECT(memcmp(&with, &without, sizeof with) == 0);
     }
 }
 
-/* Of a batch-invariant backend's o alone waits. */
 static void steps(void)
 {
     const kl_backend_options options = {.batch_invariant = true};
