@@ -27,12 +27,11 @@ template <class T> __device__ void await_by_one(const T *word)
     __syncwarp();
 }
 
-/* Not before q is there: the weights of the next kernel would take the memory from those that make
- * q, and the time until it has its own inputs is long enough for them. */
-__device__ void let_next_start_after_query(const mla_arguments &a, long long h)
+/* Until q is there, whose weights are not to share the memory with those of this kernel and of the
+ * next one: there is time enough for them afterwards. */
+__device__ void await_q(const mla_arguments &a, long long h)
 {
     await_by_one(static_cast<const bf16 *>(a.q) + (h + 1) * (a.nope + a.rope) - 1);
-    let_next_start();
 }
 
 /* The factors of a head's pages. Before they can be known the query is there: until then a word of
@@ -95,15 +94,16 @@ __global__ __cluster_dims__(CLUSTER, 1, 1)
     extern __shared__ __align__(16) char memory[];
     shared_memory<1> &s = *reinterpret_cast<shared_memory<1> *>(memory);
     const long long h = blockIdx.x / CLUSTER;
-    begin(a, h, 1, s);
     const mla_pieces pieces(a, 0);
     bf16 *to =
         static_cast<bf16 *>(a.out) + h * OUTS + block_of_cluster() * OUT_QUARTER + threadIdx.x;
     asm volatile("" : "+l"(to)); /* known before the pages' results are there */
-    copy_wait<0>();
-    let_next_start_after_query(a, h);
+    await_q(a, h);
+    begin(a, h, 1, s);
+    let_next_start();
     reinterpret_cast<float4 *>(s.parts[warp_id()])[lane_id()] =
         merge_arriving(a, pieces, h, warp_id(), s.factors[warp_id()]);
+    copy_wait<0>();
     __syncthreads();
     uint32_t w[STEPS][4], x[4];
 #pragma unroll
