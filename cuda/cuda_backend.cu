@@ -386,6 +386,7 @@ static constexpr kl_backend_vtbl make_table()
 #undef KL_ENTRY
     t.router_sums = kl_cuda_router_sums;
     t.arrivals = entry<kl_cuda_arrivals>::call;
+    t.mla_arrivals = entry<kl_cuda_mla_arrivals>::call;
     return t;
 }
 

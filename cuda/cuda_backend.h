@@ -95,6 +95,8 @@ KL_CUDA_WORKSPACES(KL_DECLARE)
 size_t kl_cuda_router_sums(kl_backend *be, const kl_weight *before, const kl_moe *a);
 kl_status kl_cuda_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
                            const kl_linear *last, kl_arrivals *out, kl_error *err);
+kl_status kl_cuda_mla_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_mla_decode *a,
+                               const kl_linear *last, kl_mla_arrivals *out, kl_error *err);
 
 /* kda_prefill after the short_conv that makes its q, k and v, and before a gated_rms_norm of its
  * out: either may be null. In out, state and windows the bits of the three one after the other;

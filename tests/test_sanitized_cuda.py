@@ -51,7 +51,8 @@ CASES = {
 }
 TOOLS = ["racecheck", "initcheck", "memcheck", "synccheck"]
 PROGRAMS = [("test_cuda", 8), ("test_peaks", 2), ("test_ends", 3), ("test_fused", 3),
-            ("test_mla_step", 1), ("test_moe", 2), ("test_arriving", 2)]  # fmt: skip
+            ("test_mla_step", 1), ("test_moe", 2), ("test_arriving", 2),
+            ("test_arriving_mla", 3)]  # fmt: skip
 
 
 @pytest.fixture

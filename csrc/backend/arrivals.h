@@ -11,15 +11,18 @@
  * of kda_mixer. They are bf16, of a single token, and memory of their own in the step; the operation
  * enqueued just before writes each word of them once. This is for a KDA layer's linear_pair,
  * kda_mixer and linear, enqueued one after the other: whatever else they read was complete before
- * the linear_pair, or is written by nobody.
+ * the linear_pair, or is written by nobody. Likewise for an MLA layer's linear_pair, mla_decode and
+ * linear; an mla_decode with `blanks` reads q and raw so, and what its own kernels tell each other
+ * word by word goes there.
  *
- * kl_backend_vtbl.arrivals says which of these operations a backend runs so. It refuses others that
- * are told so; one without this entry finds all inputs complete anyway.
+ * kl_backend_vtbl.arrivals and mla_arrivals say which of these operations a backend runs so. It
+ * refuses others that are told so; one without these entries finds all inputs complete anyway.
  */
 #ifndef KL_BACKEND_ARRIVALS_H
 #define KL_BACKEND_ARRIVALS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 #define KL_BLANK 0xffffu /* a word that is not there: 0xff in every byte */
 
@@ -28,5 +31,11 @@ typedef struct {
     bool mixer; /* kda_mixer, from linear_pair */
     bool out;   /* linear, from kda_mixer      */
 } kl_arrivals;
+
+/* The same of an MLA layer. */
+typedef struct {
+    size_t blanks; /* bytes of those of mla_decode, from linear_pair; 0: it has none */
+    bool out;      /* linear, from mla_decode                                        */
+} kl_mla_arrivals;
 
 #endif

@@ -17,7 +17,7 @@
 
 /* Raised with every change to kl_backend_vtbl or to a struct of ops.h; a library built with
  * another number is refused. */
-#define KL_BACKEND_ABI 15u
+#define KL_BACKEND_ABI 16u
 
 /* The only symbol the CUDA library exports. */
 #define KL_CUDA_ENTRY "kl_cuda_backend_entry"
@@ -106,6 +106,9 @@ typedef struct {
      * their inputs are arriving (arrivals.h). NULL: none. */
     kl_status (*arrivals)(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,
                           const kl_linear *last, kl_arrivals *out, kl_error *err);
+    /* The same of an MLA layer, whose mla_decode has no blanks yet. */
+    kl_status (*mla_arrivals)(kl_backend *be, const kl_linear_pair *in, const kl_mla_decode *a,
+                              const kl_linear *last, kl_mla_arrivals *out, kl_error *err);
 } kl_backend_vtbl;
 
 struct kl_backend {

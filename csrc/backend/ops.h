@@ -339,6 +339,7 @@ typedef struct {
     kl_tensor raw;         /* [N, rank+rope] act, rows strided: into pages; or absent */
     kl_tensor norm_weight; /* [rank] f32, of raw; or absent              */
     kl_tensor out;         /* [T, H, V] act                              */
+    kl_tensor blanks;      /* [bytes] u8, with arriving q and raw: arrivals.h; or absent */
     float norm_eps, scale;
     bool unsettled; /* w_kv_b is, as kl_weight says it */
 } kl_mla;

@@ -318,6 +318,17 @@ static kl_status check_mla(const char *op, const kl_mla *a, int64_t N, kl_error 
     return kl_require_finite(op, "scale", a->scale, err);
 }
 
+/* The inputs that arrive, and what comes with them. */
+static kl_status check_mla_arriving(const char *op, const kl_mla *a, kl_error *err)
+{
+    const kl_rule rules[] = {{&a->blanks, "blanks", U8, KL_OUT, 1, {a->blanks.shape[0]}, NULL}};
+    if (kl_tensor_absent(&a->blanks)) return KL_OK;
+    KL_REQUIRE_TENSORS(op, rules, err);
+    if (kl_tensor_absent(&a->raw))
+        return kl_fail(err, KL_ERR_VALUE, "%s: raw must be given with blanks", op);
+    return kl_require_arriving(op, "q", &a->q, err);
+}
+
 kl_status kl_check_mla_prefill(const kl_mla_prefill *a, kl_error *err)
 {
     static const char op[] = "mla_prefill";
@@ -326,6 +337,8 @@ kl_status kl_check_mla_prefill(const kl_mla_prefill *a, kl_error *err)
         return kl_fail(err, KL_ERR_VALUE, "%s: raw must be absent", op);
     if (!kl_tensor_absent(&a->norm_weight))
         return kl_fail(err, KL_ERR_VALUE, "%s: norm_weight must be absent", op);
+    if (!kl_tensor_absent(&a->blanks))
+        return kl_fail(err, KL_ERR_VALUE, "%s: blanks must be absent", op);
     return check_mla(op, a, ragged_count(&a->cu_seqlens), err);
 }
 
@@ -339,5 +352,6 @@ kl_status kl_check_mla_decode(const kl_mla_decode *a, kl_error *err)
             return kl_fail(err, KL_ERR_VALUE, "%s: raw must be given with a norm_weight", op);
         KL_TRY(kl_require_positive(op, "norm_eps", a->norm_eps, err));
     }
-    return check_mla(op, a, a->q.shape[0], err);
+    KL_TRY(check_mla(op, a, a->q.shape[0], err));
+    return check_mla_arriving(op, a, err);
 }

@@ -183,30 +183,51 @@ static kl_tensor take_sums(kl_pass *p)
     return bytes == 0 ? (kl_tensor){0} : kl_tensor_1d(p->sums, KL_U8, (int64_t)bytes);
 }
 
-/* The first KDA layer, or n_layers. */
-static int64_t first_kda(const kl_config *c)
+/* The first layer with this mixer, or NULL. */
+static const kl_layer_weights *first_with(const kl_pass *p, kl_mixer mixer)
 {
     int64_t i = 0;
-    while (i < c->n_layers && c->mixer[i] != KL_MIXER_KDA) i++;
-    return i;
+    while (i < p->config->n_layers && p->config->mixer[i] != mixer) i++;
+    return i < p->config->n_layers ? &p->weights->layers[i] : NULL;
 }
 
 /* Find what of the KDA layers is read as it arrives: they are alike, so the first speaks for them.
- * For memory of each, or absent: the embedding makes it blank. */
-static kl_status take_arriving(kl_pass *p, kl_tensor *blanks, kl_error *err)
+ * The bytes of all of them. */
+static kl_status find_kda_arrivals(kl_pass *p, size_t *bytes, kl_error *err)
 {
-    const int64_t first = first_kda(p->config);
-    p->arrivals = (kl_arrivals){0};
-    if (p->be->vt->arrivals == NULL || !p->shape.decode || p->shape.T != 1 ||
-        first == p->config->n_layers)
-        return KL_OK;
-    const kl_layer_weights *w = &p->weights->layers[first];
+    const kl_layer_weights *w = first_with(p, KL_MIXER_KDA);
+    if (p->be->vt->arrivals == NULL || w == NULL) return KL_OK;
     KL_TRY(enter(p, &w->mixer_norm, true, err));
     KL_TRY(kl_kda_find_arrivals(p, &w->kda, err));
-    if (!p->arrivals.mixer && !p->arrivals.out) return KL_OK;
-    const size_t bytes = (size_t)p->cache->n_kda * kl_kda_arriving_bytes(p);
-    p->arriving = kl_arena_take(&p->arena, bytes);
-    *blanks = kl_tensor_1d(p->arriving, KL_U8, (int64_t)bytes);
+    if (p->arrivals.mixer || p->arrivals.out)
+        *bytes = (size_t)p->cache->n_kda * kl_kda_arriving_bytes(p);
+    return KL_OK;
+}
+
+/* The same of the MLA layers. */
+static kl_status find_mla_arrivals(kl_pass *p, size_t *bytes, kl_error *err)
+{
+    const kl_layer_weights *w = first_with(p, KL_MIXER_MLA);
+    if (p->be->vt->mla_arrivals == NULL || w == NULL) return KL_OK;
+    KL_TRY(enter(p, &w->mixer_norm, true, err));
+    KL_TRY(kl_mla_find_arrivals(p, &w->mla, err));
+    if (p->mla_arrivals.blanks > 0 || p->mla_arrivals.out)
+        *bytes = (size_t)p->cache->n_mla * kl_mla_arriving_bytes(p, &w->mla);
+    return KL_OK;
+}
+
+/* Memory for what arrives, or absent: the embedding makes it blank. */
+static kl_status take_arriving(kl_pass *p, kl_tensor *blanks, kl_error *err)
+{
+    size_t kda = 0, mla = 0;
+    p->arrivals = (kl_arrivals){0}, p->mla_arrivals = (kl_mla_arrivals){0};
+    if (!p->shape.decode || p->shape.T != 1) return KL_OK;
+    KL_TRY(find_kda_arrivals(p, &kda, err));
+    KL_TRY(find_mla_arrivals(p, &mla, err));
+    if (kda + mla == 0) return KL_OK;
+    p->arriving = kl_arena_take(&p->arena, kda + mla);
+    p->mla_arriving = p->arriving == NULL ? NULL : p->arriving + kda;
+    *blanks = kl_tensor_1d(p->arriving, KL_U8, (int64_t)(kda + mla));
     return KL_OK;
 }
 

@@ -91,6 +91,8 @@ typedef struct {
     size_t kept_bytes;
     kl_arrivals arrivals; /* of its KDA layers, each of which then has memory of its own for */
     char *arriving;       /* what passes between its operations, kl_kda_arriving_bytes() */
+    kl_mla_arrivals mla_arrivals; /* the same of its MLA layers */
+    char *mla_arriving;
 } kl_pass;
 
 /* Lay out the inputs or outputs of a shape in a block (NULL measures) and return its bytes. */
@@ -145,6 +147,8 @@ size_t kl_kda_kept_bytes(const kl_pass *p); /* of a layer, in a verify step of p
 /* Find p->arrivals, those of a layer like this one, which p->ends lead to. */
 kl_status kl_kda_find_arrivals(kl_pass *p, const kl_kda_weights *w, kl_error *err);
 size_t kl_kda_arriving_bytes(const kl_pass *p);
+kl_status kl_mla_find_arrivals(kl_pass *p, const kl_mla_weights *w, kl_error *err);
+size_t kl_mla_arriving_bytes(const kl_pass *p, const kl_mla_weights *w);
 kl_status kl_mla_layer(kl_pass *p, const kl_mla_weights *w, int64_t index, kl_error *err);
 kl_status kl_dense_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);
 kl_status kl_moe_layer(kl_pass *p, const kl_ffn_weights *w, kl_error *err);

@@ -27,6 +27,7 @@ constexpr int MLA_MAX_SHARES = 132;  /* the multiprocessors of an H100 or H200 *
 constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_{tensor,fp8}.cu */
 constexpr int MLA_TENSOR_STAGES = 3; /* its pages on their way or in use */
 constexpr int MLA_PACKED_STAGES = 4; /* the same, of 8-bit pages */
+constexpr int MLA_PAGES = 64;        /* of a token whose inputs are arriving, at most */
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __host__ __device__ inline long long mla_divide_up(long long a, long long b)
@@ -97,6 +98,8 @@ struct mla_arguments {
     bool tensor;      /* query is an operand of the tensor cores' scores             */
     bool unsettled;   /* w_kv_b may still be written until wait_for_inputs()         */
     bool packed;      /* pages are of 8 bits                                         */
+    bool arriving;    /* q and raw, of one row: a piece is a page, at its number's slot, */
+                      /* and max and sum are [H, MLA_PAGES]                       */
     bool asks;        /* the attention asks the L2 for W_UV, which is of bf16        */
     kl_latents_row row;
     kl_dtype act; /* of q, out, and pages that are not                           */
@@ -330,6 +333,14 @@ bool kl_cuda_mla_absorb_tensor_fits(const mla_arguments &a, kl_dtype weight);
 kl_status kl_cuda_mla_absorb_tensor(const mla_arguments &a, const kl_mla *call,
                                     cudaStream_t stream, kl_error *err);
 
+/* The same of one whose q is arriving, with blanks for what becomes of the pieces; and the attention,
+ * with an append of one whose raw is. */
+kl_status kl_cuda_mla_absorb_arriving(const mla_arguments &a, cudaStream_t stream,
+                                      kl_error *err);
+bool kl_cuda_mla_attend_page_fits(const mla_arguments &a, const kl_mla *call);
+kl_status kl_cuda_mla_attend_page(const mla_arguments &a, const kl_mla *call,
+                                  cudaStream_t stream, kl_error *err);
+
 /* The attention of all pieces of the N rows, into max, sum and context; `blocks` of each group of
  * heads are as many as can run at a time, where a block goes on to other pieces. */
 kl_status kl_cuda_mla_attend_any(const mla_arguments &a, int blocks, cudaStream_t stream,
@@ -346,5 +357,6 @@ kl_status kl_cuda_mla_finish(const mla_arguments &a, kl_dtype weight, cudaStream
                              kl_error *err);
 bool kl_cuda_mla_finish_tensor_fits(const mla_arguments &a, kl_dtype weight);
 kl_status kl_cuda_mla_finish_tensor(const mla_arguments &a, cudaStream_t stream, kl_error *err);
+kl_status kl_cuda_mla_finish_page(const mla_arguments &a, cudaStream_t stream, kl_error *err);
 
 #endif

@@ -75,6 +75,7 @@ template <int n> __device__ void wgmma_settle(float (&d)[n])
     for (int i = 0; i < n; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+#define WGMMA_REGS_4 "%0, %1, %2, %3"
 #define WGMMA_REGS_16                                                                          \
     "%0, %1, %2, %3, %4, %5, %6, %7, "                                                         \
     "%8, %9, %10, %11, %12, %13, %14, %15"
@@ -90,6 +91,7 @@ template <int n> __device__ void wgmma_settle(float (&d)[n])
 #define WGMMA_REGS_80                                                                          \
     WGMMA_REGS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, "                                 \
                   "%72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_ACC_4(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
 #define WGMMA_ACC_16(d, i)                                                                     \
     "+f"((d)[(i) + 0]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3]),            \
         "+f"((d)[(i) + 4]), "+f"((d)[(i) + 5]), "+f"((d)[(i) + 6]), "+f"((d)[(i) + 7]),        \
@@ -146,21 +148,29 @@ __device__ __forceinline__ void wgmma_transposed(float *d, const uint32_t (&a)[4
 
 #undef WGMMA
 
+#define WGMMA_OF_TRANSPOSED(N, REGS, ACC, A, B)                                                \
+    asm volatile("{\n"                                                                         \
+                 ".reg .pred add;\n"                                                           \
+                 "setp.eq.u32 add, 1, 1;\n"                                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGS "}, " A     \
+                 ", " B ", add, 1, 1, 1, 0;\n"                                                 \
+                 "}"                                                                           \
+                 : ACC                                                                         \
+                 : "l"(a), "l"(b)                                                              \
+                 : "memory")
+
 /* d[0 .. N / 2 - 1] += a b with both operands in shared memory: `a` is the transpose of an array
  * as wgmma_descriptor_transposed() describes it, row k of which holds the 64 rows of A. */
 template <int N>
 __device__ __forceinline__ void wgmma_of_transposed(float *d, uint64_t a, uint64_t b)
 {
-    static_assert(N == 32);
-    asm volatile("{\n"
-                 ".reg .pred add;\n"
-                 "setp.eq.u32 add, 1, 1;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" WGMMA_REGS_16
-                 "}, %16, %17, add, 1, 1, 1, 0;\n"
-                 "}"
-                 : WGMMA_ACC_16(d, 0)
-                 : "l"(a), "l"(b)
-                 : "memory");
+    static_assert(N == 8 || N == 32);
+    if constexpr (N == 8)
+        WGMMA_OF_TRANSPOSED(8, WGMMA_REGS_4, WGMMA_ACC_4(d), "%4", "%5");
+    else
+        WGMMA_OF_TRANSPOSED(32, WGMMA_REGS_16, WGMMA_ACC_16(d, 0), "%16", "%17");
 }
+
+#undef WGMMA_OF_TRANSPOSED
 
 #endif

@@ -299,9 +299,12 @@ size_t kl_cuda_kda_mixer_workspace(kl_backend *be, const kl_kda_mixer *a)
     return kl_kda_mixer_bytes(a, kl_cuda_linear_pair_workspace(be, &p.gates), kda);
 }
 
+/* Not of bf16 weights: the layer's memory is busy with them to the end, and who looks for words is
+ * in their way (cuda/notes/SPEED.md). */
 static bool hears(const kl_kda_mixer *a)
 {
-    return a->qkv.shape[0] == 1 && kl_cuda_kda_mixer_step_takes(a);
+    return a->qkv.shape[0] == 1 && a->f_b.format != KL_W_BF16 &&
+           kl_cuda_kda_mixer_step_takes(a);
 }
 
 kl_status kl_cuda_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda_mixer *mixer,

@@ -13,7 +13,7 @@
  * Grid         a block for each head and sequence. 128 threads each convolve q, k and v; a warp makes
  *              16 channels of g or of z from rows of weights in its registers; then it has 8 rows
  *              of the state there, a lane the same four channels of each. A single token's inputs
- *              may be arriving (device/arriving.cuh): then the gates are done and the state is
+ *              may be arriving (device/arriving.cuh) where weights are not bf16: then the gates are done and the state is
  *              there before q, k and v are
  * Order        that of linear_step.cu, short_conv.cu, kda_decode.cu and norm.cu: the same bits
  * Roofline     4 MiB of state and 2 MiB of weights in bf16 with H = 32: 2.1 us on an H100 (3.0
@@ -445,8 +445,9 @@ template <kl_weight_format format>
 kl_status launch(kl_backend *be, const arguments &a, int64_t N, bool arriving, kl_error *err)
 {
     const dim3 blocks(static_cast<unsigned>(a.mixer.kda.H), static_cast<unsigned>(N));
-    const auto kernel =
-        arriving ? kda_mixer_step_kernel<format, true> : kda_mixer_step_kernel<format, false>;
+    auto kernel = kda_mixer_step_kernel<format, false>;
+    if constexpr (format != KL_W_BF16)
+        if (arriving) kernel = kda_mixer_step_kernel<format, true>;
     return kl_cuda_launch(kernel, blocks, THREADS, 0, kl_cuda_stream(be), err, a);
 }
 

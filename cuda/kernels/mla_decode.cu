@@ -5,7 +5,9 @@
  *              out = W_UV ctx: the product before the attention, for any shapes; the attention is
  *              in mla_decode_tensor.cu, mla_decode_fp8.cu and mla_decode_any.cu, piece by piece,
  *              the rest in mla_decode_finish.cu. The model's shapes in bf16 have
- *              mla_decode_absorb_tensor.cu and mla_decode_finish_tensor.cu for the two ends
+ *              mla_decode_absorb_tensor.cu and mla_decode_finish_tensor.cu for the two ends; a
+ *              single token whose inputs are arriving (device/arriving.cuh) has, at contexts of up to
+ *              MLA_PAGES pages, mla_decode_page.cu and mla_decode_finish_page.cu
  * Shapes       q [N, H, nope+rope]; pages [P, 64, rank+rope]; w_kv_b [H, nope+V, rank];
  *              out [N, H, V]
  * Layout       q's rows strided, the others dense
@@ -23,6 +25,7 @@
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"
 #include "../device/warp.cuh"
+#include "../product.h"
 
 namespace {
 
@@ -336,6 +339,45 @@ kl_status choose(const kl_backend *be, kl_dtype weight, mla_arguments *a, int *b
 
 } // namespace
 
+/* A single token's q and raw may be arriving wherever each of the three kernels has one for that. */
+static bool hears(const mla_arguments &a, const kl_mla *call)
+{
+    return a.N == 1 && !a.packed && a.shares > 0 && a.asks &&
+           kl_cuda_mla_absorb_tensor_fits(a, call->w_kv_b.dtype) &&
+           kl_cuda_mla_attend_page_fits(a, call);
+}
+
+static int64_t bytes_of_query(const mla_arguments &a)
+{
+    return query_row(a) * static_cast<int64_t>(sizeof(float));
+}
+
+/* The product after it reads its words wherever the last kernel is that on tensor cores: this lets
+ * it start once the first one has had all of its inputs. */
+kl_status kl_cuda_mla_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_mla_decode *a,
+                               const kl_linear *last, kl_mla_arrivals *out, kl_error *err)
+{
+    const kl_dtype weight = a->w_kv_b.dtype;
+    mla_arguments args = arguments_of(a);
+    int blocks = 0;
+    *out = {};
+    KL_TRY(choose(be, weight, &args, &blocks, err));
+    if (args.N != 1 || !args.asks) return KL_OK;
+    if (hears(args, a) && kl_cuda_linear_pair_tells(be, in))
+        out->blanks = static_cast<size_t>(bytes_of_query(args));
+    return kl_cuda_linear_hears(be, last, &out->out, err);
+}
+
+/* Longer contexts wait for the end of what they follow. */
+static kl_status attend_arriving(mla_arguments a, const kl_mla *call, cudaStream_t stream,
+                                 kl_error *err)
+{
+    a.query = static_cast<float *>(call->blanks.data);
+    KL_TRY(kl_cuda_mla_absorb_arriving(a, stream, err));
+    KL_TRY(kl_cuda_mla_attend_page(a, call, stream, err));
+    return kl_cuda_mla_finish_page(a, stream, err);
+}
+
 size_t kl_cuda_mla_decode_workspace(kl_backend *, const kl_mla_decode *a)
 {
     mla_arguments args = arguments_of(a);
@@ -358,6 +400,14 @@ kl_status kl_cuda_mla_decode(kl_backend *be, const kl_mla_decode *a, kl_error *e
                        "mla_decode: N * H must be <= %lld / (rank / %d), got N %lld, H %lld",
                        MAX_BLOCKS, ABSORB_COLS, args.N, args.H);
     KL_TRY(choose(be, weight, &args, &blocks, err));
+    if (!kl_tensor_absent(&a->blanks)) {
+        if (!hears(args, a) || a->blanks.shape[0] != bytes_of_query(args))
+            return kl_fail(
+                err, KL_ERR_VALUE,
+                "mla_decode: blanks must be absent unless mla_arrivals() asks for them");
+        args.arriving = args.B <= MLA_PAGES && args.B <= args.shares;
+    }
+    if (args.arriving) return attend_arriving(args, a, stream, err);
     KL_TRY(absorb(args, a, stream, err));
     return attend_in_waves(args, weight, blocks, stream, err);
 }

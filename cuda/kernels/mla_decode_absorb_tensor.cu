@@ -17,6 +17,7 @@
  * Measured     H200, in a step (bf16, context 1024): 4.6 us (2026-11-23); the whole operation:
  *              mla_decode.cu
  */
+#include "../device/arriving.cuh"
 #include "../device/latents.cuh"
 #include "../device/launch.cuh"
 #include "../device/mla.cuh"
@@ -123,13 +124,18 @@ __device__ uint2 halves(float x, float y)
     return {high, pack_bf16(x - low_half(high), y - high_half(high))};
 }
 
-/* Channels 2 pair, 2 pair + 1 of 16, and these + 8, as operand A takes them. */
-__device__ void store_query(const mla_arguments &a, long long n, long long h, int step,
-                            int pair, const float (&x)[2][2])
+/* Where channels 2 pair, 2 pair + 1 of 16, and these + 8, lie as operand A takes them. */
+__device__ uint4 *query_place(const mla_arguments &a, long long n, long long h, int step,
+                              int pair)
+{
+    return reinterpret_cast<uint4 *>(a.query) +
+           mla_query_place(a, n, h, 16 * step + 2 * pair) / 8;
+}
+
+__device__ void store_query(uint4 *to, const float (&x)[2][2])
 {
     const uint2 first = halves(x[0][0], x[0][1]), second = halves(x[1][0], x[1][1]);
-    reinterpret_cast<uint4 *>(a.query)[mla_query_place(a, n, h, 16 * step + 2 * pair) / 8] = {
-        first.x, first.y, second.x, second.y};
+    store_arriving(to, {first.x, first.y, second.x, second.y});
 }
 
 /* A thread exchanges with that of the next channel: one takes a row, the other the next one.
@@ -194,7 +200,7 @@ __device__ void store_rows(const mla_arguments &a, const tile<packed> &t, int ro
     if constexpr (packed)
         store_group(a, t, row0, x);
     else if (row < t.rows)
-        store_query(a, t.n0 + row, t.h, t.first / 16 + warp_id(), r / 2, x);
+        store_query(query_place(a, t.n0 + row, t.h, t.first / 16 + warp_id(), r / 2), x);
 }
 
 /* Channels that are not absorbed: the tiles of a head share them. Of 8-bit pages they stay as they
@@ -221,7 +227,7 @@ template <bool packed> __device__ void copy_rope(const mla_arguments &a, const t
             load_floats<2>(q + 8, x[1]);
 #pragma unroll
             for (int j = 0; j < 4; j++) x[j / 2][j % 2] *= factor;
-            store_query(a, n, t.h, RANK / 16 + step, pair, x);
+            store_query(query_place(a, n, t.h, RANK / 16 + step, pair), x);
         }
     }
 }
@@ -292,6 +298,69 @@ __global__ __launch_bounds__(
     }
 }
 
+/* ---- a single token whose q is arriving -------------------------------------------------- */
+
+/* What becomes of the pieces is written behind this, by those who see words of this block. */
+__device__ void make_blanks(const mla_arguments &a)
+{
+    constexpr int THREADS = block<false>::THREADS;
+    const long long pages = mla_pages_of(__ldcg(a.lengths)), all = pages * a.H * (RANK / 4);
+    const long long first = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    const long long step = static_cast<long long>(gridDim.x) * THREADS;
+    for (long long i = first; i < all; i += step)
+        reinterpret_cast<uint4 *>(a.context)[i] = {~0u, ~0u, ~0u, ~0u};
+    for (long long i = first; i < a.H * MLA_PAGES; i += step)
+        a.max[i] = a.sum[i] = __uint_as_float(BLANK_FLOAT);
+    __threadfence();
+    __syncthreads();
+}
+
+/* The first warp the channels that are absorbed, the second one the others. */
+__device__ void receive_query(const mla_arguments &a, const tile<false> &t,
+                              shared_memory<false> &s)
+{
+    const bf16 *q = static_cast<const bf16 *>(a.q) + t.h * (NOPE + ROPE);
+    const int lane = lane_id();
+    if (warp_id() == 0 && lane < Q_PIECES)
+        s.q[0][lane] = await(reinterpret_cast<const uint4 *>(q) + lane);
+    if (warp_id() != 1 || t.first > 0 || lane >= ROPE / 4) return;
+    const int step = lane / 4, pair = lane % 4;
+    const uint32_t *from = reinterpret_cast<const uint32_t *>(q + NOPE + 16 * step + 2 * pair);
+    const float factor = a.scale * LOG2_E;
+    const uint32_t first = await(from), second = await(from + 4);
+    store_query(query_place(a, 0, t.h, RANK / 16 + step, pair),
+                {{low_half(first) * factor, high_half(first) * factor},
+                 {low_half(second) * factor, high_half(second) * factor}});
+}
+
+__global__ __launch_bounds__(
+    block<false>::THREADS,
+    block<false>::PER_MULTIPROCESSOR) void mla_absorb_arriving(__grid_constant__ const
+                                                                   mla_arguments a)
+{
+    __shared__ shared_memory<false> s;
+    const tile<false> t(a, blockIdx.x);
+    if (a.unsettled) wait_for_inputs();
+    bring_weights(a, t, s);
+    copy_commit();
+    make_blanks(a);
+    let_next_start();
+    if (warp_id() == 2) ask_for_pages<false>(a, static_cast<int>(blockIdx.x));
+    uint4 *to = query_place(a, 0, t.h, t.first / 16 + warp_id(), lane_id() / 8);
+    asm volatile("" : "+l"(to)); /* known before q is there */
+    uint32_t w[STEPS][4];
+    float acc[4] = {}, x[2][2];
+    copy_wait<0>();
+    __syncthreads();
+    load_weights(s, w);
+    receive_query(a, t, s);
+    __syncthreads();
+    multiply(s, 0, w, acc);
+    exchange_rows(a, acc, x);
+    if (lane_id() % 8 == 0) store_query(to, x); /* the only row's */
+    wait_for_inputs();
+}
+
 template <bool packed>
 kl_status launch(const mla_arguments &a, const kl_mla *call, cudaStream_t stream, kl_error *err)
 {
@@ -326,4 +395,12 @@ kl_status kl_cuda_mla_absorb_tensor(const mla_arguments &a, const kl_mla *call,
                                     cudaStream_t stream, kl_error *err)
 {
     return a.packed ? launch<true>(a, call, stream, err) : launch<false>(a, call, stream, err);
+}
+
+kl_status kl_cuda_mla_absorb_arriving(const mla_arguments &a, cudaStream_t stream,
+                                      kl_error *err)
+{
+    using B = block<false>;
+    return kl_cuda_launch(mla_absorb_arriving, static_cast<unsigned>(a.H * B::TILES),
+                          B::THREADS, 0, stream, err, a);
 }

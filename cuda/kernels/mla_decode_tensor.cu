@@ -19,29 +19,18 @@
  * Measured     H200, traced: 1K tokens 8.4 us, 8K 11, 128K 50, 1M 303 (4.0 TB/s), 32 rows of 8K 92;
  *              errors 1.7e-3 to 2.0e-3 of the result (2026-11-22)
  */
-#include "../device/barrier.cuh"
-#include "../device/launch.cuh"
-#include "../device/mla.cuh"
-#include "../device/wgmma.cuh"
-#include "../driver.h"
+#include "mla_decode_tensor.cuh"
 
 namespace {
 
-constexpr int RANK = 512, ROPE = 64, WIDTH = RANK + ROPE;
 constexpr int HEADS = MLA_TENSOR_HEADS; /* of a block */
-constexpr int TOKENS = KL_PAGE_TOKENS;
 constexpr int THREADS = 3 * WARPGROUP;
 /* Of a thread: a block begins with 168 each, and no more can be handed over: 3 * 168 = 504. The
  * query takes 144 and its scores 32; the context 128. */
 constexpr int BRING_REGISTERS = 40, SCORE_REGISTERS = 240, CONTEXT_REGISTERS = 224;
 
-constexpr int ROW_BYTES = 128; /* of a box: 64 channels */
-constexpr int BOX_BYTES = TOKENS * ROW_BYTES;
-constexpr int BOXES = WIDTH / 64, CONTEXT_BOXES = RANK / 64;
-constexpr int PAGE_BYTES = BOXES * BOX_BYTES;
 constexpr int STAGES = MLA_TENSOR_STAGES; /* pages on their way or in use */
 constexpr int WEIGHT_SLOTS = 2;           /* pages whose probabilities are there at a time */
-constexpr int STEPS = WIDTH / 16;
 
 /* Each array of the first two begins at a multiple of 1024 bytes, for the swizzle. */
 struct shared_memory {
@@ -87,17 +76,6 @@ __device__ void bring_pages(const mla_arguments &a, const CUtensorMap &map, shar
 
 /* ---- scores and softmax, by a warpgroup ------------------------------------------------ */
 
-__device__ int warp_of_group()
-{
-    return warp_id() % (WARPGROUP / WARP);
-}
-
-/* This thread's head among the block's: of its rows of A and of the scores. */
-__device__ int head_of_thread()
-{
-    return warp_of_group() * 8 + lane_id() / 4;
-}
-
 /* Operand A, which mla_query_place() has in this order. */
 __device__ void load_query(const mla_arguments &a, long long n, long long h0,
                            uint32_t (&q)[STEPS][4])
@@ -112,54 +90,6 @@ __device__ void load_query(const mla_arguments &a, long long n, long long h0,
         if (h < a.H) x = from[step * WARP];
         q[step][0] = x.x, q[step][1] = x.y, q[step][2] = x.z, q[step][3] = x.w;
     }
-}
-
-/* scores[4 t + i]: of token 8 t + 2 (lane % 4) + i % 2 of the thread's head, i / 2 the half. */
-__device__ __forceinline__ void score_page(const uint8_t *page, const uint32_t (&q)[STEPS][4],
-                                           float (&scores)[TOKENS / 2])
-{
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) scores[i] = 0;
-    const uint64_t b = wgmma_descriptor(page);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < STEPS; step++)
-        wgmma<TOKENS>(scores, q[step], wgmma_moved(b, step / 4 * BOX_BYTES + step % 4 * 32));
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_settle(scores);
-}
-
-/* A head's maximum, known to its four threads, and a thread's own part of its sum. */
-struct softmax_state {
-    float max, sum;
-};
-
-/* Adds the halves, forgets tokens past `left`, and writes the probabilities. */
-__device__ __forceinline__ void softmax_page(float (&scores)[TOKENS / 2], int left,
-                                             softmax_state &state, uint8_t *weights,
-                                             float *keeps)
-{
-    const int c = lane_id() % 4, head = head_of_thread();
-    float x[TOKENS / 8][2], top = state.max;
-#pragma unroll
-    for (int t = 0; t < TOKENS / 8; t++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            x[t][i] = scores[4 * t + i] + scores[4 * t + 2 + i];
-            if (8 * t + 2 * c + i >= left) x[t][i] = -INFINITY;
-            top = fmaxf(top, x[t][i]);
-        }
-    top = warp_max<4>(top);
-    const float keep = exp2f(state.max - top);
-    state.sum *= keep, state.max = top;
-#pragma unroll
-    for (int t = 0; t < TOKENS / 8; t++) {
-        const uint32_t w = pack_bf16(exp2f(x[t][0] - top), exp2f(x[t][1] - top));
-        *reinterpret_cast<uint32_t *>(weights + swizzled<ROW_BYTES>(head, t) + c * 4) = w;
-        state.sum += low_half(w) + high_half(w);
-    }
-    if (c == 0) keeps[head] = keep;
 }
 
 __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory &s)
@@ -297,12 +227,6 @@ __device__ void make_barriers(shared_memory &s)
     barrier_init_done();
 }
 
-/* Ask for the map, before its first box is. */
-__device__ void prefetch_map(const CUtensorMap *map)
-{
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __global__ __launch_bounds__(THREADS,
                              1) void mla_attend_tensor(__grid_constant__ const mla_arguments a,
                                                        __grid_constant__ const CUtensorMap map)
@@ -327,27 +251,6 @@ __global__ __launch_bounds__(THREADS,
         registers_up_to<CONTEXT_REGISTERS>();
         add_contexts(a, h0, s);
     }
-}
-
-/* Boxes of the matrix of latents that all pages are. */
-kl_status encode_map(const mla_arguments &a, CUtensorMap *map, kl_error *err)
-{
-    static const auto encode =
-        kl_cuda_driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-    const cuuint64_t sizes[2] = {WIDTH, static_cast<cuuint64_t>(a.P) * TOKENS};
-    const cuuint64_t strides[1] = {WIDTH * sizeof(bf16)};
-    const cuuint32_t box[2] = {64, TOKENS}, dense[2] = {1, 1};
-    if (encode == nullptr)
-        return kl_fail(err, KL_ERR_UNAVAILABLE,
-                       "cuda: the driver has no cuTensorMapEncodeTiled: it is too old");
-    const CUresult e =
-        encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(a.pages), sizes,
-               strides, box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (e == CUDA_SUCCESS) return KL_OK;
-    return kl_fail(err, KL_ERR_DEVICE,
-                   "mla_decode: cuTensorMapEncodeTiled: error %d for %lld pages",
-                   static_cast<int>(e), a.P);
 }
 
 } // namespace

@@ -1,15 +1,17 @@
 /*
- * test_arrivals.c -- a backend that reads a KDA layer's inputs as they arrive: the runner hands
- * over blank memory of each layer's own, in the steps of a single token alone, recorded or not.
- * What CUDA makes of it is in test_arriving.c.
+ * test_arrivals.c -- a backend that reads the inputs of a KDA or MLA layer as they arrive: the
+ * runner hands over blank memory of each layer's own, in the steps of a single token alone, recorded
+ * or not. What CUDA makes of it is in test_arriving.c and test_arriving_mla.c.
  */
 #include "recorder.h"
 
-enum { KDA_LAYERS = 2, QKV = 3 * 2 * 8, TOKENS = 40 }; /* of the tiny model */
+enum { KDA_LAYERS = 2, MLA_LAYERS = 2, QKV = 3 * 2 * 8, TOKENS = 40 }; /* of the tiny model */
+enum { BLANKS = 192 };
 
 static const kl_backend_vtbl *plain;
 static kl_arrivals wanted;
-static int n_asked_for, n_mixers, n_outs;
+static kl_mla_arrivals mla_wanted;
+static int n_asked_for, n_mixers, n_attentions, n_outs;
 
 static bool is_blank(const void *data, size_t bytes)
 {
@@ -49,9 +51,25 @@ static kl_status mixer_that_hears(kl_backend *be, const kl_kda_mixer *a, kl_erro
     return plain->kda_mixer(be, a, err);
 }
 
+/* What another layer has left there would be no blanks. */
+static kl_status attention_that_hears(kl_backend *be, const kl_mla_decode *a, kl_error *err)
+{
+    const bool alone = a->q.shape[0] == 1, given = !kl_tensor_absent(&a->blanks);
+    EXPECT(given == (alone && mla_wanted.blanks > 0));
+    if (given) {
+        EXPECT(a->blanks.shape[0] == BLANKS && is_blank(a->blanks.data, BLANKS));
+        EXPECT(!has_blanks(&a->q) && !has_blanks(&a->raw));
+        memset(a->blanks.data, 1, BLANKS);
+        n_attentions++;
+    }
+    if (alone && mla_wanted.out) EXPECT(row_is_blank(&a->out));
+    return plain->mla_decode(be, a, err);
+}
+
 static kl_status linear_that_hears(kl_backend *be, const kl_linear *a, kl_error *err)
 {
-    if (a->arriving) EXPECT(wanted.out && a->x.shape[0] == 1 && !has_blanks(&a->x));
+    if (a->arriving)
+        EXPECT((wanted.out || mla_wanted.out) && a->x.shape[0] == 1 && !has_blanks(&a->x));
     n_outs += a->arriving;
     return plain->linear(be, a, err);
 }
@@ -69,7 +87,19 @@ static kl_status arrivals(kl_backend *be, const kl_linear_pair *in, const kl_kda
     return KL_OK;
 }
 
-static kl_backend *open_hearing(bool mixer, bool out)
+static kl_status mla_arrivals(kl_backend *be, const kl_linear_pair *in, const kl_mla_decode *a,
+                              const kl_linear *last, kl_mla_arrivals *out, kl_error *err)
+{
+    (void)be, (void)err;
+    EXPECT(in->first.out.shape[1] == a->raw.shape[1] && a->q.shape[0] == 1);
+    EXPECT(kl_tensor_absent(&a->blanks) && !kl_tensor_absent(&a->norm_weight));
+    EXPECT(last->x.shape[1] == last->w.cols && !kl_tensor_absent(&last->residual));
+    n_asked_for++;
+    *out = mla_wanted;
+    return KL_OK;
+}
+
+static kl_backend *open_hearing(kl_arrivals kda, kl_mla_arrivals mla)
 {
     static kl_backend_vtbl below, table;
     kl_backend *be = open_recording(false);
@@ -77,13 +107,15 @@ static kl_backend *open_hearing(bool mixer, bool out)
     below = *cpu;
     below.linear_pair = pair_that_writes;
     below.kda_mixer = mixer_that_hears;
+    below.mla_decode = attention_that_hears;
     below.linear = linear_that_hears;
     cpu = &below;
     table = *be->vt;
     table.arrivals = arrivals;
+    table.mla_arrivals = mla_arrivals;
     be->vt = &table;
-    wanted = (kl_arrivals){mixer, out};
-    n_asked_for = n_mixers = n_outs = 0;
+    wanted = kda, mla_wanted = mla;
+    n_asked_for = n_mixers = n_attentions = n_outs = 0;
     return be;
 }
 
@@ -115,29 +147,46 @@ static void generate(kl_engine *e, int n, int32_t (*ids)[TOKENS])
     kl_generation_free(g);
 }
 
-static const kl_engine_options bf16_options = {
-    .format = KL_W_BF16, .max_context = 256, .max_batch = 2, .step_tokens = 2};
+/* The tiny model; direct: q is one product of the stream. */
+static kl_engine *engine_on(kl_backend *be, bool direct)
+{
+    static const kl_engine_options options = {
+        .format = KL_W_BF16, .max_context = 256, .max_batch = 2, .step_tokens = 2};
+    kl_config config = tiny_config;
+    kl_engine *e = NULL;
+    kl_error err = {KL_OK, ""};
+    if (direct) config.q_rank = 0;
+    EXPECT(kl_engine_new(be, &config, &options, &e, &err) == KL_OK);
+    EXPECT(kl_engine_randomize(e, 7, 1, &err) == KL_OK);
+    return e;
+}
 
-/* Each combination. */
+/* Each combination. A q of two products is complete before mla_decode. */
 static void a_single_token_hears(void)
 {
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 32; i++) {
         int32_t want[2][TOKENS], got[2][TOKENS];
-        kl_backend *other = tiny_backend(1), *be = open_hearing(i % 2 == 1, i / 2 == 1);
-        kl_engine *a = tiny_engine_on(other, &bf16_options);
-        kl_engine *b = tiny_engine_on(be, &bf16_options);
+        const kl_arrivals kda = {i % 2 == 1, i / 2 % 2 == 1};
+        const bool direct = i < 16;
+        const kl_mla_arrivals offered = {i / 4 % 2 == 1 ? BLANKS : 0, i / 8 % 2 == 1};
+        const kl_mla_arrivals mla = direct ? offered : (kl_mla_arrivals){0};
+        kl_backend *other = tiny_backend(1), *be = open_hearing(kda, mla);
+        kl_engine *a = engine_on(other, direct), *b = engine_on(be, direct);
         EXPECT(n_asked_for > 0); /* by its plan */
         generate(a, 1, want);
         generate(b, 1, got);
         EXPECT(memcmp(want[0], got[0], sizeof want[0]) == 0);
         EXPECT(n_replayed > TOKENS / 2);
         EXPECT(wanted.mixer ? n_mixers >= KDA_LAYERS * (TOKENS - 1) : n_mixers == 0);
-        EXPECT(wanted.out ? n_outs >= KDA_LAYERS * (TOKENS - 1) : n_outs == 0);
-        const int before = n_mixers + n_outs;
+        EXPECT(mla.blanks > 0 ? n_attentions >= MLA_LAYERS * (TOKENS - 1) : n_attentions == 0);
+        const int outs = (wanted.out ? KDA_LAYERS : 0) + (mla.out ? MLA_LAYERS : 0);
+        EXPECT(outs > 0 ? n_outs >= outs * (TOKENS - 1) : n_outs == 0);
+        const int before = n_mixers + n_attentions + n_outs;
         generate(a, 2, want);
         generate(b, 2, got);
         EXPECT(memcmp(want, got, sizeof want) == 0);
-        EXPECT(n_mixers + n_outs - before < TOKENS); /* at the ends, where one is alone */
+        /* At the ends, where one is alone. */
+        EXPECT(n_mixers + n_attentions + n_outs - before < TOKENS);
         kl_engine_free(b);
         kl_engine_free(a);
         kl_backend_close(other);

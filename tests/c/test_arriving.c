@@ -1,7 +1,8 @@
 /*
  * test_arriving.c -- inputs read as they arrive (backend/arrivals.h): a KDA layer's three operations
  * have the bits that they have one after the other, also of numbers that are none, and on CUDA so
- * have steps, enqueued and recorded. Skips CUDA where KL_CUDA_LIBRARY finds no device.
+ * have steps, enqueued and recorded. Skips CUDA where KL_CUDA_LIBRARY finds no device. An MLA
+ * layer's operations are in test_arriving_mla.c.
  */
 #include "pieces.h"
 
@@ -138,7 +139,8 @@ static void check_layer(int64_t H, int64_t D, kl_weight_format format, float spo
         same_bits(cpu, &p, &a, sizeof a, run_arriving, run_in_turn, name);
     if (cuda != NULL) {
         const kl_arrivals both = arrivals_of(cuda, &a);
-        EXPECT(both.mixer && both.out);
+        const bool hears = format != KL_W_BF16;
+        EXPECT(both.mixer == hears && both.out == hears);
         same_bits(cuda, &p, &a, sizeof a, run_arriving, run_in_turn, name);
     }
     used = 0;
@@ -160,7 +162,7 @@ static void others_are_refused(void)
 {
     kl_error err = {KL_OK, ""};
     if (cuda == NULL) return;
-    layer a = layer_of(8, 64, KL_W_BF16);
+    layer a = layer_of(8, 64, KL_W_INT8);
     a.last.w.rows = 4096; /* more tiles than blocks */
     EXPECT(arrivals_of(cuda, &a).mixer && !arrivals_of(cuda, &a).out);
     a.last.residual = tensor(KL_F32, false, 2, 1, 4096, 1, 1);
@@ -191,7 +193,7 @@ static const kl_config config = {
     .kda_head_dim = K,
     .conv_width = W,
     .gate = KL_GATE_SOFTPLUS,
-    .mla_heads = 4,
+    .mla_heads = 32,
     .kv_rank = 512,
     .nope_dim = 128,
     .rope_dim = 64,
@@ -260,6 +262,7 @@ static void answer_with(kl_backend *be, const kl_backend_vtbl *table, kl_weight_
 
 static const kl_backend_vtbl *below;
 static kl_arrivals found;
+static kl_mla_arrivals mla_found;
 
 static kl_status noted_arrivals(kl_backend *be, const kl_linear_pair *in,
                                 const kl_kda_mixer *mixer, const kl_linear *last,
@@ -270,23 +273,37 @@ static kl_status noted_arrivals(kl_backend *be, const kl_linear_pair *in,
     return status;
 }
 
-static void check_steps(kl_backend *be, bool out)
+static kl_status noted_mla_arrivals(kl_backend *be, const kl_linear_pair *in,
+                                    const kl_mla_decode *a, const kl_linear *last,
+                                    kl_mla_arrivals *out, kl_error *err)
+{
+    const kl_status status = below->mla_arrivals(be, in, a, last, out, err);
+    mla_found = *out;
+    return status;
+}
+
+/* alone: not batch-invariant, whose o and MLA layers wait. */
+static void check_steps(kl_backend *be, bool alone)
 {
     static answer with, without;
     kl_backend_vtbl noting = *be->vt, plain = *be->vt;
     below = be->vt;
     noting.arrivals = noted_arrivals;
+    noting.mla_arrivals = noted_mla_arrivals;
     plain.arrivals = NULL;
+    plain.mla_arrivals = NULL;
     for (kl_weight_format f = KL_W_BF16; f < KL_N_WEIGHT_FORMATS; f++) {
         found = (kl_arrivals){0};
+        mla_found = (kl_mla_arrivals){0};
         answer_with(be, &noting, f, &with);
-        EXPECT(found.mixer && found.out == out);
+        const bool hears = f != KL_W_BF16;
+        EXPECT(found.mixer == hears && found.out == (hears && alone));
+        EXPECT((mla_found.blanks > 0) == alone && mla_found.out == alone);
         answer_with(be, &plain, f, &without);
         EXPECT(memcmp(&with, &without, sizeof with) == 0);
     }
 }
 
-/* Of a batch-invariant backend's o alone waits. */
 static void steps(void)
 {
     const kl_backend_options options = {.batch_invariant = true};

@@ -227,6 +227,12 @@ static void mla_append_of_8_bits(void)
               "mla_append: pages must be aligned to 16 bytes as they are uint8");
 }
 
+static kl_tensor bytes_of(int64_t n)
+{
+    static _Alignas(64) uint8_t some[64];
+    return kl_tensor_1d(some, KL_U8, n);
+}
+
 static kl_mla attend_to(kl_tensor pages)
 {
     return (kl_mla){.q = f32(3, N, H, NOPE + ROPE, 1),
@@ -236,6 +242,19 @@ static kl_mla attend_to(kl_tensor pages)
                     .w_kv_b = f32(3, H, NOPE + V, RANK, 1),
                     .out = f32(3, N, H, V, 1),
                     .scale = 0.1f};
+}
+
+/* q and raw that are arriving: of one token, in mla_decode. */
+static void mla_arriving(void)
+{
+    kl_mla a = attend_to(f32(3, P, KL_PAGE_TOKENS, RANK + ROPE, 1));
+    BAD_VALUE(mla_decode, a, a.blanks = bytes_of(64),
+              "mla_decode: raw must be given with blanks");
+    BAD_VALUE(mla_decode, a, (a.blanks = bytes_of(64), a.raw = f32(2, N, RANK + ROPE, 1, 1)),
+              "mla_decode: an arriving q must be bfloat16 of one token, got float32 of 3");
+    a.q = f32(3, T, H, NOPE + ROPE, 1), a.out = f32(3, T, H, V, 1);
+    a.cu_seqlens = i32(1, N + 1, 1);
+    BAD_VALUE(mla_prefill, a, a.blanks = bytes_of(64), "mla_prefill: blanks must be absent");
 }
 
 static void mla_of_8_bits(void)
@@ -314,6 +333,7 @@ int main(void)
     RUN(kda_gates);
     RUN(mla_append);
     RUN(mla_append_of_8_bits);
+    RUN(mla_arriving);
     RUN(mla_of_8_bits);
     RUN(mla_lay_out);
     RUN(mla);
