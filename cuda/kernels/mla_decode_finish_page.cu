@@ -36,8 +36,7 @@ __device__ void await_q(const mla_arguments &a, long long h)
 
 /* The factors of a head's pages. Before they can be known the query is there: until then a word of
  * that is looked at. */
-__device__ void await_factors(const mla_arguments &a, const mla_pieces &pieces, long long h,
-                              float *factors)
+__device__ void await_factors(const mla_arguments &a, int count, long long h, float *factors)
 {
     constexpr int EACH = MLA_PAGES / WARP;
     const uint32_t *const maxima = reinterpret_cast<const uint32_t *>(a.max) + h * MLA_PAGES;
@@ -50,29 +49,29 @@ __device__ void await_factors(const mla_arguments &a, const mla_pieces &pieces, 
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int p = i * WARP + lane_id();
-            const bool inside = p < pieces.count;
+            const bool inside = p < count;
             const uint32_t x = inside ? load_here(maxima + p) : __float_as_uint(-INFINITY);
             const uint32_t y = inside ? load_here(sums + p) : 0;
             all = all && x != BLANK_FLOAT && y != BLANK_FLOAT;
             max[i] = __uint_as_float(x), sum[i] = __uint_as_float(y);
         }
     } while (!__all_sync(ALL_LANES, all));
-    weigh(max, sum, pieces.count, factors);
+    weigh(max, sum, count, factors);
 }
 
 /* The warp's run of pages, of its lane's channels. One turn is spare, for a sum has the sign that it
  * has in mla_decode_finish_tensor.cu, where turns are more than pages. */
-__device__ float4 merge_arriving(const mla_arguments &a, const mla_pieces &pieces, long long h,
-                                 int run, float *factors)
+__device__ float4 merge_arriving(const mla_arguments &a, int count, long long h, int run,
+                                 float *factors)
 {
     constexpr int TURNS = MLA_PAGES / RUNS + 1;
-    const int count = static_cast<int>(pieces.count), channel = block_of_cluster() * CHANNELS;
+    const int channel = block_of_cluster() * CHANNELS;
     const uint4 *from =
         reinterpret_cast<const uint4 *>(a.context + (run * a.H + h) * RANK + channel) +
         lane_id();
     uint4 x[TURNS];
     float4 acc = {};
-    await_factors(a, pieces, h, factors);
+    await_factors(a, count, h, factors);
     await_all<floats>(from, RUNS * static_cast<int>(a.H) * (RANK / 4),
                       (count - run + RUNS - 1) / RUNS, x);
 #pragma unroll
@@ -94,7 +93,7 @@ __global__ __cluster_dims__(CLUSTER, 1, 1)
     extern __shared__ __align__(16) char memory[];
     shared_memory<1> &s = *reinterpret_cast<shared_memory<1> *>(memory);
     const long long h = blockIdx.x / CLUSTER;
-    const mla_pieces pieces(a, 0);
+    const int pages = static_cast<int>(mla_pages_of(__ldcg(a.lengths)));
     bf16 *to =
         static_cast<bf16 *>(a.out) + h * OUTS + block_of_cluster() * OUT_QUARTER + threadIdx.x;
     asm volatile("" : "+l"(to)); /* known before the pages' results are there */
@@ -102,7 +101,7 @@ __global__ __cluster_dims__(CLUSTER, 1, 1)
     begin(a, h, 1, s);
     let_next_start();
     reinterpret_cast<float4 *>(s.parts[warp_id()])[lane_id()] =
-        merge_arriving(a, pieces, h, warp_id(), s.factors[warp_id()]);
+        merge_arriving(a, pages, h, warp_id(), s.factors[warp_id()]);
     copy_wait<0>();
     __syncthreads();
     uint32_t w[STEPS][4], x[4];

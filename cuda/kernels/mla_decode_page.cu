@@ -58,7 +58,8 @@ __device__ void append_row(const new_latents &latents, long long length, shared_
 {
     constexpr int EACH = (ROW_PIECES + WARP - 1) / WARP;
     const int lane = lane_id();
-    const long long to = latents_row(latents, 0, length - 1);
+    const long long page = __ldcg(latents.block_table + blockIdx.x),
+                    row = (length - 1) % TOKENS;
     uint4 raw[EACH];
     prefetch_line(latents.norm_weight + lane * (RANK / WARP));
     await_all<bf16_pairs>(static_cast<const uint4 *>(latents.raw) + lane, WARP,
@@ -72,9 +73,10 @@ __device__ void append_row(const new_latents &latents, long long length, shared_
     __syncwarp();
     barrier_wait(&s.full, 0);
     for (int i = lane; i < ROW_PIECES; i += WARP) {
-        *piece_of(s, static_cast<int>((length - 1) % TOKENS), i) = s.row[i];
+        *piece_of(s, static_cast<int>(row), i) = s.row[i];
         if (blockIdx.y == 0)
-            static_cast<uint4 *>(latents.pages)[to * ROW_PIECES + i] = s.row[i];
+            static_cast<uint4 *>(latents.pages)[(page * TOKENS + row) * ROW_PIECES + i] =
+                s.row[i];
     }
 }
 
