@@ -12,7 +12,8 @@
  *              factors are known before the last of their results are there
  * Order        that of mla_decode_finish_tensor.cu
  * Roofline     half of w_kv_b, 4.2 MB with the model's shapes: 1.4 us at 3.0 TB/s
- * Measured     not timed yet
+ * Measured     H200, in a step (bf16, context 1024), from the end of the kernel before: 2.9 us
+ *              (2026-11-23)
  */
 #include "mla_decode_finish_tensor.cuh"
 

@@ -13,7 +13,8 @@
  *              for the query and has the softmax, the second one makes the token's own row
  * Order        that of mla_decode_tensor.cu
  * Roofline     1152 bytes a token: 0.4 us for 1K tokens at 3.0 TB/s
- * Measured     not timed yet
+ * Measured     H200, in a step (bf16, context 1024), from the end of mla_absorb_arriving, which is
+ *              3.3 us earlier than that of the kernel without words: 7.9 us (2026-11-23)
  */
 #include "../device/arriving.cuh"
 #include "../device/latents.cuh"

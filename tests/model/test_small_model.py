@@ -63,14 +63,15 @@ def test_a_thousand_steps_say_what_one_call_says(device, format):
     may change places: by another instruction set on one side, 8 of 1,000 did at most, the worst
     0.02 below. And steps are from the one call about as far as pieces of it are, which is what
     another order of sums does: by their mean distance, for a few tokens meet other experts and
-    rule an RMS."""
+    rule an RMS. Pieces of 22 tokens: on a GPU longer ones have the kernels of the one call, which
+    round quantised weights to bf16 where a step's take them as they are."""
     engine = open_engine(SMALL_MODEL, device=device, format=format, max_context=2048)
     ids = kl.Tokenizer.from_dir(SMALL_MODEL).encode("Once upon a time")
     tokens, steps = greedy(engine, ids)
     assert len(tokens) == STEPS and len(set(tokens)) > 20
     text = ids + tokens[:-1]
     once, below = of_tokens(whole(engine, text), tokens)
-    pieces, _ = of_tokens(in_pieces(engine, text, cut(len(text), 100)), tokens)
+    pieces, _ = of_tokens(in_pieces(engine, text, cut(len(text), 22)), tokens)
     engine.close()
     far, usual, others = abs(steps - once), abs(pieces - once), np.count_nonzero(below)
     print(f"{format}: {others} others, {below.max():.1e} below; {far.mean() / usual.mean():.2f}")
