@@ -119,34 +119,6 @@ static kl_backend *open_hearing(kl_arrivals kda, kl_mla_arrivals mla)
     return be;
 }
 
-/* Tokens after a prompt of one, alone or of `n` requests. */
-static void generate(kl_engine *e, int n, int32_t (*ids)[TOKENS])
-{
-    static const int32_t prompt[] = {5, 9};
-    static kl_event events[64];
-    kl_request requests[2];
-    kl_generation *g;
-    kl_error err = {KL_OK, ""};
-    int64_t got = 0, count[2] = {0, 0};
-    for (int i = 0; i < n; i++)
-        requests[i] = (kl_request){.prompt = prompt + i,
-                                   .n_prompt = 1,
-                                   .max_new_tokens = TOKENS,
-                                   .sampling = {.top_p = 1.0f, .repetition_penalty = 1.0f}};
-    EXPECT(kl_generation_new(e, requests, n, &g, &err) == KL_OK);
-    while (!kl_generation_done(g)) {
-        EXPECT(kl_generation_run(g, 1000, events, 64, &got, NULL, NULL, NULL, NULL, &err) ==
-               KL_OK);
-        for (int64_t k = 0; k < got; k++) {
-            const int64_t r = events[k].request;
-            if (count[r] < TOKENS) ids[r][count[r]++] = events[k].id;
-        }
-    }
-    EXPECT_TEXT(err.message, "");
-    EXPECT(count[0] == TOKENS);
-    kl_generation_free(g);
-}
-
 /* The tiny model; direct: q is one product of the stream. */
 static kl_engine *engine_on(kl_backend *be, bool direct)
 {
@@ -173,8 +145,8 @@ static void a_single_token_hears(void)
         kl_backend *other = tiny_backend(1), *be = open_hearing(kda, mla);
         kl_engine *a = engine_on(other, direct), *b = engine_on(be, direct);
         EXPECT(n_asked_for > 0); /* by its plan */
-        generate(a, 1, want);
-        generate(b, 1, got);
+        greedy_tokens(a, 1, TOKENS, *want);
+        greedy_tokens(b, 1, TOKENS, *got);
         EXPECT(memcmp(want[0], got[0], sizeof want[0]) == 0);
         EXPECT(n_replayed > TOKENS / 2);
         EXPECT(wanted.mixer ? n_mixers >= KDA_LAYERS * (TOKENS - 1) : n_mixers == 0);
@@ -182,8 +154,8 @@ static void a_single_token_hears(void)
         const int outs = (wanted.out ? KDA_LAYERS : 0) + (mla.out ? MLA_LAYERS : 0);
         EXPECT(outs > 0 ? n_outs >= outs * (TOKENS - 1) : n_outs == 0);
         const int before = n_mixers + n_attentions + n_outs;
-        generate(a, 2, want);
-        generate(b, 2, got);
+        greedy_tokens(a, 2, TOKENS, *want);
+        greedy_tokens(b, 2, TOKENS, *got);
         EXPECT(memcmp(want, got, sizeof want) == 0);
         /* At the ends, where one is alone. */
         EXPECT(n_mixers + n_attentions + n_outs - before < TOKENS);

@@ -75,34 +75,6 @@ static kl_backend *open_summing(void)
     return be;
 }
 
-/* Tokens after a prompt of one, alone or of `n` requests. */
-static void generate(kl_engine *e, int n, int32_t (*ids)[TOKENS])
-{
-    static const int32_t prompt[] = {5, 9};
-    static kl_event events[64];
-    kl_request requests[2];
-    kl_generation *g;
-    kl_error err = {KL_OK, ""};
-    int64_t got = 0, count[2] = {0, 0};
-    for (int i = 0; i < n; i++)
-        requests[i] = (kl_request){.prompt = prompt + i,
-                                   .n_prompt = 1,
-                                   .max_new_tokens = TOKENS,
-                                   .sampling = {.top_p = 1.0f, .repetition_penalty = 1.0f}};
-    EXPECT(kl_generation_new(e, requests, n, &g, &err) == KL_OK);
-    while (!kl_generation_done(g)) {
-        EXPECT(kl_generation_run(g, 1000, events, 64, &got, NULL, NULL, NULL, NULL, &err) ==
-               KL_OK);
-        for (int64_t k = 0; k < got; k++) {
-            const int64_t r = events[k].request;
-            if (count[r] < TOKENS) ids[r][count[r]++] = events[k].id;
-        }
-    }
-    EXPECT_TEXT(err.message, "");
-    EXPECT(count[0] == TOKENS);
-    kl_generation_free(g);
-}
-
 /* Of a plan, too, whose largest steps are of two tokens and need less. */
 static void a_single_token_has_sums(void)
 {
@@ -111,14 +83,14 @@ static void a_single_token_has_sums(void)
     int32_t want[2][TOKENS], got[2][TOKENS];
     kl_backend *other = tiny_backend(1), *be = open_summing();
     kl_engine *a = tiny_engine_on(other, &options), *b = tiny_engine_on(be, &options);
-    generate(a, 1, want);
-    generate(b, 1, got);
+    greedy_tokens(a, 1, TOKENS, *want);
+    greedy_tokens(b, 1, TOKENS, *got);
     EXPECT(memcmp(want[0], got[0], sizeof want[0]) == 0);
     EXPECT(n_left == n_read && n_read >= MOE_LAYERS * (TOKENS - 1) && n_replayed > TOKENS / 2);
     EXPECT(n_read % MOE_LAYERS == 0);
     const int before = n_left;
-    generate(a, 2, want);
-    generate(b, 2, got);
+    greedy_tokens(a, 2, TOKENS, *want);
+    greedy_tokens(b, 2, TOKENS, *got);
     EXPECT(memcmp(want, got, sizeof want) == 0);
     EXPECT(n_left - before < MOE_LAYERS * TOKENS / 2); /* at the ends, where one is alone */
     kl_engine_free(b);
@@ -150,7 +122,7 @@ static void a_layer_may_have_none(void)
     EXPECT(without.scratch_bytes < sizeof(sums));
     int32_t ids[2][TOKENS];
     kl_engine *e = tiny_engine_on(be, &options);
-    generate(e, 1, ids);
+    greedy_tokens(e, 1, TOKENS, *ids);
     EXPECT(n_left == 0 && n_read == 0);
     kl_engine_free(e);
     kl_backend_close(be);

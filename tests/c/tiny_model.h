@@ -176,4 +176,32 @@ static inline void tiny_engine_close(kl_engine *e, kl_backend *be)
     kl_backend_close(be);
 }
 
+/* So many greedy tokens after a prompt of one, alone or of two requests: a row of ids each. */
+static inline void greedy_tokens(kl_engine *e, int n, int tokens, int32_t *ids)
+{
+    static const int32_t prompt[] = {5, 9};
+    static kl_event events[64];
+    kl_request requests[2];
+    kl_generation *g;
+    kl_error err = {KL_OK, ""};
+    int64_t got = 0, count[2] = {0, 0};
+    for (int i = 0; i < n; i++)
+        requests[i] = (kl_request){.prompt = prompt + i,
+                                   .n_prompt = 1,
+                                   .max_new_tokens = tokens,
+                                   .sampling = {.top_p = 1.0f, .repetition_penalty = 1.0f}};
+    EXPECT(kl_generation_new(e, requests, n, &g, &err) == KL_OK);
+    while (!kl_generation_done(g)) {
+        EXPECT(kl_generation_run(g, 1000, events, 64, &got, NULL, NULL, NULL, NULL, &err) ==
+               KL_OK);
+        for (int64_t k = 0; k < got; k++) {
+            const int64_t r = events[k].request;
+            if (count[r] < tokens) ids[r * tokens + count[r]++] = events[k].id;
+        }
+    }
+    EXPECT_TEXT(err.message, "");
+    EXPECT(count[0] == tokens);
+    kl_generation_free(g);
+}
+
 #endif
