@@ -36,12 +36,15 @@ constexpr int THREADS = GROUPS * GROUP;
 /* Roles of the warpgroups of a block that scans. */
 enum { CHAIN, OUTPUT, BRING, PREPARE };
 /* Registers of a thread: at first, and those of a chain warp, which holds its rows of the state
- * beside their operands; the other two roles of a block that scans give up for it. */
+ * beside their operands; the other two roles of a block that scans give up for it. One that
+ * finishes outputs has what is left. */
 constexpr int REGISTERS = 128, CHAIN_REGISTERS = 168;
-constexpr int OUTPUT_REGISTERS = 112, BRING_REGISTERS = 48;
+constexpr int OUTPUT_REGISTERS = 112, BRING_REGISTERS = 48, FINISH_REGISTERS = 104;
 static_assert(SCANNERS == PREPARERS);
 static_assert(REGISTERS * THREADS == 64 * 1024);
 static_assert(2 * CHAIN_REGISTERS + BRING_REGISTERS + REGISTERS <= 4 * REGISTERS);
+static_assert(CHAIN_REGISTERS + OUTPUT_REGISTERS + FINISH_REGISTERS + REGISTERS <=
+              4 * REGISTERS);
 /* Chunks in flight: more than what all groups prepare at once, and 16 MB. Of a pair: as many let
  * as many groups prepare ahead of it; more than 64 chunks ahead serve nobody. */
 constexpr int RING = 512, FEWEST_SLOTS = 8, MOST_SLOTS = 64;
@@ -55,7 +58,6 @@ struct block_memory {
     };
     prepare_memory prepare; /* of the last group */
     kda_lanes_of_call lanes;
-    norm_memory norm;
     int windows[GROUPS][ITEMS]; /* prepare_chunks() */
 };
 static_assert(sizeof(block_memory) <= 227 * 1024);
@@ -80,11 +82,12 @@ __device__ void find_lanes(const kda_plan &p, kda_lanes_of_call &to)
         to.longest = max(to.longest, to.lane[i + 1].number - to.lane[i].number);
 }
 
-__device__ void init_barriers(scan_memory &m)
+/* Each stage is released by who reads it, and without the norm by who publishes. */
+__device__ void init_barriers(scan_memory &m, bool normed)
 {
     for (int i = 0; i < STAGES; i++) {
         barrier_init(&m.full[i], WARP + 1);
-        barrier_init(&m.empty[i], 2 * SCANNERS + 1); /* and who publishes */
+        barrier_init(&m.empty[i], 2 * SCANNERS + (normed ? 0 : 1));
     }
     for (int w = 0; w < SCANNERS; w++) {
         barrier_init(&m.has_state[w], 1);
@@ -92,6 +95,8 @@ __device__ void init_barriers(scan_memory &m)
         barrier_init(&m.took_state[w], 1);
         barrier_init(&m.took_update[w], 1);
     }
+    barrier_init(&m.has_output, SCANNERS);
+    barrier_init(&m.took_output, FINISHERS);
     barrier_init_done();
 }
 
@@ -105,14 +110,14 @@ __device__ void scan_chunks(const scanner &s, const kda_norm &norm, int group, i
         registers_up_to<CHAIN_REGISTERS>();
         run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m.scan);
     } else if (group == BRING) {
-        registers_down_to<BRING_REGISTERS>();
-        bring_chunks<convolved, normed>(s, norm, w, m.scan);
+        registers_down_to<normed ? FINISH_REGISTERS : BRING_REGISTERS>();
+        if constexpr (normed)
+            bring_and_finish<convolved>(s, norm, w, m.scan);
+        else
+            bring_chunks<convolved>(s, w, m.scan);
     } else if constexpr (outputs) {
         registers_down_to<OUTPUT_REGISTERS>();
-        if constexpr (normed)
-            run_normed_output(s, norm, w, m.scan, m.norm);
-        else
-            run_output(s, w, m.scan);
+        run_output<normed>(s, w, m.scan);
     } else {
         registers_up_to<CHAIN_REGISTERS>();
         run_chain<OF_UNITS>(s, w, m.scan);
@@ -154,7 +159,7 @@ __global__ __launch_bounds__(THREADS,
                        pair,
                        tile};
     const bool scans = __shfl_sync(ALL_LANES, walk(s).valid, 0);
-    if (scans && threadIdx.x == THREADS - 1) init_barriers(m.scan);
+    if (scans && threadIdx.x == THREADS - 1) init_barriers(m.scan, normed);
     __syncthreads();
     if (scans && group != PREPARE) {
         scan_chunks<pass, Rows::IS_THERE, normed>(s, norm, group, w % PREPARERS, own);

@@ -3,6 +3,10 @@
  *
  *     out = o / sqrt(mean(o^2) + eps) * weight * sigmoid(z), o rounded to bf16 before
  *
+ * The output warps leave o in shared memory and go on: whoever made the chain wait for a gate or a
+ * store would lengthen its step. Of the warpgroup that brings chunks one warp is enough for that,
+ * and three finish outputs, each its own tokens.
+ *
  * A token's squares lie in two blocks. Each adds up those of its tile and hands the sum to the
  * other, through the L2: a word holds a sum and the number of its chunk, so that a word is all
  * there is to wait for. A chunk is finished when the next one's sums have been handed over: its
@@ -18,13 +22,12 @@
 namespace kda {
 
 static_assert(KDA_NORM_V == 2 * KDA_V_TILE);
+static_assert(KDA_SUMS_KEPT >= 4);
 
-/* Shared memory of the output warps. Squares of two chunks: a barrier lies between a warp's reading
- * of one's and any warp's writing of the next but one's. */
-struct alignas(16) norm_memory {
-    float squares[2][KDA_TOKENS][SCANNERS]; /* each warp's sum of a token's */
-    float weight[KDA_V_TILE];
-};
+constexpr int FINISHERS = PREPARERS - 1; /* warps */
+constexpr int PIECES = KDA_V_TILE / 8;   /* of a token's outputs, 16 bytes each, a lane one */
+constexpr int ABREAST = WARP / PIECES;   /* tokens of a warp at once: a run */
+constexpr int RUNS = KDA_TOKENS / ABREAST, OWN_RUNS = (RUNS + FINISHERS - 1) / FINISHERS;
 
 __device__ inline void write_word(uint64_t *p, uint64_t x)
 {
@@ -38,148 +41,199 @@ __device__ inline uint64_t read_word(const uint64_t *p)
     return x;
 }
 
-/* Outputs of a chunk on their way. A warp has 16 columns, a lane 8 of them of two tokens. */
+/* ---- bringing ---------------------------------------------------------------------------- */
+
+/* Gates of the chunk's outputs on their way to the L2, a token a lane. */
+__device__ inline void prefetch_gates(const scanner &s, const kda_norm &norm, const walk &at)
+{
+    if (lane_id() < at.tokens_here())
+        prefetch_line(norm.z + (at.token() + lane_id()) * norm.z_stride + at.h * KDA_NORM_V +
+                      s.tile * KDA_V_TILE);
+}
+
+/* Chunk number `count` has come. */
+__device__ inline void wait_until_here(scan_memory &m, unsigned count)
+{
+    barrier_wait(&m.full[count % STAGES], count / STAGES % 2);
+}
+
+/* bring_chunks() by one warp. Two chunks are under way: all but the last one have come when another
+ * is asked for; that one as well where there is a gap behind it, for room must be told of before
+ * what needs it is waited for. A flag is read while the chunk before it is under way. */
+template <bool convolved>
+__device__ inline void bring_all(const scanner &s, const kda_norm &norm, scan_memory &m)
+{
+    walk at(s);
+    int slot = slot_of(s, at);
+    unsigned count = 0, seen = 0, serial = 0; /* the last chunk's */
+    while (at.valid) {
+        const unsigned i = count % STAGES;
+        const bool follows = count > 0 && at.serial == serial + 1;
+        if (count > 1) wait_until_here(m, count - 2);
+        if (count > 0 && !follows) wait_until_here(m, count - 1);
+        publish(s, at.serial - follows);
+        fetch_chunk(s, at, slot, seen, count, m);
+        __syncwarp();
+        fetch_values(s, at, m.stages[i], &m.full[i]);
+        if (!convolved) prefetch_values(s, at);
+        prefetch_gates(s, norm, at);
+        serial = at.serial, count++;
+        at.next(s);
+        slot = slot_of(s, at);
+        seen = read_flag(&s.p.ready[slot * KDA_FLAG]);
+    }
+}
+
+/* ---- finishing --------------------------------------------------------------------------- */
+
+/* Outputs of a chunk on their way, a lane's pieces of its tokens. */
 struct unfinished {
-    uint4 o[2];
-    float sum;     /* of the tile's squares of token lane_id()          */
-    const bf16 *z; /* the lane's columns of the chunk's first token     */
+    uint4 o[OWN_RUNS];
+    float sum[OWN_RUNS]; /* of the tile's squares of their tokens */
+    const bf16 *z;       /* the lane's piece of the first token   */
     bf16 *out;
     int tokens;
 };
 
-/* What else it needs, which the L2 has: asked for a little ahead. In registers any earlier, it
- * would be moved to others, and so waited for, before the next products. */
+/* What else it needs, which the L2 has: the other tile's words, perhaps not there yet, and gates.
+ * Asked for after the loop has closed: ptxas waits there for what is under way. */
 struct asked {
-    uint64_t sum; /* the other tile's, perhaps not there yet */
-    uint4 z[2];
+    uint64_t sums[OWN_RUNS];
+    uint4 z[OWN_RUNS];
 };
 
 struct finisher {
     const scanner &s;
     const kda_norm &norm;
-    norm_memory &m;
-    output_tile &output;
     int w;
+    float weight[8]; /* of the lane's columns */
 
-    /* Of the tile; in the chunk. */
-    __device__ int column() const { return w * ROWS + lane_id() % 2 * 8; }
-    __device__ int token(int i) const { return i * (KDA_TOKENS / 2) + lane_id() / 2; }
+    __device__ finisher(const scanner &s, const kda_norm &norm, int w) : s(s), norm(norm), w(w)
+    {
+        load_wide(norm.weight + s.tile * KDA_V_TILE + 8 * piece(), weight);
+    }
 
-    /* A token a lane. */
-    __device__ uint64_t *word(int tile, unsigned count) const
+    __device__ static int piece() { return lane_id() % PIECES; }
+
+    /* The warp's runs and the lane's tokens in them. The last may not be there: its arithmetic is
+     * done all the same, beside the others', for a branch would keep them one behind the other. */
+    __device__ int run(int i) const { return i * FINISHERS + w; }
+    __device__ bool has(int i) const { return run(i) < RUNS; }
+    __device__ int token(int i) const { return run(i) * ABREAST + lane_id() / PIECES; }
+
+    /* In a row of outputs or gates. */
+    __device__ int column(const walk &at) const
+    {
+        return at.h * KDA_NORM_V + s.tile * KDA_V_TILE + 8 * piece();
+    }
+
+    __device__ uint64_t *word(int tile, unsigned count, int i) const
     {
         const unsigned place = (s.pair * 2 + tile) * KDA_SUMS_KEPT + count % KDA_SUMS_KEPT;
-        return norm.sums + place * KDA_TOKENS + lane_id();
+        return norm.sums + place * KDA_TOKENS + token(i);
     }
 
     /* Of chunk number `count`. */
-    __device__ asked ask(const unfinished &u, unsigned count) const
+    __device__ void ask(asked &x, const unfinished &u, unsigned count) const
     {
-        asked x = {read_word(word(1 - s.tile, count)), {}};
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < OWN_RUNS; i++) {
+            if (has(i)) x.sums[i] = read_word(word(1 - s.tile, count, i));
             if (token(i) < u.tokens)
                 x.z[i] =
                     __ldcs(reinterpret_cast<const uint4 *>(u.z + token(i) * norm.z_stride));
-        return x;
+        }
     }
 
     /* The tile's sums of squares, in gated_rms_norm's order: from those of 8 values up. */
     __device__ void add_squares(unfinished &u, unsigned count) const
     {
-        float sums[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < OWN_RUNS; i++) {
             float x[8];
             unpack(u.o[i], x);
-            sums[i] = sum_of_squares(x);
+            u.sum[i] = sum_of_neighbours<PIECES>(sum_of_squares(x));
         }
-        const int i = lane_id() % 2;
-        const float other = __shfl_xor_sync(ALL_LANES, i == 0 ? sums[1] : sums[0], 1);
-        float(&parts)[KDA_TOKENS][SCANNERS] = m.squares[count % 2];
-        parts[token(i)][w] = (i == 0 ? sums[0] : sums[1]) + other;
-        group_barrier(warp_id() / PREPARERS);
-        float x[SCANNERS];
-        load_floats(parts[lane_id()], x);
-        u.sum = (x[0] + x[1]) + (x[2] + x[3]);
+#pragma unroll
+        for (int i = 0; i < OWN_RUNS; i++)
+            if (has(i) && piece() == 0)
+                write_word(word(s.tile, count, i),
+                           static_cast<uint64_t>(count + 1) << 32 | __float_as_uint(u.sum[i]));
     }
 
-    /* Chunk number `count`, from its first token on, rounded and transposed by way of shared
-     * memory. */
-    __device__ void begin(unfinished &u, const token_sums &out, const walk &at, int first,
-                          unsigned count)
+    /* Chunk number `count`, once the output warps have left it. */
+    __device__ void begin(unfinished &u, scan_memory &m, const walk &at, unsigned count) const
     {
-        put_output(out, output, w * ROWS);
-        __syncwarp();
+        barrier_wait(&m.has_output, count % 2);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            u.o[i] = *reinterpret_cast<const uint4 *>(&output[token(i)][column()]);
+        for (int i = 0; i < OWN_RUNS; i++)
+            u.o[i] = has(i) ? *reinterpret_cast<const uint4 *>(&m.output[token(i)][8 * piece()])
+                            : uint4{};
+        warp_arrive(&m.took_output);
         add_squares(u, count);
-        if (w == 0)
-            write_word(word(s.tile, count),
-                       static_cast<uint64_t>(count + 1) << 32 | __float_as_uint(u.sum));
-        const int own = at.h * KDA_NORM_V + s.tile * KDA_V_TILE + column();
         u.tokens = at.tokens_here();
-        u.z = norm.z + first * norm.z_stride + own;
-        u.out = static_cast<bf16 *>(s.a.out) + first * s.a.H * KDA_NORM_V + own;
+        u.z = norm.z + at.token() * norm.z_stride + column(at);
+        u.out = static_cast<bf16 *>(s.a.out) + at.token() * s.a.H * KDA_NORM_V + column(at);
     }
 
-    __device__ void finish(const unfinished &u, asked in, unsigned count) const
+    __device__ void wait_for_sums(asked &x, unsigned count) const
     {
-        /* By all lanes: else ptxas takes the warp for parted, and keeps its count in registers. */
-        while (__any_sync(ALL_LANES, in.sum >> 32 != count + 1))
-            in.sum = read_word(word(1 - s.tile, count));
-        const float sum = u.sum + __uint_as_float(static_cast<uint32_t>(in.sum));
-        const float factor = norm_factor<bf16>(sum, KDA_NORM_V, norm.eps);
-        float weight[8];
-        load_wide(&m.weight[column()], weight);
-        vec<bf16, 8> out[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float its = __shfl_sync(ALL_LANES, factor, token(i));
+        for (int i = 0; i < OWN_RUNS; i++)
+            while (has(i) && __any_sync(ALL_LANES, x.sums[i] >> 32 != count + 1))
+                x.sums[i] = read_word(word(1 - s.tile, count, i));
+    }
+
+    __device__ void finish(const unfinished &u, asked &in, unsigned count) const
+    {
+        wait_for_sums(in, count);
+#pragma unroll
+        for (int i = 0; i < OWN_RUNS; i++) {
+            const float sum = u.sum[i] + __uint_as_float(static_cast<uint32_t>(in.sums[i]));
+            const float factor = norm_factor<bf16>(sum, KDA_NORM_V, norm.eps);
             float x[8], z[8];
             unpack(u.o[i], x), unpack(in.z[i], z);
 #pragma unroll
             for (int j = 0; j < 8; j++)
-                x[j] = gated(x[j], its, weight[j], norm_gate<bf16>(z[j]));
-            out[i] = rounded<bf16>(x);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++)
+                x[j] = gated(x[j], factor, weight[j], norm_gate<bf16>(z[j]));
+            const vec<bf16, 8> out = rounded<bf16>(x);
             if (token(i) < u.tokens)
                 __stcs(reinterpret_cast<uint4 *>(u.out + token(i) * s.a.H * KDA_NORM_V),
-                       *reinterpret_cast<const uint4 *>(&out[i]));
+                       *reinterpret_cast<const uint4 *>(&out));
+        }
     }
 };
 
-/* run_output() with the norm. A word is written again KDA_SUMS_KEPT chunks later, by a block that
- * has finished the chunk before the last; the other had handed over that one's sums, and so had
- * finished two chunks before it: its warps have read the word. */
-__device__ inline void run_normed_output(const scanner &s, const kda_norm &norm, int w,
-                                         scan_memory &m, norm_memory &own)
+/* All that the output warps leave. A word is written again KDA_SUMS_KEPT chunks later, by a warp
+ * that has finished its tokens of the chunk before the last; the other block's had handed over that
+ * one's sums, and so had finished two chunks before it: it has read the word. */
+__device__ inline void finish_chunks(const scanner &s, const kda_norm &norm, int w,
+                                     scan_memory &m)
 {
-    static_assert(KDA_SUMS_KEPT >= 4);
-    finisher f{s, norm, own, m.output, w};
-    const descriptors d(m.stages[0].chunk);
+    const finisher f(s, norm, w);
     unfinished before, now;
-    const int i = threadIdx.x % GROUP;
-    if (i < KDA_V_TILE) own.weight[i] = norm.weight[s.tile * KDA_V_TILE + i];
+    asked in = {};
     unsigned count = 0;
-    int first = 0; /* token of the chunk: reading it each time is a wait */
     for (walk at(s); at.valid; at.next(s), count++) {
-        const unsigned i = count % STAGES;
-        first = at.chunk == 0 ? static_cast<int>(at.token(s)) : first + KDA_TOKENS;
-        token_sums out = {};
-        barrier_wait(&m.full[i], count / STAGES % 2);
-        make_output(out, d, i, w, count, m);
-        warp_arrive(&m.empty[i]);
-        asked in = {};
-        if (count > 0) in = f.ask(before, count - 1);
-        f.begin(now, out, at, first, count);
+        if (count > 0) f.ask(in, before, count - 1);
+        f.begin(now, m, at, count);
         if (count > 0) f.finish(before, in, count - 1);
         before = now;
     }
-    if (count > 0) f.finish(before, f.ask(before, count - 1), count - 1);
+    if (count == 0) return;
+    f.ask(in, before, count - 1);
+    f.finish(before, in, count - 1);
+}
+
+/* What the warpgroup of bring_chunks() does with the norm. */
+template <bool convolved>
+__device__ inline void bring_and_finish(const scanner &s, const kda_norm &norm, int w,
+                                        scan_memory &m)
+{
+    if (w < FINISHERS)
+        finish_chunks(s, norm, w, m);
+    else
+        bring_all<convolved>(s, norm, m);
 }
 
 } // namespace kda

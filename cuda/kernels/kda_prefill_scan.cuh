@@ -9,8 +9,8 @@
  * register for register, the left operand of the next. A warpgroup, the chain, owns 16 rows a
  * warp, in registers from a sequence's first chunk to its last; another one, the output, forms O
  * from what the chain hands over, S and U of each chunk, so that the chain waits for its own
- * products alone. A third one brings chunks and values. U enters the state as the sum of two
- * bf16, which keep 16 bits of it: errors last there.
+ * products alone. A third one brings chunks and values, and with the norm finishes outputs. U
+ * enters the state as the sum of two bf16, which keep 16 bits of it: errors last there.
  *
  * Where summaries of segments are asked for there is no output, and the second warpgroup is a
  * chain, too, of 64 unit rows without values.
@@ -52,10 +52,11 @@ struct alignas(1024) stage {
 struct scan_memory {
     stage stages[STAGES];
     handoff hands[SCANNERS];
-    output_tile output; /* each warp stores its own */
+    output_tile output; /* each warp stores its own; others finish it with the norm */
     barrier full[STAGES], empty[STAGES];
     barrier has_state[SCANNERS], took_state[SCANNERS];   /* of a handoff's S */
     barrier has_update[SCANNERS], took_update[SCANNERS]; /* and U */
+    barrier has_output, took_output; /* of outputs that are to be finished */
 };
 
 /* ---- chunks on their way ----------------------------------------------------------------- */
@@ -87,7 +88,7 @@ __device__ inline void fetch_values(const scanner &s, const walk &at, stage &to,
     const int lane = lane_id(), tokens = at.tokens_here();
     const int pieces = (static_cast<int>(s.a.V) - s.tile * KDA_V_TILE) / 8,
               piece = lane % PIECES;
-    const bf16 *v = static_cast<const bf16 *>(s.a.v.data) + at.token(s) * s.a.v.stride +
+    const bf16 *v = static_cast<const bf16 *>(s.a.v.data) + at.token() * s.a.v.stride +
                     at.h * s.a.V + s.tile * KDA_V_TILE;
 #pragma unroll
     for (int n = 0; n < KDA_TOKENS * PIECES / WARP; n++) {
@@ -103,28 +104,24 @@ __device__ inline void fetch_values(const scanner &s, const walk &at, stage &to,
  * memory else. */
 __device__ inline void prefetch_values(const scanner &s, const walk &at)
 {
-    const int ahead = VALUES_AHEAD * KDA_TOKENS + lane_id(), first = s.tile * KDA_V_TILE;
-    if (at.chunk * KDA_TOKENS + ahead >= at.tokens || first >= s.a.V) return;
-    prefetch_line(static_cast<const bf16 *>(s.a.v.data) + (at.token(s) + ahead) * s.a.v.stride +
-                  at.h * s.a.V + first);
+    const int ahead = VALUES_AHEAD * KDA_TOKENS + lane_id(), column = s.tile * KDA_V_TILE;
+    if (at.chunk * KDA_TOKENS + ahead >= at.tokens || column >= s.a.V) return;
+    prefetch_line(static_cast<const bf16 *>(s.a.v.data) + (at.token() + ahead) * s.a.v.stride +
+                  at.h * s.a.V + column);
 }
 
-/* Gates of the chunk's outputs, likewise: these are wanted a chunk after it. */
-__device__ inline void prefetch_gates(const scanner &s, const kda_norm &norm, const walk &at)
+/* Of the pair's ring. */
+__device__ inline int slot_of(const scanner &s, const walk &at)
 {
-    if (lane_id() < at.tokens_here())
-        prefetch_line(norm.z + (at.token(s) + lane_id()) * norm.z_stride + at.h * KDA_NORM_V +
-                      s.tile * KDA_V_TILE);
+    return s.pair * s.p.slots + static_cast<int>(at.serial % s.p.slots);
 }
 
-/* A chunk, once it is ready and its stage is free. */
-__device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned count,
-                                   scan_memory &m)
+/* A chunk in a slot, once it is ready and its stage is free. `seen` is what its flag was. */
+__device__ inline void fetch_chunk(const scanner &s, const walk &at, int slot, unsigned seen,
+                                   unsigned count, scan_memory &m)
 {
-    const int slot = s.pair * s.p.slots + static_cast<int>(at.serial % s.p.slots);
     const unsigned *ready = &s.p.ready[slot * KDA_FLAG], i = count % STAGES;
-    while (read_flag(ready) != at.serial + 1) {
-    }
+    while (seen != at.serial + 1) seen = read_flag(ready);
     read_acquire(ready);
     wait_until_empty(m, count);
     if (lane_id() > 0) return;
@@ -136,16 +133,16 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
 /* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the
  * round trips to a flag and a chunk take longer than the chain does; one brings the values; one
  * says which have come. Convolved values come with their chunk: three warps take turns at both. */
-template <bool convolved, bool normed>
-__device__ inline void bring_chunks(const scanner &s, const kda_norm &norm, int w,
-                                    scan_memory &m)
+template <bool convolved>
+__device__ inline void bring_chunks(const scanner &s, int w, scan_memory &m)
 {
     constexpr int fetchers = convolved ? FETCHERS + 1 : FETCHERS;
     unsigned count = 0;
     for (walk at(s); at.valid; at.next(s), count++) {
         const unsigned i = count % STAGES;
         if (w < fetchers && count % fetchers == static_cast<unsigned>(w)) {
-            fetch_chunk(s, at, count, m);
+            const int slot = slot_of(s, at);
+            fetch_chunk(s, at, slot, read_flag(&s.p.ready[slot * KDA_FLAG]), count, m);
             if (convolved) fetch_values(s, at, m.stages[i], &m.full[i]);
         } else if (!convolved && w == FETCHERS) {
             wait_until_empty(m, count);
@@ -153,7 +150,6 @@ __device__ inline void bring_chunks(const scanner &s, const kda_norm &norm, int 
         } else if (w > FETCHERS) {
             publish(s, at.serial); /* also where serials have a gap here */
             if (!convolved) prefetch_values(s, at);
-            if (normed) prefetch_gates(s, norm, at);
             barrier_wait(&m.full[i], count / STAGES % 2);
             warp_arrive(&m.empty[i]);
         }
@@ -471,6 +467,8 @@ __device__ inline void store_output(const output_tile &from, int first, bf16 *to
     __syncwarp();
 }
 
+/* To device memory, or with the norm to the warps that finish outputs. */
+template <bool normed>
 __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
 {
     const long long stride = s.a.H * s.a.V;
@@ -482,12 +480,17 @@ __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
         barrier_wait(&m.full[i], count / STAGES % 2);
         make_output(out, d, i, w, count, m);
         warp_arrive(&m.empty[i]);
-        if (!owns_rows(s, w)) continue;
-        put_output(out, m.output, w * ROWS);
-        store_output(m.output, w * ROWS,
-                     static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
-                         first_row(s, w),
-                     stride, at.tokens_here());
+        if constexpr (normed) {
+            if (count > 0) barrier_wait(&m.took_output, (count - 1) % 2);
+            put_output(out, m.output, w * ROWS);
+            warp_arrive(&m.has_output);
+        } else if (owns_rows(s, w)) {
+            put_output(out, m.output, w * ROWS);
+            store_output(m.output, w * ROWS,
+                         static_cast<bf16 *>(s.a.out) + at.token() * stride + at.h * s.a.V +
+                             first_row(s, w),
+                         stride, at.tokens_here());
+        }
     }
 }
 

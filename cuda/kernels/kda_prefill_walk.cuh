@@ -20,6 +20,7 @@ struct scanner {
 struct walk {
     int round = 0, n, h, tokens, chunk = 0; /* of head h of sequence n, chunked tokens */
     int sequence;                           /* of the call's, n or a segment of it     */
+    int start;                              /* its first token                         */
     unsigned serial;
     bool valid;
 
@@ -34,7 +35,7 @@ struct walk {
             for (; n < s.end.sequence; n++) {
                 tokens = kda_chunked_tokens(s.p, n);
                 if (tokens <= 0) continue;
-                sequence = n / s.p.segments;
+                sequence = n / s.p.segments, start = s.p.cu[n];
                 const int number = kda_first_number(s.p.cu, n) - s.first.number;
                 serial = static_cast<unsigned>(round * s.longest + number);
                 valid = true;
@@ -52,10 +53,7 @@ struct walk {
     /* Of the sequence, with the chunk. */
     __device__ int done() const { return chunk * KDA_TOKENS + tokens_here(); }
 
-    __device__ long long token(const scanner &s) const
-    {
-        return s.p.cu[n] + static_cast<long long>(chunk) * KDA_TOKENS;
-    }
+    __device__ long long token() const { return start + chunk * KDA_TOKENS; }
 
     __device__ void next(const scanner &s)
     {
