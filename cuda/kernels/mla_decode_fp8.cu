@@ -14,13 +14,14 @@
  *              the registers of those that multiply, so that nothing is written back: the second
  *              has tokens as rows and the query in shared memory, the third channels as rows, which
  *              a transposing load gives it with the codes of two tokens side by side. Rows of 656
- *              bytes, 41 times 16, begin in other banks each
+ *              bytes, 41 times 16, begin in other banks each. A page is added behind most of the
+ *              next one's scores, during its softmax: they take turns at the tensor cores
  * Order        pages of a piece in turn, within a page the bf16 channels, then the others' groups
  *              in order, or the tokens by sixteens
  * Roofline     656 bytes a token at 2 * 32 * (576 + 512) flops, 106 flop/byte: memory-bound, 29 us
  *              for 128K tokens at 3.0 TB/s
  * Measured     H200, caches cold, the whole operation for one row: 1K tokens 16.6 us, 128K 52.7, 1M
- *              235.5 (2.96 TB/s) (2026-11-22)
+ *              235.5 (2.96 TB/s) (2026-11-22), before the two took turns
  */
 #include "../device/barrier.cuh"
 #include "../device/launch.cuh"
@@ -47,7 +48,7 @@ struct shared_memory {
     uint32_t largest[2][WARPS][GROUPS]; /* bits of the scales of a warp's tokens */
     float sums[HEADS][WARPS];
     barrier full[STAGES], empty[STAGES], ready[WEIGHT_SLOTS], taken[WEIGHT_SLOTS];
-    barrier query_full, query_empty;
+    barrier query_full, query_empty, most; /* of a page's scores have been given out */
 };
 constexpr int SHARED_BYTES = sizeof(shared_memory) + 1024;
 static_assert(SHARED_BYTES <= 227 * 1024 && sizeof(page_weights) % 1024 == 0);
@@ -139,7 +140,7 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
             const int left = it.tokens(i);
             barrier_wait(s.full + at.slot, at.phase);
             const token_scales scales(s.page[at.slot], left);
-            score_page(s.page[at.slot], s.query, a.scale * LOG2_E, scales, scores);
+            score_page(s.page[at.slot], s.query, a.scale * LOG2_E, scales, &s.most, scores);
             if (i + 1 == it.pages && lane_id() == 0) barrier_arrive(&s.query_empty);
             if (left < TOKENS) cut_scores(scores, left);
             tell_page(scores, scales, s.tops[told.slot], s.largest[told.slot]);
@@ -243,9 +244,28 @@ __device__ __forceinline__ void change_units(const float *to, float (&units)[GRO
     for (int g = 0; g < GROUPS; g++) units[g] = now[g];
 }
 
+/* Until a page's weights are there and, behind another one of the piece, most of that one's scores
+ * have been given out. Weights come just when those products begin: both kinds at once would keep
+ * the scores, and so the softmax, behind the context's, and the tensor cores idle during it. In
+ * turn the context's products fall into the softmax. Nobody waits for good: the next page's scores
+ * need its own slot of the ring and no weights, and with one slot for weights they are no more
+ * than a page ahead, so that a phase's parity says which page it is. */
+struct page_turn {
+    barrier *ready, *most;
+    uint32_t phase; /* of both, for this page */
+    bool last;      /* of the piece, whose next one's query may wait for this page's slot */
+
+    __device__ void wait() const
+    {
+        static_assert(WEIGHT_SLOTS == 1 && STAGES >= 2);
+        barrier_wait(ready, phase);
+        if (!last) barrier_wait(most, phase ^ 1);
+    }
+};
+
 /* context = keep context + c^T weights; the first tokens are there before the weights are. */
 __device__ __forceinline__ void add_page(const uint8_t *page, const page_weights &weights,
-                                         barrier *ready, uint32_t phase, float (&units)[GROUPS],
+                                         const page_turn &turn, float (&units)[GROUPS],
                                          context_sums &acc)
 {
     uint32_t channels[2][TILES][4];
@@ -253,7 +273,7 @@ __device__ __forceinline__ void add_page(const uint8_t *page, const page_weights
     raw.load(page, 0);
     raw.unpack(channels[0]);
     raw.load(page, 1);
-    barrier_wait(ready, phase);
+    turn.wait();
     change_units(weights.units, units, acc);
     keep_context(weights.keep, acc);
     const uint64_t b = wgmma_descriptor(weights.x);
@@ -319,7 +339,9 @@ __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory
                 barrier_wait(s.ready + from.slot, from.phase); /* its scores are there */
                 clear_rows(page, it.tokens(i));
             }
-            add_page(page, s.weights[from.slot], s.ready + from.slot, from.phase, units, acc);
+            const page_turn turn = {s.ready + from.slot, &s.most, from.phase,
+                                    i + 1 == it.pages};
+            add_page(page, s.weights[from.slot], turn, units, acc);
             if (lane_id() == 0)
                 barrier_arrive(s.empty + at.slot), barrier_arrive(s.taken + from.slot);
             at.advance(), from.advance();
@@ -337,6 +359,7 @@ __device__ void make_barriers(shared_memory &s)
     for (int i = 0; i < WEIGHT_SLOTS; i++)
         barrier_init(s.ready + i, WARPS), barrier_init(s.taken + i, WARPS);
     barrier_init(&s.query_full, 1), barrier_init(&s.query_empty, WARPS);
+    barrier_init(&s.most, WARPS);
     barrier_init_done();
 }
 

@@ -7,6 +7,7 @@
 #ifndef KL_CUDA_KERNELS_MLA_DECODE_FP8_SCORES_H
 #define KL_CUDA_KERNELS_MLA_DECODE_FP8_SCORES_H
 
+#include "../device/barrier.cuh"
 #include "../device/latents.cuh"
 #include "../device/mla.cuh"
 #include "../device/wgmma.cuh"
@@ -18,6 +19,7 @@ constexpr int HEADS = MLA_TENSOR_HEADS; /* of a block */
 constexpr int WARPS = WARPGROUP / WARP; /* of a warpgroup */
 constexpr int ARRAYS = WIDTH / 64;      /* of the query, 64 channels each */
 constexpr int GROUPS = RANK / KL_LATENTS_GROUP;
+constexpr int MOST_TURNS = 7; /* arrays of a page's scores before the context's turn comes */
 
 constexpr int CHUNK = 16; /* codes of 16 bytes */
 constexpr int ROPE_AT = static_cast<int>(kl_latents_row_of(RANK, ROPE).rope_at);
@@ -106,10 +108,11 @@ __device__ __forceinline__ void add_group(score_sums &sums, const float *units, 
 
 /* scores[4 j + i]: row r + 8 (i / 2), column 8 j + 2 (lane % 4) + i % 2, a head. The bf16 channels
  * first, which need not be unpacked: while an array is multiplied the next one is, and the codes
- * after it are loaded. Sums of a group are added while the next one's are made. */
+ * after it are loaded. Sums of a group are added while the next one's are made. `most`: told when
+ * most products have been given out. */
 __device__ __forceinline__ void score_page(const uint8_t *page, const query_memory &query,
                                            float factor, const token_scales &scales,
-                                           score_sums &scores)
+                                           barrier *most, score_sums &scores)
 {
     constexpr int OPERANDS = 3, SUMS = 2;
     const int lane = lane_id();
@@ -151,6 +154,7 @@ __device__ __forceinline__ void score_page(const uint8_t *page, const query_memo
                 wgmma_half<HEADS>(sum, x[step], columns);
         }
         wgmma_commit();
+        if (turn + 1 == MOST_TURNS && lane_id() == 0) barrier_arrive(most);
     }
     wgmma_wait<2>();
     add_group(sums[1], query.units[2], scales.x[0][2], scales.x[1][2], scores);
