@@ -28,6 +28,9 @@ constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_{tensor,fp8}.cu
 constexpr int MLA_TENSOR_STAGES = 3; /* its pages on their way or in use */
 constexpr int MLA_PACKED_STAGES = 4; /* the same, of 8-bit pages */
 constexpr int MLA_PAGES = 64;        /* of a token whose inputs are arriving, at most */
+/* Of each share so many first pages are asked for while the query is made: as many bytes, 39 and 33
+ * MB of all shares, as come until a block gives back its ring's first page. */
+constexpr int MLA_TENSOR_ASKED = 4, MLA_PACKED_ASKED = 6;
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __host__ __device__ inline long long mla_divide_up(long long a, long long b)

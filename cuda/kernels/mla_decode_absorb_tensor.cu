@@ -265,7 +265,7 @@ template <bool packed> __device__ void ask_for_pages(const mla_arguments &a, int
     mla_walk walk(a, share);
     mla_piece it;
     if (share >= a.shares || !walk.next(&it)) return;
-    constexpr int MOST = packed ? MLA_PACKED_STAGES : MLA_TENSOR_STAGES;
+    constexpr int MOST = packed ? MLA_PACKED_ASKED : MLA_TENSOR_ASKED;
     const int pages = it.pages < MOST ? it.pages : MOST;
     if (lane_id() >= pages) return;
     const long long page = a.block_table[it.n * a.B + it.first + lane_id()];
