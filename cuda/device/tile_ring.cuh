@@ -91,6 +91,19 @@ template <bool gated, class A> __device__ tile_item item_at(const A &p, int n_ti
             static_cast<int64_t>(rest / width) * TILE_WIDTH<gated>};
 }
 
+/* product::run<N>(), with as many columns N of wgmma as the tile has rows, in steps of 32. */
+template <class product, class S, int N = 32>
+__device__ __forceinline__ void multiply_rows(const tile_operand &o, const tile_item &item,
+                                              const tile_ring<S> &ring, ring_place<S> &at)
+{
+    if constexpr (N == S::MOST_ROWS)
+        product::template run<N>(o, item, ring, at);
+    else if (item.tile.n <= N)
+        product::template run<N>(o, item, ring, at);
+    else
+        multiply_rows<product, S, N + 32>(o, item, ring, at);
+}
+
 /* After the wait: the plan's tiles without the surplus. */
 template <class A> __device__ int tiles_of(const A &p)
 {

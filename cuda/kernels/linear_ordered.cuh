@@ -93,7 +93,7 @@ template <class S> struct ordered_place {
     static constexpr int PORTIONS =
         PASSES > 8 ? 2 : 1; /* of a step, loaded one after the other */
     static constexpr int EACH = PASSES / PORTIONS;
-    static constexpr int BATCH = 80 / (4 * EACH); /* portions in so many registers */
+    static constexpr int AHEAD = 3; /* portions on their way to registers */
     int row, piece, unit, plane;
 
     __device__ explicit ordered_place(int thread)
@@ -104,7 +104,7 @@ template <class S> struct ordered_place {
         piece = thread / IN_PLANE % STREAM_LANES;
         unit = plane * IN_PLANE + thread % IN_PLANE;
         static_assert(S::PLANES <= 2 && EACH * PORTIONS * PASS_ROWS == S::MOST_ROWS);
-        static_assert(S::STAGES > BATCH, "a slot is handed back during the step after it");
+        static_assert(S::STAGES > AHEAD, "a slot is handed back during the step after it");
     }
 
     /* From the step's first column. */
@@ -238,7 +238,7 @@ template <class S> struct ordered_store {
 template <class S, bool gated>
 __device__ void fill_item(ordered_walk<S, gated> walk, ordered_store<S> &to)
 {
-    constexpr int AHEAD = 3;
+    constexpr int AHEAD = ordered_place<S>::AHEAD;
     ordered_portion<S> held[AHEAD];
     int pending = 0;
 #pragma unroll

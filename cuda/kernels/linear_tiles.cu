@@ -22,27 +22,17 @@
 
 namespace {
 
-template <class S, bool gated, class Out, int N>
-__device__ __forceinline__ void multiply_and_store(const tile_operand &o, const tile_item &item,
-                                                   const tile_ring<S> &ring, ring_place<S> &at)
-{
-    float acc[N / 2];
-    multiply_item<S, gated, N>(acc, o, item, ring, at);
-    store_item<N, gated, Out>(acc, o, item);
-}
-
-/* With as many columns of wgmma as the tile has rows, in steps of 32. */
-template <class S, bool gated, class Out, int N = 32>
-__device__ __forceinline__ void multiply_rows(const tile_operand &o, const tile_item &item,
-                                              const tile_ring<S> &ring, ring_place<S> &at)
-{
-    if constexpr (N == S::MOST_ROWS)
-        multiply_and_store<S, gated, Out, N>(o, item, ring, at);
-    else if (item.tile.n <= N)
-        multiply_and_store<S, gated, Out, N>(o, item, ring, at);
-    else
-        multiply_rows<S, gated, Out, N + 32>(o, item, ring, at);
-}
+/* Of an item, to the end. */
+template <class S, bool gated, class Out> struct item_product {
+    template <int N>
+    static __device__ __forceinline__ void run(const tile_operand &o, const tile_item &item,
+                                               const tile_ring<S> &ring, ring_place<S> &at)
+    {
+        float acc[N / 2];
+        multiply_item<S, gated, N>(acc, o, item, ring, at);
+        store_item<N, gated, Out>(acc, o, item);
+    }
+};
 
 template <class S, bool gated, class Out>
 __global__ __launch_bounds__(TILE_THREADS,
@@ -63,7 +53,8 @@ __global__ __launch_bounds__(TILE_THREADS,
         for (int i = blockIdx.x; i < n_tiles * p.groups; i += gridDim.x) {
             const tile_item item = item_at<gated>(p, n_tiles, i);
             const tile_operand &o = operand_of(p, item.tile);
-            if (has_work(o, item)) multiply_rows<S, gated, Out>(o, item, ring, at);
+            if (has_work(o, item))
+                multiply_rows<item_product<S, gated, Out>>(o, item, ring, at);
         }
     }
 }

@@ -124,27 +124,6 @@ __device__ void make_weights(const mla_arguments &a, long long h0, int left,
 
 typedef float context_sums[CONTEXT_BOXES][HEADS / 2];
 
-/* context = c^T weights. */
-__device__ __forceinline__ void add_page(const shared_memory &s, context_sums &acc)
-{
-    const uint64_t latents = wgmma_descriptor_transposed(s.page, BOX_BYTES);
-    const uint64_t b = wgmma_descriptor(s.weights);
-#pragma unroll
-    for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(acc[m]);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < TOKENS / 16; step++)
-#pragma unroll
-        for (int m = 0; m < CONTEXT_BOXES; m++)
-            wgmma_of_transposed<HEADS>(
-                acc[m], wgmma_moved(latents, m * BOX_BYTES + step * 16 * ROW_BYTES),
-                wgmma_moved(b, step * 32));
-    wgmma_commit();
-    wgmma_wait<0>();
-#pragma unroll
-    for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(acc[m]);
-}
-
 /* acc[m][i]: channel 64 m + 16 warp + lane / 4 + 8 (i / 2) of head 2 (lane % 4) + i % 2. */
 __device__ void store_context(const mla_arguments &a, long long h0, const context_sums &acc)
 {
@@ -208,7 +187,9 @@ __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     if (warp_id() == 0) make_weights(a, h0, tokens, scores, s);
     fence_async_proxy();
     __syncthreads();
-    add_page(s, acc);
+#pragma unroll
+    for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(acc[m]);
+    add_context<HEADS>(s.page, s.weights, acc);
     store_context(a, h0, acc);
     wait_for_inputs();
 }

@@ -153,20 +153,7 @@ __device__ __forceinline__ void add_page(const uint8_t *page, const uint8_t *wei
             acc[m][4 * j + 2] *= keep.x, acc[m][4 * j + 3] *= keep.y;
         }
     }
-    const uint64_t latents = wgmma_descriptor_transposed(page, BOX_BYTES);
-    const uint64_t b = wgmma_descriptor(weights);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < TOKENS / 16; step++)
-#pragma unroll
-        for (int m = 0; m < CONTEXT_BOXES; m++)
-            wgmma_of_transposed<HEADS>(
-                acc[m], wgmma_moved(latents, m * BOX_BYTES + step * 16 * ROW_BYTES),
-                wgmma_moved(b, step * 32));
-    wgmma_commit();
-    wgmma_wait<0>();
-#pragma unroll
-    for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(acc[m]);
+    add_context<HEADS>(page, weights, acc);
 }
 
 /* acc[m][4 j + i]: channel 64 m + 16 warp + lane / 4 + 8 (i / 2) of head 8 j + 2 (lane % 4) +

@@ -79,6 +79,27 @@ __device__ __forceinline__ void softmax_page(float (&scores)[TOKENS / 2], int le
     if (c == 0) keeps[head] = keep;
 }
 
+/* sums += c^T weights of a page: of 64 channels a box, and of so many heads. */
+template <int heads>
+__device__ __forceinline__ void add_context(const uint8_t *page, const uint8_t *weights,
+                                            float (&sums)[CONTEXT_BOXES][heads / 2])
+{
+    const uint64_t latents = wgmma_descriptor_transposed(page, BOX_BYTES);
+    const uint64_t b = wgmma_descriptor(weights);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < TOKENS / 16; step++)
+#pragma unroll
+        for (int m = 0; m < CONTEXT_BOXES; m++)
+            wgmma_of_transposed<heads>(
+                sums[m], wgmma_moved(latents, m * BOX_BYTES + step * 16 * ROW_BYTES),
+                wgmma_moved(b, step * 32));
+    wgmma_commit();
+    wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(sums[m]);
+}
+
 /* Ask for the map, before its first box is. */
 __device__ void prefetch_map(const CUtensorMap *map)
 {
