@@ -5,6 +5,7 @@
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_ROWS_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_ROWS_H
 
+#include "../device/mma.cuh"
 #include "kda_prefill_walk.cuh"
 
 namespace kda {
@@ -79,6 +80,21 @@ struct warp_state {
     }
 };
 
+/* Accumulators of two neighbouring tiles as a left operand, 16 deep. */
+__device__ inline void to_left(uint32_t (&a)[4], const float *c)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = pack_bf16(c[2 * i], c[2 * i + 1]);
+}
+
+/* What that rounds away. */
+__device__ inline void to_left_low(uint32_t (&low)[4], const uint32_t (&a)[4], const float *c)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        low[i] = pack_bf16(c[2 * i] - low_half(a[i]), c[2 * i + 1] - high_half(a[i]));
+}
+
 /* ---- in device memory --------------------------------------------------------------------- */
 
 /* Which rows a chain takes through the chunks: value rows with their output, value rows for a
@@ -138,6 +154,14 @@ __device__ inline float *checkpoint_rows(const scanner &s, const walk &at, int w
     const int before = s.p.cu[at.n] - s.a.cu[at.sequence];
     float *head = kda_checkpoint(s.a, at.sequence, at.h, before + at.done());
     return head == nullptr ? nullptr : head + first_row(s, w) * KDA_K;
+}
+
+/* Where the call asks for the state after this chunk. */
+__device__ inline void keep_rows(const warp_state &state, const scanner &s, const walk &at,
+                                 int w)
+{
+    float *kept = checkpoint_rows(s, at, w);
+    if (kept != nullptr) state.write(kept);
 }
 
 } // namespace kda

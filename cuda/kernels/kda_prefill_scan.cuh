@@ -165,21 +165,6 @@ __device__ inline void bring_chunks(const scanner &s, const kda_norm &norm, int 
 /* [64, tokens] of a warpgroup: tile t of the warp's 16 rows holds tokens 8 t .. 8 t + 7. */
 using token_sums = float[TILES_OF_TOKENS][4];
 
-/* Accumulators of two neighbouring tiles as a left operand, 16 deep. */
-__device__ inline void to_left(uint32_t (&a)[4], const float *c)
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++) a[i] = pack_bf16(c[2 * i], c[2 * i + 1]);
-}
-
-/* What that rounds away. */
-__device__ inline void to_left_low(uint32_t (&low)[4], const uint32_t (&a)[4], const float *c)
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        low[i] = pack_bf16(c[2 * i] - low_half(a[i]), c[2 * i + 1] - high_half(a[i]));
-}
-
 __device__ inline void put(uint4 &to, const uint32_t (&a)[4])
 {
     to = uint4{a[0], a[1], a[2], a[3]};
@@ -311,27 +296,30 @@ __device__ inline void multiply_state(token_sums &old, uint32_t (&S)[K_STEPS][4]
     wgmma_commit();
 }
 
-/* To the output warp, once it has taken the last chunk's. */
-template <int steps>
-__device__ inline void hand_over(left_operand<steps> &to, const uint32_t (&x)[steps][4],
-                                 unsigned count, barrier *took, barrier *has)
+/* The output warp has taken what it was handed with the last chunk. */
+__device__ inline void wait_until_taken(barrier *took, unsigned count)
 {
     if (count > 0) barrier_wait(took, (count - 1) % 2);
+}
+
+/* To the output warp. */
+template <int steps>
+__device__ inline void hand_over(left_operand<steps> &to, const uint32_t (&x)[steps][4],
+                                 barrier *has)
+{
 #pragma unroll
     for (int k = 0; k < steps; k++) put(to[k][lane_id()], x[k]);
     warp_arrive(has);
 }
 
-/* U = X (V - old), of which high has V - old. */
-__device__ inline void correct(token_sums &U, const uint32_t (&high)[STEPS][4],
+/* U = X (V - old), of which rest has V - old. */
+__device__ inline void correct(token_sums &U, const uint32_t (&rest)[STEPS][4],
                                const descriptors &d, unsigned i)
 {
     wgmma_fence();
-    multiply_tokens(U, high, of_stage(d.X, i));
-    multiply_tokens(U, high, of_stage(d.X_low, i));
+    multiply_tokens(U, rest, of_stage(d.X, i));
+    multiply_tokens(U, rest, of_stage(d.X_low, i));
     wgmma_commit();
-    wgmma_wait<0>();
-    settle(U);
 }
 
 /* Chunk number `count`, up to the products that make the next state; the stage before is done
@@ -346,15 +334,22 @@ __device__ inline void chain_chunk(warp_state &state, const chain_inputs &in,
     token_sums old = {}, U = {};
     multiply_state(old, S, state, of_stage(d.k_decayed, i));
     if (count > 0) warp_arrive(&m.empty[(count - 1) % STAGES]);
-    if constexpr (rows == OF_OUTPUT)
-        hand_over<K_STEPS>(hand.S, S, count, &m.took_state[w], &m.has_state[w]);
-    state.decay(in.decays); /* the products read the operands, not the state */
+    if constexpr (rows == OF_OUTPUT) {
+        wait_until_taken(&m.took_state[w], count);
+        hand_over<K_STEPS>(hand.S, S, &m.has_state[w]);
+    }
     lane_factors f;
     load_factors(f, m.stages[i].chunk.factor[0]);
     wgmma_wait<0>();
     settle(old);
     subtract_from(high, in.v, f, old);
     correct(U, high, d, i);
+    /* Beside these products, the one place where nothing waits for it, the state fades: what read
+     * it had its operands. The wait keeps ptxas from doing that earlier. */
+    if constexpr (rows == OF_OUTPUT) wait_until_taken(&m.took_update[w], count);
+    state.decay(in.decays);
+    wgmma_wait<0>();
+    settle(U);
 
 #pragma unroll
     for (int k = 0; k < STEPS; k++) to_left(high[k], U[2 * k]);
@@ -362,8 +357,7 @@ __device__ inline void chain_chunk(warp_state &state, const chain_inputs &in,
 #pragma unroll
     for (int k = 0; k < STEPS; k++) to_left_low(low[k], high[k], U[2 * k]);
     add_update(state, low, of_stage(d.k_left, i));
-    if constexpr (rows == OF_OUTPUT)
-        hand_over<STEPS>(hand.U, high, count, &m.took_update[w], &m.has_update[w]);
+    if constexpr (rows == OF_OUTPUT) hand_over<STEPS>(hand.U, high, &m.has_update[w]);
 }
 
 template <chain_rows rows>
@@ -371,6 +365,7 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
 {
     const descriptors d(m.stages[0].chunk);
     const bool owns = owns_rows(s, w, rows);
+    const bool keeps = owns && rows == OF_OUTPUT && s.a.checkpoints != nullptr;
     unsigned count = 0;
     warp_state state = {};
     chain_inputs in;
@@ -380,14 +375,14 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
             in.load<rows>(m, w, count);
         }
         chain_chunk<rows>(state, in, d, w, count, m);
-        if (!at.is_last()) in.load<rows>(m, w, count + 1); /* beside the last products */
+        const bool is_last = at.is_last();
+        if (!is_last) in.load<rows>(m, w, count + 1); /* beside the last products */
+        const bool stores = is_last || keeps;
         wgmma_wait<0>();
         wgmma_settle(state.S);
-        if (!owns) continue;
-        if (at.is_last()) end_rows<rows>(state, s, at, w);
-        if (rows != OF_OUTPUT) continue;
-        float *kept = checkpoint_rows(s, at, w);
-        if (kept != nullptr) state.write(kept);
+        if (!stores) continue;
+        if (owns && is_last) end_rows<rows>(state, s, at, w);
+        if (keeps) keep_rows(state, s, at, w);
     }
 }
 
