@@ -8,9 +8,10 @@
  *              [pages, H, 512]
  * Layout       dense, pages at multiples of 16 bytes
  * Precision    that of mla_decode_tensor.cu, with its bits
- * Grid         a block of a warpgroup for each page and 8 heads: the page is in shared memory before
- *              the query is there, of which a block needs 18 KB instead of 74. The first warp looks
- *              for the query and has the softmax, the second one makes the token's own row
+ * Grid         a block of a warpgroup for each page and 8 heads, of the first page first: the page
+ *              is in shared memory before the query is there, of which a block needs 18 KB instead
+ *              of 74. The first warp looks for the query and has the softmax, the second one makes
+ *              the token's own row
  * Order        that of mla_decode_tensor.cu
  * Roofline     1152 bytes a token: 0.4 us for 1K tokens at 3.0 TB/s
  * Measured     H200, in a step (bf16, context 1024), from the end of mla_absorb_arriving, which is
@@ -31,16 +32,21 @@ struct shared_memory {
     uint8_t page[PAGE_BYTES];
     uint8_t weights[HEADS * ROW_BYTES]; /* a head's 64 tokens a row */
     uint4 raw[ROW_PIECES], row[ROW_PIECES];
+    float norm[RANK];
     float keep[HEADS]; /* of sums before, of which there are none */
     barrier full;
 };
 constexpr int SHARED_BYTES = sizeof(shared_memory) + 1024;
 static_assert(PAGE_BYTES % 1024 == 0);
 
-/* By a warp. */
-__device__ void bring_page(const mla_arguments &a, const CUtensorMap &map, shared_memory &s)
+__device__ int load_number(const int *from)
 {
-    const int id = __ldcg(a.block_table + blockIdx.x);
+    return static_cast<int>(load_here(reinterpret_cast<const uint32_t *>(from)));
+}
+
+/* By a warp. */
+__device__ void bring_page(const CUtensorMap &map, int id, shared_memory &s)
+{
     if (lane_id() == 0) barrier_arrive_expecting(&s.full, PAGE_BYTES);
     __syncwarp();
     if (lane_id() < BOXES)
@@ -55,27 +61,34 @@ __device__ uint4 *piece_of(shared_memory &s, int row, int piece)
 
 /* The token's own row, the last one of the last page: over what has been brought, and to memory. By
  * a warp. */
-__device__ void append_row(const new_latents &latents, long long length, shared_memory &s)
+__device__ void append_row(const new_latents &latents, long long page, long long length,
+                           shared_memory &s)
 {
     constexpr int EACH = (ROW_PIECES + WARP - 1) / WARP;
     const int lane = lane_id();
-    const long long page = __ldcg(latents.block_table + blockIdx.x),
-                    row = (length - 1) % TOKENS;
+    const long long row = (length - 1) % TOKENS;
+    new_latents own = latents;
     uint4 raw[EACH];
-    prefetch_line(latents.norm_weight + lane * (RANK / WARP));
+    float norm[RANK / WARP]; /* on its way before raw is there */
+#pragma unroll
+    for (int i = 0; i < RANK / WARP; i++)
+        norm[i] = __ldcg(latents.norm_weight + i * WARP + lane);
     await_all<bf16_pairs>(static_cast<const uint4 *>(latents.raw) + lane, WARP,
                           (ROW_PIECES - lane + WARP - 1) / WARP, raw);
 #pragma unroll
     for (int i = 0; i < EACH; i++)
         if (i * WARP + lane < ROW_PIECES) s.raw[i * WARP + lane] = raw[i];
+#pragma unroll
+    for (int i = 0; i < RANK / WARP; i++) s.norm[i * WARP + lane] = norm[i];
+    own.norm_weight = s.norm;
     __syncwarp();
-    write_latents_by<8>(latents, reinterpret_cast<const bf16 *>(s.raw),
+    write_latents_by<8>(own, reinterpret_cast<const bf16 *>(s.raw),
                         reinterpret_cast<bf16 *>(s.row));
     __syncwarp();
     barrier_wait(&s.full, 0);
     for (int i = lane; i < ROW_PIECES; i += WARP) {
         *piece_of(s, static_cast<int>(row), i) = s.row[i];
-        if (blockIdx.y == 0)
+        if (blockIdx.x == 0)
             static_cast<uint4 *>(latents.pages)[(page * TOKENS + row) * ROW_PIECES + i] =
                 s.row[i];
     }
@@ -110,13 +123,14 @@ __device__ void receive_query(const mla_arguments &a, long long h0, uint32_t (&q
         q[i][0] = x[i].x, q[i][1] = x[i].y, q[i][2] = x[i].z, q[i][3] = x[i].w;
 }
 
-/* By a warp, whose lanes have two scores of 8 tokens' each. */
+/* By a warp, whose lanes have two scores of 8 tokens' each. The fence would wait for the stores. */
 __device__ void make_weights(const mla_arguments &a, long long h0, int left,
                              float (&scores)[TOKENS / 2], shared_memory &s)
 {
     softmax_state state = {-INFINITY, 0};
     softmax_page(scores, left, state, s.weights, s.keep);
-    const long long h = h0 + head_of_thread(), at = h * MLA_PAGES + blockIdx.x;
+    fence_async_proxy();
+    const long long h = h0 + head_of_thread(), at = h * MLA_PAGES + blockIdx.y;
     const float sum = warp_sum<4>(state.sum);
     if (lane_id() % 4 == 0 && h < a.H)
         store_arriving(a.max + at, state.max), store_arriving(a.sum + at, sum);
@@ -132,7 +146,7 @@ __device__ void store_context(const mla_arguments &a, long long h0, const contex
     for (int i = 0; i < 2; i++) {
         const long long h = h0 + lane_id() % 4 * 2 + i;
         if (h >= a.H) continue;
-        float *to = a.context + (blockIdx.x * a.H + h) * RANK + channel;
+        float *to = a.context + (blockIdx.y * a.H + h) * RANK + channel;
 #pragma unroll
         for (int m = 0; m < CONTEXT_BOXES; m++) {
             store_arriving(to + m * 64, acc[m][i]);
@@ -141,16 +155,15 @@ __device__ void store_context(const mla_arguments &a, long long h0, const contex
     }
 }
 
-/* The page as the products read it: all rows of tokens, of which one may be this one's, and zeros. */
-__device__ void prepare_page(const mla_arguments &a, const new_latents &latents,
-                             const CUtensorMap &map, long long length, int left,
-                             shared_memory &s)
+/* The page as the products read it: all rows of tokens, of which one may be this one's, and zeros. Not
+ * by the first warp, which looks for the query meanwhile. */
+__device__ void prepare_page(const new_latents &latents, const CUtensorMap &map, int id,
+                             long long length, int left, shared_memory &s)
 {
-    if (warp_id() == WARPS - 1) bring_page(a, map, s);
-    if (warp_id() == 1 && (blockIdx.x + 1) * TOKENS >= length) append_row(latents, length, s);
+    if (warp_id() == WARPS - 1) bring_page(map, id, s);
+    if (warp_id() == 1 && (blockIdx.y + 1) * TOKENS >= length)
+        append_row(latents, id, length, s);
     if (warp_id() >= WARPS / 2 && left < TOKENS) clear_rows(left, s);
-    barrier_wait(&s.full, 0);
-    fence_async_proxy();
 }
 
 /* Two fit a multiprocessor. A block without a page ends at once, but for the first: one that waits
@@ -163,29 +176,32 @@ __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     /* An offset, for the compiler to know that what follows is shared memory. */
     shared_memory &s =
         *reinterpret_cast<shared_memory *>(memory + (0 - shared_address(memory)) % 1024);
-    const long long h0 = static_cast<long long>(blockIdx.y) * HEADS;
+    const long long h0 = static_cast<long long>(blockIdx.x) * HEADS;
     let_next_start();
-    const long long length = __ldcg(a.lengths), left = length - blockIdx.x * TOKENS;
+    if (threadIdx.x == 0) prefetch_map(&map);
+    /* Both at once: the block may have found room late. */
+    const int id = load_number(a.block_table + blockIdx.y);
+    const long long length = load_number(a.lengths), left = length - blockIdx.y * TOKENS;
     if (left <= 0) {
-        if (blockIdx.x == 0) wait_for_inputs();
+        if (blockIdx.y == 0) wait_for_inputs();
         return;
     }
     const int tokens = static_cast<int>(left < TOKENS ? left : TOKENS);
     if (threadIdx.x == 0) {
         barrier_init(&s.full, 1);
         barrier_init_done();
-        prefetch_map(&map);
     }
     __syncthreads();
     uint32_t q[STEPS][4] = {};
     float scores[TOKENS / 2];
     context_sums acc = {};
-    prepare_page(a, latents, map, length, tokens, s);
+    prepare_page(latents, map, id, length, tokens, s);
     if (warp_id() == 0) receive_query(a, h0, q);
+    barrier_wait(&s.full, 0);
+    fence_async_proxy();
     __syncthreads();
     score_page(s.page, q, scores);
     if (warp_id() == 0) make_weights(a, h0, tokens, scores, s);
-    fence_async_proxy();
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(acc[m]);
@@ -207,8 +223,8 @@ kl_status kl_cuda_mla_attend_page(const mla_arguments &a, const kl_mla *call,
                                   cudaStream_t stream, kl_error *err)
 {
     const kl_mla_append append = kl_mla_append_of(call);
-    const dim3 grid(static_cast<unsigned>(a.B),
-                    static_cast<unsigned>(mla_divide_up(a.H, HEADS)));
+    const dim3 grid(static_cast<unsigned>(mla_divide_up(a.H, HEADS)),
+                    static_cast<unsigned>(a.B));
     CUtensorMap map;
     KL_TRY(encode_map(a, &map, err));
     KL_TRY(kl_cuda_allow_shared(mla_attend_page, SHARED_BYTES, err));
