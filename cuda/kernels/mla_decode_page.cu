@@ -156,8 +156,8 @@ __device__ void store_context(const mla_arguments &a, long long h0, const contex
     }
 }
 
-/* The page as the products read it: all rows of tokens, of which one may be this one's, and zeros. Not
- * by the first warp, which looks for the query meanwhile. */
+/* The page as the products read it: all rows of tokens, of which one may be this one's, and zeros.
+ * Not by the first warp, which looks for the query meanwhile. */
 __device__ void prepare_page(const new_latents &latents, const CUtensorMap &map, int id,
                              long long length, int left, shared_memory &s)
 {
