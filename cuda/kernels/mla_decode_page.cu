@@ -25,7 +25,6 @@ namespace {
 
 constexpr int HEADS = 8; /* of a block: the rows of a warp's operand A */
 constexpr int WARPS = WARPGROUP / WARP;
-constexpr int REHEARSED = 4; /* pages past the last one whose blocks bring the code to the L2 */
 constexpr int ROW_PIECES = WIDTH / 8; /* of 16 bytes */
 
 /* Each array of the first two begins at a multiple of 1024 bytes, for the swizzle. */
@@ -168,8 +167,7 @@ __device__ void prepare_page(const new_latents &latents, const CUtensorMap &map,
 }
 
 /* Two fit a multiprocessor. A block without a page ends at once, but for the first: one that waits
- * is enough for the end of all to mean what it has to. Some go through what follows the query, with
- * whatever lies in shared memory: the code of a kernel that a layer runs once is in the L2 then. */
+ * is enough for the end of all to mean what it has to. */
 __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
     __grid_constant__ const CUtensorMap map)
@@ -178,18 +176,16 @@ __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     /* An offset, for the compiler to know that what follows is shared memory. */
     shared_memory &s =
         *reinterpret_cast<shared_memory *>(memory + (0 - shared_address(memory)) % 1024);
+    const long long h0 = static_cast<long long>(blockIdx.x) * HEADS;
     let_next_start();
     if (threadIdx.x == 0) prefetch_map(&map);
     /* Both at once: the block may have found room late. */
     const int id = load_number(a.block_table + blockIdx.y);
     const long long length = load_number(a.lengths), left = length - blockIdx.y * TOKENS;
-    if (left <= -REHEARSED * TOKENS) {
+    if (left <= 0) {
         if (blockIdx.y == 0) wait_for_inputs();
         return;
     }
-    const bool rehearses = left <= 0;
-    /* Past the last head nothing is stored. */
-    const long long h0 = rehearses ? a.H : static_cast<long long>(blockIdx.x) * HEADS;
     const int tokens = static_cast<int>(left < TOKENS ? left : TOKENS);
     if (threadIdx.x == 0) {
         barrier_init(&s.full, 1);
@@ -199,12 +195,10 @@ __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     uint32_t q[STEPS][4] = {};
     float scores[TOKENS / 2];
     context_sums acc = {};
-    if (!rehearses) {
-        prepare_page(latents, map, id, length, tokens, s);
-        if (warp_id() == 0) receive_query(a, h0, q);
-        barrier_wait(&s.full, 0);
-        fence_async_proxy();
-    }
+    prepare_page(latents, map, id, length, tokens, s);
+    if (warp_id() == 0) receive_query(a, h0, q);
+    barrier_wait(&s.full, 0);
+    fence_async_proxy();
     __syncthreads();
     score_page(s.page, q, scores);
     if (warp_id() == 0) make_weights(a, h0, tokens, scores, s);
