@@ -3,6 +3,7 @@
     python benchmarks/bench_step.py --dtype bf16 --context 1024
     python benchmarks/bench_step.py --context 1024 --batch 1,8,32,64,256
     python benchmarks/bench_step.py --context 1024 --batch 1,64 --router-skew 500
+    python benchmarks/bench_step.py --context 1024 --batch 1,8,16 --batch-invariant --dtype int8
 
 Each case is one of bench_model.py, whose line it writes, and then 200 tokens (32 of a batch) under
 PyTorch's profiler, which slows a step down by some percent. Lines name the places of a step: what
@@ -33,9 +34,11 @@ from model_floor import Step
 
 TRACED = 13 * BLOCK  # tokens of a single sequence under the profiler: 200 and a few
 TRACED_OF_A_BATCH = 2 * BLOCK
+LOST = 0.001  # of a step's bytes: those of norms have no place
 
 # The kernels that tell the parts of a layer from each other; products lie between them.
 CORES = {"kda": r"kda_|short_conv|gated", "mla": r"mla_", "ffn": r"moe_"}
+REDUCE = "splitKreduce"  # adds the parts of a product of cuBLAS, whose name may have "splitK", too
 # Products before a core, by how many there are; "in" is all that read the stream.
 INPUTS = {
     "kda": {1: ("in",), 2: ("low", "in"), 3: ("in", "f_b", "g_b"), 4: ("low", "in", "f_b", "g_b")},
@@ -135,16 +138,15 @@ def places_of(names: list[str]) -> list[str]:
         found = dict(zip(products, products_between(before, after, len(products), usual),
                          strict=True))  # fmt: skip
         for i in between:
-            part = "splitK" in names[i] and i > 0
+            part = REDUCE in names[i] and i > 0
             places[i] = found.get(i, places[i - 1] if part else names[i].split("_kernel")[0])
     return places
 
 
 def is_product(name: str) -> bool:
     """Of this package or of cuBLAS, where sums of parts belong to the product before them."""
-    return bool(re.search(r"^product_|^tiles_|nvjet|gemm|gemv|cutlass", name)) and (
-        "splitK" not in name
-    )
+    ours_or_theirs = r"^product_|^tiles_|^ordered_|nvjet|gemm|gemv|cutlass"
+    return bool(re.search(ours_or_theirs, name)) and REDUCE not in name
 
 
 def usual_inputs(names: list[str], runs: list[Run]) -> dict[str | None, int]:
@@ -177,7 +179,7 @@ def core_place(kind: str, name: str) -> str:
         return "mla " + next((w for w in ("absorb", "attend", "finish") if w in name), "rest")
     if re.search(r"inner|true", name):
         return "experts up"
-    if re.search(r"step_out|false", name):
+    if re.search(r"step_out|step_apart|false", name):
         return "experts down"
     return name.split("_kernel")[0].replace("_", " ")
 
@@ -268,6 +270,14 @@ def table(
     return sorted(rows, key=lambda r: -r["us"])
 
 
+def check_bytes(rows: list[dict], what: Step) -> None:
+    """Raises ValueError where a place that must read weights has no kernel: its bytes are lost."""
+    lost = 1 - sum(r["bytes"] for r in rows) / what.bytes()
+    if abs(lost) > LOST:
+        missing = sorted(set(place_bytes(what, set())) - {r["place"] for r in rows})
+        raise ValueError(f"{100 * lost:.2g} % of the bytes have no kernel; of {missing}")
+
+
 def summary(steps: list[list[Kernel]], rows: list[dict]) -> dict:
     """Of a step: its time on the device, without what lies between steps, and its gaps."""
     us = statistics.median(max(k.end for k in s) - s[0].start for s in steps)
@@ -306,8 +316,10 @@ class StepBench(Bench):
         steps = steps_of(traced(lambda: self.tokens(run, case, wanted)))
         if not steps:
             raise ValueError("the profiler saw no whole step")
-        rows = table(steps, self.step_of(case), self.rates and self.rates[0])
+        what = self.step_of(case)
+        rows = table(steps, what, self.rates and self.rates[0])
         print(show(rows), file=sys.stderr, flush=True)
+        check_bytes(rows, what)
         self.results.add("step", self.decode_line(case), **summary(steps, rows), places=rows)
 
 

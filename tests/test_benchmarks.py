@@ -123,8 +123,8 @@ FEW = {  # kernels of a step of one sequence: a layer's two mixers and two feed-
     "end": ["product_step_kernel<1>", "sample_kernel"],
 }  # fmt: skip
 MANY = {  # and of many: products of cuBLAS in parts, experts by tiles
-    "linear_attention": ["rms_norm_kernel", *["nvjet_sm90"] * 4, "kda_mixer_kernel", "nvjet_sm90",
-                         "splitKreduce_kernel"],
+    "linear_attention": ["rms_norm_kernel", *["nvjet_sm90"] * 4, "kda_mixer_kernel",
+                         "nvjet_sm90_splitK", "splitKreduce_kernel"],
     "full_attention": ["rms_norm_kernel", *["nvjet_sm90"] * 2, *FEW["full_attention"][1:4],
                        "nvjet_sm90"],
     "dense": ["rms_norm_kernel", "tiles_kernel<1, true>", "nvjet_sm90"],
@@ -132,6 +132,11 @@ MANY = {  # and of many: products of cuBLAS in parts, experts by tiles
                "tiles_kernel<1, true>", "tiles_kernel<1, false>", "moe_combine_kernel"],
     "end": ["rms_norm_kernel", "nvjet_sm90", "sample_kernel"],
 }  # fmt: skip
+
+
+INVARIANT = FEW | {  # whose experts' second product waits for nobody
+    "sparse": ["product_single_kernel", "moe_step_inner_kernel<1>", "moe_step_apart_kernel<1>"]
+}
 
 
 def traced(config, kernels, steps=4):
@@ -149,7 +154,9 @@ def traced(config, kernels, steps=4):
     return events
 
 
-@pytest.mark.parametrize("kernels, batch, products", [(FEW, 1, 3), (MANY, 64, 4)])
+@pytest.mark.parametrize(
+    "kernels, batch, products", [(FEW, 1, 3), (INVARIANT, 1, 3), (MANY, 64, 4)]
+)
 def test_kernels_of_a_step_have_their_places(kernels, batch, products, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     bench, floor = (pytest.importorskip(n) for n in ("bench_step", "model_floor"))
@@ -163,6 +170,9 @@ def test_kernels_of_a_step_have_their_places(kernels, batch, products, monkeypat
     assert ("kda low" in rows) == ("mla kv_a" in rows) == (products == 4)
     assert rows["experts up"]["bytes"] == pytest.approx(2 * rows["experts down"]["bytes"])
     assert sum(r["bytes"] for r in rows.values()) == pytest.approx(what.bytes(), rel=1e-3)
+    bench.check_bytes(list(rows.values()), what)
+    with pytest.raises(ValueError, match="no kernel.*experts down"):
+        bench.check_bytes([r for p, r in rows.items() if p != "experts down"], what)
     found = bench.summary(steps, list(rows.values()))
     n = found["launches"]
     assert (found["us"], found["gap_us"]) == (10 * n - 1, n - 1) and found["steps"] == 2
