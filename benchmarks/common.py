@@ -2,7 +2,7 @@
 
 A result is one JSON object a line in results/<bench>.jsonl, appended here and never edited by
 hand. It names the device, the commit, the command and the date, so that a figure can be made
-again.
+again, and after how many seconds of its program it was there (`after_s`, imports apart).
 """
 
 import argparse
@@ -25,6 +25,7 @@ import numpy as np
 from kimi_linear import _backends
 
 HERE = Path(__file__).resolve().parent
+BEGAN = time.perf_counter()
 RESULTS = HERE / "results"
 
 
@@ -95,7 +96,7 @@ class Results:
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(["python", f"benchmarks/{program}", *sys.argv[1:]]),
             "case": case,
-        } | rounded(values)
+        } | rounded(values | {"after_s": time.perf_counter() - BEGAN})
         text = json.dumps(line)
         print(text, flush=True)
         if self.write_files:

@@ -61,9 +61,9 @@ def test_logits_of_steps(monkeypatch):
 # ---- the commands behind the tables ----------------------------------------------------------
 
 
-def line(ms, command, date, device="NVIDIA H200", **case):
+def line(ms, command, date, device="NVIDIA H200", commit="1a2b3c4", **case):
     case = {"model": "48b", "dtype": "bf16", "context": 0, "batch": 1, "router": "balanced"} | case
-    return {"bench": "decode", "device": device, "commit": "1a2b3c4", "date": date,
+    return {"bench": "decode", "device": device, "commit": commit, "date": date,
             "command": f"python benchmarks/{command}", "case": case, "ms_per_token": ms}  # fmt: skip
 
 
@@ -89,6 +89,32 @@ def test_commands_behind_the_tables(monkeypatch, tmp_path):
     assert list(rerun.commands("H100")) == ["python benchmarks/d.py"]
 
 
+def test_commands_of_older_code(monkeypatch, tmp_path):
+    """Those with a line whose commit lacks the one that is named."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rerun = importlib.import_module("rerun")
+    monkeypatch.setattr(rerun.tables, "HERE", tmp_path)
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ["git", "-C", tmp_path, *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    ids = []
+    for message in ("first", "second", "third"):
+        git("commit", "--allow-empty", "-m", message)
+        ids.append(git("rev-parse", "--short", "HEAD"))
+    commits = {"old": ids[:1], "at": ids[1:2], "later": ids[2:], "both": ids[1::-1],
+               "unknown": ["0123456"], "dirty": [ids[2] + "-dirty"]}  # fmt: skip
+    chosen = {c: [line(1.0, c, "", commit=x) for x in named] for c, named in commits.items()}
+    assert list(rerun.before(chosen, ids[1])) == ["old", "both", "unknown", "dirty"]
+    with pytest.raises(SystemExit, match="no commit"):
+        rerun.before(chosen, "0123456")
+    known = [line(1.0, "", "") | {"after_s": s} for s in (3.0, 7.0)]
+    assert (rerun.seconds(known), rerun.seconds([line(1.0, "", "")])) == (7.0, np.inf)
+
+
 def test_commands_that_fail_are_told_and_others_run(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     rerun = importlib.import_module("rerun")
@@ -109,7 +135,7 @@ def test_commands_behind_the_recorded_figures():
     listed = run.stdout.splitlines()
     assert run.returncode == 0 and len(listed) > 4, run.stderr
     assert all("bench_step.py" in x or "bench_ops.py" in x for x in listed)
-    assert len({x.split(maxsplit=3)[3] for x in listed}) == len(listed)
+    assert len({x[x.index("python ") :] for x in listed}) == len(listed)
 
 
 # ---- the kernels of a step -------------------------------------------------------------------
