@@ -2,6 +2,7 @@
 
     python benchmarks/bench_model.py --device cuda --shape 48b --dtype bf16
     python benchmarks/bench_model.py --device cuda --shape 48b --dtype int8 --only decode8k,prefill8k
+    python benchmarks/bench_model.py --device cuda --kv-cache-dtype fp8 --only decode128k,decode1m
     python benchmarks/bench_model.py --device cuda --shape wide5 --only long     # a million tokens
     python benchmarks/bench_model.py --device cuda --shape 48b --only memory --max-context 1048576
     python benchmarks/bench_model.py --device cuda --shape 48b --only logprobs128k --router-skew 500
@@ -32,6 +33,7 @@ import step_logits
 from common import Results, rates
 from common import arguments as common_arguments
 from kimi_linear import _backends, _device
+from kimi_linear._device import KV_CACHE_DTYPES
 from kimi_linear._generation import Call, Past, Row
 from kimi_linear._held import HeldSequence
 from kimi_linear._sampling import Sampling, check_sampling
@@ -119,6 +121,8 @@ class Bench:
         self.router = "skewed" if options.router_skew >= SKEWED else "balanced"
         if options.batch_invariant:
             self.case["batch_invariant"] = True
+        if options.kv_cache_dtype != "auto":
+            self.case["kv_cache_dtype"] = options.kv_cache_dtype
         self.random = np.random.default_rng(0)
         self.failed = False
         self.model = self.construct()
@@ -127,13 +131,14 @@ class Bench:
 
     def sizes(self) -> dict[str, int]:
         """max_context, max_batch and cache_bytes that hold the largest case and no more."""
-        how = dict(device=self.options.device, dtype=self.options.dtype)
+        options = self.options
+        how = {n: getattr(options, n) for n in ("device", "dtype", "kv_cache_dtype")}
         longest = max([64, *(c.tokens for c in self.cases)])
         plan = kl.plan(self.config, max_context=longest, max_batch=1, **how)
         self.step_tokens = plan.step_tokens
         batch = max(c.sequences for c in self.cases)
         context = max(c.tokens + self.new_tokens(c) for c in self.cases)
-        context = self.options.max_context or context
+        context = options.max_context or context
         pages = max(c.sequences * (c.tokens + self.new_tokens(c) + 64) for c in self.cases)
         kept = max(2, -(-batch // 4))  # states that a plan keeps for prompts that begin alike
         cache = (batch + kept) * plan.kda_state_per_sequence
@@ -156,7 +161,7 @@ class Bench:
             tiny.generate([1, 2, 3], max_new_tokens=3, progress=False)  # libraries and contexts
         sizes = self.sizes()
         before, start = self.free_bytes(), time.perf_counter()
-        how |= dict(dtype=options.dtype, router_skew=options.router_skew)
+        how |= {n: getattr(options, n) for n in ("dtype", "kv_cache_dtype", "router_skew")}
         model = random_model(self.config, **how, **sizes)
         model.logits([1])
         seconds = time.perf_counter() - start
@@ -309,8 +314,9 @@ class Bench:
     def step_of(self, case: Case) -> model_floor.Step:
         skewed = self.router == "skewed"
         return model_floor.Step(
-            self.config, self.options.dtype, case.batch, case.tokens, skewed
-        )
+            self.config, self.options.dtype, case.batch, case.tokens, skewed,
+            self.options.kv_cache_dtype,
+        )  # fmt: skip
 
     def add_decode(self, case: Case, blocks: list[float], read_s: float) -> None:
         median, nbytes = statistics.median(blocks), self.step_of(case).bytes()
@@ -441,6 +447,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--max-context", type=int, default=0, help="at least what cases need")
     parser.add_argument("--router-skew", type=float, default=1, help="random_model()'s")
     parser.add_argument("--batch-invariant", action="store_true", help="its cost")
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES)
     parser.add_argument("--step-tokens", type=int, default=0, help="in place of the planner's")
     return parser
 

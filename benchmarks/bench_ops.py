@@ -1,16 +1,17 @@
-"""Every operation that Python can call, on a GPU, at the shapes of the 48B model.
+"""Operations that Python can call, on a GPU, at the shapes of the 48B model.
 
     python benchmarks/bench_ops.py                    # about two minutes on an H100
     python benchmarks/bench_ops.py --only linear,kda  # operations whose name contains one of these
     python benchmarks/bench_ops.py --small --no-write # seconds and small shapes; without a GPU, too
 
-A call is captured in a CUDA graph once for each of several copies of its arguments, so many that
-they do not fit the L2 together; the figure is the median over replays, divided by the calls. The
-floor is what the call must move or compute at the least, at the rates measured on this device;
-what a token step fuses further (moe, kda_mixer, ends of linear) only the runner calls: bench_step.py;
-the rival does the same work in the same run: cuBLAS (torch.matmul), SDPA on keys and values that
-are expanded already, flash-linear-attention where it is installed, and for what only moves memory
-a copy of as many bytes. Everything is checked before it is timed.
+All of them but kda_prefill, which bench_kda.py has, and quantize, which takes memory and belongs to
+loading (bench_load.py). A call is captured in a CUDA graph once for each of several copies of its
+arguments, so many that they do not fit the L2 together; the figure is the median over replays,
+divided by the calls. The floor is what the call must move or compute at the least, at the rates
+measured on this device; what a token step fuses further (moe, kda_mixer, ends of linear) only the
+runner calls: bench_step.py; the rival does the same work in the same run: cuBLAS (torch.matmul),
+SDPA on keys and values that are expanded already, and for what only moves memory a copy of as many
+bytes. Everything is checked before it is timed.
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ EXPERTS, TOP, INNER, VOCABULARY = 256, 8, 1024, 163_840
 L2_BYTES = 50 << 20
 CHECKED_TOKENS, CHECKED_ROWS = 200, 4096
 DECODED = ((1, 1024), (1, 8192), (1, 131_072), (1, 1 << 20), (8, 8192), (32, 8192), (64, 8192))
+DECODED_8BIT = ((1, 1024), (1, 8192), (1, 131_072), (1, 1 << 20), (32, 8192))
+LATENT_ROWS = 4096  # that pages are drawn from: a million would take longer to pack than all else
 BF16 = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -316,68 +319,27 @@ def one_format_of_experts(T, stacks, format, make, rivals) -> Bench:
 # ---- mixers ----------------------------------------------------------------------------------
 
 
-def kda_arguments(T: int, N: int) -> tuple:
-    q, k, v = (rand(T, HEADS, HEAD) for _ in range(3))
-    g, beta = rand(T, HEADS, HEAD), rand(T, HEADS)
-    return q, k, v, g, beta, rand(N, HEADS, HEAD, HEAD, dtype=torch.float32)
-
-
-def kda(T: int, N: int) -> Iterator[Bench]:
+def kda_decode(N: int) -> Iterator[Bench]:
     gate = dict(gate="softplus", normalize=True, beta_logits=True,
                 A_log=torch.rand(HEADS, device=DEVICE) * 2.7,
                 dt_bias=-7 + 5 * torch.rand(HEADS, HEAD, device=DEVICE))  # fmt: skip
     exact = {n: x.double().cpu().numpy() if torch.is_tensor(x) else x for n, x in gate.items()}
-    cu = torch.tensor([0, T], dtype=torch.int32, device=DEVICE)
 
-    def numpy(tensors, tokens):
-        return [t[:tokens].double().cpu().numpy() for t in tensors]
+    def make():
+        q, k, v, g = (rand(N, HEADS, HEAD) for _ in range(4))
+        return q, k, v, g, rand(N, HEADS), rand(N, HEADS, HEAD, HEAD, dtype=torch.float32)
 
-    def check_prefill(*args):
-        o, _ = ops.kda_prefill(*args[:5], initial_state=args[5], cu_seqlens=cu, **gate)
-        n = min(T, CHECKED_TOKENS)
-        state = args[5].double().cpu().numpy()
-        want, _ = reference.kda_prefill(*numpy(args[:5], n), initial_state=state, **exact)
-        return error(o[:n], want)
-
-    token = HEADS * (HEAD * (4 * 2 + 2) + 2)
-    states = 2 * 4 * HEADS * HEAD * HEAD
-    yield Bench(
-        "kda_prefill", {"T": T, "N": 1, "H": HEADS, "K": HEAD, "V": HEAD, "gate": "softplus",
-                        "fused": True, "dtype": "bf16"},
-        lambda: kda_arguments(T, 1),
-        lambda *a: ops.kda_prefill(*a[:5], initial_state=a[5], cu_seqlens=cu, **gate),
-        check_prefill, T * token + states, 6 * HEAD * HEAD * HEADS * T, fla_rival(gate), 5e-3,
-    )  # fmt: skip
-
-    def check_decode(*args):
-        state = args[5].double().cpu().numpy()
-        want = reference.kda_decode(*numpy(args[:5], N), state, **exact)
+    def check(*args):
+        want = reference.kda_decode(*(t.double().cpu().numpy() for t in args), **exact)
         return error(ops.kda_decode(*args, **gate), want)
 
-    nbytes = N * (token + states)
+    nbytes = N * HEADS * (HEAD * (4 * 2 + 2) + 2 + 2 * 4 * HEAD * HEAD)
     yield Bench(
         "kda_decode", {"N": N, "H": HEADS, "K": HEAD, "V": HEAD, "gate": "softplus",
                        "fused": True, "dtype": "bf16"},
-        lambda: kda_arguments(N, N), lambda *a: ops.kda_decode(*a, **gate), check_decode,
-        nbytes, 7 * HEAD * HEAD * HEADS * N, {"copy": copy_of(nbytes)},
+        make, lambda *a: ops.kda_decode(*a, **gate), check, nbytes, 7 * HEAD * HEAD * HEADS * N,
+        {"copy": copy_of(nbytes)},
     )  # fmt: skip
-
-
-def fla_rival(gate: dict) -> dict[str, Callable[..., Any]]:
-    try:
-        from fla.ops.kda import chunk_kda
-    except ImportError:
-        return {}
-
-    def run(q, k, v, g, beta, state):
-        return chunk_kda(
-            *(t[None] for t in (q, k, v, g, beta)), initial_state=state, output_final_state=True,
-            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
-            use_beta_sigmoid_in_kernel=True, A_log=gate["A_log"],
-            dt_bias=gate["dt_bias"].flatten(),
-        )  # fmt: skip
-
-    return {"fla": run}
 
 
 def expanded(latent: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -414,30 +376,44 @@ def mla_prefill(T: int) -> Iterator[Bench]:
     )  # fmt: skip
 
 
-def mla_decode(N: int, context: int) -> Iterator[Bench]:
-    B, width = -(-context // 64), RANK + ROPE
-    w_shape = (HEADS, NOPE + HEAD, RANK)
+def latent_rows(latents: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as pages have them, and what they hold, in float64."""
+    rows = rand(LATENT_ROWS, RANK + ROPE)
+    if latents == "bf16":
+        return rows, rows.double()
+    packed = reference.pack_latents(rows.float().cpu().numpy(), RANK)
+    held = torch.as_tensor(reference.unpack_latents(packed, RANK, ROPE)).double()
+    return torch.as_tensor(packed).to(DEVICE), held.to(DEVICE)
+
+
+def mla_decode(N: int, context: int, latents: str) -> Iterator[Bench]:
+    B, w_shape = -(-context // 64), (HEADS, NOPE + HEAD, RANK)
+    rows, held = latent_rows(latents)
+    drawn = torch.randint(0, len(rows), (N * B, 64), device=DEVICE)  # for every page
     table = torch.randperm(N * B, device=DEVICE).int().view(N, B)
     lengths = torch.full((N,), context, dtype=torch.int32, device=DEVICE)
+    rope = None if latents == "bf16" else ROPE
 
     def check(q, pages, w):
-        rows = pages[table[0].long()].flatten(0, 1)[:context].double()
+        read = held[drawn[table[0].long()].flatten()[:context]]
         want = []
         for h in range(HEADS):  # keys of all heads of a million tokens would be 100 GB
             absorbed = q[0, h, :NOPE].double() @ w[h, :NOPE].double()
-            scores = rows @ torch.cat([absorbed, q[0, h, NOPE:].double()])
+            scores = read @ torch.cat([absorbed, q[0, h, NOPE:].double()])
             shares = (scores / (NOPE + ROPE) ** 0.5).softmax(0)
-            want.append(w[h, NOPE:].double() @ (shares @ rows[:, :RANK]))
-        return error(ops.mla_decode(q, pages, table, lengths, w)[0], torch.stack(want))
+            want.append(w[h, NOPE:].double() @ (shares @ read[:, :RANK]))
+        got = ops.mla_decode(q, pages, table, lengths, w, rope=rope)
+        return error(got[0], torch.stack(want))
 
-    nbytes = 2 * (N * context * width + math.prod(w_shape) + N * HEADS * (NOPE + ROPE + HEAD))
-    flops = 2 * N * HEADS * (context * (width + RANK) + RANK * (NOPE + HEAD))
+    nbytes = N * context * rows[0].nbytes
+    nbytes += 2 * (math.prod(w_shape) + N * HEADS * (NOPE + ROPE + HEAD))
+    flops = 2 * N * HEADS * (context * (2 * RANK + ROPE) + RANK * (NOPE + HEAD))
+    stored = {} if latents == "bf16" else {"latents": latents}
     yield Bench(
-        "mla_decode", {"N": N, "context": context, "H": HEADS, "dtype": "bf16"},
-        lambda: (rand(N, HEADS, NOPE + ROPE), rand(N * B, 64, width),
-                 rand(*w_shape, scale=RANK**-0.5)),
-        lambda q, pages, w: ops.mla_decode(q, pages, table, lengths, w), check, nbytes, flops,
-        {"copy": copy_of(nbytes)},
+        "mla_decode", {"N": N, "context": context, "H": HEADS, "dtype": "bf16"} | stored,
+        lambda: (rand(N, HEADS, NOPE + ROPE), rows[drawn], rand(*w_shape, scale=RANK**-0.5)),
+        lambda q, pages, w: ops.mla_decode(q, pages, table, lengths, w, rope=rope), check,
+        nbytes, flops, {"copy": copy_of(nbytes)},
     )  # fmt: skip
 
 
@@ -457,11 +433,12 @@ def benches(small: bool) -> Iterator[tuple[str, Callable[[], Iterator[Bench]]]]:
     for T in (few, many) if small else (1, 8, 64, 8192):
         yield "linear", lambda T=T: linear(T, formats, rows)
     yield "token_logprobs", lambda: token_logprobs(many // 4, rows)
-    for T, N in ((many, few),) if small else ((8192, 1), (2048, 32)):
-        yield "kda", lambda T=T, N=N: kda(T, N)
+    for N in (few,) if small else (1, 32):
+        yield "kda_decode", lambda N=N: kda_decode(N)
     yield "mla_prefill", lambda: mla_prefill(many)
-    for N, context in ((few, many),) if small else DECODED:
-        yield "mla_decode", lambda N=N, c=context: mla_decode(N, c)
+    for latents, cases in (("bf16", DECODED), ("fp8", DECODED_8BIT)):
+        for N, context in ((few, many),) if small else cases:
+            yield "mla_decode", lambda N=N, c=context, kept=latents: mla_decode(N, c, kept)
 
 
 def main() -> None:

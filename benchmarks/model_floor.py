@@ -52,6 +52,15 @@ def layers(config: KimiLinearConfig) -> tuple[int, int]:
     return n_kda, config.num_hidden_layers - n_kda
 
 
+def latent_row_bytes(config: KimiLinearConfig, dtype: str, kv_cache_dtype: str) -> int:
+    """Of a token in an MLA layer. In 8 bits (csrc/base/latents.h) the channels that are normalised
+    have a byte each, 128 of them a float32 scale, the others two; each part has whole 16 bytes."""
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    if kv_cache_dtype == "fp8":
+        return sum(-(-n // 16) * 16 for n in (rank, 2 * rope, 4 * -(-rank // 128)))
+    return (4 if dtype == "f32" else 2) * (rank + rope)
+
+
 class Step(NamedTuple):
     """One token of each of `batch` sequences."""
 
@@ -60,6 +69,7 @@ class Step(NamedTuple):
     batch: int
     context: int
     skewed: bool = False  # the router's: all tokens have the same experts
+    kv_cache_dtype: str = "auto"
 
     def tensor_bytes(self, name: str, shape: tuple[int, ...]) -> float:
         """Of a weight, those that are read: of the experts the chosen ones."""
@@ -72,9 +82,8 @@ class Step(NamedTuple):
         return 2 * 4 * self.batch * layers(self.config)[0] * linear.num_heads * linear.head_dim**2
 
     def latent_bytes(self) -> float:
-        config, act = self.config, 4 if self.dtype == "f32" else 2
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        return act * self.batch * layers(config)[1] * width * self.context
+        rows = self.batch * layers(self.config)[1] * self.context
+        return rows * latent_row_bytes(self.config, self.dtype, self.kv_cache_dtype)
 
     def bytes(self) -> float:
         weights = sum(self.tensor_bytes(*t) for t in self.config.tensor_shapes().items())

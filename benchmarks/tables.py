@@ -22,8 +22,8 @@ READMES = (
     HERE.parent / "kimi_linear" / "adapters" / "README.md",
 )
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
-OPS = ("linear", "moe_experts", "moe_route", "kda_prefill", "kda_decode", "mla_prefill",
-       "mla_decode", "short_conv", "rms_norm", "gated_rms_norm", "token_logprobs")  # fmt: skip
+OPS = ("linear", "moe_experts", "moe_route", "kda_decode", "mla_prefill", "mla_decode",
+       "short_conv", "rms_norm", "gated_rms_norm", "token_logprobs")  # fmt: skip
 Line = dict[str, Any]
 
 
@@ -75,6 +75,7 @@ def who(line: Line) -> str:
     parts = [short(line["device"]), case["dtype"], case.get("engine", "")]
     parts += ["batch-invariant"] if case.get("batch_invariant") else []
     parts += ["skewed router"] if case.get("router") == "skewed" else []
+    parts += ["8-bit latents"] if case.get("kv_cache_dtype") == "fp8" else []
     return ", ".join(filter(None, parts))
 
 
@@ -176,8 +177,6 @@ def ops() -> str:
     rows = []
     for op in OPS:
         for line in filter(on_gpu, lines(op)):
-            if "profile" in line["case"]:  # kda() has those
-                continue
             case = {k: v for k, v in line["case"].items() if k not in ("dtype", "gate", "fused")}
             ratio = line.get("ratio") or {}
             rows.append([

@@ -9,16 +9,19 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from kimi_linear import reference
 from kimi_linear.config import KimiLinearConfig
 from kimi_linear.results import Completion, TokenLogprob
 
-COMMANDS = {
-    "bench_model.py": "--shape small --only decode0,decode8k-b8,decode1m,prefill1k,memory,steps,"
+COMMANDS = (
+    "bench_model.py --shape small --only decode0,decode8k-b8,decode1m,prefill1k,memory,steps,"
     "steps-b8 --blocks 1 --router-skew 500",
-    "bench_step.py": "--help",
-    "bench_kda.py": "--small",
-    "bench_prefix.py": "--document 512 --questions 8 --plain 1 --only batch",
-}
+    "bench_model.py --shape small --only decode128k,decode8k-b64,decode1m --blocks 1 "
+    "--kv-cache-dtype fp8",
+    "bench_step.py --help",
+    "bench_kda.py --small",
+    "bench_prefix.py --document 512 --questions 8 --plain 1 --only batch",
+)
 
 
 def environment():
@@ -27,9 +30,10 @@ def environment():
     return found | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
-@pytest.mark.parametrize("program", COMMANDS)
-def test_it_runs(program):
-    command = [sys.executable, str(ROOT / "benchmarks" / program), *COMMANDS[program].split()]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_it_runs(command):
+    program, *options = command.split()
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *options]
     if "--help" not in command:
         command += ["--no-write", "--dirty"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
@@ -37,7 +41,36 @@ def test_it_runs(program):
     if "--help" in command:
         return
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    assert lines and all(line["bench"] for line in lines)
+    assert lines and all(line["bench"] and line["after_s"] > 0 for line in lines)
+    latents = {line["case"].get("kv_cache_dtype") for line in lines}
+    assert latents == {"fp8" if "--kv-cache-dtype" in command else None}
+
+
+def test_latents_of_a_decoded_token(monkeypatch):
+    """bench_ops.py's pages, its truth and the bytes of its floor, in both storages."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ops, floor = (importlib.import_module(n) for n in ("bench_ops", "model_floor"))
+    config = KimiLinearConfig.kimi_linear_48b()
+    for latents, others in (("bf16", {}), ("fp8", {"latents": "fp8"})):
+        (bench,) = ops.mla_decode(2, 70, latents)
+        assert bench.case == {"N": 2, "context": 70, "H": 32, "dtype": "bf16"} | others
+        q, pages, w = bench.make()
+        assert bench.check(q, pages, w) < bench.bound
+        assert bench.check(q, pages.roll(1, 0), w) > bench.bound
+        row = floor.latent_row_bytes(config, "bf16", latents)
+        assert bench.bytes == 2 * 70 * row + w.nbytes + q.nbytes * (1 + 128 / 192)
+
+
+def test_bytes_of_latents(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    floor = importlib.import_module("model_floor")
+    config = KimiLinearConfig.kimi_linear_48b()
+    packed = reference.pack_latents(np.zeros(576), 512)
+    assert floor.latent_row_bytes(config, "int8", "fp8") == packed.nbytes
+    plain, kept = (floor.Step(config, "bf16", 4, 1000, kv_cache_dtype=x) for x in ("auto", "fp8"))
+    assert plain.latent_bytes() == 4 * 1000 * 7 * 2 * 576
+    assert plain.bytes() - kept.bytes() == 4 * 1000 * 7 * (2 * 576 - packed.nbytes)
 
 
 def test_logits_of_steps(monkeypatch):
