@@ -1,4 +1,8 @@
-"""Rows of views whose strides lead past 2^31 elements: an offset kept in 32 bits wraps there."""
+"""Rows past 2^31 elements of their tensor, of views whose strides lead there and of dense arrays:
+an offset kept in 32 bits wraps there.
+
+An embedding is not among them: no operation of kl.ops looks one up.
+"""
 
 import pytest
 
@@ -110,6 +114,63 @@ def test_pages_past_two_to_the_31(block):
     table = torch.tensor([far], dtype=torch.int32, device="cuda")
     near = torch.arange(2, dtype=torch.int32, device="cuda").view(1, 2)
     same(ops.mla_decode(q, memory, table, length, w), ops.mla_decode(q, latents, near, length, w))
+
+
+# ---- what must be dense: so many rows ---------------------------------------------------------
+
+
+def needs(gib):
+    if torch.cuda.mem_get_info()[0] < gib << 30:
+        pytest.skip(f"needs {gib} GiB free")
+
+
+def all_rows(block, width):
+    """The fixture's memory as rows, the number of them a multiple of 4096."""
+    rows = SIZE // width // 4096 * 4096
+    assert (rows - 4096) * width > 1 << 31
+    return block(randn(1, 1))[1].as_strided((rows, width), (width, 1), 0)
+
+
+def close(got, want):
+    """To rounding: other kernels may take so many rows."""
+    assert (got.double() - want.double()).norm() < 1e-2 * want.double().norm()
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8"])
+def test_experts_of_so_many_tokens(block, format):
+    needs(8)
+    x = all_rows(block, 16384)
+    last = x[-100:].copy_(randn(100, 16384))
+    ids = torch.zeros(len(x), 1, dtype=torch.int32, device="cuda")
+    ids[1::2] = 1
+    weights = torch.rand(len(x), 1, device="cuda")
+    w1, w3 = (ops.quantize(randn(2, 64, 16384, seed=i).bfloat16() / 128, format) for i in (1, 2))
+    w2 = ops.quantize(randn(2, 16384, 64, seed=3).bfloat16() / 8, format)
+    got = ops.moe_experts(x, ids, weights, w1, w3, w2)
+    close(got[-100:], ops.moe_experts(last, ids[-100:], weights[-100:], w1, w3, w2))
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_routes_of_so_many_tokens(groups):
+    needs(10)
+    logits = torch.empty((1 << 23) + 100, 256, device="cuda")
+    last = logits[-100:].copy_(randn(100, 256))
+    options = dict(top_k=1, scaling=1.0, groups=groups)
+    got = ops.moe_route(logits, None, **options)
+    same(tuple(x[-100:] for x in got), ops.moe_route(last, None, **options))
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_logprobs_of_so_many_tokens(block, top):
+    hidden = all_rows(block, 16384)
+    last = hidden[-100:].copy_(randn(100, 16384))
+    head = randn(200, 16384, seed=1).bfloat16() / 128
+    targets = torch.arange(len(hidden), dtype=torch.int32, device="cuda") % 200
+    got = ops.token_logprobs(hidden, head, targets, top=top)
+    want = ops.token_logprobs(last, head, targets[-100:], top=top)
+    close(got[0][-100:], want[0])
+    if top:
+        same(got[2][-100:], want[2])
 
 
 def test_experts_past_two_to_the_31():

@@ -1,16 +1,24 @@
 """kl.ops on CuPy's and JAX's own arrays on a GPU: their memory, their order of work."""
 
+import inspect
 import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from kimi_linear import ops, reference
-from on_cuda import has_cuda
+from on_cuda import has_cuda, to_numpy
+from variants import same_bits
+
+torch = pytest.importorskip("torch")
+
+from torch_cases import GPU_CASES, case_on, mapped  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device")
 
 EPS = 1e-5
+BF16 = ml_dtypes.bfloat16
 
 
 def rows(shape, seed=0):
@@ -20,6 +28,29 @@ def rows(shape, seed=0):
 def close(got, want, bound=1e-6):
     got = np.asarray(got, np.float64)
     return np.linalg.norm(got - want) < bound * np.linalg.norm(want)
+
+
+def results(case, make, to_host, **outputs):
+    """What a call on arrays made of a case's tensors gives and leaves in its arguments."""
+    op, args, options = case
+    given = []
+    args, options = mapped([args, options], lambda t: given.append(make(t)) or given[-1])
+    got = getattr(ops, op)(*args, **options, **outputs)
+    return [to_host(x) for x in (*(got if isinstance(got, tuple) else (got,)), *given)]
+
+
+def same(got, want):
+    return len(got) == len(want) and all(map(same_bits, got, want))
+
+
+def as_torch(name):
+    """The same of torch's tensors."""
+    return results(case_on(name, "cuda"), lambda t: t, to_numpy)
+
+
+def test_cases_have_every_operation():
+    called = {name.split()[0] for name in GPU_CASES}  # quantize makes their weights
+    assert called == {*ops.__all__} - {"PackedWeight", "quantize"}
 
 
 # ---- CuPy ------------------------------------------------------------------------------------
@@ -86,6 +117,37 @@ def test_cupy_state_is_updated(cupy):
     assert close(o.get(), want) and close(there.get(), want_state)
 
 
+@pytest.fixture
+def bfloat16_of_cupy(cupy):
+    """CuPy has bfloat16 from 14 on, and through DLPack from a version after that."""
+    try:
+        return cupy.from_dlpack(cupy.asarray(np.ones(1, BF16))).dtype == BF16
+    except (BufferError, NotImplementedError, TypeError, ValueError):
+        return False
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_every_operation_on_cupy(cupy, bfloat16_of_cupy, name):
+    """torch's bits; the second time in memory of the caller's where the operation takes any."""
+    want = as_torch(name)
+    if not bfloat16_of_cupy and any(x.dtype == BF16 for x in want):
+        pytest.skip("this CuPy has no bfloat16")
+
+    def call(**outputs):
+        return results(
+            case_on(name, "cuda"), lambda t: cupy.asarray(to_numpy(t)), cupy.asnumpy, **outputs
+        )
+
+    assert same(call(), want)
+    if "out" not in inspect.signature(getattr(ops, name.split()[0])).parameters:
+        return
+    out = cupy.empty(want[0].shape, want[0].dtype)
+    out.view("u1")[...] = 255  # NaN
+    there = out.data.ptr
+    assert same(call(out=out), want)
+    assert out.data.ptr == there and same_bits(cupy.asnumpy(out), want[0])
+
+
 # ---- JAX -------------------------------------------------------------------------------------
 
 
@@ -125,3 +187,21 @@ def test_jax_arrays_are_not_written_to(jax):
     x = jax.numpy.asarray(rows((5, 40)))
     with pytest.raises(BufferError, match="writable"):
         ops.rms_norm(x, jax.numpy.ones(40), eps=EPS, out=x)
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_every_operation_on_jax(jax, name):
+    """torch's bits. The state that kda_decode writes to is torch's: JAX's arrays never change."""
+    op, args, _ = case = case_on(name, "cuda")
+    state = args[5] if op == "kda_decode" else None
+
+    def make(t):
+        return t if t is state else jax.device_put(to_numpy(t))
+
+    def to_host(x):
+        if x is not state:
+            return np.asarray(x)
+        torch.cuda.synchronize()  # what torch does next knows nothing of JAX's stream
+        return to_numpy(x)
+
+    assert same(results(case, make, to_host), as_torch(name))
