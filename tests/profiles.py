@@ -103,3 +103,10 @@ def make_case(profile, T, *, H=2, Hk=None, K=48, V=40, N=1, seed=0):
         name: np.ascontiguousarray(x, np.float32) if isinstance(x, np.ndarray) else x
         for name, x in arrays.items()
     }
+
+
+def checkpoints(cu, every):
+    """(sequence n, its first token, where it is cut, the row of that state in `checkpoints`)."""
+    for n, (start, stop) in enumerate(zip(cu, cu[1:], strict=False)):
+        for c in range((stop - start) // every):
+            yield n, start, start + (c + 1) * every, start // every + c

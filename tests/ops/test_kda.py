@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
-from profiles import PROFILES, make_case
+from profiles import PROFILES, checkpoints, make_case
 from variants import error, every_device, on, ops, same_bits, same_sums
 
 BF16 = ml_dtypes.bfloat16
@@ -359,13 +359,11 @@ def test_checkpoints_are_what_shorter_calls_end_with(E):
     assert both_match((o, final), prefill(case, cu_seqlens=cu))
     wanted = reference.kda_prefill(**case, cu_seqlens=cu, checkpoint_every=E)[2]
     left_alone = np.ones(len(given), bool)
-    for n, (start, stop) in enumerate(zip(cu, cu[1:], strict=False)):
-        for c in range((stop - start) // E):
-            row, end = start // E + c, start + (c + 1) * E
-            cut = tokens(case, start, end, case["initial_state"][n : n + 1])
-            assert same_sums(given[row], prefill(cut)[1][0], 2e-6), (n, c)
-            assert error(given[row], wanted[row]) < 2e-6
-            left_alone[row] = False
+    for n, start, end, row in checkpoints(cu, E):
+        cut = tokens(case, start, end, case["initial_state"][n : n + 1])
+        assert same_sums(given[row], prefill(cut)[1][0], 2e-6), (n, end)
+        assert error(given[row], wanted[row]) < 2e-6
+        left_alone[row] = False
     assert np.isnan(given[left_alone]).all() and not wanted[left_alone].any()
     assert left_alone.any() and not left_alone.all()
     new = ops.kda_prefill(**case, cu_seqlens=cu, checkpoint_every=E)[2]

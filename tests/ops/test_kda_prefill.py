@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kimi_linear import reference
-from profiles import PROFILES, make_case
+from profiles import PROFILES, checkpoints, make_case
 from variants import error, every_device, ops, same_bits
 
 BF16 = ml_dtypes.bfloat16
@@ -272,7 +272,82 @@ def test_rows_of_any_length(profile):
     assert close(prefill(case), reference.kda_prefill(**exact(case)))
 
 
+@pytest.mark.parametrize("profile", ["init", "slow", "strong"])
+@pytest.mark.parametrize("T, H", [(40, 4), (193, 4), (3300, 1)])  # the last in segments on CUDA
+def test_values_and_states_of_any_size(profile, T, H):
+    """Output and state are linear in both, and a power of two changes no digit."""
+    case = make(profile, T, H=H)
+    o, final = prefill(case)
+    for power in (60, 100, 124):
+
+        def times(x, scale=np.float32(2.0**power)):
+            return (x.astype(np.float32) * scale).astype(x.dtype)
+
+        big = case | {name: times(case[name]) for name in ("v", "initial_state")}
+        assert both_match(prefill(big), (times(o), times(final))), power
+
+
+def test_large_values_of_short_keys():
+    """Lengths may be divided out last: what is kept until then is a length's inverse larger."""
+    case, _ = case_and_truth("init", 150)
+    case = case | {"v": (case["v"].astype(np.float32) * 1e30).astype(BF16), "normalize": True}
+    case["k"] = (case["k"].astype(np.float32) * 1e-2).astype(BF16)
+    assert close(prefill(case), reference.kda_prefill(**exact(case)))
+
+
+@pytest.mark.parametrize("T, H", [(40, 2), (193, 2), (3300, 1)])
+def test_the_largest_values_and_states(T, H):
+    """3e38 once in a channel, in v or in the state, is a number like others. In channels where sums
+    leave float32 what is finite is right, and no other channel sees it."""
+    case = make("slow", T, H=H)
+    o, final = prefill(case)
+    r = np.random.default_rng(2)
+    v, state = case["v"].copy(), case["initial_state"].copy()
+    v[:, :, :16], state[:, :, :16] = 0, 0
+    for c in range(8):
+        v[r.integers(T), :, c] = HUGE * (-1) ** c
+        state[0, :, 8 + c, r.integers(K)] = HUGE * (-1) ** c
+    v[:, :, 16:24] = HUGE * r.choice([-1, 1], (T, H, 8))
+    state[:, :, 16:24] = HUGE
+    huge = case | {"v": v, "initial_state": state}
+    got, want = prefill(huge), reference.kda_prefill(**exact(huge))
+    assert close((got[0][..., :16], got[1][:, :, :16]), (want[0][..., :16], want[1][:, :, :16]))
+    assert both_match((got[0][..., 24:], got[1][:, :, 24:]), (o[..., 24:], final[:, :, 24:]))
+    lost = got[0][..., 16:24].astype(np.float64), want[0][..., 16:24]
+    assert not np.isfinite(lost[0]).all()
+    assert (np.abs(lost[0] - lost[1])[np.isfinite(lost[0])] < 5e-3 * np.abs(lost[1]).max()).all()
+
+
 # ---- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [64, 192])
+def test_checkpoints_are_what_shorter_calls_end_with(every):
+    """To the bit also on CUDA, where no sequence here is so long that it has segments."""
+    cu = (0, 63, 300, 300, 428, 429, 1069, 1262)
+    case, _ = case_and_truth("init", cu[-1], cu, H=2, V=64, N=len(cu) - 1)
+    given = np.full((cu[-1] // every, 2, 64, K), np.nan, np.float32)
+    o, final, kept = ops.kda_prefill(**case, checkpoint_every=every, checkpoints=given)
+    assert kept is given and both_match((o, final), prefill(case))
+    written = set()
+    for n, start, end, row in checkpoints(cu, every):
+        cut = part(case, start, end, n)
+        assert same_bits(given[row], prefill(cut)[1][0]), (n, end)
+        assert error(given[row], reference.kda_prefill(**exact(cut))[1][0]) < BOUND[ops.device][1]
+        written.add(row)
+    others = np.delete(given, list(written), 0)
+    assert len(others) and np.isnan(others).all()
+
+
+@pytest.mark.parametrize("T, H", [(97, 3), (3300, 1)])
+@pytest.mark.parametrize("name", BY_TOKEN)
+def test_rows_far_apart(name, T, H):
+    """Every second row of a wider array, NaN between them. (beta is in no piece of 16 bytes.)"""
+    case = make("init", T, H=H)
+    x = case[name]
+    wide = np.full((2 * T, 2 * H, *x.shape[2:]), np.nan, x.dtype)
+    wide[::2, :H] = x
+    assert both_match(prefill(case | {name: wide[::2, :H]}), prefill(case))
 
 
 def test_states_in_place_and_from_nothing():
