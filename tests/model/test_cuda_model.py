@@ -1,6 +1,7 @@
 """The package's model on a GPU: near the CPU's, in company of others, and gone after close()."""
 
 import json
+import subprocess
 import threading
 from pathlib import Path
 
@@ -109,9 +110,36 @@ def test_alone_and_in_a_batch(model):
     assert tokens(model) == tokens(model)
 
 
+@pytest.mark.skipif(not has_cuda() or torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_on_a_second_device(dtype):
+    """The first one's tokens and log-probabilities, in memory of its own. What is current stays."""
+    with load("cuda:0", dtype=dtype) as first:
+        want = tokens(first), first.logprobs(TEXT).logprobs
+        before = [torch.cuda.mem_get_info(i)[0] for i in (0, 1)]
+        with load("cuda:1", dtype=dtype) as second:
+            assert (first.device, second.device) == ("cuda:0", "cuda:1")
+            got = tokens(second), second.logprobs(TEXT).logprobs
+            taken = [b - torch.cuda.mem_get_info(i)[0] for i, b in enumerate(before)]
+            assert taken[1] > 0.98 * second.plan.total and taken[0] < 16 * MIB
+            assert tokens(first) == want[0]
+    assert torch.cuda.current_device() == 0
+    assert got[0] == want[0] and np.array_equal(got[1], want[1])
+
+
 def free():
     torch.cuda.synchronize()
     return torch.cuda.mem_get_info()[0]
+
+
+def shown():
+    """Bytes in use, as nvidia-smi shows them; None where it does not."""
+    device = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", device, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.check_output(command, text=True, timeout=60)) * MIB
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
@@ -121,14 +149,17 @@ def test_close_gives_everything_back(dtype):
             tokens(m)
             m.logprobs(TEXT, top=3)
             m.hidden("a few words")
-            return m.plan.total, free()
+            return m.plan.total, free(), shown()
 
     once()  # what the driver keeps of a first use: code, its own pools
-    before = free()
+    before, used = free(), shown()
     for _ in range(3):
-        planned, during = once()
+        planned, during, used_during = once()
         assert planned * 0.98 < before - during < planned * 1.02 + 128 * MIB
         assert abs(free() - before) < 16 * MIB
+    if used is not None:
+        assert planned * 0.98 < used_during - used < planned * 1.02 + 128 * MIB
+        assert abs(shown() - used) < 16 * MIB
 
 
 def test_a_model_that_is_only_dropped_is_gone():

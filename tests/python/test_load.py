@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 from small_models import CONFIG, CPU, model, nothing_is_left_behind, path  # noqa: F401
+from variants import DEVICES
 
 import kimi_linear as kl
 from kimi_linear import _device
@@ -87,6 +88,21 @@ def test_a_plan_of_8_bit_latents():
     assert (wide.kv_cache_dtype, narrow.kv_cache_dtype) == ("bf16", "fp8")
     assert (wide.of_pages(1), narrow.of_pages(1)) == (64 * 7 * 1152, 64 * 7 * 656)
     assert "of fp8" in str(narrow) and wide.kda_states == narrow.kda_states
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_a_million_tokens_of_the_48b_shape_cost(device):
+    """Counted here: 20 states of 32 heads with the last three q, k and v, 7 layers of latents."""
+    config = kl.KimiLinearConfig.kimi_linear_48b()
+    plan = kl.plan(config, device=device, dtype="bf16", max_context=1 << 20, max_batch=1)
+    state = 20 * (32 * 128 * 128 * 4 + 3 * 3 * 32 * 128 * 2)
+    latents = (1 << 20) * 7 * (512 + 64) * 2
+    assert latents == 8_455_716_864 <= plan.mla_pages  # more where there is room for prefixes
+    assert plan.of_sequence(1 << 20) == latents + state
+    assert 49.1e9 < config.parameter_count() < 49.2e9
+    assert 0 < plan.weights - 2 * config.parameter_count() < 50e6  # some are kept in f32
+    assert 106.7e9 < plan.weights + latents + state < plan.total
+    assert plan.fits or plan.total > 0.9 * plan.free
 
 
 def test_limits_are_taken(path):
