@@ -1,5 +1,6 @@
 """Which device, and which storage of the weights."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -66,19 +67,16 @@ def check_options(
         raise TypeError(
             f"device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r:.60}"
         )
-    kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (
-        number and (kind != "cuda" or not number.isdigit())
-    ):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", device):
         raise ValueError(
             f"device: must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {quote(device)}"
         )
     if not isinstance(dtype, str) or dtype not in ("auto", "fp8", *DTYPES):
         names = ", ".join(map(repr, ("auto", *DTYPES, "fp8")))
         raise ValueError(f"dtype: must be one of {names}, got {quote(dtype)}")
-    if dtype == "f32" and kind == "cuda":
+    if dtype == "f32" and device.startswith("cuda"):
         raise ValueError("dtype: 'f32' needs device='cpu'")
-    if dtype == "fp8" and kind == "cpu":
+    if dtype == "fp8" and device == "cpu":
         raise ValueError("dtype: 'fp8' needs device='cuda'")
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in KV_CACHE_DTYPES:
         names = " or ".join(map(repr, KV_CACHE_DTYPES))

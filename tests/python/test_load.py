@@ -242,6 +242,9 @@ def test_an_existing_directory_is_never_a_hub_name(path, tmp_path, monkeypatch):
     [
         ({"device": "tpu"}, "device"), ({"device": 0}, "device"),
         ({"device": "cuda:x"}, "device"),
+        ({"device": "cuda:"}, "device"),
+        ({"device": "cuda:²"}, "device"),
+        ({"device": "cpu:0"}, "device"),
         ({"device": "cpu:1"}, "device"), ({"dtype": "f16"}, "dtype"),
         ({"dtype": None}, "dtype"),
         ({"dtype": "fp8", "device": "cpu"}, "'fp8' needs device='cuda'"),
