@@ -32,7 +32,9 @@ template <kl_weight_format format> struct ordered_shape {
     static constexpr int MOST_ROWS = ordered_tile_rows(format);
     static constexpr int PIECE = own::PIECE;   /* columns of a lane */
     static constexpr int PRODUCTS = PIECE / 4; /* of 16 columns each, in a step */
-    static constexpr int AT_ONCE = format == KL_W_INT4 ? 2 : 1; /* of them */
+    /* Weights that are operand A as they lie there: no work between products, so all at once. */
+    static constexpr bool AS_STORED = format == KL_W_BF16;
+    static constexpr int AT_ONCE = AS_STORED || format == KL_W_INT4 ? 2 : 1; /* products */
     static constexpr int GROUPS = PRODUCTS / AT_ONCE;
     /* Units of a row of x lie in planes of at most 128 bytes a row. */
     static constexpr int UNITS = PIECE / 8; /* of 16 bytes, of a piece's columns */
@@ -48,7 +50,7 @@ template <kl_weight_format format> struct ordered_shape {
         (MOST_SHARED - ALIGNED - TABLE_BYTES) / (STAGE_BYTES + SLOT_BARRIERS);
     static constexpr int SHARED_BYTES =
         STAGES * (STAGE_BYTES + SLOT_BARRIERS) + ALIGNED + TABLE_BYTES;
-    static_assert(GROUPS % 2 == 0 && X_BYTES % ALIGNED == 0);
+    static_assert((AS_STORED ? GROUPS == 1 : GROUPS % 2 == 0) && X_BYTES % ALIGNED == 0);
 };
 
 /* Which steps of a row come in which order: every eighth from 0 on, from 1 on, ... */
@@ -277,15 +279,6 @@ __device__ void fill_ordered(const tile_arguments &p, const tile_ring<S> &ring,
 
 /* ---- the warpgroups that multiply ------------------------------------------------------ */
 
-/* In a register of its own. bf16 pairs are operand A as they are loaded: wgmma would read them where
- * they are, while the next ones are loaded there. */
-__device__ __forceinline__ uint32_t copy_of(uint32_t x)
-{
-    uint32_t y;
-    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 /* Of a thread's two rows of weights: where their scales begin, and what it holds of a step. */
 template <class S> struct ordered_weights {
     using own = stream_format<S::FORMAT, 1>;
@@ -346,7 +339,7 @@ template <class S> struct ordered_weights {
         for (int i = 0; i < S::AT_ONCE; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                a[i][e] = copy_of(pairs[e % 2][0][2 * (group * S::AT_ONCE + i) + e / 2]);
+                a[i][e] = pairs[e % 2][0][2 * (group * S::AT_ONCE + i) + e / 2];
     }
 };
 
@@ -434,7 +427,10 @@ template <class S, bool gated> struct ordered_reader {
 };
 
 /* The products of a step, and operand A of the step after it. While a group of products runs,
- * operand A of the next is made ready; a slot is handed back during the step after it. */
+ * operand A of the next is made ready; a slot is handed back during the step after it. Weights that
+ * are operand A as they are stored are loaded when nothing is multiplied any more: while products
+ * run in a loop, ptxas may put them where these still read (tests/wgmma_registers.py looks for
+ * that). The other warpgroup's products fill the time. */
 template <class S, bool gated, int N>
 __device__ __forceinline__ void multiply_step(ordered_sums<S, N> &sums,
                                               ordered_reader<S, gated> &from)
@@ -446,11 +442,14 @@ __device__ __forceinline__ void multiply_step(ordered_sums<S, N> &sums,
     from.at.advance();
 #pragma unroll
     for (int g = 0; g < S::GROUPS; g++) {
+        const bool loads = g + 1 == S::GROUPS && more;
+        const int next = (g + 1) % S::GROUPS;
         sums.multiply(from.a[g % 2], from.ring.x(slot), g);
-        if (g + 1 == S::GROUPS && more) from.load();
-        wgmma_wait<1>(); /* the group before: its registers are free */
+        if (!S::AS_STORED && loads) from.load();
+        wgmma_wait<S::AS_STORED ? 0 : 1>(); /* the group before: its registers are free */
         if (g == 0) from.hand_back();
-        from.weights.prepare(from.a[(g + 1) % 2], (g + 1) % S::GROUPS);
+        if (S::AS_STORED && loads) from.load();
+        from.weights.prepare(from.a[next % 2], next);
     }
     from.before = slot;
     if constexpr (S::WHOLE) sums.scale_part(scale);
