@@ -45,25 +45,6 @@ __device__ inline void fence_global_for_copies()
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-/* From shared to device memory by the copy engine; addresses and bytes are multiples of 16. The
- * thread waits with wait_for_copies_out(). */
-__device__ inline void copy_bytes_out(void *global, const void *shared, uint32_t bytes)
-{
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
-                 "cp.async.bulk.commit_group;" ::"l"(global),
-                 "r"(shared_address(shared)), "r"(bytes)
-                 : "memory");
-}
-
-/* Until all of the thread's have been read from shared memory, or are done. */
-template <bool only_read> __device__ void wait_for_copies_out()
-{
-    if constexpr (only_read)
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    else
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 /* ---- a chunk ----------------------------------------------------------------------------- */
 
 __device__ inline bool is_leader()
@@ -94,15 +75,15 @@ struct room {
     }
 };
 
-/* A chunk on its way from shared memory to its slot, by the thread that sent it. */
+/* A chunk on its way from shared memory to its slot, by who sent it. */
 struct delivery {
     unsigned *flag = nullptr;
     unsigned value;
 
     __device__ void send(const kda_plan &p, const item &c, prepare_memory &m)
     {
-        copy_bytes_out(&p.ring[c.slot], &m.chunk, sizeof m.chunk);
         flag = &p.ready[c.slot * KDA_FLAG], value = c.serial + 1;
+        copy_bytes_out(&p.ring[c.slot], &m.chunk, sizeof m.chunk);
     }
 
     /* The next chunk may take its place. */
@@ -116,7 +97,7 @@ struct delivery {
     {
         if (flag == nullptr) return;
         wait_for_copies_out<false>();
-        write_release(flag, value);
+        if (!ALL_SPEAK || lane_id() == 0) write_release(flag, value);
         flag = nullptr;
     }
 };
@@ -190,7 +171,7 @@ __device__ inline bool prepare_tokens(const kda_arguments &a, const kda_convolut
     }
 }
 
-/* All but the inverse. `last` is of the thread that sends; `window` is the convolver's. */
+/* All but the inverse. `last` is of who sends; `window` is the convolver's. */
 template <class Rows>
 __device__ void prepare_products(const kda_arguments &a, const Rows &rows, const item &c,
                                  int window, int group, prepare_memory &m, delivery &last)
@@ -322,7 +303,7 @@ __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const 
         if (!sends) continue;
         space.wait(p, c);
         __syncwarp();
-        if (lane_id() == 0) last.send(p, c, m);
+        if (ALL_SPEAK || lane_id() == 0) last.send(p, c, m);
     }
     last.announce();
 }

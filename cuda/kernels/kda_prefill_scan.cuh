@@ -67,13 +67,6 @@ __device__ inline void publish(const scanner &s, unsigned serial)
         write_flag(&s.p.taken[(s.pair * s.p.tiles + s.tile) * KDA_FLAG], serial);
 }
 
-/* All lanes have done what they do before; one of them says so. */
-__device__ inline void warp_arrive(barrier *b)
-{
-    __syncwarp();
-    if (lane_id() == 0) barrier_arrive(b);
-}
-
 /* The stage of chunk number `count` is to be filled. */
 __device__ inline void wait_until_empty(scan_memory &m, unsigned count)
 {
@@ -127,10 +120,11 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
     }
     read_acquire(ready);
     wait_until_empty(m, count);
-    if (lane_id() > 0) return;
+    if (!ALL_SPEAK && lane_id() > 0) return;
     fence_global_for_copies();
-    barrier_arrive_expecting(&m.full[i], static_cast<int>(sizeof(kda_chunk)));
+    copies_begin(&m.full[i], static_cast<int>(sizeof(kda_chunk)));
     copy_bytes(&m.stages[i].chunk, &s.p.ring[slot], sizeof(kda_chunk), &m.full[i]);
+    copies_end(&m.full[i]);
 }
 
 /* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the
