@@ -31,17 +31,34 @@ namespace {
 
 using namespace kda;
 
-constexpr int GROUPS = 4; /* warpgroups; in blocks that scan, one prepares */
-constexpr int THREADS = GROUPS * GROUP;
-/* Roles of the warpgroups of a block that scans. */
-enum { CHAIN, OUTPUT, BRING, PREPARE };
-/* Registers of a thread: at first, and those of a chain warp, which holds its rows of the state
- * beside their operands; the other two roles of a block that scans give up for it. */
-constexpr int REGISTERS = 128, CHAIN_REGISTERS = 168;
-constexpr int OUTPUT_REGISTERS = 112, BRING_REGISTERS = 48;
+constexpr int GROUPS = 4; /* warpgroups that prepare; in blocks that scan, one does */
+/* Roles of the warpgroups of a block that scans. The last one is there with the norm alone, and has
+ * nothing to do in the other blocks. */
+enum { CHAIN, OUTPUT, BRING, PREPARE, FINISH };
+
+/* Threads of a block; registers that each has at first, all that there are to deal out, and in its
+ * role. A chain warp holds its rows of the state beside their operands: others give up for it. */
+struct block_shape {
+    int threads, registers, chain, output, bring, prepare, finish;
+};
+constexpr int FEWEST_REGISTERS = 24; /* of who has nothing to do */
+
+constexpr block_shape PLAIN = {GROUPS * GROUP, 128, 168, 112, 48, 128, 0};
+constexpr block_shape NORMED = {(GROUPS + 1) * GROUP, 96, 168, 88, 48, 112, 64};
+template <bool normed> constexpr block_shape SHAPE = normed ? NORMED : PLAIN;
+
+/* Enough for all roles, or for groups that prepare alone: who waits for more gets them. */
+constexpr bool has_registers(const block_shape &b)
+{
+    const int all = b.threads / GROUP * b.registers;
+    return b.registers * b.threads <= 64 * 1024 &&
+           b.chain + b.output + b.bring + b.prepare + b.finish <= all &&
+           GROUPS * b.prepare + (b.finish > 0 ? FEWEST_REGISTERS : 0) <= all;
+}
+
 static_assert(SCANNERS == PREPARERS);
-static_assert(REGISTERS * THREADS == 64 * 1024);
-static_assert(2 * CHAIN_REGISTERS + BRING_REGISTERS + REGISTERS <= 4 * REGISTERS);
+static_assert(has_registers(PLAIN) && has_registers(NORMED));
+static_assert(2 * PLAIN.chain + PLAIN.bring + PLAIN.prepare <= GROUPS * PLAIN.registers);
 /* Chunks in flight: more than what all groups prepare at once, and 16 MB. Of a pair: as many let
  * as many groups prepare ahead of it; more than 64 chunks ahead serve nobody. */
 constexpr int RING = 512, FEWEST_SLOTS = 8, MOST_SLOTS = 64;
@@ -92,7 +109,18 @@ __device__ void init_barriers(scan_memory &m)
         barrier_init(&m.took_state[w], 1);
         barrier_init(&m.took_update[w], 1);
     }
+    barrier_init(&m.has_output, SCANNERS);
+    barrier_init(&m.took_output, SCANNERS); /* as many warps finish */
     barrier_init_done();
+}
+
+/* To the registers of a role. */
+template <int from, int to> __device__ void change_registers()
+{
+    if constexpr (to < from)
+        registers_down_to<to>();
+    else if constexpr (to > from)
+        registers_up_to<to>();
 }
 
 /* What a warpgroup of a block that scans does there. */
@@ -101,20 +129,21 @@ __device__ void scan_chunks(const scanner &s, const kda_norm &norm, int group, i
                             block_memory &m)
 {
     constexpr bool outputs = pass == KDA_OUTPUTS;
+    constexpr block_shape shape = SHAPE<normed>;
     if (group == CHAIN) {
-        registers_up_to<CHAIN_REGISTERS>();
+        change_registers<shape.registers, shape.chain>();
         run_chain<outputs ? OF_OUTPUT : OF_VALUES>(s, w, m.scan);
     } else if (group == BRING) {
-        registers_down_to<BRING_REGISTERS>();
+        change_registers<shape.registers, shape.bring>();
         bring_chunks<convolved, normed>(s, norm, w, m.scan);
+    } else if (normed && group == FINISH) {
+        change_registers<shape.registers, shape.finish>();
+        finish_chunks(s, norm, m.scan, m.norm);
     } else if constexpr (outputs) {
-        registers_down_to<OUTPUT_REGISTERS>();
-        if constexpr (normed)
-            run_normed_output(s, norm, w, m.scan, m.norm);
-        else
-            run_output(s, w, m.scan);
+        change_registers<shape.registers, shape.output>();
+        run_output<normed>(s, w, m.scan);
     } else {
-        registers_up_to<CHAIN_REGISTERS>();
+        change_registers<shape.registers, shape.chain>();
         run_chain<OF_UNITS>(s, w, m.scan);
     }
 }
@@ -128,12 +157,13 @@ __device__ block_memory &hidden(block_memory &m)
 }
 
 template <kda_pass pass, bool normed, class Rows>
-__global__ __launch_bounds__(THREADS,
+__global__ __launch_bounds__(SHAPE<normed>.threads,
                              1) void kda_chunked_kernel(__grid_constant__ const kda_arguments a,
                                                         __grid_constant__ const kda_plan p,
                                                         __grid_constant__ const Rows rows,
                                                         __grid_constant__ const kda_norm norm)
 {
+    constexpr block_shape shape = SHAPE<normed>;
     extern __shared__ __align__(1024) unsigned char bytes[];
     block_memory &own = *reinterpret_cast<block_memory *>(bytes);
     block_memory &m = Rows::IS_THERE && normed ? hidden(own) : own;
@@ -154,11 +184,14 @@ __global__ __launch_bounds__(THREADS,
                        pair,
                        tile};
     const bool scans = __shfl_sync(ALL_LANES, walk(s).valid, 0);
-    if (scans && threadIdx.x == THREADS - 1) init_barriers(m.scan);
+    if (scans && threadIdx.x == shape.threads - 1) init_barriers(m.scan);
     __syncthreads();
     if (scans && group != PREPARE) {
         scan_chunks<pass, Rows::IS_THERE, normed>(s, norm, group, w % PREPARERS, own);
+    } else if (normed && group == FINISH) {
+        registers_down_to<FEWEST_REGISTERS>();
     } else {
+        change_registers<shape.registers, shape.prepare>();
         prepare_chunks(a, p, rows, m.lanes, group, group == PREPARE ? m.prepare : m.more[group],
                        m.windows[group]);
     }
@@ -287,7 +320,7 @@ kl_status launch(const kda_arguments &a, const kda_plan &p, const Rows &rows,
     together.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(multiprocessors));
-    config.blockDim = dim3(THREADS);
+    config.blockDim = dim3(SHAPE<normed>.threads);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
     config.attrs = &together;

@@ -105,9 +105,10 @@ struct convolver {
 
     __device__ convolver(const kda_convolution &x, const kda_arguments &a, const item &c,
                          int window, prepare_memory &m)
-        : x(x), a(a), c(c), window(window), m(m),
-          channel((threadIdx.x % GROUP / WARP * LANES + threadIdx.x % LANES) * STRIP)
+        : x(x), a(a), c(c), window(window), m(m)
     {
+        const unsigned thread = made_here(threadIdx.x);
+        channel = (thread % GROUP / WARP * LANES + thread % LANES) * STRIP;
     }
 
     __device__ static int octet() { return lane_id() / LANES; }

@@ -152,7 +152,7 @@ using lane_gates = float[2][CHANNELS / 2];
 
 __device__ inline int gate_channel()
 {
-    return warp_id() % PREPARERS * 32 + lane_id() / 4 * (CHANNELS / 2);
+    return threadIdx.x % GROUP / 4 * (CHANNELS / 2);
 }
 
 /* Raw gates to log2-decays. */

@@ -3,6 +3,9 @@
  *
  *     out = o / sqrt(mean(o^2) + eps) * weight * sigmoid(z), o rounded to bf16 before
  *
+ * The output warps leave o in shared memory and go on: if they waited for a gate or a word, so
+ * would the chain. A warpgroup of its own finishes outputs, each warp its own tokens.
+ *
  * A token's squares lie in two blocks. Each adds up those of its tile and hands the sum to the
  * other, through the L2: a word holds a sum and the number of its chunk, so that a word is all
  * there is to wait for. A chunk is finished when the next one's sums have been handed over: its
@@ -19,11 +22,12 @@ namespace kda {
 
 static_assert(KDA_NORM_V == 2 * KDA_V_TILE);
 
-/* Shared memory of the output warps. Squares of two chunks: a barrier lies between a warp's reading
- * of one's and any warp's writing of the next but one's. */
+constexpr int PIECES = KDA_V_TILE / 8;     /* of a token's outputs, 16 bytes each, a lane one */
+constexpr int ABREAST = GROUP / PIECES;    /* tokens at once */
+constexpr int RUNS = KDA_TOKENS / ABREAST; /* of a lane      */
+
 struct alignas(16) norm_memory {
-    float squares[2][KDA_TOKENS][SCANNERS]; /* each warp's sum of a token's */
-    float weight[KDA_V_TILE];
+    float weight[KDA_V_TILE]; /* of the tile's columns */
 };
 
 __device__ inline void write_word(uint64_t *p, uint64_t x)
@@ -38,148 +42,154 @@ __device__ inline uint64_t read_word(const uint64_t *p)
     return x;
 }
 
-/* Outputs of a chunk on their way. A warp has 16 columns, a lane 8 of them of two tokens. */
+/* Outputs of a chunk on their way, a lane's pieces of its tokens. */
 struct unfinished {
-    uint4 o[2];
-    float sum;     /* of the tile's squares of token lane_id()          */
-    const bf16 *z; /* the lane's columns of the chunk's first token     */
-    bf16 *out;
-    int tokens;
+    uint4 o[RUNS];
+    float sum[RUNS]; /* of the tile's squares of their tokens */
+    int row, column; /* of the lane's first piece, in the call's outputs */
+    int left;        /* tokens of the chunk from that row on             */
 };
 
-/* What else it needs, which the L2 has: asked for a little ahead. In registers any earlier, it
- * would be moved to others, and so waited for, before the next products. */
+/* What else it needs, which the L2 has: the other tile's words, perhaps not there yet, and gates.
+ * Asked for after the loop has closed: ptxas waits there for what is under way. */
 struct asked {
-    uint64_t sum; /* the other tile's, perhaps not there yet */
-    uint4 z[2];
+    uint64_t sums[RUNS];
+    uint4 z[RUNS];
 };
 
 struct finisher {
     const scanner &s;
     const kda_norm &norm;
-    norm_memory &m;
-    output_tile &output;
-    int w;
+    norm_memory &own;
 
-    /* Of the tile; in the chunk. */
-    __device__ int column() const { return w * ROWS + lane_id() % 2 * 8; }
-    __device__ int token(int i) const { return i * (KDA_TOKENS / 2) + lane_id() / 2; }
+    /* All pieces of a token are the warp's: its sums need no barrier between warps. The lane's
+     * first token; the next lies ABREAST further. */
+    __device__ static int piece() { return threadIdx.x % PIECES; }
+    __device__ static int token() { return threadIdx.x % GROUP / PIECES; }
 
-    /* A token a lane. */
     __device__ uint64_t *word(int tile, unsigned count) const
     {
         const unsigned place = (s.pair * 2 + tile) * KDA_SUMS_KEPT + count % KDA_SUMS_KEPT;
-        return norm.sums + place * KDA_TOKENS + lane_id();
+        return norm.sums + place * KDA_TOKENS + token();
     }
 
     /* Of chunk number `count`. */
-    __device__ asked ask(const unfinished &u, unsigned count) const
+    __device__ void ask(asked &x, const unfinished &u, unsigned count) const
     {
-        asked x = {read_word(word(1 - s.tile, count)), {}};
+        const uint64_t *sums = word(1 - s.tile, count);
+        const bf16 *z = norm.z + u.row * norm.z_stride + u.column;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (token(i) < u.tokens)
+        for (int i = 0; i < RUNS; i++) {
+            x.sums[i] = read_word(sums + i * ABREAST);
+            if (i * ABREAST < u.left)
                 x.z[i] =
-                    __ldcs(reinterpret_cast<const uint4 *>(u.z + token(i) * norm.z_stride));
-        return x;
+                    __ldcs(reinterpret_cast<const uint4 *>(z + i * ABREAST * norm.z_stride));
+        }
     }
 
     /* The tile's sums of squares, in gated_rms_norm's order: from those of 8 values up. */
     __device__ void add_squares(unfinished &u, unsigned count) const
     {
-        float sums[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < RUNS; i++) {
             float x[8];
             unpack(u.o[i], x);
-            sums[i] = sum_of_squares(x);
+            u.sum[i] = sum_of_neighbours<PIECES>(sum_of_squares(x));
         }
-        const int i = lane_id() % 2;
-        const float other = __shfl_xor_sync(ALL_LANES, i == 0 ? sums[1] : sums[0], 1);
-        float(&parts)[KDA_TOKENS][SCANNERS] = m.squares[count % 2];
-        parts[token(i)][w] = (i == 0 ? sums[0] : sums[1]) + other;
-        group_barrier(warp_id() / PREPARERS);
-        float x[SCANNERS];
-        load_floats(parts[lane_id()], x);
-        u.sum = (x[0] + x[1]) + (x[2] + x[3]);
+        uint64_t *to = word(s.tile, count);
+        if (piece() > 0) return;
+#pragma unroll
+        for (int i = 0; i < RUNS; i++)
+            write_word(to + i * ABREAST,
+                       static_cast<uint64_t>(count + 1) << 32 | __float_as_uint(u.sum[i]));
     }
 
-    /* Chunk number `count`, from its first token on, rounded and transposed by way of shared
-     * memory. */
-    __device__ void begin(unfinished &u, const token_sums &out, const walk &at, int first,
-                          unsigned count)
+    /* Chunk number `count`, from its first token on, once the output warps have left it. */
+    __device__ void begin(unfinished &u, scan_memory &m, const walk &at, int first,
+                          unsigned count) const
     {
-        put_output(out, output, w * ROWS);
-        __syncwarp();
+        barrier_wait(&m.has_output, count % 2);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            u.o[i] = *reinterpret_cast<const uint4 *>(&output[token(i)][column()]);
+        for (int i = 0; i < RUNS; i++)
+            u.o[i] =
+                *reinterpret_cast<const uint4 *>(&m.output[token() + i * ABREAST][8 * piece()]);
+        warp_arrive(&m.took_output);
         add_squares(u, count);
-        if (w == 0)
-            write_word(word(s.tile, count),
-                       static_cast<uint64_t>(count + 1) << 32 | __float_as_uint(u.sum));
-        const int own = at.h * KDA_NORM_V + s.tile * KDA_V_TILE + column();
-        u.tokens = at.tokens_here();
-        u.z = norm.z + first * norm.z_stride + own;
-        u.out = static_cast<bf16 *>(s.a.out) + first * s.a.H * KDA_NORM_V + own;
+        u.row = first + token();
+        u.column = at.h * KDA_NORM_V + s.tile * KDA_V_TILE + 8 * piece();
+        u.left = at.tokens_here() - token();
     }
 
-    __device__ void finish(const unfinished &u, asked in, unsigned count) const
+    /* By all lanes: else ptxas takes the warp for parted, and keeps its count in registers. */
+    __device__ void wait_for_sums(asked &x, unsigned count) const
     {
-        /* By all lanes: else ptxas takes the warp for parted, and keeps its count in registers. */
-        while (__any_sync(ALL_LANES, in.sum >> 32 != count + 1))
-            in.sum = read_word(word(1 - s.tile, count));
-        const float sum = u.sum + __uint_as_float(static_cast<uint32_t>(in.sum));
-        const float factor = norm_factor<bf16>(sum, KDA_NORM_V, norm.eps);
-        float weight[8];
-        load_wide(&m.weight[column()], weight);
-        vec<bf16, 8> out[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float its = __shfl_sync(ALL_LANES, factor, token(i));
+        for (int i = 0; i < RUNS; i++)
+            while (__any_sync(ALL_LANES, x.sums[i] >> 32 != count + 1))
+                x.sums[i] = read_word(word(1 - s.tile, count) + i * ABREAST);
+    }
+
+    __device__ void finish(const unfinished &u, asked &in, unsigned count) const
+    {
+        wait_for_sums(in, count);
+        const long long stride = s.a.H * KDA_NORM_V;
+        bf16 *to = static_cast<bf16 *>(s.a.out) + u.row * stride + u.column;
+        float weight[8];
+        load_wide(&own.weight[8 * piece()], weight);
+        vec<bf16, 8> out[RUNS];
+#pragma unroll
+        for (int i = 0; i < RUNS; i++) {
+            const float sum = u.sum[i] + __uint_as_float(static_cast<uint32_t>(in.sums[i]));
+            const float factor = norm_factor<bf16>(sum, KDA_NORM_V, norm.eps);
             float x[8], z[8];
             unpack(u.o[i], x), unpack(in.z[i], z);
 #pragma unroll
             for (int j = 0; j < 8; j++)
-                x[j] = gated(x[j], its, weight[j], norm_gate<bf16>(z[j]));
+                x[j] = gated(x[j], factor, weight[j], norm_gate<bf16>(z[j]));
             out[i] = rounded<bf16>(x);
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (token(i) < u.tokens)
-                __stcs(reinterpret_cast<uint4 *>(u.out + token(i) * s.a.H * KDA_NORM_V),
+        for (int i = 0; i < RUNS; i++)
+            if (i * ABREAST < u.left)
+                __stcs(reinterpret_cast<uint4 *>(to + i * ABREAST * stride),
                        *reinterpret_cast<const uint4 *>(&out[i]));
     }
 };
 
-/* run_output() with the norm. A word is written again KDA_SUMS_KEPT chunks later, by a block that
- * has finished the chunk before the last; the other had handed over that one's sums, and so had
- * finished two chunks before it: its warps have read the word. */
-__device__ inline void run_normed_output(const scanner &s, const kda_norm &norm, int w,
-                                         scan_memory &m, norm_memory &own)
+/* The first token of a chunk, given that of the chunk before. */
+__device__ inline int first_token(const scanner &s, const walk &at, int before)
+{
+    if (!at.valid) return 0;
+    return at.chunk > 0 ? before + KDA_TOKENS : static_cast<int>(at.token(s));
+}
+
+/* All that the output warps leave. A word is written again KDA_SUMS_KEPT chunks later, by a warp
+ * that has finished its tokens of the chunk before the last; the other block's had handed over that
+ * one's sums, and so had finished two chunks before it: it has read the word. */
+__device__ inline void finish_chunks(const scanner &s, const kda_norm &norm, scan_memory &m,
+                                     norm_memory &own)
 {
     static_assert(KDA_SUMS_KEPT >= 4);
-    finisher f{s, norm, own, m.output, w};
-    const descriptors d(m.stages[0].chunk);
-    unfinished before, now;
+    const finisher f{s, norm, own};
     const int i = threadIdx.x % GROUP;
     if (i < KDA_V_TILE) own.weight[i] = norm.weight[s.tile * KDA_V_TILE + i];
+    group_barrier(warp_id() / PREPARERS);
+    unfinished before, now;
+    asked in = {};
     unsigned count = 0;
-    int first = 0; /* token of the chunk: reading it each time is a wait */
-    for (walk at(s); at.valid; at.next(s), count++) {
-        const unsigned i = count % STAGES;
-        first = at.chunk == 0 ? static_cast<int>(at.token(s)) : first + KDA_TOKENS;
-        token_sums out = {};
-        barrier_wait(&m.full[i], count / STAGES % 2);
-        make_output(out, d, i, w, count, m);
-        warp_arrive(&m.empty[i]);
-        asked in = {};
-        if (count > 0) in = f.ask(before, count - 1);
-        f.begin(now, out, at, first, count);
+    walk at(s);
+    /* Found before `in` is asked for: who waits for a token would wait for that as well. */
+    for (int first = first_token(s, at, 0); at.valid;
+         first = first_token(s, at, first), count++) {
+        if (count > 0) f.ask(in, before, count - 1);
+        f.begin(now, m, at, first, count);
         if (count > 0) f.finish(before, in, count - 1);
         before = now;
+        at.next(s);
     }
-    if (count > 0) f.finish(before, f.ask(before, count - 1), count - 1);
+    if (count == 0) return;
+    f.ask(in, before, count - 1);
+    f.finish(before, in, count - 1);
 }
 
 } // namespace kda

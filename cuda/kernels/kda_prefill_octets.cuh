@@ -284,11 +284,12 @@ __device__ inline void keep_whole(const char *&p)
 struct lane_column {
     const char *first; /* of the lane's piece in the chunk's first row */
     long long stride;  /* elements between rows, of so many bytes      */
-    unsigned bytes, last;
+    unsigned bytes;
+    int last; /* row */
 
     __device__ lane_column(const kda_operand &x, const item &c, int head, int channel,
                            unsigned bytes)
-        : stride(x.stride), bytes(bytes), last((c.tokens - 1) * bytes)
+        : stride(x.stride), bytes(bytes), last(c.tokens - 1)
     {
         first = static_cast<const char *>(x.data) +
                 (c.token * stride + static_cast<long long>(head) * KDA_K + channel) * bytes;
@@ -296,9 +297,9 @@ struct lane_column {
     }
 
     /* Past the last token its piece again: such a token's b and log-decays count as 0. */
-    __device__ const char *piece(unsigned row) const
+    __device__ const char *piece(int row) const
     {
-        return first + static_cast<unsigned long long>(min(row * bytes, last)) * stride;
+        return first + static_cast<unsigned long long>(min(row, last) * bytes) * stride;
     }
 };
 
@@ -311,6 +312,8 @@ struct gate_column {
         : g(a.g, c, c.h, gate_channel(), a.g.is_bf16 ? 2 : 4), is_short(a.g.is_bf16)
     {
     }
+
+    __device__ int tokens() const { return g.last + 1; } /* of the chunk */
 
     template <class T> __device__ void read_as(raw_gates &to, int o) const
     {
@@ -379,7 +382,7 @@ __device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS
 /* `x` is the first octet. Rows stay as they are, and the factors that bring them to unit length are
  * found on the way; or, given these, they are multiplied. */
 template <class Reader>
-__device__ void prepare_octets(const kda_arguments &a, const item &c, const head_gate &gate,
+__device__ void prepare_octets(const kda_arguments &a, const head_gate &gate,
                                const Reader &from, raw_octet &x, bool is_raw, prepare_memory &m)
 {
     float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
@@ -397,7 +400,7 @@ __device__ void prepare_octets(const kda_arguments &a, const item &c, const head
         else if (a.normalize)
             sum_squares(x, o, m);
         if (o < OCTETS - 1) from.read(x, o + 1);
-        prepare_octet(o, c.tokens - OCTET * o, k, q, decays, start, part, m,
+        prepare_octet(o, from.g.tokens() - OCTET * o, k, q, decays, start, part, m,
                       lane_piece(m.chunk));
     }
 }

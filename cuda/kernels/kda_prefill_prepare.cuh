@@ -142,12 +142,12 @@ __device__ inline void have_chunk(delivery &last, int group)
 
 /* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
  * Returns whether they are. */
-__device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
-                                    const head_gate &gate, const octet_reader &from,
-                                    raw_octet &first, int group, prepare_memory &m)
+__device__ inline bool prepare_rows(const kda_arguments &a, const head_gate &gate,
+                                    const octet_reader &from, raw_octet &first, int group,
+                                    prepare_memory &m)
 {
     for (bool is_raw = true;; is_raw = false) {
-        prepare_octets(a, c, gate, from, first, is_raw, m);
+        prepare_octets(a, gate, from, first, is_raw, m);
         group_barrier(group);
         if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
         from.read(first, 0);
@@ -167,7 +167,7 @@ __device__ inline bool prepare_tokens(const kda_arguments &a, const kda_no_convo
     load_beta(a, c, m);
     load_bias(a, gate, c, m);
     have_chunk(last, group);
-    return prepare_rows(a, c, gate, from, first, group, m);
+    return prepare_rows(a, gate, from, first, group, m);
 }
 
 /* The same with the convolution before: of k and q again, where a chunk is begun again. */
@@ -183,8 +183,9 @@ __device__ inline bool prepare_tokens(const kda_arguments &a, const kda_convolut
         raw_octet first;
         convolver lane(rows, a, c, window, m);
         lane.run(is_raw ? OF_V : OF_K, [&] { have_chunk(last, group); });
+        last.flag = nullptr; /* as it is, but compilers would keep it */
         from.read(first, 0);
-        prepare_octets(a, c, gate, from, first, is_raw, m);
+        prepare_octets(a, gate, from, first, is_raw, m);
         group_barrier(group);
         if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
     }

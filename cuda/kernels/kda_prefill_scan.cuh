@@ -10,7 +10,7 @@
  * warp, in registers from a sequence's first chunk to its last; another one, the output, forms O
  * from what the chain hands over, S and U of each chunk, so that the chain waits for its own
  * products alone. A third one brings chunks and values. U enters the state as the sum of two
- * bf16, which keep 16 bits of it: errors last there.
+ * bf16, which keep 16 bits of it: errors last there. With the norm, another one finishes outputs.
  *
  * Where summaries of segments are asked for there is no output, and the second warpgroup is a
  * chain, too, of 64 unit rows without values.
@@ -52,10 +52,11 @@ struct alignas(1024) stage {
 struct scan_memory {
     stage stages[STAGES];
     handoff hands[SCANNERS];
-    output_tile output; /* each warp stores its own */
+    output_tile output; /* each warp stores its own; others finish it with the norm */
     barrier full[STAGES], empty[STAGES];
     barrier has_state[SCANNERS], took_state[SCANNERS];   /* of a handoff's S */
     barrier has_update[SCANNERS], took_update[SCANNERS]; /* and U */
+    barrier has_output, took_output; /* of outputs that are to be finished */
 };
 
 /* ---- chunks on their way ----------------------------------------------------------------- */
@@ -466,6 +467,8 @@ __device__ inline void store_output(const output_tile &from, int first, bf16 *to
     __syncwarp();
 }
 
+/* To device memory, or with the norm to the warps that finish outputs. */
+template <bool normed>
 __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
 {
     const long long stride = s.a.H * s.a.V;
@@ -477,12 +480,17 @@ __device__ inline void run_output(const scanner &s, int w, scan_memory &m)
         barrier_wait(&m.full[i], count / STAGES % 2);
         make_output(out, d, i, w, count, m);
         warp_arrive(&m.empty[i]);
-        if (!owns_rows(s, w)) continue;
-        put_output(out, m.output, w * ROWS);
-        store_output(m.output, w * ROWS,
-                     static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
-                         first_row(s, w),
-                     stride, at.tokens_here());
+        if constexpr (normed) {
+            wait_until_taken(&m.took_output, count);
+            put_output(out, m.output, w * ROWS);
+            warp_arrive(&m.has_output);
+        } else if (owns_rows(s, w)) {
+            put_output(out, m.output, w * ROWS);
+            store_output(m.output, w * ROWS,
+                         static_cast<bf16 *>(s.a.out) + at.token(s) * stride + at.h * s.a.V +
+                             first_row(s, w),
+                         stride, at.tokens_here());
+        }
     }
 }
 
