@@ -6,7 +6,9 @@
  * until these come; v goes to device memory, for the blocks that own rows of the state. A warp has
  * the channels that it has in the octets, so that it waits for itself alone. Its lane 8 o + i has
  * octet o and twice two channels: more tokens a lane, and fewer rows are read and unpacked for two
- * octets; more channels, and the next rows find no registers while these are convolved.
+ * octets; more channels, and the next rows find no registers while these are convolved. v comes
+ * first: its rows are asked for before the inverse of the chunk before, for else nothing would hide
+ * their way.
  */
 #ifndef KL_CUDA_KERNELS_KDA_PREFILL_CONVOLVE_H
 #define KL_CUDA_KERNELS_KDA_PREFILL_CONVOLVE_H
@@ -96,20 +98,19 @@ __device__ inline uint2 load_shared(uint32_t address)
 struct convolver {
     const kda_convolution &x;
     const kda_arguments &a;
-    const item &c;
-    int window; /* the slot of what comes before the chunk, -1: rows of the call do */
     prepare_memory &m;
-    unsigned channel; /* of a head, the lane's first             */
+    unsigned channel; /* of a head, the lane's first */
+    int n;            /* the item                    */
+    int window;       /* the slot of what comes before the chunk, -1: rows of the call do */
     uint2 row[RUN];   /* the three before its octet, and its own */
     float taps[STRIP][KDA_TAPS];
 
-    __device__ convolver(const kda_convolution &x, const kda_arguments &a, const item &c,
-                         int window, prepare_memory &m)
-        : x(x), a(a), c(c), window(window), m(m)
+    __device__ convolver(const kda_convolution &x, const kda_arguments &a, prepare_memory &m)
+        : x(x), a(a), m(m)
     {
-        const unsigned thread = made_here(threadIdx.x);
-        channel = (thread % GROUP / WARP * LANES + thread % LANES) * STRIP;
     }
+
+    __device__ const item &chunk() const { return m.items[n]; }
 
     __device__ static int octet() { return lane_id() / LANES; }
 
@@ -119,12 +120,13 @@ struct convolver {
     /* In a row of x. */
     __device__ int column(int part) const
     {
-        return (part * static_cast<int>(a.H) + c.h) * KDA_K + static_cast<int>(channel);
+        return (part * static_cast<int>(a.H) + chunk().h) * KDA_K + static_cast<int>(channel);
     }
 
     /* If there is such a part. Past the last token its row again; none before the call's first. */
     __device__ void ask_rows(int part)
     {
+        const item &c = chunk();
         const int before = made_here(OCTET * octet() - PAST), last = c.tokens - 1 - before;
         const int bytes = static_cast<int>(x.x.stride) * static_cast<int>(sizeof(bf16));
         const char *first =
@@ -143,6 +145,33 @@ struct convolver {
         const float *from = x.taps + (column(part) + first) * KDA_TAPS;
         load_if(part >= 0, taps[first], from);
         load_if(part >= 0, taps[first + 1], from + KDA_TAPS);
+    }
+
+    /* Loads write only where asked to: what registers held before would be kept for that. */
+    __device__ void forget()
+    {
+#pragma unroll
+        for (int i = 0; i < RUN; i++) row[i] = {};
+#pragma unroll
+        for (int i = 0; i < STRIP; i++)
+#pragma unroll
+            for (int j = 0; j < KDA_TAPS; j++) taps[i][j] = 0;
+    }
+
+    /* What run() begins with. */
+    __device__ void ask(int part)
+    {
+        channel = made_here((threadIdx.x % GROUP / WARP * LANES + threadIdx.x % LANES) * STRIP);
+        forget();
+        ask_rows(part);
+        ask_taps(part, 0), ask_taps(part, 2);
+    }
+
+    /* The first part of an item, if it is a chunk. */
+    __device__ void ask_first(int item, int its_window)
+    {
+        n = item, window = its_window;
+        ask(chunk().tokens > 0 ? OF_V : -1);
     }
 
     /* Where a sequence begins, its window takes the place of the rows before: three inputs of a
@@ -201,6 +230,7 @@ struct convolver {
 
     __device__ void store_v(const uint32_t (&low)[OCTET], const uint32_t (&high)[OCTET]) const
     {
+        const item &c = chunk();
         const int first = made_here(OCTET * octet()), left = c.tokens - first;
         bf16 *to = static_cast<bf16 *>(const_cast<void *>(a.v.data)) +
                    (c.token + first) * a.v.stride + column(0);
@@ -212,7 +242,7 @@ struct convolver {
     /* Past the last token its row again, as where rows are given. */
     __device__ void fill(int part) const
     {
-        const int last = c.tokens - 1, row = last % OCTET;
+        const int last = chunk().tokens - 1, row = last % OCTET;
         const uint32_t first = place(part, octet());
         __syncwarp();
         const uint2 y = load_shared((place(part, last / OCTET) ^ row * 16) + row * KDA_K);
@@ -221,12 +251,11 @@ struct convolver {
             if (OCTET * octet() + t > last) store_shared(first ^ t * 16, t * KDA_K, y);
     }
 
-    /* Parts from `part` down. `have_chunk` is called when v is known: before anything goes to the
-     * chunk, and before stores that a release of the last one's flag would wait for. */
+    /* Parts from `part` down, which has been asked for. `have_chunk` is called when v is known:
+     * before anything goes to the chunk, and before stores that a release of the last one's flag
+     * would wait for. */
     template <class F> __device__ void run(int part, F have_chunk)
     {
-        ask_rows(part);
-        ask_taps(part, 0), ask_taps(part, 2);
 #pragma unroll 1 /* three times the code would not stay in the instruction cache */
         for (; part >= 0; part--) {
             uint32_t in[RUN], low[OCTET], high[OCTET];
@@ -247,10 +276,30 @@ struct convolver {
             } else
                 store(part, low, high);
         }
-        if (c.tokens < KDA_TOKENS) fill(OF_K), fill(OF_Q);
+        if (chunk().tokens < KDA_TOKENS) fill(OF_K), fill(OF_Q);
         __syncwarp();
     }
 };
+
+/* Where rows are given. */
+struct no_convolver {
+    __device__ no_convolver(const kda_no_convolution &, const kda_arguments &, prepare_memory &)
+    {
+    }
+    __device__ void ask_first(int, int) {}
+};
+
+__device__ inline convolver convolver_of(const kda_convolution &x, const kda_arguments &a,
+                                         prepare_memory &m)
+{
+    return {x, a, m};
+}
+
+__device__ inline no_convolver convolver_of(const kda_no_convolution &x, const kda_arguments &a,
+                                            prepare_memory &m)
+{
+    return {x, a, m};
+}
 
 } // namespace kda
 

@@ -156,9 +156,8 @@ __device__ inline bool prepare_rows(const kda_arguments &a, const head_gate &gat
 
 /* From a chunk's tokens in device memory to the sums of its octets; returns what prepare_rows()
  * does. */
-__device__ inline bool prepare_tokens(const kda_arguments &a, const kda_no_convolution &,
-                                      const item &c, int, int group, prepare_memory &m,
-                                      delivery &last)
+__device__ inline bool prepare_tokens(const kda_arguments &a, no_convolver &, const item &c,
+                                      int group, prepare_memory &m, delivery &last)
 {
     const octet_reader from(a, c);
     const head_gate gate = gate_of(a, c.h);
@@ -171,9 +170,8 @@ __device__ inline bool prepare_tokens(const kda_arguments &a, const kda_no_convo
 }
 
 /* The same with the convolution before: of k and q again, where a chunk is begun again. */
-__device__ inline bool prepare_tokens(const kda_arguments &a, const kda_convolution &rows,
-                                      const item &c, int window, int group, prepare_memory &m,
-                                      delivery &last)
+__device__ inline bool prepare_tokens(const kda_arguments &a, convolver &lane, const item &c,
+                                      int group, prepare_memory &m, delivery &last)
 {
     const kept_reader from(a, c, m);
     const head_gate gate = gate_of(a, c.h);
@@ -181,22 +179,22 @@ __device__ inline bool prepare_tokens(const kda_arguments &a, const kda_convolut
     load_bias(a, gate, c, m);
     for (bool is_raw = true;; is_raw = false) {
         raw_octet first;
-        convolver lane(rows, a, c, window, m);
         lane.run(is_raw ? OF_V : OF_K, [&] { have_chunk(last, group); });
         last.flag = nullptr; /* as it is, but compilers would keep it */
         from.read(first, 0);
         prepare_octets(a, gate, from, first, is_raw, m);
         group_barrier(group);
         if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
+        lane.ask(OF_K); /* here: registers would be kept for it, were it in front of run() */
     }
 }
 
-/* All but the inverse. `last` is of the thread that sends; `window` is the convolver's. */
-template <class Rows>
-__device__ void prepare_products(const kda_arguments &a, const Rows &rows, const item &c,
-                                 int window, int group, prepare_memory &m, delivery &last)
+/* All but the inverse. `last` is of the thread that sends. */
+template <class Lane>
+__device__ void prepare_products(const kda_arguments &a, Lane &lane, const item &c, int group,
+                                 prepare_memory &m, delivery &last)
 {
-    const bool is_raw = prepare_tokens(a, rows, c, window, group, m, last);
+    const bool is_raw = prepare_tokens(a, lane, c, group, m, last);
     add_parts(m, find_factors(a, is_raw, m));
     group_barrier(group);
 }
@@ -280,7 +278,7 @@ struct leader {
     __device__ static void prefetch(const kda_arguments &a, const kda_convolution &rows,
                                     const item &c)
     {
-        for (int part = OF_V; part >= 0; part--)
+        for (int part = OF_K; part >= 0; part--) /* v is asked for by all warps */
             prefetch_rows(rows.x, c, part * static_cast<int>(a.H) + c.h);
         prefetch_rows(a.g, c, c.h);
     }
@@ -307,16 +305,20 @@ __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const 
         tickets.put<Rows>(a, p, lanes, m.items[1], windows[1]);
     }
     group_barrier(group);
-    for (int n = 0; m.items[n].tokens >= 0; n = (n + 1) % ITEMS) {
+    auto lane = convolver_of(rows, a, m);
+    lane.ask_first(0, windows[0]);
+    for (int n = 0, next = 1; m.items[n].tokens >= 0; n = next, next = (next + 1) % ITEMS) {
         const item &c = m.items[n];
         const bool sends = leads && c.tokens > 0;
         room space;
         if (leads) tickets.ask(p, 1);
-        if (c.tokens > 0) prepare_products(a, rows, c, windows[n], group, m, last);
-        if (leads) { /* while others invert */
-            tickets.prefetch(a, rows, m.items[(n + 1) % ITEMS]);
+        if (c.tokens > 0) prepare_products(a, lane, c, group, m, last);
+        lane.ask_first(next, windows[next]); /* comes beside the inverse */
+        if (leads) {                         /* while others invert */
+            tickets.prefetch(a, rows, m.items[next]);
             tickets.take();
-            tickets.put<Rows>(a, p, lanes, m.items[(n + 2) % ITEMS], windows[(n + 2) % ITEMS]);
+            const int later = (next + 1) % ITEMS;
+            tickets.put<Rows>(a, p, lanes, m.items[later], windows[later]);
         }
         if (c.tokens > 0) space = finish_chunk(p, c, group, m);
         group_barrier(group);
