@@ -82,9 +82,9 @@ def before(
     """Those with a line of code that lacks a commit."""
     if not contains(commit, commit):
         sys.exit(f"--before: no commit {commit}")
-    lacks = {line["commit"] for lines in chosen.values() for line in lines}
-    lacks = {id for id in lacks if not contains(id, commit)}
-    return {c: lines for c, lines in chosen.items() if lacks & {x["commit"] for x in lines}}
+    measured = {line["commit"] for lines in chosen.values() for line in lines}
+    older = {name for name in measured if not contains(name, commit)}
+    return {c: lines for c, lines in chosen.items() if older & {x["commit"] for x in lines}}
 
 
 def seconds(lines: list[tables.Line]) -> float:

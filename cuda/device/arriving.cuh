@@ -60,6 +60,20 @@ __device__ inline uint32_t load_here(const uint32_t *from)
     return x;
 }
 
+__device__ inline int load_here(const int *from)
+{
+    int x;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
+__device__ inline float load_here(const float *from)
+{
+    float x;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+    return x;
+}
+
 __device__ inline bool is_there(bf16 x)
 {
     return __bfloat16_as_ushort(x) != KL_BLANK;

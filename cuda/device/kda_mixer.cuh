@@ -41,21 +41,6 @@ __device__ inline long long mixer_slot(const mixer_arguments &a, unsigned n)
     return a.kda.slots == nullptr ? n : a.kda.slots[n];
 }
 
-/* As those of arriving.cuh, before it is known whether the address was right. */
-__device__ inline int load_here(const int *from)
-{
-    int x;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
-
-__device__ inline float load_here(const float *from)
-{
-    float x;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
-    return x;
-}
-
 /* One channel of the convolution. */
 template <class A> struct mixer_channel {
     long long c;

@@ -39,11 +39,6 @@ struct shared_memory {
 constexpr int SHARED_BYTES = sizeof(shared_memory) + 1024;
 static_assert(PAGE_BYTES % 1024 == 0);
 
-__device__ int load_number(const int *from)
-{
-    return static_cast<int>(load_here(reinterpret_cast<const uint32_t *>(from)));
-}
-
 /* By a warp. */
 __device__ void bring_page(const CUtensorMap &map, int id, shared_memory &s)
 {
@@ -180,8 +175,8 @@ __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     let_next_start();
     if (threadIdx.x == 0) prefetch_map(&map);
     /* Both at once: the block may have found room late. */
-    const int id = load_number(a.block_table + blockIdx.y);
-    const long long length = load_number(a.lengths), left = length - blockIdx.y * TOKENS;
+    const int id = load_here(a.block_table + blockIdx.y);
+    const long long length = load_here(a.lengths), left = length - blockIdx.y * TOKENS;
     if (left <= 0) {
         if (blockIdx.y == 0) wait_for_inputs();
         return;
