@@ -17,7 +17,7 @@ NO_RESULT = (
     *("ST", "RED", "BAR", "SYNCS", "UTM", "UBLK", "LDGSTS", "LDGDEP", "CCTL", "MEMBAR", "ERRBAR"),
     *("WARP", "BRA", "BSSY", "BSYNC", "EXIT", "RET", "NOP", "R2UR", "DEPBAR", "BRX"),
 )  # fmt: skip
-MOST_STATES = 12  # of a branch's target, enough for rings of three groups
+MOST_STATES = 100  # of a branch's target; a loop that never waits would make more and more
 
 
 def functions(listing):
@@ -91,7 +91,8 @@ def overwritten(listing):
                         wrong.add(address)
                 state = after(state, text)
                 to = index.get(int(target[1], 16)) if (target := branch(text)) else None
-                if to is not None and state not in seen[to] and len(seen[to]) < MOST_STATES:
+                if to is not None and state not in seen[to]:
+                    assert len(seen[to]) < MOST_STATES, f"{name} {address:x}: products pile up"
                     seen[to].add(state)
                     work.append((to, state))
                 if text == whole and leaves(op, text):
