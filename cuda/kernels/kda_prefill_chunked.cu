@@ -21,9 +21,9 @@
  * Roofline     1,282 B a token and head with g in bf16: 112 us for 8,192 tokens of 32 heads on
  *              an H100; 256 more with a norm. Preparing and the chain alone take four fifths of
  *              the whole each
- * Measured     8,192 tokens of 32 heads: H200 334 us with given log-decays, 336 with the softplus
- *              gate (23 % of its roofline of 78 us), 520 with convolution and norm; H100 342, 341
- *              and 549 (benchmarks/bench_kda.py, 2026-11-23)
+ * Measured     8,192 tokens of 32 heads: H200 320 us with given log-decays, 317 with the softplus
+ *              gate (25 % of its roofline of 78 us), 490 with convolution and norm
+ *              (benchmarks/bench_kda.py, 2026-11-23)
  */
 #include "kda_prefill_norm.cuh"
 

@@ -14,7 +14,8 @@
  *              sums of these warps in their order
  * Roofline     2 * rows * N * K flops at 800 TFLOP/s
  * Measured     H100, [8192, 2304] x [12288]: bf16, int8, int4, fp8 1656, 1692, 1647, 1677 us, 280
- *              TFLOP/s; experts of 256 rows 188, 218, 223, 219 TFLOP/s (2026-11-23)
+ *              TFLOP/s; experts of 256 rows 188, 218, 223, 219 TFLOP/s (2026-11-23, bf16 before its
+ *              weights waited for the products before them)
  */
 #include "../device/tile_launch.cuh"
 #include "../device/tile_results.cuh"
