@@ -26,6 +26,7 @@
 #ifndef KL_CUDA_DEVICE_DIGITS_H
 #define KL_CUDA_DEVICE_DIGITS_H
 
+#include "group_ring.cuh"
 #include "scaled.cuh"
 
 constexpr int DIGITS = 4;
@@ -231,67 +232,6 @@ template <kl_weight_format format> struct digit_row {
     }
 };
 
-/* ---- the weights ----------------------------------------------------------------------- */
-
-/* As weight_ring, but that the pieces of a row are one group: a scale for the lanes of a row. */
-template <kl_weight_format format, int DEPTH> struct digit_ring {
-    static_assert(weight_codec<format>::GROUP == STREAM_LANES * weight_codec<format>::PIECE);
-    static constexpr int WORDS = STREAM_WARPS * 8; /* of scales, half */
-    static constexpr int SLOT = RING_PIECES + 2 * 4 * WORDS, BYTES = DEPTH * SLOT;
-
-    unsigned char *first, *slot;
-
-    __device__ explicit digit_ring(unsigned char *shared) : first(shared), slot(shared) {}
-
-    __device__ void put_none()
-    {
-        copy_commit();
-        slot = slot == first + BYTES - SLOT ? first : slot + SLOT;
-    }
-
-    __device__ uint4 *pieces() const { return reinterpret_cast<uint4 *>(slot) + threadIdx.x; }
-
-    __device__ uint32_t *scales() const
-    {
-        return reinterpret_cast<uint32_t *>(slot + RING_PIECES) + threadIdx.x / STREAM_LANES;
-    }
-
-    /* Pieces past the end of their row become zeros. */
-    __device__ void put(const ring_feed<format> &feed)
-    {
-        const bool inside = feed.left > 0;
-        __syncwarp(); /* all lanes have read what was here */
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            copy_once(pieces() + i * STREAM_THREADS, feed.row[i].data, inside);
-            if (lane_id() % STREAM_LANES == 0)
-                copy_word(scales() + i * WORDS, feed.row[i].scales, inside);
-        }
-        put_none();
-    }
-
-    /* The oldest step, once it is there; odd as ring_feed says it of the lane's own groups. Weights
-     * without scales pass through, too. */
-    template <kl_weight_format f> __device__ ring_pieces take(const bool (&odd)[2]) const
-    {
-        copy_wait<DEPTH - 1>();
-        if constexpr (f == format) __syncwarp();
-        ring_pieces p = {{pieces()[0], pieces()[STREAM_THREADS]}, {1, 1}};
-        if constexpr (f == format) {
-            p.scale[0] = scale_of(scales()[0], odd[0]);
-            p.scale[1] = scale_of(scales()[WORDS], odd[1]);
-        } else {
-            static_assert(weight_codec<f>::GROUP == 0);
-        }
-        return p;
-    }
-
-    __device__ static float scale_of(uint32_t word, bool odd)
-    {
-        return __uint_as_float(choose_bytes(word, 0, odd ? 0x3244u : 0x1044u));
-    }
-};
-
 /* ---- the product ----------------------------------------------------------------------- */
 
 /* Where a lane finds the digits that meet its pieces, and how it multiplies them: acc[i] += a step
@@ -409,7 +349,7 @@ template <kl_weight_format format> struct numbers_of {
 template <> struct numbers_of<KL_W_INT8> {
     using row = digit_row<KL_W_INT8>;
     using walk = ring_digits<KL_W_INT8>;
-    template <int DEPTH> using ring = digit_ring<KL_W_INT8, DEPTH>;
+    template <int DEPTH> using ring = group_ring<KL_W_INT8, DEPTH>;
 };
 
 template <> struct numbers_of<KL_W_FP8> {

@@ -3,10 +3,9 @@
  * where row r of a step meets the first and row r + 8 the second: halves of the columns of the same
  * row of a weight.
  *
- * int8 and int4: a byte b in the lower bits of a bf16 is b 2^-133, below 128 as a subnormal number,
- * above as one of the least exponent. So one fma makes of it (b - 128) 2^-6, of a nibble
- * (b - 8) 2^-6: exact, in fewer operations than weight.cuh's, and without the scale, which meets
- * the f32 sum. fp8 as weight.cuh has it, without the scale too.
+ * int8 and int4: one fma makes of a byte b (b - 128) 2^-6, of a nibble (b - 8) 2^-6 (centred() in
+ * weight.cuh): exact, and without the scale, which meets the f32 sum. fp8 as weight.cuh has it,
+ * without the scale too.
  *
  * 8 bits: lanes that are multiples of 4 find the sums. int4: a lane's piece is a group of its own,
  * so that its columns of the narrow side, one for each row of x, are zeros but for that lane's
@@ -16,15 +15,6 @@
 #define KL_CUDA_DEVICE_HALVES_H
 
 #include "ring.cuh"
-
-/* Two numbers b 2^-133 to (b / times - less) 2^-6. */
-__device__ inline uint32_t centred(uint32_t raised, float times, float less)
-{
-    const __nv_bfloat162 p =
-        __hfma2(*reinterpret_cast<const __nv_bfloat162 *>(&raised),
-                __float2bfloat162_rn(0x1p127f / times), __float2bfloat162_rn(-less * 0x1p-6f));
-    return *reinterpret_cast<const uint32_t *>(&p);
-}
 
 /* What sums are multiplied by in the end. */
 template <kl_weight_format format> constexpr float HALVES_ONE = format == KL_W_FP8 ? 1 : 64;

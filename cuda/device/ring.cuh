@@ -322,13 +322,15 @@ template <kl_weight_format format, int N>
 __device__ void ring_multiply(float (&acc)[N][4], const ring_pieces &p,
                               const ring_x<format, N> &x)
 {
-    if constexpr (stream_format<format, N>::WHOLE) {
+    using F = stream_format<format, N>;
+    if constexpr (F::WHOLE) {
         float part[N][4] = {};
         ring_multiply_raw(part, p, x);
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) acc[n][e] = fmaf(p.scale[e / 2], part[n][e], acc[n][e]);
+            for (int e = 0; e < 4; e++)
+                acc[n][e] = F::add_scaled(p.scale[e / 2], part[n][e], acc[n][e]);
     } else {
         ring_multiply_raw(acc, p, x);
     }

@@ -12,9 +12,10 @@
  * order. Neither that order nor an mma's depends on how many rows of x there are; for many of them
  * kernels/linear_ordered.cu has it too, so whoever changes it here changes it there.
  *
- * Weights of one byte become bf16 exactly: the pieces of four lanes are one group, whose scale
- * is applied to the f32 sum of their products. Those of four bits become q * scale, rounded to
- * bf16. float32 weights are split into three bf16 numbers, which hold all of their 24 bits.
+ * Weights of one byte become bf16 exactly, but for a power of two that their scale makes good: the
+ * pieces of four lanes are one group, whose scale is applied to the f32 sum of their products.
+ * Those of four bits become q * scale, rounded to bf16. float32 weights are split into three bf16
+ * numbers, which hold all of their 24 bits.
  */
 #ifndef KL_CUDA_DEVICE_STREAM_H
 #define KL_CUDA_DEVICE_STREAM_H
@@ -48,7 +49,14 @@ template <kl_weight_format format, int N> struct stream_format {
                                                        : (N == 1 ? 5 : 3);
     static constexpr int STEP = STREAM_LANES * PIECE; /* columns of a row, of a warp's step */
 
-    /* The piece as `TERMS` numbers of bf16 that add up to it, in pairs. */
+    /* before + what a sum of split() weights and its scale are together, where that is WHOLE. */
+    static __device__ float add_scaled(float scale, float sum, float before)
+    {
+        return fmaf(codec::ONE * scale, sum, before);
+    }
+
+    /* The piece as `TERMS` numbers of bf16 that add up to it, in pairs; where it is WHOLE without
+     * its scale, as the codec's unscaled(). */
     static __device__ void split(uint4 raw, float scale, uint32_t (&to)[TERMS][PIECE / 2])
     {
         if constexpr (WHOLE) {
@@ -170,7 +178,7 @@ template <kl_weight_format format, int N> struct stream_step {
             for (int n = 0; n < N; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    acc[n][e] = fmaf(scale[e / 2], part[n][e], acc[n][e]);
+                    acc[n][e] = F::add_scaled(scale[e / 2], part[n][e], acc[n][e]);
         } else {
             multiply_raw(acc);
         }

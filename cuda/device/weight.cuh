@@ -74,11 +74,14 @@ __device__ inline uint32_t multiply_bf16(uint32_t a, __nv_bfloat162 s)
     return *reinterpret_cast<const uint32_t *>(&p);
 }
 
-__device__ inline uint32_t subtract_bf16(uint32_t a, uint32_t b)
+/* Two bytes b in the lower bits of bf16 numbers, b 2^-133: below 128 as subnormal numbers, above as
+ * ones of the least exponent. To (b / times - less) 2^-6, exactly, by one fma. */
+__device__ inline uint32_t centred(uint32_t raised, float times, float less)
 {
-    const __nv_bfloat162 d = __hsub2(*reinterpret_cast<const __nv_bfloat162 *>(&a),
-                                     *reinterpret_cast<const __nv_bfloat162 *>(&b));
-    return *reinterpret_cast<const uint32_t *>(&d);
+    const __nv_bfloat162 p =
+        __hfma2(*reinterpret_cast<const __nv_bfloat162 *>(&raised),
+                __float2bfloat162_rn(0x1p127f / times), __float2bfloat162_rn(-less * 0x1p-6f));
+    return *reinterpret_cast<const uint32_t *>(&p);
 }
 
 template <int PIECE>
@@ -90,7 +93,9 @@ __device__ void round_pairs(const float (&from)[PIECE], uint32_t (&to)[PIECE / 2
 
 /* A format: PIECE columns in 16 bytes, GROUP columns with one scale (0: none), floats() and
  * pairs() of a piece in the order of its columns, and at(), one value of a row. Formats of one
- * byte also have unscaled(): the pairs without their scale, exactly. */
+ * byte also have unscaled(): the pairs without their scale, ONE times too small, exactly. ONE is a
+ * power of two: a sum times ONE times the scale has the bits of the whole numbers' sum times the
+ * scale. */
 template <kl_weight_format format> struct weight_codec;
 
 template <> struct weight_codec<KL_W_F32> {
@@ -140,6 +145,7 @@ template <> struct weight_codec<KL_W_BF16> {
 
 template <> struct weight_codec<KL_W_INT8> {
     static constexpr int PIECE = 16, GROUP = KL_INT8_GROUP;
+    static constexpr float ONE = 64;
     static __device__ void floats(uint4 raw, float s, float (&to)[PIECE])
     {
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -148,17 +154,14 @@ template <> struct weight_codec<KL_W_INT8> {
         for (int i = 0; i < PIECE; i++)
             to[i] = fmaf(raise_byte(words[i / 4] ^ 0x80808080u, i % 4), s, less);
     }
-    /* q as bf16 pairs: of q = low - high, with low its seven lower bits and high its sign bit
-     * as 128, both become exact when raised by 2^7. */
     static __device__ void unscaled(uint4 raw, uint32_t (&to)[PIECE / 2])
     {
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-        for (int i = 0; i < PIECE / 2; i++) {
-            const uint32_t raised =
-                choose_bytes(words[i / 2], 0x43434343u, i % 2 == 0 ? 0x4140u : 0x4342u);
-            to[i] = subtract_bf16(raised & 0xff7fff7fu, raised & 0xff80ff80u);
-        }
+        for (int i = 0; i < PIECE / 2; i++)
+            to[i] = centred(
+                choose_bytes(words[i / 2] ^ 0x80808080u, 0, i % 2 == 0 ? 0x4140u : 0x4342u), 1,
+                128);
     }
     static __device__ void pairs(uint4 raw, float s, uint32_t (&to)[PIECE / 2])
     {
@@ -219,6 +222,7 @@ template <> struct weight_codec<KL_W_INT4> {
 
 template <> struct weight_codec<KL_W_FP8> {
     static constexpr int PIECE = 16, GROUP = KL_FP8_GROUP;
+    static constexpr float ONE = 1;
     /* Two e4m3 numbers, which float16 holds exactly. */
     static __device__ float2 two(uint32_t bytes)
     {
@@ -246,7 +250,6 @@ template <> struct weight_codec<KL_W_FP8> {
         asm("prmt.b32 %0, %1, 0, %2;" : "=r"(wide) : "r"(word), "r"(i == 0 ? 0x9180 : 0xb3a2));
         return multiply_bf16(wide << 4 & 0x87f087f0u, __float2bfloat162_rn(0x1p120f));
     }
-    /* q as bf16 pairs. */
     static __device__ void unscaled(uint4 raw, uint32_t (&to)[PIECE / 2])
     {
         const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};

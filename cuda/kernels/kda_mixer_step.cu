@@ -140,7 +140,8 @@ template <kl_weight_format format> struct gate_step {
 
     __device__ float scaled(float sum, int e) const
     {
-        return F::WHOLE ? __fmul_rn(scale[e], sum) : sum;
+        if constexpr (F::WHOLE) return __fmul_rn(F::codec::ONE * scale[e], sum);
+        return sum;
     }
 };
 

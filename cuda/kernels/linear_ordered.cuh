@@ -382,7 +382,8 @@ template <class S, int N> struct ordered_sums {
         wgmma_wait<0>();
         wgmma_settle(part);
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) chain[i] = fmaf(scale[i / 2 % 2], part[i], chain[i]);
+        for (int i = 0; i < N / 2; i++)
+            chain[i] = S::own::add_scaled(scale[i / 2 % 2], part[i], chain[i]);
         clear(part);
     }
 

@@ -19,7 +19,7 @@ template <x_as numbers> constexpr int STEPS_AHEAD = numbers == x_as::HALVES ? 5 
 
 /* x in shared memory: T rows as bf16, */
 template <kl_weight_format format, x_as numbers> struct step_rows {
-    using ring_type = weight_ring<format>;
+    using ring_type = least_ring<format>;
     const shared_rows plain;
 
     static __host__ __device__ int bytes_of(int T, int cols)

@@ -132,7 +132,7 @@ template <kl_weight_format format> struct inner_walk {
  * of 4 the sums of row lane / 4 of the gates and of the ups. BRINGERS threads ask for it after the
  * wait, and have it there later, before a barrier. */
 template <kl_weight_format format, bool own> struct inner_row {
-    using ring_type = weight_ring<format, INNER_DEPTH<format>>;
+    using ring_type = least_ring<format, INNER_DEPTH<format>>;
     const shared_rows x;
 
     static __host__ __device__ int bytes_of(int D) { return shared_rows::pitch_of(D); }
