@@ -1,7 +1,6 @@
 /*
- * moe_step.cuh -- what the kernels of a single token's experts share: their arguments, the choice
- * of the experts, which each block makes for itself or hears of, and the way of the inner products
- * to rows of x.
+ * moe_step.cuh -- what the kernels of a single token's experts share: their arguments, and the choice
+ * of the experts, which each block makes for itself or hears of.
  */
 #ifndef KL_CUDA_DEVICE_MOE_STEP_H
 #define KL_CUDA_DEVICE_MOE_STEP_H
@@ -178,45 +177,6 @@ template <int ROWS> __device__ float sum_of_warps(const float *sums, int row)
     for (int w = 0; w < STREAM_WARPS; w++) sum += sums[w * ROWS + row];
     return sum;
 }
-
-/* The inner products on their way to two rows of x of from.units() times 16 bytes each: unit i
- * comes from their column from.column(i), or is zeros where that is -1. Columns are found out
- * before the products are there, for a thread's first units. */
-template <class From> struct inner_copy {
-    static constexpr int BATCH =
-        5; /* with 256 threads all of the model's 9 times 1024 columns */
-    From from;
-    int first[BATCH];
-
-    __device__ void prepare()
-    {
-#pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            const int i = b * STREAM_THREADS + threadIdx.x;
-            first[b] = i < 2 * from.units() ? from.column(i) : -1;
-        }
-    }
-
-    __device__ void copy(const shared_rows &to, const bf16 *inner, int i, int column) const
-    {
-        const int units = from.units(), second = i >= units;
-        copy_async(to.unit(second, i - second * units), inner + max(column, 0), column >= 0);
-    }
-
-    /* All on their way at once. */
-    __device__ void start(const shared_rows &to, const bf16 *inner) const
-    {
-        const int all = 2 * from.units();
-#pragma unroll
-        for (int b = 0; b < BATCH; b++)
-            if (const int i = b * STREAM_THREADS + threadIdx.x; i < all)
-                copy(to, inner, i, first[b]);
-#pragma unroll 1
-        for (int i = BATCH * STREAM_THREADS + threadIdx.x; i < all; i += STREAM_THREADS)
-            copy(to, inner, i, from.column(i));
-        copy_commit();
-    }
-};
 
 /* Host. */
 

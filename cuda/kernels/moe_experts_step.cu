@@ -140,6 +140,45 @@ template <kl_weight_format format> struct out_walk {
     }
 };
 
+/* The inner products on their way to two rows of x of from.units() times 16 bytes each: unit i
+ * comes from their column from.column(i), or is zeros where that is -1. Columns are found out
+ * before the products are there, for a thread's first units. */
+template <class From> struct inner_copy {
+    static constexpr int BATCH =
+        5; /* with 256 threads all of the model's 9 times 1024 columns */
+    From from;
+    int first[BATCH];
+
+    __device__ void prepare()
+    {
+#pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            const int i = b * STREAM_THREADS + threadIdx.x;
+            first[b] = i < 2 * from.units() ? from.column(i) : -1;
+        }
+    }
+
+    __device__ void copy(const shared_rows &to, const bf16 *inner, int i, int column) const
+    {
+        const int units = from.units(), second = i >= units;
+        copy_async(to.unit(second, i - second * units), inner + max(column, 0), column >= 0);
+    }
+
+    /* All on their way at once. */
+    __device__ void start(const shared_rows &to, const bf16 *inner) const
+    {
+        const int all = 2 * from.units();
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+            if (const int i = b * STREAM_THREADS + threadIdx.x; i < all)
+                copy(to, inner, i, first[b]);
+#pragma unroll 1
+        for (int i = BATCH * STREAM_THREADS + threadIdx.x; i < all; i += STREAM_THREADS)
+            copy(to, inner, i, from.column(i));
+        copy_commit();
+    }
+};
+
 /* The inner products as two rows of x: the experts' first halves and their second ones, each of
  * whole steps, UNITS times 16 bytes of x. */
 template <int UNITS> struct halves_of_experts {
