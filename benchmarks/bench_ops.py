@@ -4,19 +4,19 @@
     python benchmarks/bench_ops.py --only linear,kda  # operations whose name contains one of these
     python benchmarks/bench_ops.py --small --no-write # seconds and small shapes; without a GPU, too
 
-All of them but kda_prefill, which bench_kda.py has, and quantize, which takes memory and belongs to
-loading (bench_load.py). A call is captured in a CUDA graph once for each of several copies of its
-arguments, so many that they do not fit the L2 together; the figure is the median over replays,
-divided by the calls. The floor is what the call must move or compute at the least, at the rates
-measured on this device; what a token step fuses further (moe, kda_mixer, ends of linear) only the
-runner calls: bench_step.py; the rival does the same work in the same run: cuBLAS (torch.matmul),
-SDPA on keys and values that are expanded already, and for what only moves memory a copy of as many
-bytes. Everything is checked before it is timed.
+All of them but kda_prefill, which bench_kda.py has. A call is captured in a CUDA graph once for
+each of several copies of its arguments, so many that they do not fit the L2 together; the figure is
+the median over replays, divided by the calls. quantize takes memory and waits, so it cannot be
+captured: `us` is then the whole call, memory taken and given back, and `kernel_us` its kernels. The
+floor is what the call must move or compute at the least, at the rates measured on this device; what
+a token step fuses further (moe, kda_mixer, ends of linear) only the runner calls: bench_step.py;
+the rival does the same work in the same run: cuBLAS (torch.matmul), SDPA on keys and values that
+are expanded already, torch's own words for a rounding, and for what only moves memory a copy of as
+many bytes. Everything is checked before it is timed.
 """
 
 import dataclasses
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,17 +26,16 @@ import torch
 import torch.nn.functional as F
 from common import Results, arguments, rates
 from kimi_linear import ops, reference
+from ops_timing import DEVICE, L2_BYTES, eager_seconds, kernel_seconds, seconds_of
 
 HIDDEN, HEADS, HEAD = 2304, 32, 128
 NOPE, ROPE, RANK = 128, 64, 512
 EXPERTS, TOP, INNER, VOCABULARY = 256, 8, 1024, 163_840
-L2_BYTES = 50 << 20
 CHECKED_TOKENS, CHECKED_ROWS = 200, 4096
 DECODED = ((1, 1024), (1, 8192), (1, 131_072), (1, 1 << 20), (8, 8192), (32, 8192), (64, 8192))
 DECODED_8BIT = ((1, 1024), (1, 8192), (1, 131_072), (1, 1 << 20), (32, 8192))
 LATENT_ROWS = 4096  # that pages are drawn from: a million would take longer to pack than all else
 BF16 = torch.bfloat16
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclasses.dataclass
@@ -52,6 +51,7 @@ class Bench:
     flops: float
     rivals: dict[str, Callable[..., Any]]
     bound: float = 4e-3
+    captured: bool = True
 
 
 def rand(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -65,36 +65,6 @@ def error(got: Any, want: Any) -> float:
 
 
 # ---- timing ----------------------------------------------------------------------------------
-
-
-def seconds_of(calls: list[Callable[[], Any]], repeat: int) -> float:
-    """Median seconds of one of these calls, run one after the other."""
-    for call in calls:
-        call()
-    if DEVICE == "cpu":
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        return (time.perf_counter() - start) / len(calls)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # ids and targets must be there
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeat + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[2:]) / len(calls)
 
 
 def copies_of(bench: Bench) -> list[tuple]:
@@ -121,18 +91,25 @@ def measure(bench: Bench, results: Results, repeat: int) -> None:
     if not wrong < bench.bound:
         raise ArithmeticError(f"wrong by {wrong}")
     copies = copies_of(bench)
-    taken = seconds_of([lambda a=a: bench.run(*a) for a in copies], repeat)
+    calls = [lambda a=a: bench.run(*a) for a in copies]
+    seconds = seconds_of if bench.captured else eager_seconds
+    taken, more = seconds(calls, repeat), {}
     rivals = {
-        name: 1e6 * seconds_of([lambda a=a, r=rival: r(*a) for a in copies], repeat)
+        name: 1e6 * seconds([lambda a=a, r=rival: r(*a) for a in copies], repeat)
         for name, rival in bench.rivals.items()
     }
     peak = rates(results.device)
-    floor = max(bench.bytes / peak[0], bench.flops / peak[1]) if peak else None
+    if peak:
+        floor = max(bench.bytes / peak[0], bench.flops / peak[1])
+        more = {"floor_us": 1e6 * floor, "share": floor / taken}
+    if DEVICE == "cuda" and not bench.captured:
+        alone = kernel_seconds(calls)
+        more |= {"kernel_us": 1e6 * alone, "kernel_gb_s": bench.bytes / alone / 1e9}
+        more |= {"kernel_share": floor / alone} if peak else {}
     results.add(
         bench.op, bench.case, us=1e6 * taken, gb_s=bench.bytes / taken / 1e9,
         tflop_s=bench.flops / taken / 1e12, error=wrong, rivals=rivals,
-        ratio={name: us / (1e6 * taken) for name, us in rivals.items()},
-        **({"floor_us": 1e6 * floor, "share": floor / taken} if floor else {}),
+        ratio={name: us / (1e6 * taken) for name, us in rivals.items()}, **more,
     )  # fmt: skip
 
 
@@ -214,6 +191,44 @@ def linear(T: int, formats: tuple[str, ...], vocabulary: int) -> Iterator[Bench]
                 make, lambda x, packed, w: ops.linear(x, packed), check, nbytes, 2 * T * O * K,
                 {"cublas bf16": lambda x, packed, w: x @ w.T},
             )  # fmt: skip
+
+
+QMAX = {"int8": 127, "fp8": 448, "int4": 7}  # in groups of 64 columns, int4 of 32
+
+
+def torch_quantize(w: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same rounding in torch's own words: the packed values and their scales."""
+    size, qmax = 32 if format == "int4" else 64, QMAX[format]
+    groups = w.float().unflatten(-1, (-1, size))
+    scales = (groups.abs().amax(-1, keepdim=True) / qmax).to(BF16)
+    ratio = torch.where(scales > 0, groups / scales.float(), 0.0).clamp_(-qmax, qmax)
+    if format == "fp8":
+        return ratio.to(torch.float8_e4m3fn), scales
+    q = ratio.round_().to(torch.int8)
+    if format == "int4":  # the first half of a group in low nibbles
+        low, high = (q.view(torch.uint8) + 8).split(size // 2, dim=-1)
+        q = low | high << 4
+    return q, scales
+
+
+def quantize(which: str, shape: tuple[int, ...], formats: tuple[str, ...]) -> Iterator[Bench]:
+    n = math.prod(shape)
+    for format in formats:
+
+        def check(w, format=format):
+            """At both ends: a row's groups are its own."""
+            rows = w.flatten(0, -2)
+            rows = torch.cat([rows[:CHECKED_TOKENS], rows[-CHECKED_TOKENS:]])
+            want = reference.quantize(rows.float().cpu().numpy(), format).dequantize()
+            return error(ops.quantize(rows, format).dequantize(), want)
+
+        nbytes = (2 + BYTES[format]) * n
+        yield Bench(
+            "quantize", {"which": which, "shape": list(shape), "dtype": "bf16", "format": format},
+            lambda: (rand(*shape, scale=shape[-1] ** -0.5),),
+            lambda w, format=format: ops.quantize(w, format), check, nbytes, 4 * n,
+            {"torch": lambda w, format=format: torch_quantize(w, format)}, 1e-6, captured=False,
+        )  # fmt: skip
 
 
 def token_logprobs(T: int, vocabulary: int) -> Iterator[Bench]:
@@ -432,6 +447,9 @@ def benches(small: bool) -> Iterator[tuple[str, Callable[[], Iterator[Bench]]]]:
         yield "moe_experts", lambda T=T: moe_experts(T, 16 if small else EXPERTS, formats)
     for T in (few, many) if small else (1, 8, 64, 8192):
         yield "linear", lambda T=T: linear(T, formats, rows)
+    stack = (2 if small else EXPERTS, INNER, HIDDEN)
+    for which, shape in (SHAPES | {"lm_head": (rows, HIDDEN), "experts' w1": stack}).items():
+        yield "quantize", lambda w=which, s=shape: quantize(w, s, formats[1:])
     yield "token_logprobs", lambda: token_logprobs(many // 4, rows)
     for N in (few,) if small else (1, 32):
         yield "kda_decode", lambda N=N: kda_decode(N)

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import math
 import signal
-import statistics
 import sys
 import time
 from argparse import Namespace
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from bench_ops import DEVICE, L2_BYTES, seconds_of
 from common import Results, rates
 from kda_fused import fused
 from kda_truth import (
@@ -38,6 +36,7 @@ from kda_truth import (
     weak_inputs,
 )
 from kimi_linear import ops
+from ops_timing import DEVICE, L2_BYTES, eager_seconds, seconds_of
 
 TOKEN_BYTES = 5 * 2 * K + 2
 CALLS = 10  # of a graph
@@ -197,19 +196,6 @@ def contiguous(x: Inputs) -> Inputs:
     return dataclasses.replace(x, **dense)
 
 
-def eager_seconds(call: Callable[[], Any], repeat: int) -> float:
-    """Median seconds of a call that cannot be captured, the time of the host with it."""
-    times = []
-    for _ in range(repeat + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[2:])
-
-
 def rivals_of(case: Case, copies: list[Inputs], options: Namespace) -> dict[str, Any]:
     """Microseconds of each rival that this machine has, or why there are none."""
     found: dict[str, Any] = {}
@@ -225,7 +211,7 @@ def rivals_of(case: Case, copies: list[Inputs], options: Namespace) -> dict[str,
         try:
             run = cudnn(plan)
             run(copies[0])
-            found[plan] = 1e6 * eager_seconds(lambda r=run: r(copies[0]), options.repeat)
+            found[plan] = 1e6 * eager_seconds([lambda r=run: r(copies[0])], options.repeat)
         except Exception as e:
             print(f"# {plan}: {type(e).__name__}: {e}", file=sys.stderr)
     return found

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_ops import DEVICE, seconds_of
 from common import Results, rates
 from kda_truth import BF16, K, V
 from kimi_linear import ops
 from kimi_linear.testing import random_model, tiny_config
+from ops_timing import DEVICE, seconds_of
 
 H, PROMPTS = 32, 6
 OWN = re.compile("short_conv|kda_|gated_kernel")

@@ -23,7 +23,7 @@ READMES = (
 )
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
 OPS = ("linear", "moe_experts", "moe_route", "kda_decode", "mla_prefill", "mla_decode",
-       "short_conv", "rms_norm", "gated_rms_norm", "token_logprobs")  # fmt: skip
+       "short_conv", "rms_norm", "gated_rms_norm", "token_logprobs", "quantize")  # fmt: skip
 Line = dict[str, Any]
 
 
@@ -181,7 +181,7 @@ def ops() -> str:
             ratio = line.get("ratio") or {}
             rows.append([
                 f"{op}, {short(line['device'])}",
-                ", ".join(f"{v}" if k in ("which", "format") else f"{k} {v}"
+                ", ".join(f"{v}" if k in ("which", "format", "shape") else f"{k} {v}"
                           for k, v in case.items()),
                 number(line["us"]), number(line["gb_s"]), number(line["tflop_s"]),
                 percent(line.get("share")).strip(" ()"),

@@ -62,6 +62,37 @@ def test_latents_of_a_decoded_token(monkeypatch):
         assert bench.bytes == 2 * 70 * row + w.nbytes + q.nbytes * (1 + 128 / 192)
 
 
+def test_every_operation_has_a_row(monkeypatch):
+    """In bench_ops.py and the table of its results; kda_prefill has a benchmark and a table."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench, tables = (importlib.import_module(n) for n in ("bench_ops", "tables"))
+    public = set(bench.ops.__all__) - {"PackedWeight", "kda_prefill"}
+    made = {name for name, _ in bench.benches(small=True)}
+    assert set(tables.OPS) == public
+    assert made == public - {"rms_norm", "gated_rms_norm"} | {"norm"}
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantised_matrices(format, monkeypatch):
+    """bench_ops.py's bytes and its rival, which must round as the operation does."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench_ops = importlib.import_module("bench_ops")
+    (bench,) = bench_ops.quantize("one", (2, 300, 192), (format,))
+    (w,) = bench.make()
+    w[1, 7, 64:128] = 0
+    assert bench.check(w) < bench.bound
+    want = reference.quantize(w.float().numpy(), format)
+    q, scales = bench_ops.torch_quantize(w, format)
+    assert np.array_equal(q.flatten(-2).numpy(), want.data)
+    assert np.array_equal(scales[..., 0].float().numpy(), want.scales)
+    assert bench.bytes == w.nbytes + q.nbytes + scales.nbytes
+    wrong = reference.quantize(1.01 * w.float().flatten(0, 1)[-400:].numpy(), format)
+    monkeypatch.setattr(bench_ops.ops, "quantize", lambda *_: wrong)
+    assert bench.check(w) > bench.bound
+
+
 def test_bytes_of_latents(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     floor = importlib.import_module("model_floor")
