@@ -20,7 +20,8 @@ CHUNKS_AT_ONCE = 256  # times heads; 1 MB of pairs of tokens each
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of one call. cu holds the borders of the sequences."""
+    """The arguments of one call. cu holds the borders of the sequences, state [N, H, V, K] what
+    they start from (zeros if None)."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -28,7 +29,8 @@ class Inputs:
     g: torch.Tensor
     beta: torch.Tensor
     cu: torch.Tensor
-    options: dict[str, Any]  # gate, A_log, dt_bias, normalize, beta_logits
+    options: dict[str, Any]  # scale, gate, A_log, dt_bias, normalize, beta_logits
+    state: torch.Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -99,6 +101,22 @@ def direct_inputs(profile: str, lengths: list[int], H: int, device: str) -> Inpu
     return Inputs(q, k, v, g, beta, borders(lengths, device), {})
 
 
+def published_inputs(
+    cu: tuple[int, ...], H: int, K: int, scale: float | None, divisor: float, left_out: float,
+    device: str,
+) -> Inputs:  # fmt: skip
+    """As a Published of tests/profiles.py says: values in (0, 1), a state to start from."""
+    T = cu[-1]
+    q, k = (F.normalize(torch.randn(T, H, K, device=device), dim=-1).to(BF16) for _ in "qk")
+    v = torch.rand(T, H, K, device=device).to(BF16)
+    g = F.logsigmoid(torch.randn(T, H, K, device=device)) / divisor
+    g *= torch.rand(T, H, K, device=device) > left_out
+    beta = torch.sigmoid(torch.randn(T, H, device=device)).to(BF16)
+    state = torch.randn(len(cu) - 1, H, K, K, device=device)
+    borders = torch.tensor(cu, dtype=torch.int32, device=device)
+    return Inputs(q, k, v, g, beta, borders, {"scale": scale or K**-0.5}, state)
+
+
 # ---- the truth -------------------------------------------------------------------------------
 
 
@@ -113,7 +131,7 @@ def exact(x: Inputs, tokens: slice, heads: list[int]) -> tuple[torch.Tensor, ...
         if (bias := x.options.get("dt_bias")) is not None:
             g = g + bias[heads].double()
         g = -x.options["A_log"][heads].double().exp()[:, None] * F.softplus(g, threshold=500)
-    return q * K**-0.5, k, v, g, beta
+    return q * x.options.get("scale", K**-0.5), k, v, g, beta
 
 
 def by_chunk(t: torch.Tensor) -> torch.Tensor:
@@ -135,7 +153,7 @@ def run_chunks(S: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, torc
     solved = torch.linalg.solve_triangular(
         (beta[..., None] * kk).tril(-1), right, upper=False, unitriangular=True
     )
-    Y, P = solved[..., :V], solved[..., V:]
+    Y, P = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     left, total = k * (G[:, :, -1:] - G).exp(), G[:, :, -1:].exp()
     states, U = (
         torch.empty(len(g), *S.shape, dtype=S.dtype, device=S.device),
@@ -149,10 +167,12 @@ def run_chunks(S: torch.Tensor, *rows: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def truth(x: Inputs, n: int, heads: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """o [tokens of sequence n, heads, V] and the state [heads, V, K] that a state of zeros
-    becomes, in float64."""
+    """o [tokens of sequence n, heads, V] and the state [heads, V, K] that its first one becomes, in
+    float64."""
     first, end = x.cu[n : n + 2].tolist()
     S = torch.zeros(len(heads), V, K, dtype=torch.float64, device=x.q.device)
+    if x.state is not None:
+        S = x.state[n, heads].double()
     outputs, step = [], max(1, CHUNKS_AT_ONCE // len(heads)) * CHUNK
     for start in range(first, end, step):
         rows = exact(x, slice(start, min(end, start + step)), heads)

@@ -4,6 +4,8 @@ Each is a function (r, T, H, K) -> (raw g [T, H, K], the gate's other arguments)
 adds directions, values and a state to start from.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 
@@ -85,6 +87,29 @@ PROFILES = {name: (gate, None) for name, gate in GATES.items()} | {
     "beta to 2, no decay": (none, reflect),
     "decay alone": (constant, leave),
 }
+
+
+class Published(NamedTuple):
+    """A case that flash-linear-attention tests its kernels with; it allows 5e-3. Borders of the
+    sequences, heads, channels of a head, scale (None: K^-1/2), what the log-decay is divided by,
+    and the share of it that is left out."""
+
+    cu: tuple[int, ...]
+    H: int
+    K: int
+    scale: float | None
+    divisor: float
+    left_out: float
+
+
+PUBLISHED = (
+    Published((0, 1024), 4, 128, 0.1, 1, 0),
+    Published((0, 1500), 4, 128, 0.1, 10, 0),
+    Published((0, 1000), 3, 64, 0.1, 1, 0.5),
+    Published((0, 1024), 4, 100, 1, 0.1, 0),
+    Published((0, 256, 500, 1000), 4, 128, None, 1, 0.5),
+    Published((0, 15, 100, 300, 1200, 2000), 4, 100, None, 1, 0),
+)
 
 
 def make_case(profile, T, *, H=2, Hk=None, K=48, V=40, N=1, seed=0):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ COMMANDS = (
     "--kv-cache-dtype fp8",
     "bench_step.py --help",
     "bench_kda.py --small",
+    "bench_kda.py --device cuda --small --only 70,published",
     "bench_prefix.py --document 512 --questions 8 --plain 1 --only batch",
 )
 
@@ -120,6 +122,36 @@ def test_logits_of_steps(monkeypatch):
     drawn = Completion("", [0, 1, 2, 3], [], "length", said, None)
     assert step_logits.of_recorded(want[0], drawn) == pytest.approx(0.01)
     assert step_logits.of_recorded(got[0], drawn) == np.inf
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_how_flash_linear_attention_is_called(ragged, monkeypatch):
+    """By a chunk_kda with its layouts: a batch of [B, T, H, ...], states [N, H, K, V]."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    kda_cuda, kda_truth = (importlib.import_module(n) for n in ("kda_cuda", "kda_truth"))
+
+    def chunk_kda(q, k, v, g, beta, scale, initial_state, cu_seqlens=None, **rest):
+        assert not any(on for name, on in rest.items() if name.endswith("in_kernel"))
+        B, T = q.shape[:2]
+        assert B == (1 if ragged else 2) and (cu_seqlens is not None) == ragged
+        cu = cu_seqlens if ragged else torch.arange(B + 1) * T
+        o, state = reference.kda_prefill(
+            *(x.flatten(0, 1).float().numpy() for x in (q, k, v, g, beta)), scale=scale,
+            cu_seqlens=cu.numpy(), initial_state=initial_state.mT.numpy(),
+        )  # fmt: skip
+        return torch.tensor(o).view(v.shape), torch.tensor(state).mT
+
+    monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.ops", types.ModuleType("fla.ops"))
+    monkeypatch.setitem(sys.modules, "fla.ops.kda", types.SimpleNamespace(chunk_kda=chunk_kda))
+    cu = (0, 20, 50) if ragged else (0, 20, 40)
+    x = kda_truth.published_inputs(cu, 2, 24, 0.1, 1, 0.5, "cpu")
+    o, states = kda_cuda.fla(ragged)(x)
+    for n in range(2):
+        want, want_state = kda_truth.truth(x, n, [0, 1])
+        assert kda_truth.relative(o[cu[n] : cu[n + 1]], want) < 1e-13
+        assert kda_truth.relative(states[n], want_state) < 1e-13
 
 
 # ---- the commands behind the tables ----------------------------------------------------------
