@@ -34,6 +34,19 @@ __device__ inline void barrier_arrive(barrier *b)
                  : "memory");
 }
 
+/* All lanes have done what they do before; one of them says so, whichever: to ask for one's number
+ * takes as long as a load. */
+__device__ inline void warp_arrive(barrier *b)
+{
+    __syncwarp();
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+                 "}" ::"r"(shared_address(b))
+                 : "memory");
+}
+
 /* Arrive once the copies that this thread has started with copy_async() are done. */
 __device__ inline void barrier_arrive_after_copies(barrier *b)
 {

@@ -56,7 +56,6 @@ struct block_memory {
     prepare_memory prepare; /* of the last group */
     kda_lanes_of_call lanes;
     norm_memory norm;
-    int windows[GROUPS][ITEMS]; /* prepare_chunks() */
 };
 static_assert(sizeof(block_memory) <= 227 * 1024);
 
@@ -136,7 +135,7 @@ __global__ __launch_bounds__(THREADS,
 {
     extern __shared__ __align__(1024) unsigned char bytes[];
     block_memory &own = *reinterpret_cast<block_memory *>(bytes);
-    block_memory &m = Rows::IS_THERE && normed ? hidden(own) : own;
+    block_memory &m = hidden(own);
     /* From a shuffle, ptxas knows that it is the same for the warp; else it waits for every
      * product of a warpgroup on its own. */
     const int w = __shfl_sync(ALL_LANES, warp_id(), 0), group = w / PREPARERS;
@@ -159,8 +158,8 @@ __global__ __launch_bounds__(THREADS,
     if (scans && group != PREPARE) {
         scan_chunks<pass, Rows::IS_THERE, normed>(s, norm, group, w % PREPARERS, own);
     } else {
-        prepare_chunks(a, p, rows, m.lanes, group, group == PREPARE ? m.prepare : m.more[group],
-                       m.windows[group]);
+        prepare_chunks(a, p, rows, m.lanes, group,
+                       group == PREPARE ? m.prepare : m.more[group]);
     }
 }
 

@@ -97,23 +97,23 @@ struct convolver {
     const kda_convolution &x;
     const kda_arguments &a;
     const item &c;
-    int window; /* the slot of what comes before the chunk, -1: rows of the call do */
     prepare_memory &m;
     unsigned channel; /* of a head, the lane's first             */
     uint2 row[RUN];   /* the three before its octet, and its own */
     float taps[STRIP][KDA_TAPS];
 
     __device__ convolver(const kda_convolution &x, const kda_arguments &a, const item &c,
-                         int window, prepare_memory &m)
-        : x(x), a(a), c(c), window(window), m(m),
-          channel((threadIdx.x % GROUP / WARP * LANES + threadIdx.x % LANES) * STRIP)
+                         prepare_memory &m)
+        : x(x), a(a), c(c), m(m)
     {
+        const unsigned thread = made_here(threadIdx.x % GROUP);
+        channel = (thread / WARP * LANES + thread % LANES) * STRIP;
     }
 
     __device__ static int octet() { return lane_id() / LANES; }
 
     /* Whether what comes before the octet lies there. */
-    __device__ bool has_window() const { return window >= 0 && octet() == 0; }
+    __device__ bool has_window() const { return c.window >= 0 && octet() == 0; }
 
     /* In a row of x. */
     __device__ int column(int part) const
@@ -152,7 +152,7 @@ struct convolver {
         constexpr unsigned LOW_HIGH = 0x7610, HIGH_LOW = 0x5432;
         const long long C = 3 * a.H * KDA_K;
         const uint2 *from =
-            reinterpret_cast<const uint2 *>(x.windows + (window * C + column(part)) * PAST);
+            reinterpret_cast<const uint2 *>(x.windows + (c.window * C + column(part)) * PAST);
         const uint2 u = from[0], v = from[1], w = from[2];
         row[0] = {__byte_perm(u.x, u.y, LOW_HIGH), __byte_perm(v.y, w.x, LOW_HIGH)};
         row[1] = {__byte_perm(u.x, v.x, HIGH_LOW), __byte_perm(v.y, w.y, HIGH_LOW)};
@@ -220,12 +220,17 @@ struct convolver {
             if (OCTET * octet() + t > last) store_shared(first ^ t * 16, t * KDA_K, y);
     }
 
-    /* Parts from `part` down. `have_chunk` is called when v is known: before anything goes to the
-     * chunk, and before stores that a release of the last one's flag would wait for. */
-    template <class F> __device__ void run(int part, F have_chunk)
+    __device__ void ask(int part)
     {
         ask_rows(part);
         ask_taps(part, 0), ask_taps(part, 2);
+    }
+
+    /* Parts from `part` down, which has been asked for. `have_chunk` is called when v is known:
+     * before anything goes to the chunk, and before stores that a release of the last one's flag
+     * would wait for. */
+    template <class F> __device__ void run(int part, F have_chunk)
+    {
 #pragma unroll 1 /* three times the code would not stay in the instruction cache */
         for (; part >= 0; part--) {
             uint32_t in[RUN], low[OCTET], high[OCTET];

@@ -55,6 +55,7 @@ struct item {
     int h, hk;
     int pair, slot; /* of the ring */
     unsigned serial;
+    int window; /* of a convolution: the slot of what comes before, -1: rows of the call do */
 };
 
 /* Shared memory of a group. */
@@ -130,9 +131,9 @@ struct head_gate {
 
 /* inner g may overflow: a rate that sees the difference makes LEAST of it anyway, and one that is
  * next to nothing counts in larger units. */
-__device__ inline head_gate gate_of(const kda_arguments &a, int h)
+__device__ inline head_gate gate_of(const kda_arguments &a, float A_log)
 {
-    const float rate = a.A_log == nullptr ? 1.0f : expf(a.A_log[h]);
+    const float rate = a.A_log == nullptr ? 1.0f : expf(A_log);
     if (a.gate == KL_GATE_BOUNDED) return {rate, a.lower_bound * LOG2_E};
     if (a.gate == KL_GATE_DIRECT) return {1.0f, LOG2_E};
     const bool is_nothing = rate < 0x1p-100f;
@@ -152,7 +153,7 @@ using lane_gates = float[2][CHANNELS / 2];
 
 __device__ inline int gate_channel()
 {
-    return warp_id() % PREPARERS * 32 + lane_id() / 4 * (CHANNELS / 2);
+    return made_here(threadIdx.x % GROUP) / 4 * (CHANNELS / 2);
 }
 
 /* Raw gates to log2-decays. */
@@ -160,7 +161,7 @@ __device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate,
                                   const float *bias, lane_gates &x)
 {
     float *const y = x[0], b[CHANNELS / 2]; /* all eight: a loop a gate, that they go abreast */
-    if (a.gate != KL_GATE_DIRECT) load_floats(bias, b);
+    load_floats(bias, b);
     if (a.gate == KL_GATE_SOFTPLUS) {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
@@ -224,23 +225,65 @@ __device__ inline void unpack_gates(const raw_gates &g, bool is_bf16, lane_gates
     }
 }
 
-/* A channel a thread. */
-__device__ inline void load_bias(const kda_arguments &a, const head_gate &gate, const item &c,
-                                 prepare_memory &m)
+/* Where asked for. No branch, behind which what hides the load would be over. */
+__device__ inline void load_if(bool asked, float &to, const float *from)
 {
-    const int i = threadIdx.x % GROUP;
-    if (a.gate == KL_GATE_DIRECT) return;
-    const float bias = a.dt_bias == nullptr ? 0.0f : a.dt_bias[c.h * KDA_K + i];
-    m.bias[i] = a.gate == KL_GATE_SOFTPLUS ? bias * gate.inner : bias;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.u32 p, %2, 0;\n"
+                 "@p ld.global.nc.f32 %0, [%1];\n"
+                 "}"
+                 : "+f"(to)
+                 : "l"(from), "r"(static_cast<int>(asked)));
 }
 
-__device__ inline void load_beta(const kda_arguments &a, const item &c, prepare_memory &m)
+/* A bf16 or float32 number's bits. */
+__device__ inline void load_if(bool asked, uint32_t &to, const void *from, bool is_bf16)
 {
-    const int i = threadIdx.x % GROUP;
-    if (i >= KDA_TOKENS) return;
-    const float raw = i < c.tokens ? kda_load(a.beta, c.token + i, c.h) : 0.0f;
-    m.beta[i] = i >= c.tokens ? 0.0f : a.beta_logits ? sigmoid(raw) : raw;
+    asm volatile("{\n"
+                 ".reg .pred p, q;\n"
+                 "setp.ne.u32 q, %2, 0;\n"
+                 "setp.ne.and.u32 p, %3, 0, q;\n"
+                 "@p ld.global.nc.u16 %0, [%1];\n"
+                 "setp.eq.and.u32 p, %3, 0, q;\n"
+                 "@p ld.global.nc.u32 %0, [%1];\n"
+                 "}"
+                 : "+r"(to)
+                 : "l"(from), "r"(static_cast<int>(asked)), "r"(static_cast<int>(is_bf16)));
 }
+
+/* A thread's share of what a chunk needs beside its rows, as it is given: its head's A_log, a
+ * channel's bias, and of the warp that has it a token's beta. On its way before the rows are asked
+ * for, that they come together. */
+struct raw_scalars {
+    static constexpr int BETA_WARP = 2;
+    float A_log = 0, bias = 0;
+    uint32_t beta = 0;
+
+    __device__ raw_scalars(const kda_arguments &a, const item &c)
+    {
+        const int i = made_here(threadIdx.x % GROUP), token = i - BETA_WARP * WARP;
+        load_if(a.A_log != nullptr, A_log, a.A_log + c.h);
+        load_if(a.dt_bias != nullptr, bias, a.dt_bias + c.h * KDA_K + i);
+        const long long at = (c.token + token) * a.beta.stride + c.h;
+        load_if(token >= 0 && token < c.tokens, beta,
+                static_cast<const char *>(a.beta.data) + at * (a.beta.is_bf16 ? 2 : 4),
+                a.beta.is_bf16);
+    }
+
+    /* The bias and beta to shared memory. */
+    __device__ head_gate put(const kda_arguments &a, const item &c, prepare_memory &m) const
+    {
+        const int i = made_here(threadIdx.x % GROUP), token = i - BETA_WARP * WARP;
+        const head_gate gate = gate_of(a, A_log);
+        m.bias[i] = a.gate == KL_GATE_SOFTPLUS ? bias * gate.inner : bias;
+        if (token >= 0 && token < KDA_TOKENS) {
+            const float raw = __uint_as_float(a.beta.is_bf16 ? beta << 16 : beta);
+            m.beta[token] = token >= c.tokens ? 0.0f : a.beta_logits ? sigmoid(raw) : raw;
+        }
+        return gate;
+    }
+};
 
 /* ---- lengths of rows --------------------------------------------------------------------- */
 
@@ -263,7 +306,7 @@ __device__ inline bool is_extreme(float squares)
 /* Of a chunk that came raw. */
 __device__ inline bool has_extremes(const prepare_memory &m)
 {
-    const float2 s = squares_of(m, lane_id());
+    const float2 s = squares_of(m, made_here(lane_id()));
     return __any_sync(ALL_LANES, is_extreme(s.x) || is_extreme(s.y));
 }
 
@@ -274,16 +317,17 @@ __device__ inline bool has_extremes(const prepare_memory &m)
  * is returned, lane t has token t's. */
 __device__ inline float find_factors(const kda_arguments &a, bool is_raw, prepare_memory &m)
 {
+    const int token = made_here(lane_id());
     float2 f = {1, 1};
     if (a.normalize && is_raw) {
-        const float2 s = squares_of(m, lane_id());
+        const float2 s = squares_of(m, token);
         f = {kda_unit_factor(s.x), kda_unit_factor(s.y)};
     }
-    const float column = m.beta[lane_id()] * f.x;
+    const float column = m.beta[token] * f.x;
     if (warp_id() % PREPARERS == 0) {
-        m.column[lane_id()] = column;
-        m.chunk.factor[0][lane_id()] = f.x;
-        m.chunk.factor[1][lane_id()] = f.y * a.scale;
+        m.column[token] = column;
+        m.chunk.factor[0][token] = f.x;
+        m.chunk.factor[1][token] = f.y * a.scale;
     }
     return column * f.x * (1 + LOST_TO_TF32);
 }

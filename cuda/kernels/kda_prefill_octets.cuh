@@ -33,8 +33,9 @@ using lane_part = float2 *;
 
 __device__ inline lane_part lane_part_of(prepare_memory &m)
 {
-    float(*first)[OCTET] = m.part[warp_id() % PREPARERS][0][0];
-    return reinterpret_cast<lane_part>(&first[lane_id() / 4][lane_id() % 4 * 2]);
+    const int thread = made_here(threadIdx.x % GROUP);
+    float(*first)[OCTET] = m.part[thread / WARP][0][0];
+    return reinterpret_cast<lane_part>(&first[thread / 4 % OCTET][thread % 4 * 2]);
 }
 
 /* An octet's rows against its own k, from differences of the sums L. Lane 4 g + 0 writes row g. */
@@ -314,7 +315,7 @@ struct gate_column {
 
     template <class T> __device__ void read_as(raw_gates &to, int o) const
     {
-        const int row = OCTET * o + lane_id() % 4;
+        const int row = OCTET * o + made_here(lane_id()) % 4;
 #pragma unroll
         for (int t = 0; t < 2; t++)
             *reinterpret_cast<T *>(&to.x[t]) =
@@ -342,9 +343,9 @@ struct octet_reader {
 
     __device__ void read(raw_octet &to, int o) const
     {
-        const int row = OCTET * o + lane_id() / 4;
-        to.k = *reinterpret_cast<const uint4 *>(k.piece(row));
-        to.q = *reinterpret_cast<const uint4 *>(q.piece(row));
+        const int row = OCTET * o + made_here(lane_id()) / 4;
+        to.k = __ldg(reinterpret_cast<const uint4 *>(k.piece(row)));
+        to.q = __ldg(reinterpret_cast<const uint4 *>(q.piece(row)));
         g.read(to.g, o);
     }
 };
@@ -360,8 +361,8 @@ __device__ inline void sum_squares(const raw_octet &x, int o, prepare_memory &m)
     mma_bf16(of_q, low, {x.q.x, x.q.y});
     mma_bf16(of_k, high, {x.k.z, x.k.w});
     mma_bf16(of_q, high, {x.q.z, x.q.w});
-    const int row = lane_id() / 4, warp = warp_id() % PREPARERS;
-    if (lane_id() % 4 != row / 2) return;
+    const int lane = made_here(lane_id()), row = lane / 4, warp = warp_id() % PREPARERS;
+    if (lane % 4 != row / 2) return;
     m.squares[0][OCTET * o + row][warp] = row % 2 ? of_k[1] : of_k[0];
     m.squares[1][OCTET * o + row][warp] = row % 2 ? of_q[3] : of_q[2];
 }

@@ -71,54 +71,68 @@ __device__ inline bool is_leader()
     return warp_id() % PREPARERS == PREPARERS - 1;
 }
 
-/* Whether the chunk that lay in an item's slot has been copied by all tiles of its pair: a warp
- * asks, a lane for each tile, and learns of it later. */
-struct room {
-    const unsigned *taken = nullptr;
-    unsigned seen;
-
-    room() = default;
-
-    __device__ room(const kda_plan &p, const item &c, bool asks)
-    {
-        if (!asks || lane_id() >= p.tiles) return;
-        taken = &p.taken[(c.pair * p.tiles + lane_id()) * KDA_FLAG];
-        seen = read_flag(taken);
-    }
-
-    __device__ void wait(const kda_plan &p, const item &c)
-    {
-        if (taken == nullptr) return;
-        for (; static_cast<int>(seen + p.slots - c.serial) <= 0; seen = read_flag(taken))
-            __nanosleep(200);
-    }
-};
+/* Until the chunk that lay in an item's slot has been copied by all tiles of its pair: by a warp, a
+ * lane for each tile. */
+__device__ inline void wait_for_room(const kda_plan &p, const item &c)
+{
+    if (lane_id() >= p.tiles) return;
+    const unsigned *taken = &p.taken[(c.pair * p.tiles + lane_id()) * KDA_FLAG];
+    while (static_cast<int>(read_flag(taken) + p.slots - c.serial) <= 0) __nanosleep(200);
+}
 
 /* A chunk on its way from shared memory to its slot, by the thread that sent it. */
 struct delivery {
-    unsigned *flag = nullptr;
-    unsigned value;
+    bool is_on_its_way = false;
 
     __device__ void send(const kda_plan &p, const item &c, prepare_memory &m)
     {
         copy_bytes_out(&p.ring[c.slot], &m.chunk, sizeof m.chunk);
-        flag = &p.ready[c.slot * KDA_FLAG], value = c.serial + 1;
+        is_on_its_way = true;
     }
 
     /* The next chunk may take its place. */
     __device__ void wait_until_read() const
     {
-        if (flag != nullptr) wait_for_copies_out<true>();
+        if (is_on_its_way) wait_for_copies_out<true>();
     }
 
-    /* To those who wait for the chunk. The group has begun the next: the copy has ended. */
-    __device__ void announce()
+    /* To those who wait for the chunk, of item c. The group has begun the next: the copy has
+     * ended. */
+    __device__ void announce(const kda_plan &p, const item &c)
     {
-        if (flag == nullptr) return;
+        if (!is_on_its_way) return;
         wait_for_copies_out<false>();
-        write_release(flag, value);
-        flag = nullptr;
+        write_release(&p.ready[c.slot * KDA_FLAG], c.serial + 1);
+        is_on_its_way = false;
     }
+};
+
+/* The group's items go round. All that a thread keeps of one is its address in shared memory. */
+struct place {
+    unsigned first, at;
+
+    __device__ explicit place(const prepare_memory &m)
+        : first(shared_address(m.items)), at(first)
+    {
+    }
+
+    __device__ void next() { at = after(1).at; }
+
+    __device__ place after(int n) const
+    {
+        constexpr unsigned end = ITEMS * sizeof(item);
+        place to = *this;
+        to.at += n * sizeof(item);
+        if (to.at - first >= end) to.at -= end;
+        return to;
+    }
+
+    __device__ item &operator*() const
+    {
+        return *static_cast<item *>(__cvta_shared_to_generic(at));
+    }
+
+    __device__ item *operator->() const { return &**this; }
 };
 
 /* The rows of a chunk on their way to the L2, by a warp, a row a lane. */
@@ -132,12 +146,38 @@ __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int he
     if (!x.is_bf16) prefetch_line(from + 256), prefetch_line(from + 384);
 }
 
-/* The chunk has been copied to its slot: another one may take its place. */
-__device__ inline void have_chunk(delivery &last, int group)
+__device__ inline void prefetch_beta(const kda_operand &x, const item &c)
+{
+    if (lane_id() < c.tokens)
+        prefetch_line(static_cast<const char *>(x.data) +
+                      ((c.token + lane_id()) * x.stride + c.h) * (x.is_bf16 ? 2 : 4));
+}
+
+/* A chunk on its way to the L2, by a warp. */
+__device__ inline void prefetch_chunk(const kda_arguments &a, const kda_no_convolution &,
+                                      const item &c)
+{
+    prefetch_rows(a.k, c, c.hk);
+    prefetch_rows(a.q, c, c.hk);
+    prefetch_rows(a.g, c, c.h);
+    prefetch_beta(a.beta, c);
+}
+
+__device__ inline void prefetch_chunk(const kda_arguments &a, const kda_convolution &rows,
+                                      const item &c)
+{
+    for (int part = OF_V; part >= 0; part--)
+        prefetch_rows(rows.x, c, part * static_cast<int>(a.H) + c.h);
+    prefetch_rows(a.g, c, c.h);
+    prefetch_beta(a.beta, c);
+}
+
+/* The chunk before that of c has been copied to its slot: this one may take its place. */
+__device__ inline void have_chunk(const kda_plan &p, const place &c, int group, delivery &last)
 {
     last.wait_until_read();
     group_barrier(group);
-    last.announce();
+    last.announce(p, *c.after(ITEMS - 1));
 }
 
 /* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
@@ -155,34 +195,41 @@ __device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
 }
 
 /* From a chunk's tokens in device memory to the sums of its octets; returns what prepare_rows()
- * does. */
-__device__ inline bool prepare_tokens(const kda_arguments &a, const kda_no_convolution &,
-                                      const item &c, int, int group, prepare_memory &m,
-                                      delivery &last)
+ * does. `meanwhile` is called when all that the chunk needs first is on its way. */
+template <class F>
+__device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
+                               const kda_no_convolution &, const place &at, int group,
+                               prepare_memory &m, delivery &last, F meanwhile)
 {
+    const item &c = *at;
+    const raw_scalars own(a, c);
     const octet_reader from(a, c);
-    const head_gate gate = gate_of(a, c.h);
     raw_octet first;
     from.read(first, 0);
-    load_beta(a, c, m);
-    load_bias(a, gate, c, m);
-    have_chunk(last, group);
+    meanwhile();
+    const head_gate gate = own.put(a, c, m);
+    have_chunk(p, at, group, last);
     return prepare_rows(a, c, gate, from, first, group, m);
 }
 
 /* The same with the convolution before: of k and q again, where a chunk is begun again. */
-__device__ inline bool prepare_tokens(const kda_arguments &a, const kda_convolution &rows,
-                                      const item &c, int window, int group, prepare_memory &m,
-                                      delivery &last)
+template <class F>
+__device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
+                               const kda_convolution &rows, const place &at, int group,
+                               prepare_memory &m, delivery &last, F meanwhile)
 {
+    const item &c = *at;
     const kept_reader from(a, c, m);
-    const head_gate gate = gate_of(a, c.h);
-    load_beta(a, c, m);
-    load_bias(a, gate, c, m);
+    head_gate gate;
     for (bool is_raw = true;; is_raw = false) {
+        const int part = is_raw ? OF_V : OF_K;
         raw_octet first;
-        convolver lane(rows, a, c, window, m);
-        lane.run(is_raw ? OF_V : OF_K, [&] { have_chunk(last, group); });
+        const raw_scalars own(a, c);
+        convolver lane(rows, a, c, m);
+        lane.ask(part);
+        if (is_raw) meanwhile();
+        gate = own.put(a, c, m);
+        lane.run(part, [&] { have_chunk(p, at, group, last); });
         from.read(first, 0);
         prepare_octets(a, c, gate, from, first, is_raw, m);
         group_barrier(group);
@@ -190,45 +237,44 @@ __device__ inline bool prepare_tokens(const kda_arguments &a, const kda_convolut
     }
 }
 
-/* All but the inverse. `last` is of the thread that sends; `window` is the convolver's. */
-template <class Rows>
-__device__ void prepare_products(const kda_arguments &a, const Rows &rows, const item &c,
-                                 int window, int group, prepare_memory &m, delivery &last)
+/* All but the inverse. `last` is of the thread that sends. */
+template <class Rows, class F>
+__device__ void prepare_products(const kda_arguments &a, const kda_plan &p, const Rows &rows,
+                                 const place &c, int group, prepare_memory &m, delivery &last,
+                                 F meanwhile)
 {
-    const bool is_raw = prepare_tokens(a, rows, c, window, group, m, last);
+    const bool is_raw = prepare_tokens(a, p, rows, c, group, m, last, meanwhile);
     add_parts(m, find_factors(a, is_raw, m));
     group_barrier(group);
 }
 
-/* Up to the last barrier, which the caller has. */
-__device__ inline room finish_chunk(const kda_plan &p, const item &c, int group,
+/* Up to the last barrier, which the caller has; its slot has room then. */
+__device__ inline void finish_chunk(const kda_plan &p, const item &c, int group,
                                     prepare_memory &m)
 {
     const int warp = warp_id() % PREPARERS;
-    const room space(p, c, is_leader());
     if (warp == 0) {
         invert_diagonal(m);
         join_blocks(m);
     } else if (warp == 1)
         write_decays(m);
+    else if (warp == 2)
+        wait_for_room(p, c);
     group_barrier(group);
     write_inverse(m);
     fence_async_proxy();
-    return space;
 }
 
 /* ---- all chunks -------------------------------------------------------------------------- */
 
-/* Tickets go through the serials, and for each of them through the pairs. `begun` is the sequence
- * of the call that begins with the chunk, or -1. */
+/* Tickets go through the serials, and for each of them through the pairs. */
 __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
-                               const kda_lanes_of_call &lanes, unsigned ticket, int &begun)
+                               const kda_lanes_of_call &lanes, unsigned ticket)
 {
-    begun = -1;
     const unsigned pair = ticket % p.pairs, serial = ticket / p.pairs;
     const int round = serial / lanes.longest, at = serial % lanes.longest;
     const int l = pair / p.groups, h = round * p.groups + pair % p.groups;
-    item c = {.pair = static_cast<int>(pair), .serial = serial};
+    item c = {.pair = static_cast<int>(pair), .serial = serial, .window = -1};
     if (round >= p.rounds) c.tokens = -1;
     const kda_lane first = lanes.lane[l], end = lanes.lane[l + 1];
     const int number = first.number + at;
@@ -238,7 +284,7 @@ __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
                   });
     const int before = (number - kda_first_number(p.cu, n)) * KDA_TOKENS;
     const int left = kda_chunked_tokens(p, n) - before;
-    if (before == 0) begun = n;
+    if (before == 0) c.window = a.slots == nullptr ? n : a.slots[n];
     c.token = p.cu[n] + before;
     c.tokens = min(max(left, 0), KDA_TOKENS);
     c.h = h, c.hk = h / static_cast<int>(a.H / a.Hk);
@@ -246,85 +292,63 @@ __device__ inline item item_of(const kda_arguments &a, const kda_plan &p,
     return c;
 }
 
-/* The last warp of a group takes the tickets: another one has more of the inverse. */
+/* The last warp of a group takes the tickets: the first has the inverse. */
 struct leader {
-    unsigned next = 0, asked = 0; /* tickets; that of the first lane counts */
+    unsigned asked = 0; /* a ticket; that of the first lane counts */
 
-    __device__ void ask(const kda_plan &p, unsigned n)
+    /* An addition would be shared out among lanes, and so be waited for here; one that goes round at
+     * a number which no ticket reaches is not. */
+    __device__ void ask(const kda_plan &p)
     {
-        if (lane_id() == 0) asked = atomicAdd(p.ticket, n);
+        constexpr unsigned MOST = 1u << 31;
+        if (made_here(lane_id()) == 0)
+            asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;"
+                         : "=r"(asked)
+                         : "l"(p.ticket), "r"(MOST)
+                         : "memory");
     }
 
-    /* The item of the next ticket, and the slot that its convolution begins with, or -1. */
-    template <class Rows>
+    /* The item of the ticket that has been asked for. */
     __device__ void put(const kda_arguments &a, const kda_plan &p,
-                        const kda_lanes_of_call &lanes, item &to, int &window)
+                        const kda_lanes_of_call &lanes, item &to) const
     {
-        int n;
-        const item c = item_of(a, p, lanes, next++, n);
+        const item c = item_of(a, p, lanes, __shfl_sync(ALL_LANES, asked, 0));
         if (lane_id() == 0) to = c;
-        if constexpr (Rows::IS_THERE)
-            if (lane_id() == 0) window = n < 0 || a.slots == nullptr ? n : a.slots[n];
     }
-
-    /* An item on its way to the L2. */
-    __device__ static void prefetch(const kda_arguments &a, const kda_no_convolution &,
-                                    const item &c)
-    {
-        prefetch_rows(a.k, c, c.hk);
-        prefetch_rows(a.q, c, c.hk);
-        prefetch_rows(a.g, c, c.h);
-    }
-
-    __device__ static void prefetch(const kda_arguments &a, const kda_convolution &rows,
-                                    const item &c)
-    {
-        for (int part = OF_V; part >= 0; part--)
-            prefetch_rows(rows.x, c, part * static_cast<int>(a.H) + c.h);
-        prefetch_rows(a.g, c, c.h);
-    }
-
-    __device__ void take() { next = __shfl_sync(ALL_LANES, asked, 0); }
 };
 
-/* windows: of the group's items. */
 template <class Rows>
 __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const Rows &rows,
-                               const kda_lanes_of_call &lanes, int group, prepare_memory &m,
-                               int (&windows)[ITEMS])
+                               const kda_lanes_of_call &lanes, int group, prepare_memory &m)
 {
-    const bool leads = is_leader();
     delivery last;
     leader tickets;
     /* M's octets above the diagonal stay zero. */
     for (int i = threadIdx.x % GROUP; i < KDA_TOKENS * KDA_TOKENS / 2; i += GROUP)
         reinterpret_cast<uint32_t *>(m.chunk.M)[i] = 0;
-    if (leads) {
-        tickets.ask(p, 2);
-        tickets.take();
-        tickets.put<Rows>(a, p, lanes, m.items[0], windows[0]);
-        tickets.put<Rows>(a, p, lanes, m.items[1], windows[1]);
-    }
+    if (is_leader())
+        for (int i = 0; i < ITEMS - 1; i++)
+            tickets.ask(p), tickets.put(a, p, lanes, m.items[i]);
     group_barrier(group);
-    for (int n = 0; m.items[n].tokens >= 0; n = (n + 1) % ITEMS) {
-        const item &c = m.items[n];
-        const bool sends = leads && c.tokens > 0;
-        room space;
-        if (leads) tickets.ask(p, 1);
-        if (c.tokens > 0) prepare_products(a, rows, c, windows[n], group, m, last);
-        if (leads) { /* while others invert */
-            tickets.prefetch(a, rows, m.items[(n + 1) % ITEMS]);
-            tickets.take();
-            tickets.put<Rows>(a, p, lanes, m.items[(n + 2) % ITEMS], windows[(n + 2) % ITEMS]);
+    place c(m);
+    for (; c->tokens >= 0; c.next()) {
+        const auto ask = [&] {
+            if (is_leader()) tickets.ask(p);
+        };
+        if (c->tokens > 0) {
+            prepare_products(a, p, rows, c, group, m, last, ask);
+        } else {
+            ask();
+            last.announce(p, *c.after(ITEMS - 1)); /* whose place the next but one takes */
         }
-        if (c.tokens > 0) space = finish_chunk(p, c, group, m);
+        /* While the first warp inverts. */
+        if (warp_id() % PREPARERS == 2) prefetch_chunk(a, rows, *c.after(1));
+        if (is_leader()) tickets.put(a, p, lanes, *c.after(ITEMS - 1));
+        if (c->tokens > 0) finish_chunk(p, *c, group, m);
         group_barrier(group);
-        if (!sends) continue;
-        space.wait(p, c);
-        __syncwarp();
-        if (lane_id() == 0) last.send(p, c, m);
+        if (is_leader() && lane_id() == 0 && c->tokens > 0) last.send(p, *c, m);
     }
-    last.announce();
+    last.announce(p, *c.after(ITEMS - 1));
 }
 
 } // namespace kda

@@ -67,13 +67,6 @@ __device__ inline void publish(const scanner &s, unsigned serial)
         write_flag(&s.p.taken[(s.pair * s.p.tiles + s.tile) * KDA_FLAG], serial);
 }
 
-/* All lanes have done what they do before; one of them says so. */
-__device__ inline void warp_arrive(barrier *b)
-{
-    __syncwarp();
-    if (lane_id() == 0) barrier_arrive(b);
-}
-
 /* The stage of chunk number `count` is to be filled. */
 __device__ inline void wait_until_empty(scan_memory &m, unsigned count)
 {
@@ -199,7 +192,7 @@ __device__ inline void multiply_tokens(token_sums &sum, const uint32_t (&a)[STEP
 __device__ inline void load_values(uint32_t (&v)[STEPS][4], const bf16 (*from)[V_PITCH],
                                    int first)
 {
-    const int i = lane_id() % 8, part = lane_id() / 8;
+    const int lane = made_here(lane_id()), i = lane % 8, part = lane / 8;
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
         ldmatrix_transposed(v[k], &from[16 * k + part / 2 * 8 + i][first + part % 2 * 8]);
@@ -333,13 +326,13 @@ __device__ inline void chain_chunk(warp_state &state, const chain_inputs &in,
     uint32_t S[K_STEPS][4], high[STEPS][4], low[STEPS][4];
     token_sums old = {}, U = {};
     multiply_state(old, S, state, of_stage(d.k_decayed, i));
-    if (count > 0) warp_arrive(&m.empty[(count - 1) % STAGES]);
+    lane_factors f; /* before S is stored: behind that they would be late */
+    load_factors(f, m.stages[i].chunk.factor[0]);
     if constexpr (rows == OF_OUTPUT) {
         wait_until_taken(&m.took_state[w], count);
         hand_over<K_STEPS>(hand.S, S, &m.has_state[w]);
     }
-    lane_factors f;
-    load_factors(f, m.stages[i].chunk.factor[0]);
+    if (count > 0) warp_arrive(&m.empty[(count - 1) % STAGES]);
     wgmma_wait<0>();
     settle(old);
     subtract_from(high, in.v, f, old);
@@ -369,18 +362,23 @@ __device__ inline void run_chain(const scanner &s, int w, scan_memory &m)
     unsigned count = 0;
     warp_state state = {};
     chain_inputs in;
-    for (walk at(s); at.valid; at.next(s), count++) {
+    for (walk at(s); at.valid; at.next(s)) {
         if (at.chunk == 0) {
             if (owns) begin_rows<rows>(state, s, at, w);
             in.load<rows>(m, w, count);
         }
-        chain_chunk<rows>(state, in, d, w, count, m);
+        /* A loop of its own, whose code has no gaps: behind a jump the next instructions are late. */
+        for (;; at.step()) {
+            chain_chunk<rows>(state, in, d, w, count++, m);
+            if (keeps || at.is_last()) break;
+            in.load<rows>(m, w, count); /* beside the last products */
+            wgmma_wait<0>();
+            wgmma_settle(state.S);
+        }
         const bool is_last = at.is_last();
-        if (!is_last) in.load<rows>(m, w, count + 1); /* beside the last products */
-        const bool stores = is_last || keeps;
+        if (!is_last) in.load<rows>(m, w, count);
         wgmma_wait<0>();
         wgmma_settle(state.S);
-        if (!stores) continue;
         if (owns && is_last) end_rows<rows>(state, s, at, w);
         if (keeps) keep_rows(state, s, at, w);
     }

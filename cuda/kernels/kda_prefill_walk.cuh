@@ -57,13 +57,16 @@ struct walk {
         return s.p.cu[n] + static_cast<long long>(chunk) * KDA_TOKENS;
     }
 
+    /* Within a sequence. */
+    __device__ void step() { chunk++, serial++; }
+
     __device__ void next(const scanner &s)
     {
         if (is_last()) {
             chunk = 0, n++;
             find(s);
         } else
-            chunk++, serial++;
+            step();
     }
 };
 
