@@ -379,10 +379,10 @@ __device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS
 
 /* `x` is the first octet. Rows stay as they are, and the factors that bring them to unit length are
  * found on the way; or, given these, they are multiplied. */
-template <kl_gate kind, class Reader>
+template <kl_gate kind, class Reader, class F>
 __device__ void prepare_octets(const kda_arguments &a, const item &c,
                                const head_gate<kind> &gate, const Reader &from, raw_octet &x,
-                               bool is_raw, prepare_memory &m)
+                               bool is_raw, prepare_memory &m, F behind_first)
 {
     float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
     lane_part part = lane_part_of(m);
@@ -401,6 +401,7 @@ __device__ void prepare_octets(const kda_arguments &a, const item &c,
         if (o < OCTETS - 1) from.read(x, o + 1);
         prepare_octet(o, c.tokens - OCTET * o, k, q, decays, start, part, m,
                       lane_piece(m.chunk));
+        if (o == 0) behind_first();
     }
 }
 

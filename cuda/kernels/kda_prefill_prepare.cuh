@@ -173,22 +173,21 @@ __device__ inline void prefetch_chunk(const kda_arguments &a, const kda_convolut
 }
 
 /* The chunk before that of c has been copied to its slot: this one may take its place. */
-__device__ inline void have_chunk(const kda_plan &p, const place &c, int group, delivery &last)
+__device__ inline void have_chunk(int group, const delivery &last)
 {
     last.wait_until_read();
     group_barrier(group);
-    last.announce(p, *c.after(ITEMS - 1));
 }
 
 /* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
  * Returns whether they are. */
-template <kl_gate kind>
+template <kl_gate kind, class F>
 __device__ bool prepare_rows(const kda_arguments &a, const item &c, const head_gate<kind> &gate,
                              const octet_reader &from, raw_octet &first, int group,
-                             prepare_memory &m)
+                             prepare_memory &m, F behind_first)
 {
     for (bool is_raw = true;; is_raw = false) {
-        prepare_octets(a, c, gate, from, first, is_raw, m);
+        prepare_octets(a, c, gate, from, first, is_raw, m, behind_first);
         group_barrier(group);
         if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
         from.read(first, 0);
@@ -209,8 +208,9 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
     from.read(first, 0);
     meanwhile();
     const head_gate<kind> gate = own.put<kind>(a, c, m);
-    have_chunk(p, at, group, last);
-    return prepare_rows(a, c, gate, from, first, group, m);
+    have_chunk(group, last);
+    return prepare_rows(a, c, gate, from, first, group, m,
+                        [&] { last.announce(p, *at.after(ITEMS - 1)); });
 }
 
 /* The same with the convolution before: of k and q again, where a chunk is begun again. */
@@ -230,9 +230,12 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
         lane.ask(part);
         if (is_raw) meanwhile();
         gate = own.put<kind>(a, c, m);
-        lane.run(part, [&] { have_chunk(p, at, group, last); });
+        lane.run(part, [&] {
+            have_chunk(group, last);
+            last.announce(p, *at.after(ITEMS - 1));
+        });
         from.read(first, 0);
-        prepare_octets(a, c, gate, from, first, is_raw, m);
+        prepare_octets(a, c, gate, from, first, is_raw, m, [] {});
         group_barrier(group);
         if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
     }
