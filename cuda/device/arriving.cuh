@@ -31,48 +31,8 @@
 #ifndef KL_CUDA_DEVICE_ARRIVING_H
 #define KL_CUDA_DEVICE_ARRIVING_H
 
-#include "types.cuh"
+#include "load_here.cuh"
 #include "warp.cuh"
-
-/* A load past the L1 that stays where it is written: the compiler would rather have it where the
- * value is used. */
-__device__ inline bf16 load_here(const bf16 *from)
-{
-    unsigned short x;
-    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
-    return __ushort_as_bfloat16(x);
-}
-
-__device__ inline uint4 load_here(const uint4 *from)
-{
-    uint4 x;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from)
-                 : "memory");
-    return x;
-}
-
-__device__ inline uint32_t load_here(const uint32_t *from)
-{
-    uint32_t x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
-
-__device__ inline int load_here(const int *from)
-{
-    int x;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
-
-__device__ inline float load_here(const float *from)
-{
-    float x;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
-    return x;
-}
 
 __device__ inline bool is_there(bf16 x)
 {

@@ -19,6 +19,8 @@ struct kda_operand {
     const void *data;
     long long stride; /* elements between tokens */
     bool is_bf16;
+
+    __device__ int element() const { return is_bf16 ? 2 : 4; } /* bytes */
 };
 
 struct kda_arguments {

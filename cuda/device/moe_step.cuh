@@ -5,6 +5,7 @@
 #ifndef KL_CUDA_DEVICE_MOE_STEP_H
 #define KL_CUDA_DEVICE_MOE_STEP_H
 
+#include "load_here.cuh"
 #include "moe.cuh"
 #include "ring.cuh"
 #include "router_sums.cuh"
@@ -156,13 +157,9 @@ __device__ inline void hear(const moe_step_arguments &a, chosen_experts &to)
 {
     const int i = threadIdx.x;
     if (i >= a.top_k) return;
-    unsigned long long word;
-    do {
-        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
-                     : "=l"(word)
-                     : "l"(a.sums->told + i)
-                     : "memory");
-    } while (word == 0);
+    uint64_t word;
+    do word = load_here(a.sums->told + i);
+    while (word == 0);
     to.ids[i] = static_cast<int>(word >> 32) - 1;
     to.weights[i] = __uint_as_float(static_cast<unsigned>(word));
 }

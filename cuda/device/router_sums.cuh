@@ -46,9 +46,9 @@ struct router_sums {
         unsigned long long logits[SUMMED_EXPERTS]; /* two's complement */
         ulonglong2 squares;                        /* the coarse and the fine sum */
     };
-    copy copies[SUM_COPIES];                   /* zeros before the first share, */
-    alignas(64) unsigned long long alarm;      /* as this */
-    alignas(64) unsigned long long told[WARP]; /* and these: see tell() */
+    copy copies[SUM_COPIES];              /* zeros before the first share, */
+    alignas(64) unsigned long long alarm; /* as this */
+    alignas(64) uint64_t told[WARP];      /* and these: see tell() */
 };
 
 /* weight * x [D], behind the sums. */

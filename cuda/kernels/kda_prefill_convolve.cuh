@@ -51,29 +51,6 @@ __device__ inline const char *moved(const char *p, int n, int bytes)
     return to;
 }
 
-/* Where asked for. No branch, behind which the loads would come when what hides them is over. */
-__device__ inline void load_if(bool asked, uint2 &to, const void *from)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.u32 p, %3, 0;\n"
-                 "@p ld.global.v2.b32 {%0, %1}, [%2];\n"
-                 "}"
-                 : "+r"(to.x), "+r"(to.y)
-                 : "l"(from), "r"(static_cast<int>(asked)));
-}
-
-__device__ inline void load_if(bool asked, float (&to)[KDA_TAPS], const float *from)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.u32 p, %5, 0;\n"
-                 "@p ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-                 "}"
-                 : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
-                 : "l"(from), "r"(static_cast<int>(asked)));
-}
-
 /* To shared memory, `offset` bytes behind an address. */
 __device__ inline void store_shared(uint32_t address, int offset, const uint2 &x)
 {

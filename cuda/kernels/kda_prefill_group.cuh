@@ -225,7 +225,29 @@ __device__ inline void unpack_gates(const raw_gates &g, bool is_bf16, lane_gates
     }
 }
 
-/* Where asked for. No branch, behind which what hides the load would be over. */
+/* Where asked for. No branch, behind which the loads would come when what hides them is over. */
+__device__ inline void load_if(bool asked, uint2 &to, const void *from)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.u32 p, %3, 0;\n"
+                 "@p ld.global.v2.b32 {%0, %1}, [%2];\n"
+                 "}"
+                 : "+r"(to.x), "+r"(to.y)
+                 : "l"(from), "r"(static_cast<int>(asked)));
+}
+
+__device__ inline void load_if(bool asked, float (&to)[KDA_TAPS], const float *from)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.u32 p, %5, 0;\n"
+                 "@p ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+                 "}"
+                 : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
+                 : "l"(from), "r"(static_cast<int>(asked)));
+}
+
 __device__ inline void load_if(bool asked, float &to, const float *from)
 {
     asm volatile("{\n"
@@ -267,8 +289,7 @@ struct raw_scalars {
         load_if(a.dt_bias != nullptr, bias, a.dt_bias + c.h * KDA_K + i);
         const long long at = (c.token + token) * a.beta.stride + c.h;
         load_if(token >= 0 && token < c.tokens, beta,
-                static_cast<const char *>(a.beta.data) + at * (a.beta.is_bf16 ? 2 : 4),
-                a.beta.is_bf16);
+                static_cast<const char *>(a.beta.data) + at * a.beta.element(), a.beta.is_bf16);
     }
 
     /* The bias and beta to shared memory. */

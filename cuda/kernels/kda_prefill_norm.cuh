@@ -31,13 +31,6 @@ __device__ inline void write_word(uint64_t *p, uint64_t x)
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
 
-__device__ inline uint64_t read_word(const uint64_t *p)
-{
-    uint64_t x;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
-    return x;
-}
-
 /* Outputs of a chunk on their way. A warp has 16 columns, a lane 8 of them of two tokens. */
 struct unfinished {
     uint4 o[2];
@@ -75,7 +68,7 @@ struct finisher {
     /* Of chunk number `count`. */
     __device__ asked ask(const unfinished &u, unsigned count) const
     {
-        asked x = {read_word(word(1 - s.tile, count)), {}};
+        asked x = {load_here(word(1 - s.tile, count)), {}};
 #pragma unroll
         for (int i = 0; i < 2; i++)
             if (token(i) < u.tokens)
@@ -128,7 +121,7 @@ struct finisher {
     {
         /* By all lanes: else ptxas takes the warp for parted, and keeps its count in registers. */
         while (__any_sync(ALL_LANES, in.sum >> 32 != count + 1))
-            in.sum = read_word(word(1 - s.tile, count));
+            in.sum = load_here(word(1 - s.tile, count));
         const float sum = u.sum + __uint_as_float(static_cast<uint32_t>(in.sum));
         const float factor = norm_factor<bf16>(sum, KDA_NORM_V, norm.eps);
         float weight[8];

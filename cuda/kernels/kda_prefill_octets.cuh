@@ -309,7 +309,7 @@ struct gate_column {
     bool is_short; /* bf16 */
 
     __device__ gate_column(const kda_arguments &a, const item &c)
-        : g(a.g, c, c.h, gate_channel(), a.g.is_bf16 ? 2 : 4), is_short(a.g.is_bf16)
+        : g(a.g, c, c.h, gate_channel(), a.g.element()), is_short(a.g.is_bf16)
     {
     }
 

@@ -6,6 +6,7 @@
 #define KL_CUDA_KERNELS_KDA_PREFILL_PREPARE_H
 
 #include "../device/barrier.cuh"
+#include "../device/load_here.cuh"
 #include "kda_prefill_convolve.cuh"
 #include "kda_prefill_squares.cuh"
 
@@ -13,15 +14,7 @@ namespace kda {
 
 /* ---- flags between blocks ---------------------------------------------------------------- */
 
-/* Reads go past the L1; one that is to order what follows is an acquire, which empties the L1,
- * so polls are not. */
-__device__ inline unsigned read_flag(const unsigned *p)
-{
-    unsigned x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-    return x;
-}
-
+/* One that is to order what follows; it empties the L1, so polls are load_here(). */
 __device__ inline unsigned read_acquire(const unsigned *p)
 {
     unsigned x;
@@ -66,9 +59,12 @@ template <bool only_read> __device__ void wait_for_copies_out()
 
 /* ---- a chunk ----------------------------------------------------------------------------- */
 
+/* What each of a group's warps does once the sums are there. */
+enum duty { INVERTS, FADES, LOOKS_AHEAD, LEADS };
+
 __device__ inline bool is_leader()
 {
-    return warp_id() % PREPARERS == PREPARERS - 1;
+    return warp_id() % PREPARERS == LEADS;
 }
 
 /* Until the chunk that lay in an item's slot has been copied by all tiles of its pair: by a warp, a
@@ -77,7 +73,7 @@ __device__ inline void wait_for_room(const kda_plan &p, const item &c)
 {
     if (lane_id() >= p.tiles) return;
     const unsigned *taken = &p.taken[(c.pair * p.tiles + lane_id()) * KDA_FLAG];
-    while (static_cast<int>(read_flag(taken) + p.slots - c.serial) <= 0) __nanosleep(200);
+    while (static_cast<int>(load_here(taken) + p.slots - c.serial) <= 0) __nanosleep(200);
 }
 
 /* A chunk on its way from shared memory to its slot, by the thread that sent it. */
@@ -138,7 +134,7 @@ struct place {
 /* The rows of a chunk on their way to the L2, by a warp, a row a lane. */
 __device__ inline void prefetch_rows(const kda_operand &x, const item &c, int head)
 {
-    const int element = x.is_bf16 ? 2 : 4, row = lane_id();
+    const int element = x.element(), row = lane_id();
     if (row >= c.tokens) return;
     const char *from = static_cast<const char *>(x.data) +
                        ((c.token + row) * x.stride + head * KDA_K) * element;
@@ -150,7 +146,7 @@ __device__ inline void prefetch_beta(const kda_operand &x, const item &c)
 {
     if (lane_id() < c.tokens)
         prefetch_line(static_cast<const char *>(x.data) +
-                      ((c.token + lane_id()) * x.stride + c.h) * (x.is_bf16 ? 2 : 4));
+                      ((c.token + lane_id()) * x.stride + c.h) * x.element());
 }
 
 /* A chunk on its way to the L2, by a warp. */
@@ -253,12 +249,12 @@ __device__ inline void finish_chunk(const kda_plan &p, const item &c, int group,
                                     prepare_memory &m)
 {
     const int warp = warp_id() % PREPARERS;
-    if (warp == 0) {
+    if (warp == INVERTS) {
         invert_diagonal(m);
         join_blocks(m);
-    } else if (warp == 1)
+    } else if (warp == FADES)
         write_decays(m);
-    else if (warp == 2)
+    else if (warp == LOOKS_AHEAD)
         wait_for_room(p, c);
     group_barrier(group);
     write_inverse(m);
@@ -342,7 +338,7 @@ __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const 
             last.announce(p, *c.after(ITEMS - 1)); /* whose place the next but one takes */
         }
         /* While the first warp inverts. */
-        if (warp_id() % PREPARERS == 2) prefetch_chunk(a, rows, *c.after(1));
+        if (warp_id() % PREPARERS == LOOKS_AHEAD) prefetch_chunk(a, rows, *c.after(1));
         if (is_leader()) tickets.put(a, p, lanes, *c.after(ITEMS - 1));
         if (c->tokens > 0) finish_chunk(p, *c, group, m);
         group_barrier(group);

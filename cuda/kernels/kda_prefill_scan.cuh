@@ -116,7 +116,7 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
 {
     const int slot = s.pair * s.p.slots + static_cast<int>(at.serial % s.p.slots);
     const unsigned *ready = &s.p.ready[slot * KDA_FLAG], i = count % STAGES;
-    while (read_flag(ready) != at.serial + 1) {
+    while (load_here(ready) != at.serial + 1) {
     }
     read_acquire(ready);
     wait_until_empty(m, count);
