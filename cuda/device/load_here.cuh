@@ -36,16 +36,12 @@ __device__ inline uint32_t load_here(const uint32_t *from)
 
 __device__ inline int load_here(const int *from)
 {
-    int x;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
+    return static_cast<int>(load_here(reinterpret_cast<const uint32_t *>(from)));
 }
 
 __device__ inline float load_here(const float *from)
 {
-    float x;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
-    return x;
+    return __uint_as_float(load_here(reinterpret_cast<const uint32_t *>(from)));
 }
 
 __device__ inline uint64_t load_here(const uint64_t *from)
