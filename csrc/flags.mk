@@ -7,5 +7,6 @@ FLAGS_variant_avx2 = -mavx2 -mfma
 FLAGS_variant_avx512 = -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
 FLAGS_variant_avx512bf16 = -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -mavx512bf16
 
-# Host code for any machine with C++20; device code for Hopper, whose instructions need the "a".
-CUDA_FLAGS = -std=c++20 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a -cudart static -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Icsrc
+# Host code for any machine with C++20; device code for Hopper, whose instructions need the "a", and
+# PTX without these, which later devices' drivers compile.
+CUDA_FLAGS = -std=c++20 -O3 -lineinfo -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90 -cudart static -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Icsrc

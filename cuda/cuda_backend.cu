@@ -7,14 +7,19 @@
 #include "cuda_backend.h"
 
 #include "blas.h"
+#include "device/sm_90a.cuh"
 #include "driver.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* The kernels are compiled for sm_90a, whose code runs on this capability and no other. */
-static constexpr int MAJOR = 9, MINOR = 0;
+/* The kernels are compiled for sm_90a, whose code runs on capability 9.0 and no other, and to PTX
+ * of compute_90, which the driver of a later device compiles. Of a block's shared memory they take
+ * up to so much. */
+static constexpr int LEAST_MAJOR = 9;
+static constexpr size_t SHARED_BYTES = 227 * 1024;
+static const char VARIANT_SM_90A[] = "sm_90a", VARIANT_SM_90[] = "sm_90";
 
 static kl_cuda_backend *self_of(kl_backend *be)
 {
@@ -121,10 +126,47 @@ static kl_status check_device(int device, kl_error *err)
                        count - 1, device);
     cudaDeviceProp prop;
     KL_CUDA_TRY(cudaGetDeviceProperties(&prop, device), err);
-    if (prop.major != MAJOR || prop.minor != MINOR)
+    if (prop.major < LEAST_MAJOR)
         return kl_fail(err, KL_ERR_UNAVAILABLE,
-                       "cuda: device %d must have compute capability %d.%d, got %d.%d (%s)",
-                       device, MAJOR, MINOR, prop.major, prop.minor, prop.name);
+                       "cuda: device %d must have compute capability >= %d.0, got %d.%d (%s)",
+                       device, LEAST_MAJOR, prop.major, prop.minor, prop.name);
+    if (prop.sharedMemPerBlockOptin < SHARED_BYTES)
+        return kl_fail(err, KL_ERR_UNAVAILABLE,
+                       "cuda: device %d must have %zu bytes of shared memory for a block, got "
+                       "%zu (%s)",
+                       device, SHARED_BYTES, prop.sharedMemPerBlockOptin, prop.name);
+    return KL_OK;
+}
+
+/* The limit of its threads tells which of its two forms the driver has taken. */
+static constexpr int SM_90A_THREADS = 64, PTX_THREADS = 32;
+
+static __global__ __launch_bounds__(SM_90A ? SM_90A_THREADS : PTX_THREADS) void which_code() {}
+
+static kl_status unavailable(cudaError_t e, kl_error *err)
+{
+    (void)cudaGetLastError(); /* or the next launch would be blamed for it */
+    return kl_fail(err, KL_ERR_UNAVAILABLE, "cuda: the device does not run this build: %s",
+                   cudaGetErrorString(e));
+}
+
+/* Asked of the code and not of the device: a driver can be told to compile the PTX anyway. */
+static kl_status find_sm_90a(const char *variant, bool *has, kl_error *err)
+{
+    cudaFuncAttributes found;
+    if (variant != nullptr && strcmp(variant, VARIANT_SM_90A) != 0 &&
+        strcmp(variant, VARIANT_SM_90) != 0)
+        return kl_fail(err, KL_ERR_VALUE, "cuda: variant must be '%s' or '%s', got '%s'",
+                       VARIANT_SM_90A, VARIANT_SM_90, variant);
+    const cudaError_t e = cudaFuncGetAttributes(&found, which_code);
+    if (e != cudaSuccess) return unavailable(e, err);
+    *has = found.maxThreadsPerBlock == SM_90A_THREADS;
+    if (variant == nullptr) return KL_OK;
+    const bool wanted = strcmp(variant, VARIANT_SM_90A) == 0;
+    if (wanted && !*has)
+        return kl_fail(err, KL_ERR_UNAVAILABLE,
+                       "cuda: variant: the device must run '%s', and does not", variant);
+    *has = wanted;
     return KL_OK;
 }
 
@@ -145,7 +187,8 @@ static kl_status cuda_info(kl_backend *be, kl_backend_info *out, kl_error *err)
     *out = {};
     KL_CUDA_TRY(cudaMemGetInfo(&out->free_bytes, &out->total_bytes), err);
     snprintf(out->name, sizeof out->name, "%.127s", prop.name);
-    snprintf(out->variant, sizeof out->variant, "sm_%d%da", MAJOR, MINOR);
+    snprintf(out->variant, sizeof out->variant, "%s",
+             kl_cuda_has_sm_90a(be) ? VARIANT_SM_90A : VARIANT_SM_90);
     out->threads = prop.multiProcessorCount;
     return KL_OK;
 }
@@ -392,9 +435,11 @@ static constexpr kl_backend_vtbl make_table()
 
 static constexpr kl_backend_vtbl cuda_vtbl = make_table();
 
-static kl_status create_stream(kl_cuda_backend *self, kl_error *err)
+/* What needs the device to be the current one. */
+static kl_status start(kl_cuda_backend *self, const char *variant, kl_error *err)
 {
     KL_TRY(bind(&self->base, err));
+    KL_TRY(find_sm_90a(variant, &self->has_sm_90a, err));
     KL_CUDA_TRY(cudaStreamCreateWithFlags(&self->own, cudaStreamNonBlocking), err);
     self->stream = self->own;
     return KL_OK;
@@ -409,7 +454,7 @@ static kl_status cuda_open(const kl_backend_options *options, kl_backend **out, 
     self->base.vt = &cuda_vtbl;
     self->device = options->device;
     self->batch_invariant = options->batch_invariant;
-    const kl_status status = create_stream(self, err);
+    const kl_status status = start(self, options->variant, err);
     if (status != KL_OK) {
         cuda_close(&self->base);
         return status;

@@ -17,6 +17,7 @@ struct kl_cuda_backend {
     cudaStream_t own;
     struct kl_cuda_blas *blas; /* blas.h; NULL until the first product that wants it */
     bool batch_invariant;      /* kl_backend_options: one order of sums, whatever the batch */
+    bool has_sm_90a;           /* kl_cuda_has_sm_90a() */
 };
 
 /* Turn a CUDA result into a kl_status, naming the call. Also used right after a launch:
@@ -35,6 +36,13 @@ struct kl_cuda_backend {
 static inline cudaStream_t kl_cuda_stream(kl_backend *be)
 {
     return reinterpret_cast<kl_cuda_backend *>(be)->stream;
+}
+
+/* Whether kernels may be launched that are for sm_90a alone (device/sm_90a.cuh). Whoever chooses
+ * between such a kernel and another asks this. */
+static inline bool kl_cuda_has_sm_90a(const kl_backend *be)
+{
+    return reinterpret_cast<const kl_cuda_backend *>(be)->has_sm_90a;
 }
 
 /* Of the current device. */

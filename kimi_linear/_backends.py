@@ -1,8 +1,8 @@
 """Which backend an operation runs on, and how a CPU backend is opened.
 
 A device's backend is opened by the first call that needs it and shared by all later ones. The
-environment is read here and nowhere else: KIMI_LINEAR_CPU (the instruction set of the CPU
-backend), KIMI_LINEAR_THREADS, else OMP_NUM_THREADS (its threads).
+environment is read here and nowhere else: KIMI_LINEAR_CPU and KIMI_LINEAR_GPU (the instruction set
+of the CPU's and of the CUDA backend), KIMI_LINEAR_THREADS, else OMP_NUM_THREADS (the CPU's threads).
 """
 
 import os
@@ -41,6 +41,11 @@ def cpu_variant() -> str | None:
     return os.environ.get("KIMI_LINEAR_CPU") or None
 
 
+def gpu_variant() -> str | None:
+    """The instruction set that KIMI_LINEAR_GPU names, or None: sm_90a where the device has it."""
+    return os.environ.get("KIMI_LINEAR_GPU") or None
+
+
 def open_backend(name: str, index: int = 0, *, threads: int | None = None,
                  cpu: str | None = None, batch_invariant: bool = False) -> _core.Backend:  # fmt: skip
     """A backend of one's own. threads, cpu: None for what the environment says. batch_invariant:
@@ -50,7 +55,7 @@ def open_backend(name: str, index: int = 0, *, threads: int | None = None,
     ValueError for a name or number that no backend has.
     """
     if name != "cpu":
-        return _core.Backend(name, index, 0, None, CUDA_LIBRARY, batch_invariant)
+        return _core.Backend(name, index, 0, gpu_variant(), CUDA_LIBRARY, batch_invariant)
     threads = cpu_threads() if threads is None else threads
     return _core.Backend("cpu", index, threads, cpu or cpu_variant(), CUDA_LIBRARY)
 

@@ -29,10 +29,10 @@ typedef struct kl_recording kl_recording; /* work that can be enqueued again    
 /* What a backend is opened with; zero means its own choice. batch_invariant: a row's result has
  * the same bits whichever rows share its call, at the cost of the fastest matrix products. */
 typedef struct {
-    int device;              /* ordinal; 0 on the CPU                        */
-    int threads;             /* CPU: worker threads, the caller's included   */
-    const char *cpu_variant; /* CPU: a name of cpu/kernels.h, "avx2", or NULL */
-    bool batch_invariant;    /* CUDA: see above; the CPU always is               */
+    int device;           /* ordinal; 0 on the CPU                                     */
+    int threads;          /* CPU: worker threads, the caller's included                */
+    const char *variant;  /* kl_backend_info's, "avx2", "sm_90"; NULL: the widest there is */
+    bool batch_invariant; /* CUDA: see above; the CPU always is                        */
 } kl_backend_options;
 
 typedef struct {

@@ -21,7 +21,7 @@ static kl_status cpu_open(const kl_backend_options *options, kl_backend **out, k
     if (options->device != 0)
         return kl_fail(err, KL_ERR_VALUE, "cpu: device must be 0, got %d", options->device);
     const kl_cpu_kernels *kernels;
-    KL_TRY(kl_cpu_kernels_choose(options->cpu_variant, &kernels, err));
+    KL_TRY(kl_cpu_kernels_choose(options->variant, &kernels, err));
 
     kl_cpu *self = kl_calloc(1, sizeof *self);
     if (self == NULL) return kl_fail(err, KL_ERR_MEMORY, "cpu: no memory for a backend");

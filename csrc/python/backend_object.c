@@ -74,7 +74,7 @@ static PyObject *backend_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
                      options.threads);
         return NULL;
     }
-    options.cpu_variant = variant;
+    options.variant = variant;
     options.batch_invariant = batch_invariant != 0;
 
     BackendObject *self =

@@ -16,6 +16,7 @@
 #define KL_CUDA_DEVICE_WGMMA_H
 
 #include "mma.cuh"
+#include "sm_90a.cuh"
 
 constexpr int WARPGROUP = 128; /* threads */
 

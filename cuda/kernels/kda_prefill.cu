@@ -123,20 +123,20 @@ static bool is_invariant(kl_backend *be)
     return reinterpret_cast<kl_cuda_backend *>(be)->batch_invariant;
 }
 
-/* A property of types and widths, which a plan knows before there are tensors. */
-static bool shapes_fit(const kl_kda *a)
+/* A property of the backend, of types and widths, which a plan knows before there are tensors. */
+static bool shapes_fit(const kl_backend *be, const kl_kda *a)
 {
     const int64_t V = a->state.shape[2];
-    return a->q.dtype == KL_BF16 && a->state.shape[3] == KDA_K && V % 32 == 0 && V > 0 &&
-           V <= KDA_MAX_V;
+    return kl_cuda_has_sm_90a(be) && a->q.dtype == KL_BF16 && a->state.shape[3] == KDA_K &&
+           V % 32 == 0 && V > 0 && V <= KDA_MAX_V;
 }
 
-static bool chunked_applies(const kl_kda *a)
+static bool chunked_applies(const kl_backend *be, const kl_kda *a)
 {
     const auto pieces = [](const kl_tensor &t, size_t element) {
         return is_aligned(t.data, t.stride[0], element, 16);
     };
-    return shapes_fit(a) && pieces(a->q, 2) && pieces(a->k, 2) && pieces(a->v, 2) &&
+    return shapes_fit(be, a) && pieces(a->q, 2) && pieces(a->k, 2) && pieces(a->v, 2) &&
            pieces(a->g, a->g.dtype == KL_BF16 ? 2 : 4) &&
            is_aligned(a->out.data, 0, sizeof(bf16), 16) &&
            is_aligned(a->state.data, 0, sizeof(float), 16) &&
@@ -184,7 +184,7 @@ static kl_status run_tokens(kda_arguments args, const kl_kda *a, bool last_only,
 
 size_t kl_cuda_kda_prefill_workspace(kl_backend *be, const kl_kda_prefill *a)
 {
-    return shapes_fit(a) ? kda_chunked_workspace(a, is_invariant(be)) : 0;
+    return shapes_fit(be, a) ? kda_chunked_workspace(a, is_invariant(be)) : 0;
 }
 
 /* Whether sequences may have a last token that is left to kda_decode's arithmetic. */
@@ -229,7 +229,7 @@ kl_status kl_cuda_kda_prompt(kl_backend *be, const kl_short_conv *conv, const kl
                              const kl_gated_rms_norm *norm, kl_error *err)
 {
     if (a->cu_seqlens.shape[0] == 1 || a->q.shape[0] == 0) return KL_OK;
-    const bool chunks = chunked_applies(a);
+    const bool chunks = chunked_applies(be, a);
     const bool convolves = chunks && conv != nullptr && convolution_applies(be, conv, a);
     const bool norms = chunks && norm != nullptr && norm_applies(norm);
     if (conv != nullptr && !convolves) KL_TRY(kl_cuda_short_conv(be, conv, err));

@@ -133,6 +133,7 @@ __global__ __launch_bounds__(THREADS,
                                                         __grid_constant__ const Rows rows,
                                                         __grid_constant__ const kda_norm norm)
 {
+    if constexpr (!SM_90A) return stop_here();
     extern __shared__ __align__(1024) unsigned char bytes[];
     block_memory &own = *reinterpret_cast<block_memory *>(bytes);
     block_memory &m = hidden(own);

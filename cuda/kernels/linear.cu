@@ -150,7 +150,7 @@ way way_of(kl_backend *be, const kl_cuda_product *p)
         if (p->T == 1) return way::SINGLE;
         if (invariant) return way::F32;
     }
-    if (p->w.format == KL_W_F32) return few;
+    if (p->w.format == KL_W_F32 || !kl_cuda_has_sm_90a(be)) return few;
     return suits_streaming(p) ? few : way::MANY;
 }
 

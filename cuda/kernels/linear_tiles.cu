@@ -38,6 +38,7 @@ template <class S, bool gated, class Out>
 __global__ __launch_bounds__(TILE_THREADS,
                              1) void tiles_kernel(__grid_constant__ const tile_arguments p)
 {
+    if constexpr (!SM_90A) return stop_here();
     extern __shared__ __align__(1024) uint8_t shared[];
     const tile_ring<S> ring = ring_in<S>(shared);
     open_ring(ring);

@@ -327,7 +327,7 @@ kl_status choose(const kl_backend *be, kl_dtype weight, mla_arguments *a, int *b
     const bool invariant = reinterpret_cast<const kl_cuda_backend *>(be)->batch_invariant;
     int multiprocessors = 0;
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
-    a->tensor = a->splits > 0 && kl_cuda_mla_tensor_fits(*a);
+    a->tensor = kl_cuda_has_sm_90a(be) && a->splits > 0 && kl_cuda_mla_tensor_fits(*a);
     if (a->packed) a->tensor = a->tensor && kl_cuda_mla_absorb_tensor_fits(*a, weight);
     a->asks = kl_cuda_mla_finish_tensor_fits(*a, weight);
     const long long groups = mla_divide_up(a->H, MLA_TENSOR_HEADS);

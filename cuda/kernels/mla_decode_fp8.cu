@@ -343,6 +343,7 @@ __device__ void make_barriers(shared_memory &s)
 __global__ __launch_bounds__(THREADS,
                              1) void mla_attend_fp8(__grid_constant__ const mla_arguments a)
 {
+    if constexpr (!SM_90A) return stop_here();
     extern __shared__ char memory[];
     /* An offset, for the compiler to know that what follows is shared memory. */
     shared_memory &s =

@@ -167,6 +167,7 @@ __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
     __grid_constant__ const CUtensorMap map)
 {
+    if constexpr (!SM_90A) return stop_here();
     extern __shared__ char memory[];
     /* An offset, for the compiler to know that what follows is shared memory. */
     shared_memory &s =

@@ -218,6 +218,7 @@ __global__ __launch_bounds__(THREADS,
                              1) void mla_attend_tensor(__grid_constant__ const mla_arguments a,
                                                        __grid_constant__ const CUtensorMap map)
 {
+    if constexpr (!SM_90A) return stop_here();
     extern __shared__ char memory[];
     shared_memory &s = *reinterpret_cast<shared_memory *>(
         (reinterpret_cast<uintptr_t>(memory) + 1023) / 1024 * 1024);

@@ -183,25 +183,25 @@ bool is_quantised(kl_weight_format format)
     return format != KL_W_F32 && format != KL_W_BF16;
 }
 
-const moe_path *path_of(const kl_moe_experts *a, const sizes &s, bool invariant)
+const moe_path *path_of(const kl_backend *be, const kl_moe_experts *a, const sizes &s)
 {
+    const bool invariant = reinterpret_cast<const kl_cuda_backend *>(be)->batch_invariant;
     if (!is_fast(a)) return &kl_moe_general;
-    if (any_format(a, is_f32)) return &kl_moe_few;
+    if (any_format(a, is_f32) || !kl_cuda_has_sm_90a(be)) return &kl_moe_few;
     if (s.pairs < FEW_PAIRS * s.E) return &kl_moe_few;
     if (invariant)
         return any_format(a, is_quantised) ? &kl_moe_ordered_quantised : &kl_moe_ordered;
     return s.pairs <= SOME_PAIRS * s.E ? &kl_moe_some : &kl_moe_many;
 }
 
-window window_of(const kl_moe_experts *a, float *residual, const sizes &s, bool invariant,
-                 cudaStream_t stream)
+window window_of(kl_backend *be, const kl_moe_experts *a, float *residual, const sizes &s)
 {
     char *ws = static_cast<char *>(a->ws.data);
     window w = {.a = a,
                 .residual = residual,
                 .s = &s,
-                .path = path_of(a, s, invariant),
-                .stream = stream};
+                .path = path_of(be, a, s),
+                .stream = kl_cuda_stream(be)};
     w.tokens = reinterpret_cast<int *>(ws + s.tokens);
     w.places = reinterpret_cast<int *>(ws + s.places);
     w.tiles = reinterpret_cast<moe_tile *>(ws + s.tiles);
@@ -366,7 +366,7 @@ kl_status kl_cuda_moe_experts_to(kl_backend *be, const kl_moe_experts *a, float 
     if (kl_cuda_moe_is_step(a))
         return kl_cuda_moe_step_run({a, nullptr, nullptr, 0, {}, residual, invariant},
                                     kl_cuda_stream(be), err);
-    window w = window_of(a, residual, s, invariant, kl_cuda_stream(be));
+    window w = window_of(be, a, residual, s);
     for (; w.first < T; w.first += s.n) KL_TRY(run_window(w, err));
     return KL_OK;
 }

@@ -125,7 +125,7 @@ static kl_status open_cpu(const kl_backend_options *options, kl_backend **be, kl
 
 static void backend_copies(void)
 {
-    const kl_backend_options options = {.threads = 2, .cpu_variant = "scalar"};
+    const kl_backend_options options = {.threads = 2, .variant = "scalar"};
     kl_backend *be = NULL;
     kl_error err;
     void *a = NULL, *b = NULL;
@@ -146,7 +146,7 @@ static void backend_copies(void)
 
 static void backend_tells_about_itself(void)
 {
-    const kl_backend_options options = {.threads = 2, .cpu_variant = "scalar"};
+    const kl_backend_options options = {.threads = 2, .variant = "scalar"};
     kl_backend *be = NULL;
     kl_backend_info info;
     kl_error err;
@@ -167,7 +167,7 @@ static void backend_refuses_bad_options(void)
     } cases[] = {
         {{.device = 1}, "cpu: device must be 0, got 1"},
         {{.threads = -3}, "threads: must be in 0 .. 256, got -3"},
-        {{.cpu_variant = "sse9"},
+        {{.variant = "sse9"},
          "cpu_variant: must be 'scalar', 'avx2', 'avx512' or 'avx512bf16', got 'sse9'"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {

@@ -15,7 +15,7 @@ enum { N_VARIANTS = 4 };
 /* NULL where this CPU lacks the variant. */
 static kl_backend *open_backend(int threads, const char *variant)
 {
-    const kl_backend_options options = {.threads = threads, .cpu_variant = variant};
+    const kl_backend_options options = {.threads = threads, .variant = variant};
     kl_backend *be = NULL;
     kl_error err;
     if (kl_backend_open("cpu", NULL, &options, &be, &err) != KL_OK)
