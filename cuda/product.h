@@ -41,8 +41,8 @@ bool kl_cuda_linear_pair_tells(kl_backend *be, const kl_linear_pair *a);
 kl_status kl_cuda_linear_hears(kl_backend *be, const kl_linear *a, bool *hears, kl_error *err);
 
 /* The ways to compute it: a weight that streams by once, for a few tokens; tiles of tokens and
- * outputs, for many (not float32 weights; on a batch-invariant backend with the bits of the
- * former); those two on the tensor cores and only where kl_cuda_product_run() finds alignment
+ * outputs, for many (for sm_90a alone; not float32 weights; on a batch-invariant backend with the
+ * bits of the former); those two on the tensor cores and only where kl_cuda_product_run() finds alignment
  * and bf16; and the one that takes everything. None of these takes a norm or a residual. */
 kl_status kl_cuda_product_few(kl_backend *be, const kl_cuda_product *p, kl_error *err);
 kl_status kl_cuda_product_many(kl_backend *be, const kl_cuda_product *p, kl_error *err);

@@ -47,7 +47,7 @@ struct kl_cuda_tile_product {
     bool narrow; /* no tile is wider than NARROW_TILE_ROWS */
 };
 
-/* On the current device. Bits of the second do not depend on the tile: they are those of
+/* On the current device, for sm_90a alone. Bits of the second do not depend on the tile: they are those of
  * kl_cuda_product_few(). Its tiles have ordered_tile_rows() at most. */
 kl_status kl_cuda_tiles_run(const kl_cuda_tile_product *p, cudaStream_t stream, kl_error *err);
 kl_status kl_cuda_ordered_run(const kl_cuda_tile_product *p, cudaStream_t stream,
