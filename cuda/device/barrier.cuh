@@ -4,15 +4,26 @@
  *
  * A barrier has phases 0, 1, 0, ...; barrier_wait(b, phase) returns once that phase is complete.
  * Of a fresh barrier the phase before 0, parity 1, is complete.
+ *
+ * One lane speaks for its warp: once the others have done what it says, it arrives, and it asks the
+ * copy engine. A build for racecheck (KL_RACECHECK, ../README.md) differs here alone: all lanes
+ * arrive, WARP_ARRIVALS of a warp, and copy themselves before they do.
  */
 #ifndef KL_CUDA_DEVICE_BARRIER_H
 #define KL_CUDA_DEVICE_BARRIER_H
 
+#include "../box_map.h"
 #include "mma.cuh"
-
-#include <cuda.h>
+#include "warp.cuh"
 
 using barrier = uint64_t;
+
+#ifdef KL_RACECHECK
+constexpr bool ALL_SPEAK = true;
+#else
+constexpr bool ALL_SPEAK = false;
+#endif
+constexpr int WARP_ARRIVALS = ALL_SPEAK ? WARP : 1;
 
 __device__ inline void barrier_init(barrier *b, int arrivals)
 {
@@ -39,19 +50,28 @@ __device__ inline void barrier_arrive(barrier *b)
 __device__ inline void warp_arrive(barrier *b)
 {
     __syncwarp();
+#ifdef KL_RACECHECK
+    barrier_arrive(b);
+#else
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "elect.sync _|p, 0xffffffff;\n"
                  "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n"
                  "}" ::"r"(shared_address(b))
                  : "memory");
+#endif
 }
 
 /* Arrive once the copies that this thread has started with copy_async() are done. */
 __device__ inline void barrier_arrive_after_copies(barrier *b)
 {
+#ifdef KL_RACECHECK
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    barrier_arrive(b);
+#else
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b))
                  : "memory");
+#endif
 }
 
 /* Arrive, and have the phase wait for so many bytes of the copy engine as well. */
@@ -78,9 +98,35 @@ __device__ inline void barrier_wait(barrier *b, uint32_t phase)
     } while (!done);
 }
 
-/* The box at (column, row) of a map's matrix to shared memory; zeros outside of the matrix. */
-__device__ inline void copy_box(void *shared, const CUtensorMap *map, int column, int row,
-                                barrier *b)
+/* What this thread has written to shared memory, before what wgmma and the copy engine do there
+ * from now on. */
+__device__ inline void fence_async_proxy()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* ---- copies, which one lane asks for, between copies_begin() and copies_end() --------------- */
+
+#ifndef KL_RACECHECK
+
+/* Arrive, and have the phase wait for so many bytes of the copy engine. */
+__device__ inline void copies_begin(barrier *b, int bytes)
+{
+    barrier_arrive_expecting(b, bytes);
+}
+
+__device__ inline void copies_end(barrier *) {}
+
+/* Ask for the map, before its first box is. */
+__device__ inline void prefetch_map(const box_map *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* The box at (column, row) of a map's matrix to shared memory, zeros outside of the matrix. By a
+ * lane alone or, for `lanes`, by those who speak. */
+template <int lanes = 1>
+__device__ void copy_box(void *shared, const box_map *map, int column, int row, barrier *b)
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
@@ -97,12 +143,69 @@ __device__ inline void copy_bytes(void *shared, const void *global, uint32_t byt
                  : "memory");
 }
 
-/* What this thread has written to shared memory, before what wgmma and the copy engine do there
- * from now on. */
-__device__ inline void fence_async_proxy()
+/* The same to device memory; the thread waits with wait_for_copies_out(). */
+__device__ inline void copy_bytes_out(void *global, const void *shared, uint32_t bytes)
 {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+                 "cp.async.bulk.commit_group;" ::"l"(global),
+                 "r"(shared_address(shared)), "r"(bytes)
+                 : "memory");
 }
+
+/* Until all of the thread's have been read from shared memory, or are done. */
+template <bool only_read> __device__ void wait_for_copies_out()
+{
+    if constexpr (only_read)
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    else
+        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+#else /* all lanes call these, and each copies a share */
+
+__device__ inline void copies_begin(barrier *, int) {}
+
+__device__ inline void copies_end(barrier *b)
+{
+    fence_async_proxy();
+    barrier_arrive(b);
+}
+
+__device__ inline void prefetch_map(const box_map *) {}
+
+template <int lanes = 1>
+__device__ void copy_box(void *shared, const box_map *map, int column, int row, barrier *)
+{
+    const int each = map->box_bytes / 16;
+    for (int i = lane_id() % lanes; i < map->box_rows * each; i += lanes) {
+        const int r = i / each, piece = i % each, swap = map->swizzled ? i / 8 % each : 0;
+        const int64_t byte = int64_t{column} * map->element_bytes + piece * 16;
+        uint4 x = {};
+        if (row + r < map->rows && byte < map->row_bytes)
+            x = __ldcg(reinterpret_cast<const uint4 *>(static_cast<const char *>(map->data) +
+                                                       (row + r) * map->row_bytes + byte));
+        static_cast<uint4 *>(shared)[r * each + (piece ^ swap)] = x;
+    }
+}
+
+__device__ inline void copy_bytes(void *shared, const void *global, uint32_t bytes, barrier *)
+{
+    for (uint32_t i = lane_id(); i < bytes / 16; i += WARP)
+        static_cast<uint4 *>(shared)[i] = __ldcg(static_cast<const uint4 *>(global) + i);
+}
+
+__device__ inline void copy_bytes_out(void *global, const void *shared, uint32_t bytes)
+{
+    for (uint32_t i = lane_id(); i < bytes / 16; i += WARP)
+        __stcg(static_cast<uint4 *>(global) + i, static_cast<const uint4 *>(shared)[i]);
+}
+
+template <bool only_read> __device__ void wait_for_copies_out()
+{
+    __syncwarp();
+}
+
+#endif
 
 /* All warps of a warpgroup: give back all registers past n, or wait until n are to be had. */
 template <int n> __device__ void registers_down_to()

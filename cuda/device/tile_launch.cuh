@@ -5,38 +5,24 @@
 #ifndef KL_CUDA_DEVICE_TILE_LAUNCH_H
 #define KL_CUDA_DEVICE_TILE_LAUNCH_H
 
-#include "../driver.h"
 #include "launch.cuh"
 #include "tile_ring.cuh"
 
 #include <limits.h>
 
 /* Boxes of 64 rows by a step of the matrix of bytes that the stack is. */
-template <class S> kl_status encode_map(const kl_weight &w, CUtensorMap *map, kl_error *err)
+template <class S> kl_status map_weights(const kl_weight &w, box_map *map, kl_error *err)
 {
-    static const auto encode =
-        kl_cuda_driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-    constexpr int BYTES = S::W_ROW_BYTES;
-    const uint64_t row_bytes = kl_weight_row_bytes(w.format, w.cols);
-    const cuuint64_t sizes[2] = {row_bytes, static_cast<cuuint64_t>(w.count * w.rows)};
-    const cuuint64_t strides[1] = {row_bytes};
-    const cuuint32_t box[2] = {BYTES, TILE_ROWS / 2}, dense[2] = {1, 1};
-    const CUtensorMapSwizzle swizzle = !S::W_SWIZZLED ? CU_TENSOR_MAP_SWIZZLE_NONE
-                                       : BYTES == 128 ? CU_TENSOR_MAP_SWIZZLE_128B
-                                       : BYTES == 64  ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                      : CU_TENSOR_MAP_SWIZZLE_32B;
-    if (encode == nullptr)
-        return kl_fail(err, KL_ERR_UNAVAILABLE,
-                       "cuda: the driver has no cuTensorMapEncodeTiled: it is too old");
-    const CUresult e =
-        encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, w.data, sizes, strides, box, dense,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (e == CUDA_SUCCESS) return KL_OK;
-    return kl_fail(err, KL_ERR_DEVICE,
-                   "cuda: cuTensorMapEncodeTiled: error %d for %lld rows of %lld bytes",
-                   static_cast<int>(e), static_cast<long long>(sizes[1]),
-                   static_cast<long long>(row_bytes));
+    const box_matrix stack = {
+        .data = w.data,
+        .rows = w.count * w.rows,
+        .row_bytes = static_cast<int64_t>(kl_weight_row_bytes(w.format, w.cols)),
+        .box_rows = TILE_ROWS / 2,
+        .box_bytes = S::W_ROW_BYTES,
+        .element_bytes = 1,
+        .swizzled = S::W_SWIZZLED,
+    };
+    return kl_cuda_map_boxes(stack, map, err);
 }
 
 template <class S>
@@ -49,8 +35,8 @@ kl_status operand_from(const kl_cuda_tile_operand &from, kl_dtype out_dtype, til
         return kl_fail(err, KL_ERR_VALUE,
                        "linear: rows of all matrices must be < 2^31, got %lld",
                        static_cast<long long>(from.w.count * from.w.rows));
-    KL_TRY(encode_map<S>(from.w, &to->maps[0], err));
-    KL_TRY(encode_map<S>(second, &to->maps[1], err));
+    KL_TRY(map_weights<S>(from.w, &to->maps[0], err));
+    KL_TRY(map_weights<S>(second, &to->maps[1], err));
     to->scales[0] = reinterpret_cast<const bf16 *>(from.w.scales);
     to->scales[1] = reinterpret_cast<const bf16 *>(second.scales);
     to->matrix_rows = from.w.rows;

@@ -27,7 +27,7 @@ constexpr int MOST_SHARED = 227 << 10, ALIGNED = 1024, SLOT_BARRIERS = 2 * 8;
 
 /* An operand as the kernel takes it. */
 struct tile_operand {
-    CUtensorMap maps[2]; /* the weight; the second one, or the weight again */
+    box_map maps[2]; /* the weight; the second one, or the weight again */
     const bf16 *scales[2];
     int64_t matrix_rows, first, n, K, groups;
     const bf16 *x;
@@ -121,10 +121,11 @@ template <class S, bool gated>
 __device__ void copy_weights(uint8_t *to, const tile_operand &o, int row, int step, barrier *b)
 {
     constexpr int BYTES = S::W_ROW_BYTES;
-    barrier_arrive_expecting(b, S::W_BYTES);
-    copy_box(to, &o.maps[0], step * BYTES, row, b);
-    copy_box(to + S::W_BYTES / 2, &o.maps[1], step * BYTES, gated ? row : row + TILE_ROWS / 2,
-             b);
+    copies_begin(b, S::W_BYTES);
+    copy_box<WARP_ARRIVALS>(to, &o.maps[0], step * BYTES, row, b);
+    copy_box<WARP_ARRIVALS>(to + S::W_BYTES / 2, &o.maps[1], step * BYTES,
+                            gated ? row : row + TILE_ROWS / 2, b);
+    copies_end(b);
 }
 
 __device__ inline int first_weight_row(const tile_operand &o, const tile_item &item)
@@ -164,8 +165,8 @@ template <class S> __device__ void open_ring(const tile_ring<S> &ring)
 {
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::STAGES; i++) {
-            barrier_init(ring.full + i, WARPGROUP + 1);
-            barrier_init(ring.empty + i, MULTIPLIERS * WARPGROUP / WARP);
+            barrier_init(ring.full + i, WARPGROUP + WARP_ARRIVALS);
+            barrier_init(ring.empty + i, MULTIPLIERS * WARPGROUP / WARP * WARP_ARRIVALS);
         }
         barrier_init_done();
     }

@@ -114,7 +114,7 @@ __device__ void fill_ring(const tile_arguments &p, const tile_ring<S> &ring)
         rows.aim(o, item.tile);
         for (int s = 0; s < steps; s++) {
             barrier_wait(ring.empty + at.slot, at.phase ^ 1);
-            if (threadIdx.x == 0)
+            if (threadIdx.x < WARP_ARRIVALS)
                 copy_weights<S, gated>(ring.w(at.slot), o, row, s, ring.full + at.slot);
             rows.copy(ring.x(at.slot), s * STEP_K, o.K);
             copy_commit();
@@ -198,7 +198,7 @@ __device__ __forceinline__ void multiply_item(float (&acc)[N / 2], const tile_op
         at.advance();
         if (s + 1 < steps) begin(s + 1);
         wgmma_wait<0>();
-        if (lane_id() == 0) barrier_arrive(ring.empty + slot);
+        if (ALL_SPEAK || lane_id() == 0) barrier_arrive(ring.empty + slot);
     }
     wgmma_settle(acc);
 }

@@ -121,7 +121,7 @@ struct held_rows {
     __device__ void prepare() const
     {
         if (lane_id() == 0) {
-            barrier_init(barriers + warp_id(), 1);
+            barrier_init(barriers + warp_id(), WARP_ARRIVALS);
             barrier_init_done();
         }
         __syncwarp(); /* the others may wait for it before the block's first barrier */
@@ -130,10 +130,11 @@ struct held_rows {
     /* Not while others are asked for. */
     __device__ void ask(const float *state) const
     {
-        if (lane_id() != 0) return;
+        if (!ALL_SPEAK && lane_id() != 0) return;
         const int rows = min(ROWS, V - warp_id() * ROWS), bytes = rows > 0 ? rows * K * 4 : 0;
-        barrier_arrive_expecting(barriers + warp_id(), bytes);
+        copies_begin(barriers + warp_id(), bytes);
         if (bytes > 0) copy_bytes(own(), state, bytes, barriers + warp_id());
+        copies_end(barriers + warp_id());
     }
 
     /* For the first or the second that were asked for. */

@@ -82,14 +82,14 @@ __device__ void find_lanes(const kda_plan &p, kda_lanes_of_call &to)
 __device__ void init_barriers(scan_memory &m)
 {
     for (int i = 0; i < STAGES; i++) {
-        barrier_init(&m.full[i], WARP + 1);
-        barrier_init(&m.empty[i], 2 * SCANNERS + 1); /* and who publishes */
+        barrier_init(&m.full[i], WARP + WARP_ARRIVALS);
+        barrier_init(&m.empty[i], (2 * SCANNERS + 1) * WARP_ARRIVALS); /* and who publishes */
     }
     for (int w = 0; w < SCANNERS; w++) {
-        barrier_init(&m.has_state[w], 1);
-        barrier_init(&m.has_update[w], 1);
-        barrier_init(&m.took_state[w], 1);
-        barrier_init(&m.took_update[w], 1);
+        barrier_init(&m.has_state[w], WARP_ARRIVALS);
+        barrier_init(&m.has_update[w], WARP_ARRIVALS);
+        barrier_init(&m.took_state[w], WARP_ARRIVALS);
+        barrier_init(&m.took_update[w], WARP_ARRIVALS);
     }
     barrier_init_done();
 }

@@ -38,25 +38,6 @@ __device__ inline void fence_global_for_copies()
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-/* From shared to device memory by the copy engine; addresses and bytes are multiples of 16. The
- * thread waits with wait_for_copies_out(). */
-__device__ inline void copy_bytes_out(void *global, const void *shared, uint32_t bytes)
-{
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
-                 "cp.async.bulk.commit_group;" ::"l"(global),
-                 "r"(shared_address(shared)), "r"(bytes)
-                 : "memory");
-}
-
-/* Until all of the thread's have been read from shared memory, or are done. */
-template <bool only_read> __device__ void wait_for_copies_out()
-{
-    if constexpr (only_read)
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    else
-        asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 /* ---- a chunk ----------------------------------------------------------------------------- */
 
 /* What each of a group's warps does once the sums are there. */
@@ -76,7 +57,7 @@ __device__ inline void wait_for_room(const kda_plan &p, const item &c)
     while (static_cast<int>(load_here(taken) + p.slots - c.serial) <= 0) __nanosleep(200);
 }
 
-/* A chunk on its way from shared memory to its slot, by the thread that sent it. */
+/* A chunk on its way from shared memory to its slot, by who sent it. */
 struct delivery {
     bool is_on_its_way = false;
 
@@ -98,7 +79,8 @@ struct delivery {
     {
         if (!is_on_its_way) return;
         wait_for_copies_out<false>();
-        write_release(&p.ready[c.slot * KDA_FLAG], c.serial + 1);
+        if (!ALL_SPEAK || lane_id() == 0)
+            write_release(&p.ready[c.slot * KDA_FLAG], c.serial + 1);
         is_on_its_way = false;
     }
 };
@@ -233,7 +215,7 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
     }
 }
 
-/* All but the inverse. `last` is of the thread that sends. */
+/* All but the inverse. `last` is of who sends. */
 template <class Rows, class F>
 __device__ void prepare_products(const kda_arguments &a, const kda_plan &p, const Rows &rows,
                                  const place &c, int group, prepare_memory &m, delivery &last,
@@ -342,7 +324,8 @@ __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const 
         if (is_leader()) tickets.put(a, p, lanes, *c.after(ITEMS - 1));
         if (c->tokens > 0) finish_chunk(p, *c, group, m);
         group_barrier(group);
-        if (is_leader() && lane_id() == 0 && c->tokens > 0) last.send(p, *c, m);
+        if (is_leader() && (ALL_SPEAK || lane_id() == 0) && c->tokens > 0) last.send(p, *c, m);
+        if (ALL_SPEAK) __syncwarp(); /* all have read c, whose place one lane fills */
     }
     last.announce(p, *c.after(ITEMS - 1));
 }

@@ -120,10 +120,11 @@ __device__ inline void fetch_chunk(const scanner &s, const walk &at, unsigned co
     }
     read_acquire(ready);
     wait_until_empty(m, count);
-    if (lane_id() > 0) return;
+    if (!ALL_SPEAK && lane_id() > 0) return;
     fence_global_for_copies();
-    barrier_arrive_expecting(&m.full[i], static_cast<int>(sizeof(kda_chunk)));
+    copies_begin(&m.full[i], static_cast<int>(sizeof(kda_chunk)));
     copy_bytes(&m.stages[i].chunk, &s.p.ring[slot], sizeof(kda_chunk), &m.full[i]);
+    copies_end(&m.full[i]);
 }
 
 /* A warpgroup brings the chunks of the walk: two warps take turns at the prepared ones, for the

@@ -168,7 +168,7 @@ template <class S, bool gated> struct ordered_walk {
     __device__ void begin_step()
     {
         barrier_wait(ring.empty + at.slot, at.phase ^ 1);
-        if (threadIdx.x == 0)
+        if (threadIdx.x < WARP_ARRIVALS)
             copy_weights<S, gated>(ring.w(at.slot), o, weight_row, now.step,
                                    ring.full + at.slot);
         at.advance();
@@ -423,7 +423,7 @@ template <class S, bool gated> struct ordered_reader {
 
     __device__ void hand_back()
     {
-        if (before >= 0 && lane_id() == 0) barrier_arrive(ring.empty + before);
+        if (before >= 0 && (ALL_SPEAK || lane_id() == 0)) barrier_arrive(ring.empty + before);
     }
 };
 

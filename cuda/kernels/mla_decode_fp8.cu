@@ -59,10 +59,11 @@ __device__ void bring_page(const mla_arguments &a, long long id, shared_memory &
                            const mla_place<STAGES> &at)
 {
     barrier_wait(s.empty + at.slot, at.phase ^ 1);
-    if (lane_id() != 0) return;
-    barrier_arrive_expecting(s.full + at.slot, PAGE_BYTES);
+    if (!ALL_SPEAK && lane_id() != 0) return;
+    copies_begin(s.full + at.slot, PAGE_BYTES);
     copy_bytes(s.page[at.slot], static_cast<const uint8_t *>(a.pages) + id * PAGE_BYTES,
                PAGE_BYTES, s.full + at.slot);
+    copies_end(s.full + at.slot);
 }
 
 __device__ void bring_query(const mla_arguments &a, long long n, shared_memory &s,
@@ -70,9 +71,10 @@ __device__ void bring_query(const mla_arguments &a, long long n, shared_memory &
 {
     const long long h0 = static_cast<long long>(blockIdx.y) * HEADS;
     barrier_wait(&s.query_empty, at.phase ^ 1);
-    if (lane_id() != 0) return;
-    barrier_arrive_expecting(&s.query_full, QUERY_BYTES);
+    if (!ALL_SPEAK && lane_id() != 0) return;
+    copies_begin(&s.query_full, QUERY_BYTES);
     copy_bytes(&s.query, mla_packed_query(a, n, h0), QUERY_BYTES, &s.query_full);
+    copies_end(&s.query_full);
 }
 
 /* The first pages before the kernel's inputs are there, and so before the query. A later piece's
@@ -140,7 +142,8 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
             barrier_wait(s.full + at.slot, at.phase);
             const token_scales scales(s.page[at.slot], left);
             score_page(s.page[at.slot], s.query, a.scale * LOG2_E, scales, scores);
-            if (i + 1 == it.pages && lane_id() == 0) barrier_arrive(&s.query_empty);
+            if (i + 1 == it.pages && (ALL_SPEAK || lane_id() == 0))
+                barrier_arrive(&s.query_empty);
             if (left < TOKENS) cut_scores(scores, left);
             tell_page(scores, scales, s.tops[told.slot], s.largest[told.slot]);
             sync_scores();
@@ -150,7 +153,7 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
             store_weights(probabilities, factors, keep, state, s.weights[to.slot]);
             fence_async_proxy();
             __syncwarp();
-            if (lane_id() == 0) barrier_arrive(s.ready + to.slot);
+            if (ALL_SPEAK || lane_id() == 0) barrier_arrive(s.ready + to.slot);
             at.advance(), to.advance(), told.advance();
         }
         store_sums(a, it, h0, state, s.sums);
@@ -320,7 +323,7 @@ __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory
                 clear_rows(page, it.tokens(i));
             }
             add_page(page, s.weights[from.slot], s.ready + from.slot, from.phase, units, acc);
-            if (lane_id() == 0)
+            if (ALL_SPEAK || lane_id() == 0)
                 barrier_arrive(s.empty + at.slot), barrier_arrive(s.taken + from.slot);
             at.advance(), from.advance();
         }
@@ -332,11 +335,12 @@ __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory
 
 __device__ void make_barriers(shared_memory &s)
 {
+    constexpr int ALL = WARPS * WARP_ARRIVALS;
     for (int i = 0; i < STAGES; i++)
-        barrier_init(s.full + i, 1), barrier_init(s.empty + i, WARPS);
+        barrier_init(s.full + i, WARP_ARRIVALS), barrier_init(s.empty + i, ALL);
     for (int i = 0; i < WEIGHT_SLOTS; i++)
-        barrier_init(s.ready + i, WARPS), barrier_init(s.taken + i, WARPS);
-    barrier_init(&s.query_full, 1), barrier_init(&s.query_empty, WARPS);
+        barrier_init(s.ready + i, ALL), barrier_init(s.taken + i, ALL);
+    barrier_init(&s.query_full, WARP_ARRIVALS), barrier_init(&s.query_empty, ALL);
     barrier_init_done();
 }
 

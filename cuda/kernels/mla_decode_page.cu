@@ -40,12 +40,13 @@ constexpr int SHARED_BYTES = sizeof(shared_memory) + 1024;
 static_assert(PAGE_BYTES % 1024 == 0);
 
 /* By a warp. */
-__device__ void bring_page(const CUtensorMap &map, int id, shared_memory &s)
+__device__ void bring_page(const box_map &map, int id, shared_memory &s)
 {
-    if (lane_id() == 0) barrier_arrive_expecting(&s.full, PAGE_BYTES);
+    if (ALL_SPEAK || lane_id() == 0) copies_begin(&s.full, PAGE_BYTES);
     __syncwarp();
     if (lane_id() < BOXES)
         copy_box(s.page + lane_id() * BOX_BYTES, &map, lane_id() * 64, id * TOKENS, &s.full);
+    if (ALL_SPEAK || lane_id() == 0) copies_end(&s.full);
 }
 
 __device__ uint4 *piece_of(shared_memory &s, int row, int piece)
@@ -152,7 +153,7 @@ __device__ void store_context(const mla_arguments &a, long long h0, const contex
 
 /* The page as the products read it: all rows of tokens, of which one may be this one's, and zeros.
  * Not by the first warp, which looks for the query meanwhile. */
-__device__ void prepare_page(const new_latents &latents, const CUtensorMap &map, int id,
+__device__ void prepare_page(const new_latents &latents, const box_map &map, int id,
                              long long length, int left, shared_memory &s)
 {
     if (warp_id() == WARPS - 1) bring_page(map, id, s);
@@ -165,7 +166,7 @@ __device__ void prepare_page(const new_latents &latents, const CUtensorMap &map,
  * is enough for the end of all to mean what it has to. */
 __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     __grid_constant__ const mla_arguments a, __grid_constant__ const new_latents latents,
-    __grid_constant__ const CUtensorMap map)
+    __grid_constant__ const box_map map)
 {
     if constexpr (!SM_90A) return stop_here();
     extern __shared__ char memory[];
@@ -184,7 +185,7 @@ __global__ __launch_bounds__(WARPGROUP, 2) void mla_attend_page(
     }
     const int tokens = static_cast<int>(left < TOKENS ? left : TOKENS);
     if (threadIdx.x == 0) {
-        barrier_init(&s.full, 1);
+        barrier_init(&s.full, WARP_ARRIVALS);
         barrier_init_done();
     }
     __syncthreads();
@@ -221,8 +222,8 @@ kl_status kl_cuda_mla_attend_page(const mla_arguments &a, const kl_mla *call,
     const kl_mla_append append = kl_mla_append_of(call);
     const dim3 grid(static_cast<unsigned>(mla_divide_up(a.H, HEADS)),
                     static_cast<unsigned>(a.B));
-    CUtensorMap map;
-    KL_TRY(encode_map(a, &map, err));
+    box_map map;
+    KL_TRY(map_pages(a, &map, err));
     KL_TRY(kl_cuda_allow_shared(mla_attend_page, SHARED_BYTES, err));
     return kl_cuda_launch(mla_attend_page, grid, WARPGROUP, SHARED_BYTES, stream, err, a,
                           new_latents_of(&append), map);

@@ -44,19 +44,20 @@ static_assert(SHARED_BYTES <= 227 * 1024 && PAGE_BYTES % 1024 == 0);
 
 /* ---- bringing pages, by one warp ------------------------------------------------------- */
 
-__device__ void bring_page(const CUtensorMap &map, int id, shared_memory &s,
+__device__ void bring_page(const box_map &map, int id, shared_memory &s,
                            const mla_place<STAGES> &at)
 {
     barrier_wait(s.empty + at.slot, at.phase ^ 1);
-    if (lane_id() == 0) barrier_arrive_expecting(s.full + at.slot, PAGE_BYTES);
+    if (ALL_SPEAK || lane_id() == 0) copies_begin(s.full + at.slot, PAGE_BYTES);
     __syncwarp();
     if (lane_id() < BOXES)
         copy_box(s.page[at.slot] + lane_id() * BOX_BYTES, &map, lane_id() * 64, id * TOKENS,
                  s.full + at.slot);
+    if (ALL_SPEAK || lane_id() == 0) copies_end(s.full + at.slot);
 }
 
 /* The first pages before the kernel's inputs are there. */
-__device__ void bring_pages(const mla_arguments &a, const CUtensorMap &map, shared_memory &s)
+__device__ void bring_pages(const mla_arguments &a, const box_map &map, shared_memory &s)
 {
     mla_place<STAGES> at;
     mla_walk walk(a, blockIdx.x);
@@ -112,7 +113,7 @@ __device__ void make_weights(const mla_arguments &a, long long h0, shared_memory
             softmax_page(scores, it.tokens(i), state, s.weights[to.slot], s.keep[to.slot]);
             fence_async_proxy();
             __syncwarp();
-            if (lane_id() == 0) barrier_arrive(s.ready + to.slot);
+            if (ALL_SPEAK || lane_id() == 0) barrier_arrive(s.ready + to.slot);
             at.advance(), to.advance();
         }
         const long long h = h0 + head_of_thread();
@@ -194,7 +195,7 @@ __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory
             barrier_wait(s.full + at.slot, at.phase);
             if (it.tokens(i) < TOKENS) clear_rows(s.page[at.slot], it.tokens(i));
             add_page(s.page[at.slot], s.weights[from.slot], s.keep[from.slot], acc);
-            if (lane_id() == 0)
+            if (ALL_SPEAK || lane_id() == 0)
                 barrier_arrive(s.empty + at.slot), barrier_arrive(s.taken + from.slot);
             at.advance(), from.advance();
         }
@@ -206,17 +207,17 @@ __device__ void add_contexts(const mla_arguments &a, long long h0, shared_memory
 
 __device__ void make_barriers(shared_memory &s)
 {
-    constexpr int WARPS = WARPGROUP / WARP;
+    constexpr int ALL = WARPGROUP / WARP * WARP_ARRIVALS;
     for (int i = 0; i < STAGES; i++)
-        barrier_init(s.full + i, 1), barrier_init(s.empty + i, WARPS);
+        barrier_init(s.full + i, WARP_ARRIVALS), barrier_init(s.empty + i, ALL);
     for (int i = 0; i < WEIGHT_SLOTS; i++)
-        barrier_init(s.ready + i, WARPS), barrier_init(s.taken + i, WARPS);
+        barrier_init(s.ready + i, ALL), barrier_init(s.taken + i, ALL);
     barrier_init_done();
 }
 
 __global__ __launch_bounds__(THREADS,
                              1) void mla_attend_tensor(__grid_constant__ const mla_arguments a,
-                                                       __grid_constant__ const CUtensorMap map)
+                                                       __grid_constant__ const box_map map)
 {
     if constexpr (!SM_90A) return stop_here();
     extern __shared__ char memory[];
@@ -255,8 +256,8 @@ kl_status kl_cuda_mla_attend_tensor(const mla_arguments &a, int blocks, cudaStre
     const long long items = a.shares > 0 ? a.shares : a.N * a.splits;
     const dim3 grid(static_cast<unsigned>(items < blocks ? items : blocks),
                     static_cast<unsigned>(mla_divide_up(a.H, HEADS)));
-    CUtensorMap map;
-    KL_TRY(encode_map(a, &map, err));
+    box_map map;
+    KL_TRY(map_pages(a, &map, err));
     KL_CUDA_TRY(cudaFuncSetAttribute(mla_attend_tensor,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES),
                 err);

@@ -8,7 +8,6 @@
 #include "../device/barrier.cuh"
 #include "../device/mla.cuh"
 #include "../device/wgmma.cuh"
-#include "../driver.h"
 
 namespace {
 
@@ -100,31 +99,19 @@ __device__ __forceinline__ void add_context(const uint8_t *page, const uint8_t *
     for (int m = 0; m < CONTEXT_BOXES; m++) wgmma_settle(sums[m]);
 }
 
-/* Ask for the map, before its first box is. */
-__device__ void prefetch_map(const CUtensorMap *map)
-{
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 /* Boxes of the matrix of latents that all pages are. */
-kl_status encode_map(const mla_arguments &a, CUtensorMap *map, kl_error *err)
+kl_status map_pages(const mla_arguments &a, box_map *map, kl_error *err)
 {
-    static const auto encode =
-        kl_cuda_driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-    const cuuint64_t sizes[2] = {WIDTH, static_cast<cuuint64_t>(a.P) * TOKENS};
-    const cuuint64_t strides[1] = {WIDTH * sizeof(bf16)};
-    const cuuint32_t box[2] = {64, TOKENS}, dense[2] = {1, 1};
-    if (encode == nullptr)
-        return kl_fail(err, KL_ERR_UNAVAILABLE,
-                       "cuda: the driver has no cuTensorMapEncodeTiled: it is too old");
-    const CUresult e =
-        encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(a.pages), sizes,
-               strides, box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (e == CUDA_SUCCESS) return KL_OK;
-    return kl_fail(err, KL_ERR_DEVICE,
-                   "mla_decode: cuTensorMapEncodeTiled: error %d for %lld pages",
-                   static_cast<int>(e), a.P);
+    const box_matrix pages = {
+        .data = a.pages,
+        .rows = a.P * TOKENS,
+        .row_bytes = WIDTH * sizeof(bf16),
+        .box_rows = TOKENS,
+        .box_bytes = ROW_BYTES,
+        .element_bytes = sizeof(bf16),
+        .swizzled = true,
+    };
+    return kl_cuda_map_boxes(pages, map, err);
 }
 
 } // namespace
