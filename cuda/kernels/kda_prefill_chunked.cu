@@ -126,7 +126,7 @@ __device__ block_memory &hidden(block_memory &m)
     return *static_cast<block_memory *>(__cvta_shared_to_generic(address));
 }
 
-template <kda_pass pass, bool normed, class Rows>
+template <kda_pass pass, bool normed, kl_gate kind, class Rows>
 __global__ __launch_bounds__(THREADS,
                              1) void kda_chunked_kernel(__grid_constant__ const kda_arguments a,
                                                         __grid_constant__ const kda_plan p,
@@ -159,8 +159,8 @@ __global__ __launch_bounds__(THREADS,
     if (scans && group != PREPARE) {
         scan_chunks<pass, Rows::IS_THERE, normed>(s, norm, group, w % PREPARERS, own);
     } else {
-        prepare_chunks(a, p, rows, m.lanes, group,
-                       group == PREPARE ? m.prepare : m.more[group]);
+        prepare_chunks<kind>(a, p, rows, m.lanes, group,
+                             group == PREPARE ? m.prepare : m.more[group]);
     }
 }
 
@@ -274,12 +274,19 @@ struct places {
 
 /* ---- host: launches ------------------------------------------------------------------------ */
 
+template <kda_pass pass, bool normed, class Rows> auto kernel_of(kl_gate kind)
+{
+    return kind == KL_GATE_SOFTPLUS  ? kda_chunked_kernel<pass, normed, KL_GATE_SOFTPLUS, Rows>
+           : kind == KL_GATE_BOUNDED ? kda_chunked_kernel<pass, normed, KL_GATE_BOUNDED, Rows>
+                                     : kda_chunked_kernel<pass, normed, KL_GATE_DIRECT, Rows>;
+}
+
 template <kda_pass pass, bool normed, class Rows>
 kl_status launch(const kda_arguments &a, const kda_plan &p, const Rows &rows,
                  const kda_norm &norm, int multiprocessors, cudaStream_t stream, kl_error *err)
 {
     constexpr int bytes = static_cast<int>(sizeof(block_memory));
-    const auto kernel = kda_chunked_kernel<pass, normed, Rows>;
+    const auto kernel = kernel_of<pass, normed, Rows>(a.gate);
     KL_CUDA_TRY(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), err);
     cudaLaunchAttribute together = {};

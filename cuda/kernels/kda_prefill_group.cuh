@@ -125,17 +125,17 @@ __device__ inline float log1p_quotient(float e)
 
 /* What one head's gate holds for all tokens:
  *     log2-decay = outer * (g | log2(1 + 2^(inner g + bias)) | sigmoid(inner (g + bias))) */
-struct head_gate {
+template <kl_gate kind> struct head_gate {
     float inner, outer;
 };
 
 /* inner g may overflow: a rate that sees the difference makes LEAST of it anyway, and one that is
  * next to nothing counts in larger units. */
-__device__ inline head_gate gate_of(const kda_arguments &a, float A_log)
+template <kl_gate kind> __device__ head_gate<kind> gate_of(const kda_arguments &a, float A_log)
 {
     const float rate = a.A_log == nullptr ? 1.0f : expf(A_log);
-    if (a.gate == KL_GATE_BOUNDED) return {rate, a.lower_bound * LOG2_E};
-    if (a.gate == KL_GATE_DIRECT) return {1.0f, LOG2_E};
+    if (kind == KL_GATE_BOUNDED) return {rate, a.lower_bound * LOG2_E};
+    if (kind == KL_GATE_DIRECT) return {1.0f, LOG2_E};
     const bool is_nothing = rate < 0x1p-100f;
     return {is_nothing ? 0x1p-60f * LOG2_E : LOG2_E, is_nothing ? -rate * 0x1p60f : -rate};
 }
@@ -157,18 +157,18 @@ __device__ inline int gate_channel()
 }
 
 /* Raw gates to log2-decays. */
-__device__ inline void apply_gate(const kda_arguments &a, const head_gate &gate,
-                                  const float *bias, lane_gates &x)
+template <kl_gate kind>
+__device__ void apply_gate(const head_gate<kind> &gate, const float *bias, lane_gates &x)
 {
     float *const y = x[0], b[CHANNELS / 2]; /* all eight: a loop a gate, that they go abreast */
-    load_floats(bias, b);
-    if (a.gate == KL_GATE_SOFTPLUS) {
+    if constexpr (kind != KL_GATE_DIRECT) load_floats(bias, b);
+    if constexpr (kind == KL_GATE_SOFTPLUS) {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) {
             const float z = fmaf(y[i], gate.inner, b[i % 4]), e = exp2_approx(-fabsf(z));
             y[i] = fmaf(e, log1p_quotient(e), fmaxf(z, 0.0f));
         }
-    } else if (a.gate == KL_GATE_BOUNDED) {
+    } else if constexpr (kind == KL_GATE_BOUNDED) {
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) y[i] = sigmoid(gate.inner * (y[i] + b[i % 4]));
     }
@@ -293,11 +293,13 @@ struct raw_scalars {
     }
 
     /* The bias and beta to shared memory. */
-    __device__ head_gate put(const kda_arguments &a, const item &c, prepare_memory &m) const
+    template <kl_gate kind>
+    __device__ head_gate<kind> put(const kda_arguments &a, const item &c,
+                                   prepare_memory &m) const
     {
         const int i = made_here(threadIdx.x % GROUP), token = i - BETA_WARP * WARP;
-        const head_gate gate = gate_of(a, A_log);
-        m.bias[i] = a.gate == KL_GATE_SOFTPLUS ? bias * gate.inner : bias;
+        const head_gate<kind> gate = gate_of<kind>(a, A_log);
+        m.bias[i] = kind == KL_GATE_SOFTPLUS ? bias * gate.inner : bias;
         if (token >= 0 && token < KDA_TOKENS) {
             const float raw = __uint_as_float(a.beta.is_bf16 ? beta << 16 : beta);
             m.beta[token] = token >= c.tokens ? 0.0f : a.beta_logits ? sigmoid(raw) : raw;

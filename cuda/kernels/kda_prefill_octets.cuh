@@ -379,9 +379,10 @@ __device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS
 
 /* `x` is the first octet. Rows stay as they are, and the factors that bring them to unit length are
  * found on the way; or, given these, they are multiplied. */
-template <class Reader>
-__device__ void prepare_octets(const kda_arguments &a, const item &c, const head_gate &gate,
-                               const Reader &from, raw_octet &x, bool is_raw, prepare_memory &m)
+template <kl_gate kind, class Reader>
+__device__ void prepare_octets(const kda_arguments &a, const item &c,
+                               const head_gate<kind> &gate, const Reader &from, raw_octet &x,
+                               bool is_raw, prepare_memory &m)
 {
     float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
     lane_part part = lane_part_of(m);
@@ -392,7 +393,7 @@ __device__ void prepare_octets(const kda_arguments &a, const item &c, const head
         unpack(x.k, k);
         unpack(x.q, q);
         unpack_gates(x.g, a.g.is_bf16, decays);
-        apply_gate(a, gate, &m.bias[gate_channel()], decays);
+        apply_gate(gate, &m.bias[gate_channel()], decays);
         if (!is_raw)
             normalize_octet(k, q, o, m);
         else if (a.normalize)

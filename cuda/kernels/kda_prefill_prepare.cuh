@@ -160,9 +160,10 @@ __device__ inline void have_chunk(const kda_plan &p, const place &c, int group, 
 
 /* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
  * Returns whether they are. */
-__device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
-                                    const head_gate &gate, const octet_reader &from,
-                                    raw_octet &first, int group, prepare_memory &m)
+template <kl_gate kind>
+__device__ bool prepare_rows(const kda_arguments &a, const item &c, const head_gate<kind> &gate,
+                             const octet_reader &from, raw_octet &first, int group,
+                             prepare_memory &m)
 {
     for (bool is_raw = true;; is_raw = false) {
         prepare_octets(a, c, gate, from, first, is_raw, m);
@@ -174,7 +175,7 @@ __device__ inline bool prepare_rows(const kda_arguments &a, const item &c,
 
 /* From a chunk's tokens in device memory to the sums of its octets; returns what prepare_rows()
  * does. `meanwhile` is called when all that the chunk needs first is on its way. */
-template <class F>
+template <kl_gate kind, class F>
 __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
                                const kda_no_convolution &, const place &at, int group,
                                prepare_memory &m, delivery &last, F meanwhile)
@@ -185,20 +186,20 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
     raw_octet first;
     from.read(first, 0);
     meanwhile();
-    const head_gate gate = own.put(a, c, m);
+    const head_gate<kind> gate = own.put<kind>(a, c, m);
     have_chunk(p, at, group, last);
     return prepare_rows(a, c, gate, from, first, group, m);
 }
 
 /* The same with the convolution before: of k and q again, where a chunk is begun again. */
-template <class F>
+template <kl_gate kind, class F>
 __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
                                const kda_convolution &rows, const place &at, int group,
                                prepare_memory &m, delivery &last, F meanwhile)
 {
     const item &c = *at;
     const kept_reader from(a, c, m);
-    head_gate gate;
+    head_gate<kind> gate;
     for (bool is_raw = true;; is_raw = false) {
         const int part = is_raw ? OF_V : OF_K;
         raw_octet first;
@@ -206,7 +207,7 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
         convolver lane(rows, a, c, m);
         lane.ask(part);
         if (is_raw) meanwhile();
-        gate = own.put(a, c, m);
+        gate = own.put<kind>(a, c, m);
         lane.run(part, [&] { have_chunk(p, at, group, last); });
         from.read(first, 0);
         prepare_octets(a, c, gate, from, first, is_raw, m);
@@ -216,12 +217,12 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
 }
 
 /* All but the inverse. `last` is of who sends. */
-template <class Rows, class F>
+template <kl_gate kind, class Rows, class F>
 __device__ void prepare_products(const kda_arguments &a, const kda_plan &p, const Rows &rows,
                                  const place &c, int group, prepare_memory &m, delivery &last,
                                  F meanwhile)
 {
-    const bool is_raw = prepare_tokens(a, p, rows, c, group, m, last, meanwhile);
+    const bool is_raw = prepare_tokens<kind>(a, p, rows, c, group, m, last, meanwhile);
     add_parts(m, find_factors(a, is_raw, m));
     group_barrier(group);
 }
@@ -295,7 +296,7 @@ struct leader {
     }
 };
 
-template <class Rows>
+template <kl_gate kind, class Rows>
 __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const Rows &rows,
                                const kda_lanes_of_call &lanes, int group, prepare_memory &m)
 {
@@ -314,7 +315,7 @@ __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const 
             if (is_leader()) tickets.ask(p);
         };
         if (c->tokens > 0) {
-            prepare_products(a, p, rows, c, group, m, last, ask);
+            prepare_products<kind>(a, p, rows, c, group, m, last, ask);
         } else {
             ask();
             last.announce(p, *c.after(ITEMS - 1)); /* whose place the next but one takes */
