@@ -40,17 +40,21 @@ WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 MISREAD = {"racecheck": ["kda_chunked_kernel", "mla_attend_tensor", "mla_attend_fp8"]}
 FOLLOWED = os.environ.get("KL_RACECHECK_LIBRARY")
 # What a batch-invariant backend does otherwise are products of many rows, a router's by several and
-# a single token's experts: racecheck is slow, so of its cases these, in four runs.
+# a single token's experts: racecheck is slow, so of its cases these, in seven runs.
 # cuBLASLt stores by bulk copies, which initcheck does not see: there our own kernels stand in, those
 # of the batch-invariant calls, for token_logprobs those of a quantised head, too.
 # Each with the least number of calls; those of racecheck not in a row, which one worker would run.
+NAMED = "linear or moe_experts or token_logprobs or kda or mla"
 CASES = {
-    "racecheck-others": ("default and not linear and not moe_experts", 35),
+    "racecheck-logprobs": ("default and token_logprobs", 6),
     "memcheck": ("default or invariant", 140),
-    "racecheck-linear": ("default and linear", 20),
+    "racecheck-mla": ("default and mla", 9),
     "synccheck": ("default or invariant", 140),
-    "racecheck-experts": ("moe_experts and (default or many or step)", 20),
+    "racecheck-kda": ("default and kda", 7),
     "initcheck": ("not (default and wide and (many or logprobs))", 140),
+    "racecheck-linear": ("default and linear", 20),
+    "racecheck-experts": ("moe_experts and (default or many or step)", 20),
+    "racecheck-others": (f"default and not ({NAMED})", 13),
     "racecheck-invariant": ("invariant and not moe_experts and (many or router or step)", 7),
 }
 TOOLS = ["racecheck", "initcheck", "memcheck", "synccheck"]

@@ -230,8 +230,8 @@ static void mlp_of_every_format(void)
  * all, and one of few; without what has been seen and the best ids, and with them. */
 static void draws(void)
 {
-    enum { DRAWN = 4, TOP = 5, LONGEST = 500000 };
-    static const int64_t sizes[] = {37, 5000, LONGEST};
+    enum { DRAWN = 4, TOP = 5, PAST_SHARED_MEMORY = 262144 + 37 };
+    static const int64_t sizes[] = {37, 5000, PAST_SHARED_MEMORY};
     static const kl_sampling sampling[DRAWN] = {
         {.top_p = 1, .repetition_penalty = 1},
         {.temperature = 1, .top_p = 1, .repetition_penalty = 1, .seed = 3},
