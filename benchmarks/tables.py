@@ -28,12 +28,17 @@ Line = dict[str, Any]
 
 
 def lines(bench: str) -> list[Line]:
-    """The last line of every case, in the order of their first ones."""
+    """The last line of every case, in the order of their first ones. Ratios are of all rivals that
+    its commit has met in that case, each on a run of its own."""
     file = HERE / "results" / f"{bench}.jsonl"
     found: dict[str, Line] = {}
     for text in file.read_text().splitlines() if file.exists() else ():
         line = json.loads(text)
-        found[json.dumps([line["device"], line["case"]], sort_keys=True)] = line
+        key = json.dumps([line["device"], line["case"]], sort_keys=True)
+        before = found.get(key, line)
+        if before["commit"] == line["commit"] and isinstance(line.get("ratio"), dict):
+            line["ratio"] = before["ratio"] | line["ratio"]
+        found[key] = line
     return list(found.values())
 
 
@@ -191,7 +196,7 @@ def ops() -> str:
 
 
 def kda() -> str:
-    head = ["GPU", "T x heads", "gate", "us", "of the byte floor", "FLA's time / ours",
+    head = ["GPU", "T x heads", "gate", "us", "of the byte floor", "rival's time / ours",
             "error of o, state"]  # fmt: skip
     rows = []
     for line in lines("kda_prefill"):
@@ -204,7 +209,7 @@ def kda() -> str:
             short(line["device"]), size if case["N"] == 1 else f"{size}, {case['N']} sequences",
             f"{case['profile']}, {case['g']}", number(line["us"]),
             percent(line.get("share")).strip(" ()"),
-            number(line["ratio"]["fla"]) if "fla" in line["ratio"] else "",
+            ", ".join(f"{number(v)} {k}" for k, v in line["ratio"].items()),
             f"{100 * errors['o']:.2f} %, {100 * errors['state']:.2f} %",
         ])  # fmt: skip
     return table(head, rows)

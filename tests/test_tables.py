@@ -28,7 +28,7 @@ def tables(monkeypatch, tmp_path):
 
 
 def write(tables, bench, *lines):
-    text = "".join(json.dumps({"device": "NVIDIA H200"} | line) + "\n" for line in lines)
+    text = "".join(json.dumps({"device": "NVIDIA H200", "commit": "1"} | line) + "\n" for line in lines)
     (tables.HERE / "results" / f"{bench}.jsonl").write_text(text)
 
 
@@ -67,4 +67,18 @@ def test_operations(tables):
     assert tables.ops().splitlines()[2:] == [
         "| mla_decode, H200 | N 1, context 1024 | 100 | 1 | 2 | 25 % | 0.5 copy |",
         "| mla_decode, H200 | N 1, context 1024, latents fp8 | 100 | 1 | 2 | 25 % | 0.5 copy |",
+    ]
+
+
+def test_rivals_of_a_commit_stand_in_one_row(tables):
+    """Each run meets some of them; what an older commit met is not said of a newer one."""
+    case = {"T": 8192, "N": 1, "H": 32, "profile": "init", "g": "float32"}
+    what = {"case": case, "share": 0.25, "error": {"o": 0.0034, "state": 0.0024}}
+    old = what | {"commit": "0", "us": 300.0, "ratio": {"older": 2.0}}
+    write(
+        tables, "kda_prefill", old,
+        what | {"us": 200.0, "ratio": {"fla": 4.0}}, what | {"us": 201.0, "ratio": {"cudnn": 6.5}},
+    )  # fmt: skip
+    assert tables.kda().splitlines()[2:] == [
+        "| H200 | 8192 x 32 | init, float32 | 201 | 25 % | 4 fla, 6.5 cudnn | 0.34 %, 0.24 % |",
     ]
