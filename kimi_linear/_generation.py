@@ -97,6 +97,7 @@ class Row:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
+        self._raised: BaseException | None = None  # by a processor; the core's event follows
         self.id = -1  # the core's, once it is submitted
         self.n_cached = 0  # tokens of the prompt that others had read
         self.n_drafted = self.n_accepted = 0  # guesses, and those that were right
@@ -118,7 +119,7 @@ class Row:
         """Add an event of the core; None where it was no token but an error."""
         self._times = times
         if isinstance(finish, BaseException):
-            self.error = self.error or as_exception(finish)
+            self.error, self._raised = self._raised or as_exception(finish), None
             return None
         self.finish_reason = finish
         text = ""
@@ -142,14 +143,14 @@ class Row:
         return text
 
     def process(self, ids: Any, logits: Any) -> None:
-        """Run the processors over logits [vocab]. What one raises ends this row alone: it is
-        kept, and logits that are not finite tell the core."""
+        """Run the processors over logits [vocab]. What one raises ends this row alone, after the
+        tokens that were drawn before: it is kept, and logits that are not finite tell the core."""
         try:
             _process(self.sampling.processors, ids, logits)
         except KeyboardInterrupt:
             raise
         except BaseException as e:
-            self.error = e
+            self._raised = e
             logits[...] = float("nan")
 
     def stats(self) -> Stats:

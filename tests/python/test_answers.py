@@ -155,6 +155,28 @@ def test_a_processor_that_fails_leaves_the_model_usable(model):
     assert model.generate("hello", max_new_tokens=3).token_ids == want
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 40])
+def test_a_processor_that_fails_later_is_heard(model, n):
+    """After any number of tokens, some of which came of the same call into the core."""
+
+    def fail(ids, logits):
+        if len(ids) == 2 + n:
+            raise LookupError(f"after {n}")
+
+    options = dict(max_new_tokens=50, ignore_eos=True, logits_processor=fail)
+    for prompt in ([5, 6], [[5, 6], [7]], [[7, 8, 9], [5, 6]]):
+        with pytest.raises(LookupError, match=f"after {n}$"):
+            model.generate(prompt, **options)
+    chunks = model.stream([5, 6], **options)
+    assert [next(chunks).finish_reason for _ in range(n)] == [None] * n
+    with pytest.raises(LookupError, match=f"after {n}$"):
+        next(chunks)
+    with model.state().feed([5]) as state:
+        with pytest.raises(LookupError, match=f"after {n}$"):
+            state.generate([6], **options)
+        assert state.token_ids == [5]
+
+
 # ---- chat --------------------------------------------------------------------------------
 
 
