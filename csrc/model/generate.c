@@ -331,13 +331,22 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
     return KL_OK;
 }
 
+/* Where a prompt is cut next, or 0. One that continues a sequence has no place among prefixes. */
+static int64_t next_cut(const kl_generation *g, const kl_request_state *q)
+{
+    const int64_t start = q->r.n_history;
+    const int64_t lead = start + kl_sched_lead(q->before, q->r.n_prompt - start);
+    if (q->sched.fed < lead) return lead;
+    return kl_prefix_cut(&g->e->prefix, &q->place, q->sched.fed);
+}
+
 /* Returns the number of items of the next step. */
 static int64_t choose_items(kl_generation *g)
 {
     for (int64_t i = 0; i < g->n_running; i++) {
         const kl_request_state *q = g->running[i];
         g->phases[i] = q->sched;
-        g->phases[i].cut = kl_prefix_cut(&g->e->prefix, &q->place, q->sched.fed);
+        g->phases[i].cut = next_cut(g, q);
     }
     const int64_t n_items = kl_sched_step(g->phases, g->n_running, g->e->plan.step_tokens,
                                           g->decode_first, g->items);

@@ -5,6 +5,7 @@
 
 #include "base/memory.h"
 #include "model/engine_struct.h"
+#include "model/scheduler.h"
 
 #include <math.h>
 #include <string.h>
@@ -124,8 +125,11 @@ static kl_status run_pieces(kl_engine *e, const kl_prompt *p, buffers *b, kl_seq
                             kl_error *err)
 {
     const int64_t step = kl_engine_plan(e)->step_tokens;
-    for (int64_t first = 0; first < p->n; first += step) {
-        const int64_t n = kl_min_i64(p->n - first, step);
+    int64_t before, n;
+    KL_TRY(kl_seq_length(e, seq, &before, err));
+    const int64_t lead = kl_sched_lead(before, p->n);
+    for (int64_t first = 0; first < p->n; first += n) {
+        n = kl_min_i64(first < lead ? lead - first : p->n - first, step);
         KL_TRY(run_piece(e, p, b, seq, first, n, err));
         if (p->progress != NULL) p->progress(p->ctx, (uint64_t)(first + n), (uint64_t)p->n);
     }

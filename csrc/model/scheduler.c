@@ -11,6 +11,12 @@ int64_t kl_sched_unit(int64_t step_tokens)
     return kl_min_i64(step_tokens, KL_PAGE_TOKENS);
 }
 
+int64_t kl_sched_lead(int64_t before, int64_t n)
+{
+    const int64_t past = before % KL_PAGE_TOKENS;
+    return past > 0 && n > KL_PAGE_TOKENS ? KL_PAGE_TOKENS - past : 0;
+}
+
 bool kl_sched_admits(const kl_sched_request *first, int64_t free_seqs, int64_t free_pages)
 {
     return free_seqs > 0 && first->pages <= free_pages;

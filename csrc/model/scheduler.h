@@ -14,7 +14,8 @@
  *               for the book that was fed before it
  *
  * Prompts are cut only at multiples of `unit`, whatever else is in the step: where a prompt is
- * cut decides the order of its arithmetic, and results must not depend on the company.
+ * cut decides the order of its arithmetic, and results must not depend on the company. These are
+ * no borders of pages where a prompt goes on from the middle of one: kl_sched_lead().
  */
 #ifndef KL_MODEL_SCHEDULER_H
 #define KL_MODEL_SCHEDULER_H
@@ -33,7 +34,7 @@ typedef struct {
     kl_sched_phase phase;
     int64_t n_prompt, fed; /* fed: tokens of the prompt that were fed */
     int64_t pages;         /* of its longest outcome                  */
-    int64_t cut; /* where its prompt is cut next, a multiple of the unit; 0: anywhere */
+    int64_t cut;           /* where its prompt is cut next; 0: anywhere         */
 } kl_sched_request;
 
 /* `count` tokens of a request; `samples`: the last of them decides the next token, and of those
@@ -45,6 +46,11 @@ typedef struct {
 
 /* The cut of prompts: pieces of a page where a step holds one. */
 int64_t kl_sched_unit(int64_t step_tokens);
+
+/* What a prompt of n tokens has read by itself first where it goes on at position `before`: the
+ * rest of that page, for only from its border on no cut shows. 0: nothing, at a border, or where
+ * nobody cuts it. */
+int64_t kl_sched_lead(int64_t before, int64_t n);
 
 /* Whether the first request that waits can be admitted with that many sequences and pages. */
 bool kl_sched_admits(const kl_sched_request *first, int64_t free_seqs, int64_t free_pages);

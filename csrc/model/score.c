@@ -80,7 +80,8 @@ static kl_status make_memory(scorer *r, kl_error *err)
         return kl_fail(err, KL_ERR_MEMORY, "score: no memory for %zu bytes of a step", bytes);
     kl_arena_init(&a, r->block, bytes);
     layout(r, &a);
-    return kl_score_tree_make(r->p->scores, r->p->n, r->e->plan.step_tokens, &r->tree, err);
+    return kl_score_tree_make(r->p->scores, r->p->n, r->e->plan.step_tokens,
+                              r->before % KL_PAGE_TOKENS == 0, &r->tree, err);
 }
 
 static void release(scorer *r, const job *j)
@@ -148,13 +149,21 @@ static void add_rows(scorer *r, const job *j, int64_t count)
     }
 }
 
-/* Put as much of a job into the step as there is room for, to its end or a border of prefixes and
- * cut at a page. Whether the step had room for that. */
+/* Where a job is cut next, or its end. One after a sequence has no place among prefixes. */
+static int64_t next_cut(const scorer *r, const job *j)
+{
+    const int64_t lead = kl_sched_lead(r->before, j->end);
+    if (j->fed < lead) return lead;
+    const int64_t cut = kl_prefix_cut(&r->e->prefix, &j->place, j->fed);
+    return cut > 0 ? cut : j->end;
+}
+
+/* Put as much of a job into the step as there is room for, to its next cut and cut at a page.
+ * Whether the step had room for that. */
 static bool add_to_step(scorer *r, job *j)
 {
     const int64_t most = r->e->plan.step_tokens, room = most - r->n_tokens;
-    const int64_t cut = kl_prefix_cut(&r->e->prefix, &j->place, j->fed);
-    const int64_t rest = (cut > 0 ? cut : j->end) - j->fed, unit = kl_sched_unit(most);
+    const int64_t rest = next_cut(r, j) - j->fed, unit = kl_sched_unit(most);
     const int64_t count = rest <= room ? rest : room / unit * unit;
     if (rest == 0) return true;
     if (count == 0 || r->n_rows + count_rows(r, j, count) > most) return false;

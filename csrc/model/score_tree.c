@@ -54,7 +54,7 @@ static int64_t shared_tokens(const kl_continuation *a, const kl_continuation *b)
     return same / KL_PAGE_TOKENS * KL_PAGE_TOKENS;
 }
 
-static void group_passes(kl_score_tree *t, int64_t n, int64_t max_rows)
+static void group_passes(kl_score_tree *t, int64_t n, int64_t max_rows, bool share)
 {
     for (int64_t i = 0; i < n; i++) {
         const kl_continuation *s = t->sorted[i];
@@ -64,13 +64,13 @@ static void group_passes(kl_score_tree *t, int64_t n, int64_t max_rows)
             last->count++;
             continue;
         }
-        if (last != NULL) last->shared = shared_tokens(t->sorted[i - 1], s);
+        if (last != NULL && share) last->shared = shared_tokens(t->sorted[i - 1], s);
         t->passes[t->n_passes++] = (kl_score_pass){i, 1, s->n_context + s->n - 1, 0};
     }
 }
 
 kl_status kl_score_tree_make(const kl_continuation *scores, int64_t n, int64_t max_rows,
-                             kl_score_tree *out, kl_error *err)
+                             bool share, kl_score_tree *out, kl_error *err)
 {
     *out = (kl_score_tree){0};
     out->block = kl_calloc((size_t)n, sizeof *out->sorted + sizeof *out->passes);
@@ -81,7 +81,7 @@ kl_status kl_score_tree_make(const kl_continuation *scores, int64_t n, int64_t m
     out->sorted = (const kl_continuation **)(void *)(out->passes + n);
     for (int64_t i = 0; i < n; i++) out->sorted[i] = &scores[i];
     qsort(out->sorted, (size_t)n, sizeof *out->sorted, compare);
-    group_passes(out, n, max_rows);
+    group_passes(out, n, max_rows, share);
     return KL_OK;
 }
 

@@ -4,7 +4,7 @@
  * Sorted by their tokens, texts that begin alike are neighbours, and how many tokens two of them
  * share is the least of what the neighbours between them share. Only contexts are shared, none
  * of whose tokens is scored, and only up to a multiple of KL_PAGE_TOKENS, where a cut does not
- * show in the bits.
+ * show in the bits if they begin at a page's border.
  */
 #ifndef KL_MODEL_SCORE_TREE_H
 #define KL_MODEL_SCORE_TREE_H
@@ -25,9 +25,10 @@ typedef struct {
     void *block;
 } kl_score_tree;
 
-/* max_rows: results of a pass that several continuations have together. */
+/* max_rows: results of a pass that several continuations have together. share: whether passes
+ * share anything. */
 kl_status kl_score_tree_make(const kl_continuation *scores, int64_t n, int64_t max_rows,
-                             kl_score_tree *out, kl_error *err);
+                             bool share, kl_score_tree *out, kl_error *err);
 void kl_score_tree_free(kl_score_tree *t); /* zeroed is fine */
 
 /* The end of the passes from `lo` on, before `hi`, each of which shares more than `depth` tokens

@@ -44,7 +44,7 @@ static void join(game *g)
     g->queue[g->n_queue] = (kl_sched_request){.n_prompt = draw(g, 1, draw(g, 0, 1) ? 20 : 300),
                                               .pages = draw(g, 0, 8)};
     if (draw(g, 0, 2) == 0)
-        g->queue[g->n_queue].cut = draw(g, 1, 5) * kl_sched_unit(g->step_tokens);
+        g->queue[g->n_queue].cut = draw(g, 1, 5 * kl_sched_unit(g->step_tokens));
     if (g->queue[g->n_queue].cut >= g->queue[g->n_queue].n_prompt) g->queue[g->n_queue].cut = 0;
     g->to_draw[g->n_queue++] = draw(g, 1, 20);
 }
@@ -74,7 +74,8 @@ static void play_item(game *g, const kl_sched_item *item)
         EXPECT(r->cut <= r->fed || r->fed + item->count <= r->cut);
         r->fed += item->count;
         /* Where a prompt is cut must not depend on who else is in the step. */
-        EXPECT(r->fed == r->n_prompt || r->fed % unit == 0);
+        EXPECT(r->fed == r->n_prompt ||
+               (r->fed < r->cut ? r->fed : r->fed - r->cut) % unit == 0);
         EXPECT(item->samples == (r->fed == r->n_prompt));
     } else {
         EXPECT(r->phase == KL_SCHED_DECODE);
@@ -160,6 +161,14 @@ static void random_loads_end(void)
     }
 }
 
+/* What begins within a page and may be cut reads the rest of that page first. */
+static void prompts_reach_a_border_first(void)
+{
+    EXPECT(kl_sched_lead(0, 1000) == 0 && kl_sched_lead(128, 1000) == 0);
+    EXPECT(kl_sched_lead(7, 64) == 0); /* nobody cuts it */
+    EXPECT(kl_sched_lead(7, 65) == 57 && kl_sched_lead(127, 65) == 1);
+}
+
 /* A step fills up: it leaves out work only where no piece of it fits. */
 static void steps_are_full(void)
 {
@@ -240,6 +249,7 @@ static void guesses_share_what_is_left(void)
 int main(void)
 {
     RUN(random_loads_end);
+    RUN(prompts_reach_a_border_first);
     RUN(steps_are_full);
     RUN(prompts_share_a_step);
     RUN(steps_without_room_for_both_alternate);

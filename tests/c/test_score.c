@@ -184,14 +184,14 @@ static void each_is_what_it_is_alone(void)
 
 static void after_a_sequence_and_beside_others(void)
 {
-    int32_t ids[90];
+    int32_t ids[70];
     kl_backend *be;
     kl_engine *e = open_engine(&be, &tiny_options);
     kl_error err = {KL_OK, ""};
     kl_seq base, other;
-    for (int i = 0; i < 90; i++) ids[i] = i;
+    for (int i = 0; i < 70; i++) ids[i] = i;
     EXPECT(kl_seq_new(e, &base, &err) == KL_OK && kl_seq_new(e, &other, &err) == KL_OK);
-    const kl_prompt p = {.seq = base, .ids = ids, .n = 90};
+    const kl_prompt p = {.seq = base, .ids = ids, .n = 70}; /* a few in its last page */
     EXPECT(kl_engine_prompt(e, &p, &err) == KL_OK);
     for (uint64_t seed = 0; seed < 2; seed++) score_and_judge(e, base, 100 + seed, 150);
     EXPECT(kl_seq_release(e, other, &err) == KL_OK);
@@ -255,7 +255,7 @@ static void groups_are_of_those_that_begin_alike(void)
         kl_score_tree t;
         kl_error err = {KL_OK, ""};
         make_deal(&d, 400 + seed, LONGEST);
-        EXPECT(kl_score_tree_make(d.rows, d.n, 64, &t, &err) == KL_OK);
+        EXPECT(kl_score_tree_make(d.rows, d.n, 64, true, &t, &err) == KL_OK);
         int64_t shared, covered = 0;
         for (int64_t lo = 0; lo < t.n_passes; lo++) {
             const kl_score_pass *p = &t.passes[lo];

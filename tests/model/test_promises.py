@@ -172,6 +172,22 @@ def test_a_generation_in_company_is_the_one_alone(model):
     assert generated(model, prompts[:3], temperature=1.0, seed=5) == sampled[:3]
 
 
+@pytest.mark.parametrize("n", [1, 7, 64, 100, 127])
+def test_prompts_after_a_state_in_company_are_those_alone(model, n):
+    """Wherever in a page they begin, and as a state that is fed reads them."""
+    prompts = [others(k, k) for k in (300, 400, 64, 65, 16, 170, 500)]
+    options = dict(max_new_tokens=5, logprobs=2, ignore_eos=True)
+    with model.state().feed(others(n, 9)) as s:
+        together = [(c.token_ids, c.logprobs) for c in s.generate(prompts, **options)]
+        for prompt, want in zip(prompts, together, strict=True):
+            (alone,) = s.generate([prompt], **options)
+            assert (alone.token_ids, alone.logprobs) == want
+            with s.fork().feed(prompt) as fed:
+                alone = fed.generate(**options)
+            assert (alone.token_ids, alone.logprobs) == want
+        assert s.score(prompts) == [s.score(p) for p in prompts]
+
+
 def test_log_likelihoods_in_company_are_those_alone(model):
     pairs = [(others(n, 1)[: n - 3], others(3, n)) for n in (5, 70, 200, 201, 130)] * 2
     assert model.score_pairs(pairs) == [model.score(*pair) for pair in pairs]
@@ -203,6 +219,8 @@ def test_a_small_step_does_not_show(path, ids, device, format):
                                 step_tokens=n) for n in (64, 256))  # fmt: skip
     assert small.plan()["step_tokens"] < large.plan()["step_tokens"]
     assert same(whole(small, ids), whole(large, ids))
+    for n in (7, 127):
+        assert same(in_pieces(small, ids, [n, T - n]), in_pieces(large, ids, [n, T - n]))
 
 
 def test_fork_is_recomputing(engine, ids):
