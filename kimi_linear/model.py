@@ -437,12 +437,13 @@ class Model(Inspection):
 
     def _usage(self) -> list[tuple[str, str]]:
         """What sequences hold now; pages that several share are counted once."""
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             return []
-        sequences, pages = self._engine.usage()
+        sequences, pages = engine.usage()
         n_bytes = sequences * self.plan.kda_state_per_sequence + self.plan.of_pages(pages)
         used = [("in use", f"{gib(n_bytes)} by {sequences} sequences")]
-        kept = self._engine.prefix_stats()
+        kept = engine.prefix_stats()
         if not kept["on"]:
             return [*used, ("prefixes", "not kept (prefix_cache)")]
         text = (
@@ -455,14 +456,16 @@ class Model(Inspection):
 
     def close(self) -> None:
         """Give the memory back; further calls do nothing."""
-        if self._engine is not None:
-            self._engine.close()
+        engine = self._engine  # which another thread may close at the same time
+        if engine is not None:
+            engine.close()
             self._engine = None  # type: ignore[assignment]
 
     def _open_engine(self) -> "_core.Engine":
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             raise ValueError("model: is closed")
-        return self._engine
+        return engine
 
     def _get_tokenizer(self) -> Tokenizer:
         return self.tokenizer

@@ -80,7 +80,7 @@ static int wait_in_queue(EngineObject *self)
     return got;
 }
 
-static int wait_for_lock(EngineObject *self)
+int kl_engine_lock(EngineObject *self)
 {
     if (self->owner == PyThread_get_thread_ident()) {
         PyErr_SetString(PyExc_RuntimeError,
@@ -94,7 +94,7 @@ static int wait_for_lock(EngineObject *self)
 
 int kl_engine_enter(EngineObject *self)
 {
-    if (wait_for_lock(self) < 0) return -1;
+    if (kl_engine_lock(self) < 0) return -1;
     if (self->engine != NULL) return 0;
     kl_engine_leave(self);
     PyErr_SetString(PyExc_ValueError, "engine: it is closed");

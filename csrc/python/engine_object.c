@@ -83,9 +83,8 @@ static void engine_dealloc(PyObject *op)
 static PyObject *engine_close(PyObject *op, PyObject *Py_UNUSED(none))
 {
     EngineObject *self = (EngineObject *)op;
-    if (self->engine == NULL) Py_RETURN_NONE;
-    if (kl_engine_enter(self) < 0) return NULL;
-    destroy(self);
+    if (kl_engine_lock(self) < 0) return NULL;
+    if (self->engine != NULL) destroy(self); /* NULL: another thread was first */
     kl_engine_leave(self);
     Py_RETURN_NONE;
 }

@@ -33,8 +33,10 @@ typedef struct {
     int64_t n_dropped, max_dropped;
 } EngineObject;
 
-/* Take the lock; -1 with an exception when the engine is closed, when this thread holds it
- * already (a callback calls its own engine), or when a signal came while waiting. */
+/* Take the lock; -1 with an exception when this thread holds it already (a callback calls its own
+ * engine), or when a signal came while waiting. */
+int kl_engine_lock(EngineObject *self);
+/* Likewise, and refuse an engine that is closed. */
 int kl_engine_enter(EngineObject *self);
 void kl_engine_leave(EngineObject *self);
 /* Free what waits for the lock now, or when whoever holds it leaves. */

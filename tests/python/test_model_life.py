@@ -128,6 +128,38 @@ def test_closing_while_another_thread_generates(path):
     assert isinstance(outcome[0], ValueError) and "closed" in str(outcome[0])
 
 
+def test_closing_from_several_threads(path):
+    """Each waits for the call under way, and finds the model closed by the first."""
+    m = kl.load(path, **CPU)
+    inside, go, errors = threading.Event(), threading.Event(), []
+
+    def hold(ids, logits):
+        inside.set()
+        assert go.wait(20)
+
+    def close():
+        try:
+            m.close()
+        except Exception as e:
+            errors.append(e)
+
+    def work():
+        with pytest.raises(ValueError, match="closed"):
+            m.generate([1], ignore_eos=True, logits_processor=hold)
+
+    threads = [threading.Thread(target=f) for f in (work, close, close, close)]
+    threads[0].start()
+    assert inside.wait(20)
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.1)
+    go.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert errors == [] and "closed" in repr(m)
+
+
 def test_info_is_text_and_escaped_html(path, tmp_path):
     odd = shutil.copytree(path, tmp_path / "<b>&")
     with kl.load(odd, **CPU) as m:
