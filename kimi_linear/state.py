@@ -239,6 +239,9 @@ class State:
     ) -> None:
         import numpy as np
 
+        if self._held is not held:  # a callback of the call has released the state
+            draft.release()
+            raise ValueError(f"state: {self._why_gone}")
         self._held = Held(draft, np.concatenate([held.ids, new]), logits, awaits)
         if draft is not held.sequence:
             held.sequence.release()

@@ -1,6 +1,7 @@
 """States as users hold them: what each call means and what it refuses. Whether their numbers are
 right is told in tests/model/test_states.py, what their files are in test_state_file.py."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -282,6 +283,24 @@ def test_a_callback_cannot_use_its_engine(state):
     with pytest.raises(RuntimeError, match="callback cannot call the engine"):
         state.generate([1], logits_processor=lambda ids, logits: state.nbytes)
     assert state.token_ids == IDS
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 20])
+@pytest.mark.parametrize("others", [0, 3])  # 3: no sequence is free for a copy to work on
+def test_a_state_that_its_own_callback_releases_is_gone(model, n, others):
+    with contextlib.ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(model.state())
+        s = stack.enter_context(model.state()).feed(IDS)
+        with pytest.raises(ValueError, match="is released|was lost|has changed|must be one"):
+            if n == 0:
+                s.feed([1], progress=lambda done, total: s.release())
+            else:
+                options = dict(max_new_tokens=n, ignore_eos=True)
+                s.generate([1], logits_processor=lambda ids, logits: s.release(), **options)
+        with pytest.raises(ValueError, match="state: (is released|was lost)"):
+            s.logits()
+        assert model._engine.usage()[0] == others
 
 
 def test_a_state_that_dies_in_a_callback_is_released(model, state):
