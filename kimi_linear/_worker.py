@@ -99,8 +99,8 @@ class Worker:
             self._places.notify_all()
 
     def join(self) -> None:
-        """Wait for the end of the thread, unless this is it."""
-        if not self.forked and threading.current_thread() is not self._thread:
+        """Wait for the end of the thread, unless it waits for this one."""
+        if not self.forked and not self._waits_for_us():
             self._thread.join()
 
     def stats(self) -> dict[str, Any]:
@@ -126,8 +126,12 @@ class Worker:
     def check_wait(self) -> None:
         """Refuse to wait where that would be for ever."""
         self._check_process()
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("engine: a callback in its thread cannot wait for a request")
+        if self._waits_for_us():
+            raise RuntimeError("engine: a callback of its model cannot wait for a request")
+
+    def _waits_for_us(self) -> bool:
+        """Whether this is a callback of the thread, or of a call that has the model until then."""
+        return threading.current_thread() is self._thread or self._core.calls_back()
 
     def _check_process(self) -> None:
         if self.forked:

@@ -126,7 +126,8 @@ class Engine:
         """End the thread; further calls do nothing. The model stays open.
 
         cancel: end the requests under way, with finish_reason "cancelled"; False waits until
-        they are done. A callback of the engine's own thread may call this, and does not wait.
+        they are done. A callback of the engine's thread, or of another call on the model, may call this,
+        and does not wait.
         """
         self._worker.stop(cancel=cancel)
         self._worker.join()
@@ -267,6 +268,7 @@ class Request:
             if not new:
                 if over:
                     break
+                self._check_wait()
                 await news
         self._raise_error()
 
@@ -280,6 +282,7 @@ class Request:
     async def _answer(self) -> Completion:
         import asyncio
 
+        self._check_wait()
         try:
             return await asyncio.wrap_future(self._future)
         except asyncio.CancelledError:

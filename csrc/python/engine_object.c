@@ -98,6 +98,11 @@ static PyObject *engine_plan(PyObject *op, PyObject *Py_UNUSED(none))
     return kl_plan_dict(&plan);
 }
 
+static PyObject *engine_calls_back(PyObject *op, PyObject *Py_UNUSED(none))
+{
+    return PyBool_FromLong(((EngineObject *)op)->owner == PyThread_get_thread_ident());
+}
+
 static PyObject *engine_usage(PyObject *op, PyObject *Py_UNUSED(none))
 {
     EngineObject *self = (EngineObject *)op;
@@ -185,6 +190,8 @@ static PyMethodDef engine_methods[] = {
      "biases."},
     {"close", engine_close, METH_NOARGS,
      "close($self, /)\n--\n\nGive all memory back; later calls raise ValueError."},
+    {"calls_back", engine_calls_back, METH_NOARGS,
+     "calls_back($self, /)\n--\n\nWhether this is a callback of a call on the engine."},
     {"usage", engine_usage, METH_NOARGS, "usage($self, /)\n--\n\n(sequences, pages) in use."},
     {"seq_new", kl_engine_py_seq_new, METH_NOARGS,
      "seq_new($self, /)\n--\n\nAn empty sequence."},

@@ -334,3 +334,32 @@ def test_done_callbacks(engine):
     last = engine.submit([1], **SHORT)
     last.add_done_callback(lambda r: (engine.close(), ended.set()))  # from its own thread
     assert ended.wait(20)
+
+
+def test_a_callback_of_the_model_cannot_wait(model, engine):
+    """The thread waits for the call that calls back; its close() does not."""
+    other = kl.Engine(model)
+    long, called = other.submit([1], **LONG), []
+
+    async def chunks_of(request):
+        return [chunk async for chunk in request]
+
+    def process(ids, logits):
+        request = engine.submit([1], **SHORT)
+        for wait in (
+            lambda: request.result(5),
+            lambda: request.exception(5),
+            lambda: list(request),
+            lambda: asyncio.run(answer_of(request)),
+            lambda: asyncio.run(chunks_of(request)),
+            lambda: engine.generate([1], **SHORT),
+        ):
+            with pytest.raises(RuntimeError, match="cannot wait for a request"):
+                wait()
+        other.close()
+        called.append(request)
+
+    model.generate([1], max_new_tokens=1, logits_processor=process)
+    assert called[0].result(20).finish_reason == "length"
+    assert long.result(20).finish_reason in ("cancelled", "length")
+    other.close()
