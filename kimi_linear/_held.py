@@ -3,35 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ._core import HeldSequence
 from ._progress import Callback
 from .errors import NumericalError
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from ._core import Engine
-
-
-class HeldSequence:
-    """A sequence of an engine, given back when nobody refers to it any more."""
-
-    __slots__ = ("engine", "seq")
-
-    def __init__(self, engine: "Engine", seq: int) -> None:
-        self.engine, self.seq = engine, seq
-
-    def release(self) -> None:
-        """Give it back now: a traceback may refer to this object for long."""
-        self.engine.seq_drop(self.seq)
-
-    def __del__(self) -> None:
-        self.release()
-
-    def __enter__(self) -> "HeldSequence":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
 
 
 @dataclass(frozen=True)
@@ -47,7 +24,7 @@ class Held:
 def fork_of(held: Held) -> HeldSequence:
     """A copy of its sequence."""
     engine = held.sequence.engine
-    return HeldSequence(engine, engine.seq_fork(held.sequence.seq))
+    return HeldSequence(engine, engine.seq_fork, (held.sequence.seq,))
 
 
 def is_untouched(held: Held) -> bool:

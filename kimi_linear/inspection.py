@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._core import HeldSequence
 from ._files import quote
 from ._progress import Callback, Progress
 from ._prompts import GetTokenizer, prompt_rows, row_ids
@@ -201,13 +202,10 @@ class Inspection:
         self, ids: "np.ndarray", layers: list[int]
     ) -> "Iterator[tuple[int, dict[int, np.ndarray]]]":
         engine = self._open_engine()
-        seq = engine.seq_new()
-        try:
+        with HeldSequence(engine, engine.seq_new, ()) as sequence:
             for first in range(0, len(ids), STREAM_BLOCK):
                 part = ids[first : first + STREAM_BLOCK]
-                yield first, streams(engine, seq, part, layers, None)
-        finally:
-            engine.seq_drop(seq)
+                yield first, streams(engine, sequence.seq, part, layers, None)
 
     def _layers(self, layers: Sequence[int] | None) -> list[int]:
         n = self.config.num_hidden_layers

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _state_file
+from ._core import HeldSequence
 from ._generation import Past
-from ._held import Held, HeldSequence, catch_up, fork_of, is_untouched, logits_after
+from ._held import Held, catch_up, fork_of, is_untouched, logits_after
 from ._progress import Callback, Progress
 from ._prompts import answer_header, awaits_answer, prompt_rows, row_ids
 from ._sampling import Sampling, SamplingOptions, check_top
@@ -48,7 +49,7 @@ class State:
         import numpy as np
 
         engine = model._open_engine()
-        sequence = HeldSequence(engine, engine.seq_new())
+        sequence = HeldSequence(engine, engine.seq_new, ())
         return cls(model, Held(sequence, np.empty(0, np.int32), None, False))
 
     def _get(self) -> Held:
@@ -199,7 +200,8 @@ class State:
                     raise ValueError("state: was changed while it was streamed")
                 self._set(draft, held, new, catch_up(draft, held, new), False)
         except BaseException:
-            draft.release()
+            if self._held is None or self._held.sequence is not draft:
+                draft.release()
             raise
 
     def _check_room(self, held: Held, n: int, more: int) -> None:
@@ -214,8 +216,8 @@ class State:
     def _draft(self, held: Held, n_tokens: int) -> Iterator[HeldSequence]:
         """The sequence to work on: a copy, or the state's own where nothing is free."""
         engine, seq = held.sequence.engine, held.sequence.seq
-        draft = engine.seq_draft(seq, n_tokens)
-        sequence = held.sequence if draft == seq else HeldSequence(engine, draft)
+        draft = HeldSequence(engine, engine.seq_draft, (seq, n_tokens))
+        sequence = draft if draft.seq else held.sequence
         try:
             yield sequence
         except BaseException:
@@ -418,7 +420,7 @@ class State:
             reader.check_size(payload)
             ids = np.empty(length, np.int32)
             logits = np.empty(vocab, np.float32) if length else None
-            sequence = HeldSequence(engine, engine.seq_restore(length))
+            sequence = HeldSequence(engine, engine.seq_restore, (length,))
             try:
                 parts = parts_of(ids, logits, engine, sequence.seq)
                 with Progress(progress, "state", "B") as callback:

@@ -43,7 +43,8 @@
     X(stream)
 
 typedef struct {
-    PyTypeObject *array_type, *backend_type, *weight_type, *engine_type, *generation_type;
+    PyTypeObject *array_type, *backend_type, *weight_type, *engine_type, *generation_type,
+        *sequence_type;
     PyObject *KimiLinearError;
 #define KL_FIELD(name, base, doc) PyObject *name;
     KL_EXCEPTIONS(KL_FIELD)

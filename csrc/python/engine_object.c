@@ -203,15 +203,12 @@ static PyMethodDef engine_methods[] = {
      "seq_length($self, seq, /)\n--\n\nTokens fed so far."},
     {"seq_draft", KL_FASTCALL(kl_engine_py_draft), METH_FASTCALL,
      "seq_draft($self, seq, n_tokens, /)\n--\n\n"
-     "A fork that has room to grow so far, or the sequence itself where there is none."},
+     "A fork that has room to grow so far, 0 where there is none."},
     {"seq_restore", kl_engine_py_restore, METH_O,
      "seq_restore($self, length, /)\n--\n\n"
      "A sequence of so many tokens whose image is to be written."},
     {"seq_pages", kl_engine_py_pages, METH_O,
      "seq_pages($self, seq, /)\n--\n\n(pages, of them shared) of a sequence."},
-    {"seq_drop", kl_engine_py_drop, METH_O,
-     "seq_drop($self, seq, /)\n--\n\n"
-     "Release a sequence now or soon, from any thread and callback; a stale handle is fine."},
     {"keep_prefixes", kl_engine_py_keep_prefixes, METH_O,
      "keep_prefixes($self, on, /)\n--\n\n"
      "Whether prompts begin with what others have read; off gives all of it up."},

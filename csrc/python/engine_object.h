@@ -41,6 +41,9 @@ int kl_engine_enter(EngineObject *self);
 void kl_engine_leave(EngineObject *self);
 /* Free what waits for the lock now, or when whoever holds it leaves. */
 void kl_engine_sweep(EngineObject *self);
+/* Release a sequence so, for finalizers, which run in any thread at any time; a stale handle, or
+ * 0, is fine. */
+void kl_engine_drop_seq(EngineObject *self, kl_seq seq);
 /* Free a Generation's C part so. */
 void kl_engine_drop(EngineObject *self, kl_gen_node *node);
 
@@ -111,7 +114,6 @@ PyObject *kl_engine_py_seq_release(PyObject *op, PyObject *arg);
 PyObject *kl_engine_py_draft(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_restore(PyObject *op, PyObject *arg);
 PyObject *kl_engine_py_pages(PyObject *op, PyObject *arg);
-PyObject *kl_engine_py_drop(PyObject *op, PyObject *arg);
 PyObject *kl_engine_py_image_bytes(PyObject *op, PyObject *arg);
 PyObject *kl_engine_py_read_image(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
 PyObject *kl_engine_py_write_image(PyObject *op, PyObject *const *args, Py_ssize_t nargs);
@@ -123,7 +125,7 @@ PyObject *kl_engine_py_prefix_stats(PyObject *op, PyObject *none);
 
 PyObject *kl_generation_object_new(EngineObject *engine, PyObject *requests);
 
-extern PyType_Spec kl_engine_spec, kl_generation_spec;
+extern PyType_Spec kl_engine_spec, kl_generation_spec, kl_sequence_spec;
 PyObject *kl_py_plan(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 
 #endif

@@ -71,7 +71,7 @@ PyObject *kl_engine_py_draft(PyObject *op, PyObject *const *args, Py_ssize_t nar
         kl_engine_enter(self) < 0)
         return NULL;
     const kl_status status = kl_seq_draft(self->engine, seq, n, &draft, &err);
-    return seq_result(op, status, draft, &err);
+    return seq_result(op, status, draft == seq ? 0 : draft, &err);
 }
 
 PyObject *kl_engine_py_restore(PyObject *op, PyObject *arg)
@@ -160,13 +160,8 @@ static void keep_dropped(EngineObject *self, kl_seq seq)
     if (seq > self->dropped[i]) self->dropped[i] = seq;
 }
 
-/* For finalizers, which run in any thread at any time, under the engine's lock too. */
-PyObject *kl_engine_py_drop(PyObject *op, PyObject *arg)
+void kl_engine_drop_seq(EngineObject *self, kl_seq seq)
 {
-    EngineObject *self = (EngineObject *)op;
-    kl_seq seq;
-    if (kl_parse_seq("seq_drop", arg, &seq) < 0) return NULL;
     if ((uint32_t)seq - 1 < (uint32_t)self->max_dropped) keep_dropped(self, seq);
     kl_engine_sweep(self);
-    Py_RETURN_NONE;
 }

@@ -45,7 +45,7 @@ static int add_types(PyObject *module, kl_module *m)
     } types[] = {
         {&m->array_type, &kl_array_spec},           {&m->backend_type, &kl_backend_spec},
         {&m->weight_type, &kl_weight_spec},         {&m->engine_type, &kl_engine_spec},
-        {&m->generation_type, &kl_generation_spec},
+        {&m->generation_type, &kl_generation_spec}, {&m->sequence_type, &kl_sequence_spec},
     };
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         *types[i].type = add_type(module, types[i].spec);
@@ -78,6 +78,7 @@ static int module_exec(PyObject *module)
     X((m)->weight_type);                                                                       \
     X((m)->engine_type);                                                                       \
     X((m)->generation_type);                                                                   \
+    X((m)->sequence_type);                                                                     \
     X((m)->KimiLinearError)
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

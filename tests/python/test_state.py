@@ -3,6 +3,8 @@ right is told in tests/model/test_states.py, what their files are in test_state_
 
 import contextlib
 import gc
+import itertools
+import sys
 import threading
 import time
 
@@ -277,6 +279,57 @@ def test_an_interrupted_prompt(model):
             s.feed(long, progress=fail)
         assert s.position == 100 and m._engine.usage() == (1, 2)
         s.feed([1])
+
+
+SHORT = dict(max_new_tokens=2, ignore_eos=True)
+INTERRUPTED = {
+    "state": lambda m, s, file: m.state().release(),
+    "fork": lambda m, s, file: s.fork().release(),
+    "feed": lambda m, s, file: s.feed([4, 5]),
+    "generate": lambda m, s, file: s.generate([4, 5], **SHORT),
+    "several": lambda m, s, file: s.generate([[4, 5], [6]], **SHORT),
+    "stream": lambda m, s, file: list(s.stream([4, 5], **SHORT)),
+    "score": lambda m, s, file: s.score([[4, 5], [6]]),
+    "logprobs": lambda m, s, file: s.logprobs([4, 5]),
+    "load": lambda m, s, file: kl.State.load(file, m).release(),
+    "hidden": lambda m, s, file: list(m.iter_hidden([4, 5])),
+}
+
+
+def interrupt(call, n):
+    """Call it, and raise KeyboardInterrupt at the n-th point where a signal may: a function of
+    Python begins, or one of C has returned, whose result is lost then. False: it ended before."""
+    points = itertools.count()
+
+    def trace(frame, event, arg):
+        if event in ("call", "c_return") and next(points) == n:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a generator
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_an_interrupt_at_any_point_leaves_nothing(model, state, name, tmp_path):
+    state.save(tmp_path / "s")
+    before, n, running = state.logits(), 0, True
+    while running:
+        with state.fork() as s:
+            running = interrupt(lambda s=s: INTERRUPTED[name](model, s, tmp_path / "s"), n)
+            assert s.token_ids[: len(IDS)] == IDS
+            if len(s) == len(IDS):
+                assert np.array_equal(s.logits(), before), n
+            assert model._engine.usage()[0] == 2, n
+        n += 1
+    assert n > 5
 
 
 def test_a_callback_cannot_use_its_engine(state):
