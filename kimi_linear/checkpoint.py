@@ -7,10 +7,11 @@ JSON, then the tensors' bytes without holes. Every rule of its reference reader 
 two of its prose: duplicate keys are refused, and nothing follows the last tensor.
 """
 
+import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,7 @@ class Checkpoint:
                 self._add_file(name)
             if isinstance(weight_map, dict):
                 self._check_index(weight_map)
+            self.config = _as_stored(self.config, self.tensors)
         except BaseException:
             self.close()
             raise
@@ -217,6 +219,14 @@ class Checkpoint:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _as_stored(config: KimiLinearConfig, names: Container[str]) -> KimiLinearConfig:
+    """transformers never ties the head, whatever the key says: one that is stored is used."""
+    if not (config.tie_word_embeddings and "lm_head.weight" in names):
+        return config
+    note = "tie_word_embeddings: is true, but lm_head.weight is there and is used"
+    return dataclasses.replace(config, tie_word_embeddings=False, notes=(*config.notes, note))
 
 
 def _identity(info: os.stat_result) -> tuple[int, ...]:

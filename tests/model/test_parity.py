@@ -165,3 +165,16 @@ def test_alternatives(cases):
     assert ids.shape == (T - 1, 5)
     assert np.abs(logprobs - np.take_along_axis(want[:-1], ids, -1)).max() < 1e-3
     assert (ids == order[:-1]).all(-1).sum() >= T - 3  # near ties may change places
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_a_head_that_only_the_config_ties(original, tmp_path):
+    """transformers ties nothing where `tie_word_embeddings` is true, and saves both matrices."""
+    judge = hf_model("two-layers-one-head")
+    judge.config.tie_word_embeddings = True
+    save(judge, tmp_path, original=original)
+    ids = list(range(20))
+    with kl.load(tmp_path, device="cpu", dtype="f32", max_context=64, progress=False) as m:
+        assert relative_rms(m.logits(ids, last=False), hf_logits(judge, ids)) < 1e-5
+        assert "lm_head.weight is there and is used" in m.info()
+        assert not m.config.tie_word_embeddings
