@@ -1,6 +1,8 @@
 """What a model says of a text that is given to it: log-probabilities, logits, residual streams."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ._core import HeldSequence
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from . import _core
 
+SHOWN_PROMPT = 8192  # tokens from which a prompt's progress is shown unasked
 STREAM_BLOCK = 4096  # tokens of a part of iter_hidden: 38 MB a layer of the 48B
 
 
@@ -36,7 +39,25 @@ class Inspection:
 
         def _open_engine(self) -> "_core.Engine": ...
         def _get_tokenizer(self) -> Any: ...
-        def _prompt_progress(self, progress: Any, rows: Any) -> Progress: ...
+
+    def __init__(self) -> None:
+        self._calls = threading.RLock()  # there are sequences for one of them at a time
+
+    @contextmanager
+    def _turn(
+        self, progress: bool | Callback | None, rows: "Sequence[np.ndarray]"
+    ) -> "Iterator[Callback | None]":
+        """A call's turn among those of other threads, and what is told of its prompt."""
+        with self._calls, self._prompt_progress(progress, rows) as callback:
+            yield callback
+
+    @staticmethod
+    def _prompt_progress(
+        progress: bool | Callback | None, rows: "Sequence[np.ndarray]"
+    ) -> Progress:
+        if progress is None and sum(map(len, rows)) < SHOWN_PROMPT:
+            progress = False
+        return Progress(progress, "prompt", "tok")
 
     # ---- log-probabilities ---------------------------------------------------------------
 
@@ -55,7 +76,7 @@ class Inspection:
         ids = self._one_row(prompt, "prompt")
         top = check_top(top, self.config.vocab_size)
         engine = self._open_engine()
-        with self._prompt_progress(progress, [ids]) as callback:
+        with self._turn(progress, [ids]) as callback:
             if len(ids) == 1:
                 parts: tuple[Any, ...] = (np.empty(0), np.empty(0), *(np.empty((0, top)),) * 2)
             else:
@@ -153,7 +174,7 @@ class Inspection:
         pairs: "Sequence[tuple[np.ndarray, np.ndarray]]",
         progress: bool | Callback | None,
     ) -> Scores:
-        with self._prompt_progress(progress, [ids for pair in pairs for ids in pair]) as callback:
+        with self._turn(progress, [ids for pair in pairs for ids in pair]) as callback:
             return scored(self._open_engine(), 0, pairs, self.plan.max_context, callback)
 
     # ---- logits and streams --------------------------------------------------------------
@@ -165,7 +186,7 @@ class Inspection:
         import numpy as np
 
         ids = self._one_row(prompt, "prompt")
-        with self._prompt_progress(progress, [ids]) as callback:
+        with self._turn(progress, [ids]) as callback:
             logits = np.asarray(self._open_engine().logits(0, ids, bool(last), callback))
         return logits.reshape(-1) if last else logits
 
@@ -183,7 +204,7 @@ class Inspection:
         """
         wanted = self._layers(layers)
         ids = self._one_row(prompt, "prompt")
-        with self._prompt_progress(progress, [ids]) as callback:
+        with self._turn(progress, [ids]) as callback:
             return streams(self._open_engine(), 0, ids, wanted, callback)
 
     def iter_hidden(

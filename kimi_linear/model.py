@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 SMALL_MODEL = Path(__file__).parent / "small_model"  # what load() takes without a path
 STEPS_PER_CALL = 16  # steps of a call into the core, where no one waits for each token
-SHOWN_PROMPT = 8192  # tokens from which a prompt's progress is shown unasked
 
 
 def load(
@@ -182,8 +181,8 @@ class Model(Inspection):
 
     config: KimiLinearConfig. device, dtype, kv_cache_dtype, plan: where it is, how the big
     matrices and the latents are stored, what memory it has. fingerprint: tells its weights from
-    others in files of states. Calls from several threads are served one after the other. After
-    close() every call raises ValueError.
+    others in files of states. Calls from several threads are served one after the other; an
+    Engine runs them together. After close() every call raises ValueError.
     """
 
     def __init__(
@@ -196,6 +195,7 @@ class Model(Inspection):
         notes: tuple[str, ...],
         fingerprint: str,
     ) -> None:
+        super().__init__()
         self.config = config
         self.dtype = choice.dtype
         self.device = choice.plan.device
@@ -288,7 +288,8 @@ class Model(Inspection):
     ) -> Iterator[Chunk]:
         """Continue one prompt token by token; arguments of `generate`.
 
-        Arguments are checked at the call. Leaving the loop early frees the sequence.
+        Arguments are checked at the call. Leaving the loop early frees the sequence, which no
+        other call has meanwhile: raises OutOfMemory where `max_batch` of them are held.
         """
         checked = self._check_sampling(**sampling)
         rows, is_batch = prompt_rows(prompt, self._get_tokenizer, self.config.vocab_size)
@@ -297,10 +298,12 @@ class Model(Inspection):
         reporter = self._prompt_progress(progress, rows)
         return self._stream(self._run(self._rows(rows, checked)), reporter)
 
-    @staticmethod
-    def _stream(run: Run, reporter: Progress) -> Iterator[Chunk]:
+    def _stream(self, run: Run, reporter: Progress) -> Iterator[Chunk]:
         try:
             with reporter as callback:
+                with self._calls:  # until it has its sequence
+                    chunks = _step(run, 1, callback)
+                yield from chunks
                 while not run.done:
                     yield from _step(run, 1, callback)
         finally:
@@ -328,7 +331,8 @@ class Model(Inspection):
 
         Raises OutOfMemory when max_batch sequences are alive.
         """
-        return State._empty(self)
+        with self._calls:
+            return State._empty(self)
 
     # ---- the prefix cache ----------------------------------------------------------------
 
@@ -369,14 +373,14 @@ class Model(Inspection):
         past: Past | None = None,
     ) -> list[Completion]:
         begun = self._rows(rows, sampling, past)
-        run = self._run(begun)
-        try:
-            with self._prompt_progress(progress, rows) as callback:
+        with self._turn(progress, rows) as callback:
+            run = self._run(begun)
+            try:
                 while not run.done:
                     _step(run, 1 if sampling.stop else STEPS_PER_CALL, callback)
-            return [row.completion() for row in begun]
-        finally:
-            run.close()
+                return [row.completion() for row in begun]
+            finally:
+                run.close()
 
     def _rows(
         self, rows: "list[np.ndarray]", sampling: Sampling, past: Past | None = None
@@ -405,13 +409,6 @@ class Model(Inspection):
             run.close()
             raise
         return run
-
-    def _prompt_progress(
-        self, progress: bool | Callback | None, rows: "list[np.ndarray]"
-    ) -> Progress:
-        if progress is None and sum(map(len, rows)) < SHOWN_PROMPT:
-            progress = False
-        return Progress(progress, "prompt", "tok")
 
     # ---- what it is --------------------------------------------------------------------
 

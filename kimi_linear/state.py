@@ -83,7 +83,7 @@ class State:
             )
             self._check_room(held, len(ids), 0)
             with (
-                self._model._prompt_progress(progress, [ids]) as callback,
+                self._model._turn(progress, [ids]) as callback,
                 self._draft(held, len(ids)) as draft,
             ):
                 logits = logits_after(draft, ids, callback)
@@ -140,7 +140,7 @@ class State:
         self._check_room(held, len(ids), 1 if checked.max_new_tokens else 0)
         room = self._model.plan.max_context - len(held.ids) - len(ids)
         most = len(ids) + min(checked.max_new_tokens, room)
-        with self._draft(held, most) as draft:
+        with self._model._calls, self._draft(held, most) as draft:
             past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
             (completion,) = self._model._complete([ids], checked, progress, past)
             new = np.concatenate([ids, np.asarray(completion.token_ids, np.int32)])
@@ -167,7 +167,8 @@ class State:
             ids = self._no_prompt(held) if prompt is None else self._one_prompt(prompt)
             self._check_room(held, len(ids), 1 if checked.max_new_tokens else 0)
             reporter = self._model._prompt_progress(progress, [ids])
-            draft = fork_of(held)
+            with self._model._calls:
+                draft = fork_of(held)
             try:
                 past = Past(draft.seq, held.ids, in_place=True, logits=held.logits)
                 run = self._model._run(self._model._rows([ids], checked, past))
@@ -253,7 +254,7 @@ class State:
 
         Raises OutOfMemory when max_batch sequences are alive.
         """
-        with self._lock:
+        with self._lock, self._model._calls:
             held = self._get()
             copy = fork_of(held)
             return State(self._model, Held(copy, held.ids, held.logits, held.awaits_answer))
@@ -338,7 +339,7 @@ class State:
                 continuation, model._get_tokenizer, model.config.vocab_size, "continuation"
             )
             self._check_room(held, max(map(len, rows)) - 1, 0)
-            with model._prompt_progress(progress, rows) as callback:
+            with model._turn(progress, rows) as callback:
                 sequence, room = held.sequence, model.plan.max_context
                 found = continued(
                     sequence.engine, sequence.seq, held.logits, rows, room, callback
@@ -369,7 +370,7 @@ class State:
         self, held: Held, ids: "np.ndarray", progress: bool | Callback | None
     ) -> "Iterator[tuple[HeldSequence, Callback | None]]":
         """A fork that reads and is forgotten."""
-        with self._model._prompt_progress(progress, [ids]) as callback, fork_of(held) as fork:
+        with self._model._turn(progress, [ids]) as callback, fork_of(held) as fork:
             yield fork, callback
 
     # ---- files ---------------------------------------------------------------------------
@@ -420,7 +421,8 @@ class State:
             reader.check_size(payload)
             ids = np.empty(length, np.int32)
             logits = np.empty(vocab, np.float32) if length else None
-            sequence = HeldSequence(engine, engine.seq_restore, (length,))
+            with model._calls:
+                sequence = HeldSequence(engine, engine.seq_restore, (length,))
             try:
                 parts = parts_of(ids, logits, engine, sequence.seq)
                 with Progress(progress, "state", "B") as callback:

@@ -91,6 +91,49 @@ def test_threads_share_a_model(model):
     assert [got[i] for i in range(6)] == want
 
 
+def test_threads_wait_for_the_sequences_of_another_call(path, tmp_path):
+    """One call takes all that there are, others in the midst of it take their turn."""
+    def held(state, use):
+        with state:
+            return use(state)
+
+    with kl.load(path, **CPU, max_batch=3, max_context=256) as m:  # two states, one call
+        with m.state() as state:
+            state.feed([1, 2, 3]).save(tmp_path / "state")
+        work = [
+            lambda: [c.token_ids for c in m.generate([[1], [2], [3]], max_new_tokens=40)],
+            lambda: m.generate([4], max_new_tokens=40, stop="no such text").token_ids,
+            lambda: m.score([1, 2], [[3], [4, 5]]),
+            lambda: m.logprobs([1, 2, 3]).total,
+            lambda: m.logits([1, 2, 3]).tolist(),
+            lambda: m.hidden([1, 2], layers=[0])[0].tolist(),
+            lambda: held(m.state(), lambda s: s.feed([5]).generate(max_new_tokens=9).token_ids),
+            lambda: held(kl.State.load(tmp_path / "state", m), lambda s: s.score([[4, 5], [6]])),
+        ]  # fmt: skip
+        want = [call() for call in work]
+        busy, got, errors = threading.Event(), [None] * len(work), []
+
+        def run(i):
+            try:
+                assert busy.wait(20)
+                got[i] = work[i]()
+            except Exception as e:
+                errors.append(e)
+
+        def stay(ids, logits):
+            busy.set()
+            time.sleep(0.002)
+
+        threads = [threading.Thread(target=run, args=[i]) for i in range(len(work))]
+        for thread in threads:
+            thread.start()
+        rows = [[1], [2], [3]]
+        m.generate(rows, max_new_tokens=60, ignore_eos=True, logits_processor=stay)
+        for thread in threads:
+            thread.join(60)
+        assert errors == [] and got == want
+
+
 def test_close(path):
     with kl.load(path, **CPU) as m:
         stream = m.stream("hello", ignore_eos=True)
