@@ -54,9 +54,9 @@ def _segments(
     tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
 ) -> Iterator[Segment]:
-    if tools:
+    if tools := _tools(tools):
         yield from _head("system", "tool_declare")
-        yield False, _json(list(tools), "tools", separators=(",", ":"), sort_keys=True)
+        yield False, _json(tools, "tools", separators=(",", ":"), sort_keys=True)
         yield True, END
     n_calls = 0
     for i, message in enumerate(messages):
@@ -78,6 +78,18 @@ def _segments(
         yield True, END
     if add_generation_prompt:
         yield from _head("assistant", "assistant")
+
+
+def _tools(tools: Any) -> list[Any]:
+    """A dict of one tool would be a list of its keys, and a string one of its characters."""
+    if tools is None:
+        return []
+    if isinstance(tools, Mapping | str | bytes) or not isinstance(tools, Sequence):
+        raise TypeError(f"tools: must be a list of dicts, got {type(tools).__name__}")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise TypeError(f"tools[{i}]: must be a dict, got {type(tool).__name__}")
+    return list(tools)
 
 
 def _head(role: str, word: str) -> Iterator[Segment]:
@@ -153,6 +165,8 @@ def parse_tool_calls(text: str) -> list[dict[str, Any]]:
     Each is ``{"id", "type": "function", "function": {"name", "arguments"}}``, the form that a
     message takes back; arguments are the text the model wrote, which need not be valid JSON.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text: must be str, got {type(text).__name__}")
     _, begin, section = text.partition(CALLS_BEGIN)
     calls: list[dict[str, Any]] = []
     section = section.partition(CALLS_END)[0]

@@ -154,6 +154,25 @@ def test_bad_messages_are_named(messages, error, message):
         TOKENIZER.apply_chat_template(messages)
 
 
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ({"type": "function"}, "tools: must be a list of dicts, got dict"),
+        ("search", "tools: must be a list of dicts, got str"),
+        (5, "tools: must be a list of dicts, got int"),
+        ([{"type": "function"}, "f"], r"tools\[1\]: must be a dict, got str"),
+    ],
+)
+def test_tools_are_a_list_of_dicts(tools, message):
+    with pytest.raises(TypeError, match=message):
+        text([USER], tools=tools)
+
+
+def test_calls_are_parsed_from_text():
+    with pytest.raises(TypeError, match="text: must be str, got int"):
+        TOKENIZER.parse_tool_calls(5)
+
+
 def test_tools_must_be_json():
     with pytest.raises(TypeError, match="tools: must be JSON"):
         text([USER], tools=[{"f": object()}])
