@@ -250,7 +250,7 @@ class State:
             held.sequence.release()
 
     def fork(self) -> "State":
-        """An independent copy: KDA states are copied, full pages of latents shared.
+        """An independent copy, copy.copy too: KDA states are copied, full pages of latents shared.
 
         Raises OutOfMemory when max_batch sequences are alive.
         """
@@ -258,6 +258,14 @@ class State:
             held = self._get()
             copy = fork_of(held)
             return State(self._model, Held(copy, held.ids, held.logits, held.awaits_answer))
+
+    __copy__ = fork  # two objects of one sequence would break each other
+
+    def __deepcopy__(self, memo: Any) -> "State":
+        return self.fork()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("state: cannot be pickled; save() writes it to a file")
 
     # ---- looking -------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 right is told in tests/model/test_states.py, what their files are in test_state_file.py."""
 
 import contextlib
+import copy
 import gc
 import itertools
+import pickle
 import sys
 import threading
 import time
@@ -50,6 +52,20 @@ def test_messages(model):
         assert t.generate(max_new_tokens=0).prompt_token_ids == [] and once.token_ids == []
         t.feed([{"role": "assistant", "content": "done"}])
         assert t.generate(max_new_tokens=0).prompt_token_ids == []  # nothing waits for an answer
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_a_copy_is_a_fork(state, duplicate):
+    want = state.fork().generate(max_new_tokens=3, ignore_eos=True).token_ids
+    with duplicate(state) as other:
+        assert other.generate([9], max_new_tokens=3, ignore_eos=True)
+        assert state.token_ids == IDS
+    assert state.generate(max_new_tokens=3, ignore_eos=True).token_ids == want
+
+
+def test_a_state_is_not_pickled(state):
+    with pytest.raises(TypeError, match=r"state: cannot be pickled; save\(\)"):
+        pickle.dumps(state)
 
 
 def test_a_generation_of_no_tokens_reads_the_prompt(state):
