@@ -104,3 +104,26 @@ def quote(value: Any, limit: int = 80) -> str:
     """`repr`, cut to a length that an error message can carry."""
     text = ascii(value) if isinstance(value, str) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def check_text(text: Any, label: str) -> None:
+    """Raise TypeError or ValueError where this is no text that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise TypeError(f"{label}: must be str, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"{label}: must be Unicode, character {e.start} is the lone surrogate "
+            f"{text[e.start]!a}"
+        ) from None
+
+
+def as_path(path: Any) -> Path:
+    """Raise TypeError or ValueError where this is no path of a file."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: must be str or a path, got {quote(path)}")
+    found = Path(path)
+    if not found.name:
+        raise ValueError(f"path: must name a file, got {quote(str(path))}")
+    return found

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._files import quote
+from ._files import check_text, quote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,9 +73,10 @@ def row_ids(
 ) -> "np.ndarray":
     """int32 [T], T >= 1, of one prompt. answer: the assistant's turn is opened after messages."""
     if isinstance(row, str):
+        check_text(row, label)
         ids: Any = tokenizer().encode(row)
     elif isinstance(row, Sequence) and len(row) and isinstance(row[0], Mapping):
-        ids = tokenizer().apply_chat_template(row, add_generation_prompt=answer)
+        ids = _message_ids(row, tokenizer(), label, answer)
     else:
         ids = row
     array = _id_array(ids, label)
@@ -87,6 +88,15 @@ def row_ids(
             f"{label}: token ids must be in 0..{vocab_size - 1}, got {low if low < 0 else high}"
         )
     return array.astype("int32")
+
+
+def _message_ids(
+    messages: Any, tokenizer: "Tokenizer", label: str, answer: bool
+) -> list[int] | str:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer)
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{label}: {e}") from None
 
 
 def _id_array(ids: Any, label: str) -> "np.ndarray":

@@ -99,9 +99,10 @@ def check_sampling(
     speculate: int = 0,
 ) -> Sampling:
     """Raises ValueError or TypeError naming the argument and its range."""
+    if not isinstance(ignore_eos, bool):
+        raise TypeError(f"ignore_eos: must be True or False, got {quote(ignore_eos)}")
     stop_ids = dict.fromkeys(() if ignore_eos else default_stop_ids)
-    for i, token_id in enumerate(() if stop_token_ids is None else stop_token_ids):
-        stop_ids[check_id(token_id, vocab_size, f"stop_token_ids[{i}]")] = None
+    stop_ids |= dict.fromkeys(_stop_token_ids(stop_token_ids, vocab_size))
     if logprobs is not None:
         logprobs = check_top(logprobs, vocab_size, "logprobs")
     processors = _processors(logits_processor)
@@ -164,6 +165,14 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
     if not (low < number if open_low else low <= number) or not number <= high:
         raise ValueError(f"{name}: must be a number in {interval}, got {quote(value)}")
     return max(number, _FLT_MIN) if open_low else number
+
+
+def _stop_token_ids(value: Any, vocab_size: int) -> list[int]:
+    if value is None:
+        return []
+    if not isinstance(value, Iterable):
+        raise TypeError(f"stop_token_ids: must be a list of token ids, got {quote(value)}")
+    return [check_id(v, vocab_size, f"stop_token_ids[{i}]") for i, v in enumerate(value)]
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:

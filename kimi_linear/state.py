@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from . import _state_file
 from ._core import HeldSequence
+from ._files import as_path, quote
 from ._generation import Past
 from ._held import Held, catch_up, fork_of, is_untouched, logits_after
 from ._progress import Callback, Progress
@@ -389,6 +390,7 @@ class State:
         The format is that of kimi_linear/_state_file.py: every byte is covered by a checksum.
         progress: callable(done_bytes, total_bytes), True, False or None. Raises OSError.
         """
+        path = as_path(path)
         with self._lock:
             held = self._get()
             model, engine = self._model, held.sequence.engine
@@ -403,7 +405,7 @@ class State:
             }
             parts = parts_of(held.ids, held.logits, engine, held.sequence.seq)
             with Progress(progress, "state", "B") as callback:
-                _state_file.write(Path(path), header, parts, callback)
+                _state_file.write(path, header, parts, callback)
 
     @classmethod
     def load(
@@ -421,8 +423,11 @@ class State:
         """
         import numpy as np
 
+        path = as_path(path)
+        if not hasattr(model, "_open_engine"):
+            raise TypeError(f"model: must be a kimi_linear.Model, got {quote(model)}")
         engine = model._open_engine()
-        with _state_file.Reader(Path(path)) as reader:
+        with _state_file.Reader(path) as reader:
             length, awaits = check_header(reader, model)
             vocab = model.config.vocab_size
             payload = 4 * length + (4 * vocab if length else 0) + engine.image_bytes(length)

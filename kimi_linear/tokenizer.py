@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import chat
-from ._files import quote, read_small, strict_json
+from ._files import check_text, quote, read_small, strict_json
 from .errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Tokenizer:
         encoded as the plain text that they are, so that no input can forge a turn.
         Raises TypeError for what is not str, ValueError for lone surrogates.
         """
-        _check_text(text)
+        check_text(text, "text")
         if not allow_control:
             return self._encode_plain(text)
         ids: list[int] = []
@@ -145,6 +145,8 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of token ids, which may end inside a character."""
+        if not isinstance(ids, Iterable):
+            raise TypeError(f"ids: must be a list of token ids, got {quote(ids)}")
         ids = list(ids)
         plain = set(map(type, ids)) <= {int}
         if plain and ids and min(ids) >= 0 and max(ids) < self.vocab_size:
@@ -228,18 +230,6 @@ def check_id(value: Any, vocab_size: int, label: str = "token id") -> int:
     if not 0 <= value < vocab_size:
         raise ValueError(f"{label}: must be in 0..{vocab_size - 1}, got {quote(value)}")
     return value
-
-
-def _check_text(text: Any) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"text: must be str, got {type(text).__name__}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise ValueError(
-            f"text: must be Unicode, character {e.start} is the lone surrogate "
-            f"{text[e.start]!a}"
-        ) from None
 
 
 def _parts(text: str) -> Iterator[str]:

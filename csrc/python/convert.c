@@ -204,7 +204,8 @@ static int find_device(const kl_module *m, PyObject *o, DLDevice *out)
     const int found = kl_dlpack_device(m, o, out);
     if (found != 0) return found < 0 ? -1 : 0;
     if (PyObject_CheckBuffer(o)) return 0;
-    PyErr_Format(PyExc_TypeError, "expected an array (DLPack or the buffer protocol), got %R",
+    PyErr_Format(PyExc_TypeError,
+                 "the first argument must be an array (DLPack or the buffer protocol), got %R",
                  (PyObject *)Py_TYPE(o));
     return -1;
 }

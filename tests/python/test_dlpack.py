@@ -240,7 +240,7 @@ def test_devices():
         ops.linear(Producer(x, device=(10, 0)), W)
     with pytest.raises(ValueError, match="linear: w must be on the cpu, got cuda:0"):
         ops.linear(x, Producer(W, device=CUDA))
-    with pytest.raises(TypeError, match="expected an array"):
+    with pytest.raises(TypeError, match="the first argument must be an array"):
         _core.device_of([1.0])
 
 

@@ -126,6 +126,11 @@ def test_wrong_arguments_are_raised_at_submit(engine, prompt, options, error, wo
     assert engine.stats().done == engine.stats().waiting == 0
 
 
+def test_its_model_is_checked():
+    with pytest.raises(TypeError, match="^model: must be a kimi_linear.Model, got 'path'"):
+        kl.Engine("path")
+
+
 @pytest.mark.parametrize("bad", [-1, 1.5, True, "3"])
 def test_max_waiting_is_checked(model, bad):
     with pytest.raises(ValueError, match="max_waiting: must be None or >= 0"):

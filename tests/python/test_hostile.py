@@ -66,10 +66,10 @@ BAD_PROMPTS = [
     ([1 << 64], ValueError, "over 63 bits"),
     (np.array([2**64 - 1], np.uint64), ValueError, "must be in"),
     ([[1], [-5]], ValueError, r"prompt\[1\]: token ids must be in"),
-    ("\ud800", ValueError, "lone surrogate"),
-    (["ok", "a\udfff"], ValueError, "lone surrogate"),
-    ([MESSAGE, "x"], TypeError, r"messages\[1\]: must be a dict"),
-    ([[MESSAGE], [{"role": "x"}]], ValueError, "role: must be one of"),
+    ("\ud800", ValueError, "prompt: must be Unicode, character 0 is the lone surrogate"),
+    (["ok", "a\udfff"], ValueError, r"prompt\[1\]: .* character 1 is the lone surrogate"),
+    ([MESSAGE, "x"], TypeError, r"prompt: messages\[1\]: must be a dict"),
+    ([[MESSAGE], [{"role": "x"}]], ValueError, r"prompt\[1\]: messages\[0\]: role: must be one"),
     ([1] * 600, ValueError, r"room for a token in max_context \(600\), has 600"),
     ([1] * 10**6, ValueError, r"max_context \(600\), has 1000000 tokens"),
     ([[1], [1] * 601], ValueError, r"prompt\[1\]: must leave room.*600.*601"),
@@ -146,6 +146,7 @@ BAD_SAMPLING = [
     *[("logprobs", v) for v in (-1, 257, 1.0, True, "5")],
     *[("stop", v) for v in ("", ["a", ""], [1], b"x", [b"x"], 5, None)],
     *[("stop_token_ids", v) for v in ([320], [-1], [True], [1.0], ["a"], 5)],
+    *[("ignore_eos", v) for v in (1, "no", None)],
     *[("logits_processor", v) for v in (5, "x", [5], [None])],
     *[("progress", v) for v in (5, "x")],
 ]
@@ -153,10 +154,9 @@ BAD_SAMPLING = [
 
 @pytest.mark.parametrize("name,value", BAD_SAMPLING)
 def test_a_bad_sampling_value_is_named(model, name, value):
-    message = f"^{name}|'int' object is not iterable" if value == 5 else f"^{name}"
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError), match=f"^{name}"):
         model.generate("hello", **{name: value})
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError), match=f"^{name}"):
         list(model.stream("hello", **{name: value}))
 
 

@@ -185,6 +185,16 @@ def test_no_regular_file(model, tmp_path):
         kl.State.load(tmp_path / "fifo", model)
 
 
+def test_bad_arguments_are_named(model, state):
+    for bad, error in ((5, TypeError), (None, TypeError), ("", ValueError), ("/", ValueError)):
+        with pytest.raises(error, match="^path: must "):
+            state.save(bad)
+        with pytest.raises(error, match="^path: must "):
+            kl.State.load(bad, model)
+    with pytest.raises(TypeError, match="^model: must be a kimi_linear.Model, got None"):
+        kl.State.load("x", None)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -202,7 +202,7 @@ def test_any_text_comes_back():
     "ids,error",
     [
         ([320], ValueError), ([-1], ValueError), ([1 << 70], ValueError), ([True], TypeError),
-        ([1.0], TypeError), (["a"], TypeError), ([None], TypeError),
+        ([1.0], TypeError), (["a"], TypeError), ([None], TypeError), (5, TypeError),
     ],
 )  # fmt: skip
 def test_bad_ids(ids, error):
