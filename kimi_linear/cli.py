@@ -35,6 +35,7 @@ _EXPECTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, Arithmet
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    _open_streams()
     args = _parser().parse_args(argv)
     try:
         return _run_command(args)
@@ -45,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def _open_streams() -> None:
+    """A stream that was closed (`2>&-`) is None in Python: print would take stdout for it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _run_command(args: argparse.Namespace) -> int:

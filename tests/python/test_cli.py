@@ -167,6 +167,20 @@ def test_a_closed_pipe_is_quiet(path):
         assert (process.wait(60), errors) == (0, b"")
 
 
+def test_streams_that_are_closed(path, model):
+    """What belongs to stderr does not come to stdout instead, and nothing ends in a traceback."""
+    want = model.generate("hello", max_new_tokens=4).text + "\n"
+    generate = " ".join(command("generate", "--model", path, "--max-new-tokens", 4))
+    for words, code, stdout in (
+        ("hello 2>&-", 0, want), ("hello >&-", 0, ""), ("- <&-", 2, ""),
+    ):  # fmt: skip
+        done = subprocess.run(
+            f"{generate} {words}", shell=True, capture_output=True, text=True, env=ENV, cwd="/"
+        )
+        assert (done.returncode, done.stdout) == (code, stdout)
+        assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_ends_with_130(path):
     args = ["generate", "--model", path, "hello", "--max-new-tokens", "4000", "--ignore-eos"]
     with subprocess.Popen(
