@@ -245,8 +245,9 @@ class Model(Inspection):
         dicts); or a list of such: results come in its order, rows keep their own lengths.
         max_new_tokens=256: fewer where max_context ends, then finish_reason is "length".
         temperature=0.0: 0 takes the most likely token, the lowest id on a tie. top_k=0 (off),
-        top_p=1.0, min_p=0.0, repetition_penalty=1.0: filters, in this order, penalty first.
-        seed=None: fresh; row i of a batch draws from a generator of (seed, i). stop=():
+        top_p=1.0, min_p=0.0, repetition_penalty=1.0: filters, in this order, penalty first;
+        top_p is a share of all tokens' mass, not of the top_k's (as transformers and vLLM have
+        it). seed=None: fresh; row i of a batch draws from a generator of (seed, i). stop=():
         strings that end the answer and are not part of it. stop_token_ids=None: more ids that
         end it. ignore_eos=False: True leaves only those. logprobs=None: n reports each token's
         log-probability and the n best. logits_processor=None: callable(ids, logits) or a list,

@@ -26,13 +26,14 @@ class Stats:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.prefill_s, 1e-9)
+        """Prompt tokens a second; 0 where none was read."""
+        return _rate(self.prompt_tokens - self.cached_tokens, self.prefill_s)
 
     @property
     def decode_rate(self) -> float:
-        """New tokens a second; the first one belongs to the prompt's step."""
-        return max(self.new_tokens - 1, 0) / max(self.decode_s, 1e-9)
+        """New tokens a second; the first one belongs to the prompt's step. 0 where all came
+        beside prompts."""
+        return _rate(max(self.new_tokens - 1, 0), self.decode_s)
 
     def __str__(self) -> str:
         cached = f", {self.cached_tokens} of them cached," if self.cached_tokens else ""
@@ -42,6 +43,10 @@ class Stats:
             f"({self.prefill_rate:.0f}/s), new {self.new_tokens} in {self.decode_s:.2f} s "
             f"({self.decode_rate:.1f}/s){guessed}, peak {gib(self.peak_bytes)}"
         )
+
+
+def _rate(n: int, seconds: float) -> float:
+    return n / seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ def test_a_strong_penalty_leaves_no_repetition(model):
 
 def test_max_new_tokens(model):
     empty = model.generate("hello", max_new_tokens=0)
+    assert (empty.stats.prefill_rate, empty.stats.decode_rate) == (0.0, 0.0)
     assert (empty.text, empty.token_ids, empty.finish_reason) == ("", [], "length")
     mixed = model.generate(["hello", "x"], max_new_tokens=1)
     assert [len(c.token_ids) for c in mixed] == [1, 1]
