@@ -16,6 +16,7 @@
 
 #include "base/memory.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #define MIN_CONTEXT 64
@@ -275,7 +276,12 @@ kl_status kl_plan_check(const kl_plan *p, kl_error *err)
 {
     const size_t cache = p->state_bytes + p->snapshot_bytes + p->page_bytes;
     const bool cache_fits = p->cache_limit_bytes == 0 || cache <= p->cache_limit_bytes;
+    char limit[64] = "";
     if (p->total_bytes <= p->limit_bytes && cache_fits) return KL_OK;
+    if (!cache_fits) {
+        snprintf(limit, sizeof limit, " (and cache_bytes limits the cache to %.1f MiB)",
+                 mib(p->cache_limit_bytes));
+    }
     return kl_fail(
         err, KL_ERR_MEMORY,
         "plan: weights need %.1f MiB, states of %lld sequences %.1f MiB, scratch "
@@ -283,7 +289,7 @@ kl_status kl_plan_check(const kl_plan *p, kl_error *err)
         "ask for less max_context or max_batch",
         mib(p->weight_bytes), (long long)p->max_batch, mib(p->state_bytes),
         mib(p->scratch_bytes), (long long)p->max_context, mib(p->page_bytes),
-        mib(p->limit_bytes), cache_fits ? "" : " (and cache_bytes limits the cache)");
+        mib(p->limit_bytes), limit);
 }
 
 static kl_status measure_cache(const planner *s, kl_plan *out, kl_error *err)

@@ -237,7 +237,7 @@ static void plans_add_up_and_refuse(void)
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);
     EXPECT(q.n_pages == 4 && q.max_context == 256); /* what it would take */
     EXPECT(kl_plan_check(&q, &err) == KL_ERR_MEMORY);
-    EXPECT(strstr(err.message, "cache_bytes limits the cache") != NULL);
+    EXPECT(strstr(err.message, "cache_bytes limits the cache to ") != NULL);
     EXPECT(kl_engine_new(be, &tiny_config, &o, &e, &err) == KL_ERR_MEMORY && e == NULL);
     o.max_context = 0; /* the planner's own choice gives way instead */
     EXPECT(kl_plan_make(be, &tiny_config, &o, &q, &err) == KL_OK);

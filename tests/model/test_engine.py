@@ -176,7 +176,7 @@ def test_bad_configurations_are_named(change, error, message):
         (dict(max_batch=10**9), ValueError, r"max_batch must be in \[1, 4096\]"),
         (dict(max_context=5000), ValueError, r"max_context must be in \[1, 4096\], got 5000"),
         (dict(budget_bytes=1000), _core.OutOfMemory, "weights need"),
-        (dict(cache_bytes=1000), _core.OutOfMemory, "cache_bytes limits the cache"),
+        (dict(cache_bytes=1 << 17), _core.OutOfMemory, "limits the cache to 0.1 MiB"),
     ],
 )
 def test_bad_options_are_named(change, error, message):
