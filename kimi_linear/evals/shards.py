@@ -128,9 +128,11 @@ class Shard:
             pass
 
     def _cut_torn_line(self) -> None:
-        """A process that was killed while writing left the beginning of a line."""
+        """A process that was killed while writing left the beginning of a line; one that failed
+        before its first answer a header alone, which binds nobody."""
         data = self.path.read_bytes()
-        os.ftruncate(self._fd, data.rfind(b"\n") + 1)
+        whole = data.rfind(b"\n") + 1 if data.count(b"\n") > 1 else 0
+        os.ftruncate(self._fd, whole)
 
     def __enter__(self) -> "Shard":
         return self

@@ -345,6 +345,14 @@ def test_a_folder_of_another_run(tmp_path, monkeypatch, change, message):
         change()
 
 
+def test_a_run_that_failed_before_its_first_answer_leaves_the_folder_free(tmp_path, monkeypatch):
+    suite = Toy(seed=1)
+    monkeypatch.setattr(suite, "make", lambda i: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evals.run(Parrot(), suite, tmp_path)
+    assert evals.run(Parrot(), Toy(), tmp_path).complete
+
+
 def test_what_cannot_be_merged(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file of a run"):
         evals.merge(tmp_path)
