@@ -190,6 +190,7 @@ static kl_status cuda_info(kl_backend *be, kl_backend_info *out, kl_error *err)
     snprintf(out->variant, sizeof out->variant, "%s",
              kl_cuda_has_sm_90a(be) ? VARIANT_SM_90A : VARIANT_SM_90);
     out->threads = prop.multiProcessorCount;
+    out->batch_invariant = self_of(be)->batch_invariant;
     return KL_OK;
 }
 

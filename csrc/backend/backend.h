@@ -17,7 +17,7 @@
 
 /* Raised with every change to kl_backend_vtbl or to a struct of ops.h; a library built with
  * another number is refused. */
-#define KL_BACKEND_ABI 16u
+#define KL_BACKEND_ABI 17u
 
 /* The only symbol the CUDA library exports. */
 #define KL_CUDA_ENTRY "kl_cuda_backend_entry"
@@ -36,11 +36,12 @@ typedef struct {
 } kl_backend_options;
 
 typedef struct {
-    char name[128];     /* "AMD EPYC ...", "NVIDIA H100 ..."                   */
-    char variant[32];   /* instruction set in use: "avx512bf16", "sm_90a"      */
-    size_t total_bytes; /* memory of the device                                */
-    size_t free_bytes;  /* free now                                            */
-    int threads;        /* CPU worker threads; multiprocessors of a GPU        */
+    char name[128];       /* "AMD EPYC ...", "NVIDIA H100 ..."                   */
+    char variant[32];     /* instruction set in use: "avx512bf16", "sm_90a"      */
+    size_t total_bytes;   /* memory of the device                                */
+    size_t free_bytes;    /* free now                                            */
+    int threads;          /* CPU worker threads; multiprocessors of a GPU        */
+    bool batch_invariant; /* see kl_backend_options                            */
 } kl_backend_info;
 
 typedef struct {

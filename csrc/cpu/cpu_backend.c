@@ -91,7 +91,7 @@ static kl_status cpu_info(kl_backend *be, kl_backend_info *out, kl_error *err)
         (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     const uint64_t available = read_available_memory();
 
-    *out = (kl_backend_info){.threads = kl_pool_size(self->pool)};
+    *out = (kl_backend_info){.threads = kl_pool_size(self->pool), .batch_invariant = true};
     out->total_bytes = limit < physical ? limit : physical;
     out->free_bytes = left < available ? left : available;
     read_cpu_name(out->name, sizeof out->name);

@@ -5,6 +5,7 @@
 
 #include "base/memory.h"
 #include "model/plan.h"
+#include "model/scheduler.h"
 
 /* ---- life ------------------------------------------------------------------------------ */
 
@@ -84,6 +85,9 @@ static kl_status make_scratch(kl_engine *e, kl_error *err)
 
 static kl_status make_engine(kl_engine *e, const kl_engine_options *options, kl_error *err)
 {
+    kl_backend_info info;
+    KL_TRY(e->be->vt->info(e->be, &info, err));
+    e->batch_invariant = info.batch_invariant;
     KL_TRY(kl_plan_make(e->be, &e->config, options, &e->plan, err));
     KL_TRY(kl_plan_check(&e->plan, err));
     KL_TRY(make_weights(e, err));
@@ -128,6 +132,11 @@ void kl_engine_free(kl_engine *e)
     kl_free(e->slots);
     kl_free(e->counts);
     kl_free(e);
+}
+
+int64_t kl_engine_lead(const kl_engine *e, int64_t before, int64_t n)
+{
+    return e->batch_invariant ? kl_sched_lead(before, n) : 0;
 }
 
 const kl_plan *kl_engine_plan(const kl_engine *e)

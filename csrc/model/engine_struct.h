@@ -21,6 +21,7 @@ struct kl_engine {
     kl_weight_format format;
     kl_plan plan;
     bool loaded;
+    bool batch_invariant; /* the backend */
 
     kl_weights weights;
     kl_cache cache;
@@ -61,6 +62,9 @@ kl_pass kl_engine_pass(kl_engine *e);
 /* The weights are about to change: there are none to compute with, and what prompts have read
  * with them goes. */
 void kl_engine_unload(kl_engine *e);
+
+/* kl_sched_lead(), where its bits are promised: else nothing, for a step more takes its time. */
+int64_t kl_engine_lead(const kl_engine *e, int64_t before, int64_t n);
 
 /* For a step, refuse an engine without weights. */
 kl_status kl_engine_check_loaded(const kl_engine *e, kl_error *err);

@@ -335,7 +335,7 @@ static kl_status run_items(kl_generation *g, int64_t n_items, kl_logits_fn proce
 static int64_t next_cut(const kl_generation *g, const kl_request_state *q)
 {
     const int64_t start = q->r.n_history;
-    const int64_t lead = start + kl_sched_lead(q->before, q->r.n_prompt - start);
+    const int64_t lead = start + kl_engine_lead(g->e, q->before, q->r.n_prompt - start);
     if (q->sched.fed < lead) return lead;
     return kl_prefix_cut(&g->e->prefix, &q->place, q->sched.fed);
 }

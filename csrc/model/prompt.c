@@ -5,7 +5,6 @@
 
 #include "base/memory.h"
 #include "model/engine_struct.h"
-#include "model/scheduler.h"
 
 #include <math.h>
 #include <string.h>
@@ -127,7 +126,7 @@ static kl_status run_pieces(kl_engine *e, const kl_prompt *p, buffers *b, kl_seq
     const int64_t step = kl_engine_plan(e)->step_tokens;
     int64_t before, n;
     KL_TRY(kl_seq_length(e, seq, &before, err));
-    const int64_t lead = kl_sched_lead(before, p->n);
+    const int64_t lead = kl_engine_lead(e, before, p->n);
     for (int64_t first = 0; first < p->n; first += n) {
         n = kl_min_i64(first < lead ? lead - first : p->n - first, step);
         KL_TRY(run_piece(e, p, b, seq, first, n, err));

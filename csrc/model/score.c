@@ -81,7 +81,8 @@ static kl_status make_memory(scorer *r, kl_error *err)
     kl_arena_init(&a, r->block, bytes);
     layout(r, &a);
     return kl_score_tree_make(r->p->scores, r->p->n, r->e->plan.step_tokens,
-                              r->before % KL_PAGE_TOKENS == 0, &r->tree, err);
+                              !r->e->batch_invariant || r->before % KL_PAGE_TOKENS == 0,
+                              &r->tree, err);
 }
 
 static void release(scorer *r, const job *j)
@@ -152,7 +153,7 @@ static void add_rows(scorer *r, const job *j, int64_t count)
 /* Where a job is cut next, or its end. One after a sequence has no place among prefixes. */
 static int64_t next_cut(const scorer *r, const job *j)
 {
-    const int64_t lead = kl_sched_lead(r->before, j->end);
+    const int64_t lead = kl_engine_lead(r->e, r->before, j->end);
     if (j->fed < lead) return lead;
     const int64_t cut = kl_prefix_cut(&r->e->prefix, &j->place, j->fed);
     return cut > 0 ? cut : j->end;
