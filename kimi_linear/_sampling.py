@@ -72,7 +72,7 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool
     logprobs: int | None
@@ -91,7 +91,7 @@ def check_sampling(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     stop_token_ids: Sequence[int] | None = None,
     ignore_eos: bool = False,
     logprobs: int | None = None,
@@ -176,6 +176,8 @@ def _stop_token_ids(value: Any, vocab_size: int) -> list[int]:
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
     stops = (stop,) if isinstance(stop, str) else stop
     if isinstance(stops, bytes) or not isinstance(stops, Iterable):
         raise TypeError(f"stop: must be a string or a list of strings, got {quote(stop)}")

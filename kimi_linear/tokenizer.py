@@ -147,7 +147,8 @@ class Tokenizer:
         """The bytes of token ids, which may end inside a character."""
         if not isinstance(ids, Iterable):
             raise TypeError(f"ids: must be a list of token ids, got {quote(ids)}")
-        ids = list(ids)
+        is_array = getattr(ids, "ndim", 0) == 1
+        ids = ids.tolist() if is_array else list(ids)  # type: ignore[attr-defined]
         plain = set(map(type, ids)) <= {int}
         if plain and ids and min(ids) >= 0 and max(ids) < self.vocab_size:
             return self._encoding.decode_bytes(ids)
