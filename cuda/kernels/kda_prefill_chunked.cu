@@ -159,7 +159,7 @@ __global__ __launch_bounds__(THREADS,
     if (scans && group != PREPARE) {
         scan_chunks<pass, Rows::IS_THERE, normed>(s, norm, group, w % PREPARERS, own);
     } else {
-        prepare_chunks<kind>(a, p, rows, m.lanes, group,
+        prepare_chunks<kind>(a, p, rows, m.lanes, group, w % PREPARERS,
                              group == PREPARE ? m.prepare : m.more[group]);
     }
 }

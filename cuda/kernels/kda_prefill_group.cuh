@@ -259,6 +259,18 @@ __device__ inline void load_if(bool asked, float &to, const float *from)
                  : "l"(from), "r"(static_cast<int>(asked)));
 }
 
+/* To shared memory, likewise. */
+__device__ inline void store_if(bool asked, float &to, float x)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.u32 p, %2, 0;\n"
+                 "@p st.shared.f32 [%0], %1;\n"
+                 "}" ::"r"(shared_address(&to)),
+                 "f"(x), "r"(static_cast<int>(asked))
+                 : "memory");
+}
+
 /* A bf16 or float32 number's bits. */
 __device__ inline void load_if(bool asked, uint32_t &to, const void *from, bool is_bf16)
 {
@@ -294,15 +306,16 @@ struct raw_scalars {
 
     /* The bias and beta to shared memory. */
     template <kl_gate kind>
-    __device__ head_gate<kind> put(const kda_arguments &a, const item &c,
+    __device__ head_gate<kind> put(const kda_arguments &a, const item &c, int warp,
                                    prepare_memory &m) const
     {
         const int i = made_here(threadIdx.x % GROUP), token = i - BETA_WARP * WARP;
         const head_gate<kind> gate = gate_of<kind>(a, A_log);
         m.bias[i] = kind == KL_GATE_SOFTPLUS ? bias * gate.inner : bias;
-        if (token >= 0 && token < KDA_TOKENS) {
-            const float raw = __uint_as_float(a.beta.is_bf16 ? beta << 16 : beta);
-            m.beta[token] = token >= c.tokens ? 0.0f : a.beta_logits ? sigmoid(raw) : raw;
+        if (warp == BETA_WARP) {
+            float x = __uint_as_float(a.beta.is_bf16 ? beta << 16 : beta);
+            if (a.beta_logits) x = sigmoid(x);
+            m.beta[token] = token < c.tokens ? x : 0.0f;
         }
         return gate;
     }

@@ -213,18 +213,20 @@ __device__ inline void meet_itself_far(float (&k)[CHANNELS], const float (&q)[CH
         k[i] *= exp2_approx(__shfl_sync(ALL_LANES, L[i], LAST_ROW + lane_id() % 4) - L[i]);
 }
 
-/* An octet's rows and its own product; its k reach to its end then. */
-__device__ inline void meet_itself(float (&k)[CHANNELS], const float (&q)[CHANNELS],
-                                   const float (&L)[CHANNELS], const float (&end)[CHANNELS],
-                                   const left_rows &rows, lane_part own)
+/* Whether an octet fades by 2^-63 or more in some channel. */
+__device__ inline bool is_far(const float (&end)[CHANNELS])
 {
     uint32_t common = IS_NEAR;
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) common &= __float_as_uint(end[i]);
-    if (__any_sync(ALL_LANES, common == 0)) {
-        meet_itself_far(k, q, L, own);
-        return;
-    }
+    return __any_sync(ALL_LANES, common == 0);
+}
+
+/* An octet's own product otherwise; its k reach to its end then. */
+__device__ inline void meet_itself(float (&k)[CHANNELS], const float (&L)[CHANNELS],
+                                   const float (&end)[CHANNELS], const left_rows &rows,
+                                   lane_part own)
+{
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) k[i] *= exp2_approx(-L[i]);
     multiply_octets(rows, k, own);
@@ -241,32 +243,52 @@ __device__ inline void put_total(const float (&x)[CHANNELS], float *to)
         *reinterpret_cast<float2 *>(to + lane_channel() + 2 * i) = float2{x[i], x[4 + i]};
 }
 
-/* Octet o of `left` tokens, given its log2-decays; `start` are the decays of those before it, and
- * `part` is where A and M of octets (o, 0) go. */
-__device__ inline void prepare_octet(int o, int left, float (&k)[CHANNELS],
-                                     const float (&q)[CHANNELS], const lane_gates &decays,
-                                     float (&start)[CHANNELS], lane_part part,
-                                     prepare_memory &m, char *out)
-{
-    float L[CHANNELS], f[CHANNELS], end[CHANNELS]; /* log2-decays' sums; 2^ them, the last */
+/* An octet on its way. */
+struct octet {
+    float k[CHANNELS], q[CHANNELS];
+    float L[CHANNELS], end[CHANNELS]; /* log2-decays' sums; 2^ the last */
     left_rows rows;
-    sum_over_octet(decays, left, L, end);
-    put_total(end, m.total[o]);
+};
+
+/* An octet's rows, over its start and over the chunk's, given its log2-decays; `start` are the
+ * decays of the octets before it. */
+__device__ inline void put_rows(octet &x, int o, int left, const lane_gates &decays,
+                                float (&start)[CHANNELS], prepare_memory &m, char *out)
+{
+    float f[CHANNELS];
+    sum_over_octet(decays, left, x.L, x.end);
+    put_total(x.end, m.total[o]);
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) f[i] = exp2_approx(L[i]), end[i] = exp2_approx(end[i]);
-    left_operands(k, q, f, rows);
-    write_rows(rows, start, out + o * OCTET_BYTES);
+    for (int i = 0; i < CHANNELS; i++)
+        f[i] = exp2_approx(x.L[i]), x.end[i] = exp2_approx(x.end[i]);
+    left_operands(x.k, x.q, f, x.rows);
+    write_rows(x.rows, start, out + o * OCTET_BYTES);
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) start[i] *= end[i];
-    meet_itself(k, q, L, end, rows, part + 2 * PART * o);
-    if (o == 1) meet_earlier<1>(rows, end, part, m, out);
-    if (o == 2) meet_earlier<2>(rows, end, part, m, out);
-    if (o == 3) {
+    for (int i = 0; i < CHANNELS; i++) start[i] *= x.end[i];
+}
+
+/* Its k reach to its end then. `part` is where A and M of octets (o, 0) go. */
+template <int o>
+__device__ inline void end_octet(octet &x, lane_part part, prepare_memory &m, char *out)
+{
+    if constexpr (o > 0) meet_earlier<o>(x.rows, x.end, part, m, out);
+    if constexpr (o < OCTETS - 1) {
+        put_left(m, out, o, x.k);
+    } else {
         const float one[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
-        meet_earlier<3>(rows, end, part, m, out);
-        write_piece(out + o * OCTET_BYTES, K_LEFT, pack(k, one));
-    } else
-        put_left(m, out, o, k);
+        write_piece(out + o * OCTET_BYTES, K_LEFT, pack(x.k, one));
+    }
+}
+
+/* Any but the last. */
+__device__ inline void end_octet(int o, octet &x, lane_part part, prepare_memory &m, char *out)
+{
+    if (o == 0)
+        end_octet<0>(x, part, m, out);
+    else if (o == 1)
+        end_octet<1>(x, part, m, out);
+    else
+        end_octet<2>(x, part, m, out);
 }
 
 /* What an octet needs from device memory: the lane's pieces of its row. */
@@ -362,9 +384,9 @@ __device__ inline void sum_squares(const raw_octet &x, int o, prepare_memory &m)
     mma_bf16(of_k, high, {x.k.z, x.k.w});
     mma_bf16(of_q, high, {x.q.z, x.q.w});
     const int lane = made_here(lane_id()), row = lane / 4, warp = warp_id() % PREPARERS;
-    if (lane % 4 != row / 2) return;
-    m.squares[0][OCTET * o + row][warp] = row % 2 ? of_k[1] : of_k[0];
-    m.squares[1][OCTET * o + row][warp] = row % 2 ? of_q[3] : of_q[2];
+    const bool has_diagonal = lane % 4 == row / 2;
+    store_if(has_diagonal, m.squares[0][OCTET * o + row][warp], row % 2 ? of_k[1] : of_k[0]);
+    store_if(has_diagonal, m.squares[1][OCTET * o + row][warp], row % 2 ? of_q[3] : of_q[2]);
 }
 
 /* To length 1, by the sums of squares. */
@@ -377,31 +399,63 @@ __device__ inline void normalize_octet(float (&k)[CHANNELS], float (&q)[CHANNELS
     for (int i = 0; i < CHANNELS; i++) k[i] *= of_k, q[i] *= of_q;
 }
 
-/* `x` is the first octet. Rows stay as they are, and the factors that bring them to unit length are
- * found on the way; or, given these, they are multiplied. */
-template <kl_gate kind, class Reader>
+/* Octet o up to its own product. `raw` is that octet, and the next one afterwards. */
+template <bool is_raw, kl_gate kind, class Reader>
+__device__ inline void begin_octet(octet &x, int o, const kda_arguments &a, const item &c,
+                                   const head_gate<kind> &gate, const Reader &from,
+                                   raw_octet &raw, float (&start)[CHANNELS], prepare_memory &m,
+                                   char *out)
+{
+    lane_gates decays;
+    unpack(raw.k, x.k);
+    unpack(raw.q, x.q);
+    unpack_gates(raw.g, a.g.is_bf16, decays);
+    apply_gate(gate, &m.bias[gate_channel()], decays);
+    if (is_raw)
+        sum_squares(raw, o, m);
+    else
+        normalize_octet(x.k, x.q, o, m);
+    if (o < OCTETS - 1) from.read(raw, o + 1);
+    put_rows(x, o, c.tokens - OCTET * o, decays, start, m, out);
+}
+
+/* `raw` is the first octet. Rows stay as they are, and the factors that bring them to unit length
+ * are found on the way; or, given these, they are multiplied.
+ *
+ * A loop around the loop: ptxas lays code before what it joins. A branch that joins the loop's body
+ * again lies in its middle, for all octets to jump over; far octets leave the loop and come back by
+ * the outer one, so that they lie behind it.
+ */
+template <bool is_raw, kl_gate kind, class Reader>
 __device__ void prepare_octets(const kda_arguments &a, const item &c,
-                               const head_gate<kind> &gate, const Reader &from, raw_octet &x,
-                               bool is_raw, prepare_memory &m)
+                               const head_gate<kind> &gate, const Reader &from, raw_octet &raw,
+                               prepare_memory &m)
 {
     float start[CHANNELS] = {1, 1, 1, 1, 1, 1, 1, 1};
     lane_part part = lane_part_of(m);
+    char *out = lane_piece(m.chunk);
+    octet x;
+    for (int o = 0;;) {
+        bool far;
 #pragma unroll 1 /* four times the code would not stay in the instruction cache */
-    for (int o = 0; o < OCTETS; part += 2 * PART * ++o) {
-        float k[CHANNELS], q[CHANNELS];
-        lane_gates decays;
-        unpack(x.k, k);
-        unpack(x.q, q);
-        unpack_gates(x.g, a.g.is_bf16, decays);
-        apply_gate(gate, &m.bias[gate_channel()], decays);
-        if (!is_raw)
-            normalize_octet(k, q, o, m);
-        else if (a.normalize)
-            sum_squares(x, o, m);
-        if (o < OCTETS - 1) from.read(x, o + 1);
-        prepare_octet(o, c.tokens - OCTET * o, k, q, decays, start, part, m,
-                      lane_piece(m.chunk));
+        for (;;) {
+            begin_octet<is_raw>(x, o, a, c, gate, from, raw, start, m, out);
+            far = is_far(x.end);
+            if (far) break;
+            meet_itself(x.k, x.L, x.end, x.rows, part + 2 * PART * o);
+            if (o == OCTETS - 1) break;
+            const int now = o;
+            const lane_part its = part;
+            part += 2 * PART * ++o; /* here, so that each octet's end is a jump to the next */
+            end_octet(now, x, its, m, out);
+        }
+        if (!far) break;
+        meet_itself_far(x.k, x.q, x.L, part + 2 * PART * o);
+        if (o == OCTETS - 1) break;
+        end_octet(o, x, part, m, out);
+        part += 2 * PART * ++o;
     }
+    end_octet<OCTETS - 1>(x, part, m, out);
 }
 
 } // namespace kda

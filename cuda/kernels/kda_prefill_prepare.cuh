@@ -43,11 +43,6 @@ __device__ inline void fence_global_for_copies()
 /* What each of a group's warps does once the sums are there. */
 enum duty { INVERTS, FADES, LOOKS_AHEAD, LEADS };
 
-__device__ inline bool is_leader()
-{
-    return warp_id() % PREPARERS == LEADS;
-}
-
 /* Until the chunk that lay in an item's slot has been copied by all tiles of its pair: by a warp, a
  * lane for each tile. */
 __device__ inline void wait_for_room(const kda_plan &p, const item &c)
@@ -150,12 +145,19 @@ __device__ inline void prefetch_chunk(const kda_arguments &a, const kda_convolut
     prefetch_beta(a.beta, c);
 }
 
-/* The chunk before that of c has been copied to its slot: this one may take its place. */
-__device__ inline void have_chunk(const kda_plan &p, const place &c, int group, delivery &last)
+/* The chunk before that of c has been copied to its slot: this one may take its place. `then` is
+ * what the leader does once it has said so. */
+template <class F>
+__device__ void have_chunk(const kda_plan &p, const place &c, int group, int warp,
+                           delivery &last, F then)
 {
-    last.wait_until_read();
-    group_barrier(group);
-    last.announce(p, *c.after(ITEMS - 1));
+    if (warp == LEADS) {
+        last.wait_until_read();
+        group_barrier(group);
+        last.announce(p, *c.after(ITEMS - 1));
+        then();
+    } else
+        group_barrier(group);
 }
 
 /* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
@@ -165,29 +167,29 @@ __device__ bool prepare_rows(const kda_arguments &a, const item &c, const head_g
                              const octet_reader &from, raw_octet &first, int group,
                              prepare_memory &m)
 {
-    for (bool is_raw = true;; is_raw = false) {
-        prepare_octets(a, c, gate, from, first, is_raw, m);
-        group_barrier(group);
-        if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
-        from.read(first, 0);
-    }
+    prepare_octets<true>(a, c, gate, from, first, m);
+    group_barrier(group);
+    if (!a.normalize || !has_extremes(m)) return true;
+    from.read(first, 0);
+    prepare_octets<false>(a, c, gate, from, first, m);
+    group_barrier(group);
+    return false;
 }
 
 /* From a chunk's tokens in device memory to the sums of its octets; returns what prepare_rows()
- * does. `meanwhile` is called when all that the chunk needs first is on its way. */
+ * does. `then`: see have_chunk(). */
 template <kl_gate kind, class F>
 __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
-                               const kda_no_convolution &, const place &at, int group,
-                               prepare_memory &m, delivery &last, F meanwhile)
+                               const kda_no_convolution &, const place &at, int group, int warp,
+                               prepare_memory &m, delivery &last, F then)
 {
     const item &c = *at;
     const raw_scalars own(a, c);
     const octet_reader from(a, c);
     raw_octet first;
     from.read(first, 0);
-    meanwhile();
-    const head_gate<kind> gate = own.put<kind>(a, c, m);
-    have_chunk(p, at, group, last);
+    const head_gate<kind> gate = own.put<kind>(a, c, warp, m);
+    have_chunk(p, at, group, warp, last, then);
     return prepare_rows(a, c, gate, from, first, group, m);
 }
 
@@ -195,53 +197,26 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
 template <kl_gate kind, class F>
 __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
                                const kda_convolution &rows, const place &at, int group,
-                               prepare_memory &m, delivery &last, F meanwhile)
+                               int warp, prepare_memory &m, delivery &last, F then)
 {
     const item &c = *at;
     const kept_reader from(a, c, m);
-    head_gate<kind> gate;
-    for (bool is_raw = true;; is_raw = false) {
-        const int part = is_raw ? OF_V : OF_K;
-        raw_octet first;
-        const raw_scalars own(a, c);
-        convolver lane(rows, a, c, m);
-        lane.ask(part);
-        if (is_raw) meanwhile();
-        gate = own.put<kind>(a, c, m);
-        lane.run(part, [&] { have_chunk(p, at, group, last); });
-        from.read(first, 0);
-        prepare_octets(a, c, gate, from, first, is_raw, m);
-        group_barrier(group);
-        if (!is_raw || !a.normalize || !has_extremes(m)) return is_raw;
-    }
-}
-
-/* All but the inverse. `last` is of who sends. */
-template <kl_gate kind, class Rows, class F>
-__device__ void prepare_products(const kda_arguments &a, const kda_plan &p, const Rows &rows,
-                                 const place &c, int group, prepare_memory &m, delivery &last,
-                                 F meanwhile)
-{
-    const bool is_raw = prepare_tokens<kind>(a, p, rows, c, group, m, last, meanwhile);
-    add_parts(m, find_factors(a, is_raw, m));
+    const raw_scalars own(a, c);
+    convolver lane(rows, a, c, m);
+    raw_octet first;
+    lane.ask(OF_V);
+    const head_gate<kind> gate = own.put<kind>(a, c, warp, m);
+    lane.run(OF_V, [&] { have_chunk(p, at, group, warp, last, then); });
+    from.read(first, 0);
+    prepare_octets<true>(a, c, gate, from, first, m);
     group_barrier(group);
-}
-
-/* Up to the last barrier, which the caller has; its slot has room then. */
-__device__ inline void finish_chunk(const kda_plan &p, const item &c, int group,
-                                    prepare_memory &m)
-{
-    const int warp = warp_id() % PREPARERS;
-    if (warp == INVERTS) {
-        invert_diagonal(m);
-        join_blocks(m);
-    } else if (warp == FADES)
-        write_decays(m);
-    else if (warp == LOOKS_AHEAD)
-        wait_for_room(p, c);
+    if (!a.normalize || !has_extremes(m)) return true;
+    lane.ask(OF_K);
+    lane.run(OF_K, [] {});
+    from.read(first, 0);
+    prepare_octets<false>(a, c, gate, from, first, m);
     group_barrier(group);
-    write_inverse(m);
-    fence_async_proxy();
+    return false;
 }
 
 /* ---- all chunks -------------------------------------------------------------------------- */
@@ -296,37 +271,84 @@ struct leader {
     }
 };
 
+/* A chunk, up to its way to its slot. Each warp goes through one piece of code between the octets
+ * and X, with the barrier behind the sums in it: behind a jump the next instructions are late. */
+template <kl_gate kind, class Rows>
+__device__ void prepare_chunk(const kda_arguments &a, const kda_plan &p, const Rows &rows,
+                              const kda_lanes_of_call &lanes, const place &c, int group,
+                              int warp, prepare_memory &m, delivery &last, leader &tickets)
+{
+    const bool is_raw =
+        prepare_tokens<kind>(a, p, rows, c, group, warp, m, last, [&] { tickets.ask(p); });
+    const float factor = find_factors(a, is_raw, m);
+    if (warp == INVERTS) {
+        add_parts<INVERTS>(m, factor);
+        group_barrier(group);
+        invert_diagonal(m);
+        join_blocks(m);
+    } else if (warp == FADES) {
+        add_parts<FADES>(m, factor);
+        group_barrier(group);
+        write_decays(m);
+    } else if (warp == LOOKS_AHEAD) {
+        add_parts<LOOKS_AHEAD>(m, factor);
+        group_barrier(group);
+        prefetch_chunk(a, rows, *c.after(1));
+        wait_for_room(p, *c);
+    } else {
+        add_parts<LEADS>(m, factor);
+        group_barrier(group);
+        tickets.put(a, p, lanes, *c.after(ITEMS - 1));
+    }
+    group_barrier(group);
+    write_inverse(m);
+    fence_async_proxy();
+}
+
+/* There is no chunk of this ticket. */
+template <class Rows>
+__device__ void pass_over(const kda_arguments &a, const kda_plan &p, const Rows &rows,
+                          const kda_lanes_of_call &lanes, const place &c, int warp,
+                          delivery &last, leader &tickets)
+{
+    if (warp == LEADS) tickets.ask(p);
+    last.announce(p, *c.after(ITEMS - 1)); /* whose place the next but one takes */
+    if (warp == LOOKS_AHEAD) prefetch_chunk(a, rows, *c.after(1));
+    if (warp == LEADS) tickets.put(a, p, lanes, *c.after(ITEMS - 1));
+}
+
+/* `warp`, the group's, is known to be the same for all lanes: where it decides, there is nothing to
+ * part and to join again. */
 template <kl_gate kind, class Rows>
 __device__ void prepare_chunks(const kda_arguments &a, const kda_plan &p, const Rows &rows,
-                               const kda_lanes_of_call &lanes, int group, prepare_memory &m)
+                               const kda_lanes_of_call &lanes, int group, int warp,
+                               prepare_memory &m)
 {
     delivery last;
     leader tickets;
     /* M's octets above the diagonal stay zero. */
     for (int i = threadIdx.x % GROUP; i < KDA_TOKENS * KDA_TOKENS / 2; i += GROUP)
         reinterpret_cast<uint32_t *>(m.chunk.M)[i] = 0;
-    if (is_leader())
+    if (warp == LEADS)
         for (int i = 0; i < ITEMS - 1; i++)
             tickets.ask(p), tickets.put(a, p, lanes, m.items[i]);
     group_barrier(group);
     place c(m);
-    for (; c->tokens >= 0; c.next()) {
-        const auto ask = [&] {
-            if (is_leader()) tickets.ask(p);
-        };
-        if (c->tokens > 0) {
-            prepare_products<kind>(a, p, rows, c, group, m, last, ask);
-        } else {
-            ask();
-            last.announce(p, *c.after(ITEMS - 1)); /* whose place the next but one takes */
+    for (;;) {
+        for (; c->tokens > 0; c.next()) { /* tickets without a chunk lie behind this loop */
+            prepare_chunk<kind>(a, p, rows, lanes, c, group, warp, m, last, tickets);
+            if (warp == LEADS) {
+                group_barrier(group);
+                if (ALL_SPEAK || lane_id() == 0) last.send(p, *c, m);
+            } else
+                group_barrier(group);
+            if (ALL_SPEAK) __syncwarp(); /* all have read c, whose place one lane fills */
         }
-        /* While the first warp inverts. */
-        if (warp_id() % PREPARERS == LOOKS_AHEAD) prefetch_chunk(a, rows, *c.after(1));
-        if (is_leader()) tickets.put(a, p, lanes, *c.after(ITEMS - 1));
-        if (c->tokens > 0) finish_chunk(p, *c, group, m);
+        if (c->tokens < 0) break;
+        pass_over(a, p, rows, lanes, c, warp, last, tickets);
         group_barrier(group);
-        if (is_leader() && (ALL_SPEAK || lane_id() == 0) && c->tokens > 0) last.send(p, *c, m);
-        if (ALL_SPEAK) __syncwarp(); /* all have read c, whose place one lane fills */
+        if (ALL_SPEAK) __syncwarp();
+        c.next();
     }
     last.announce(p, *c.after(ITEMS - 1));
 }

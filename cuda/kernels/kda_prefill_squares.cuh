@@ -87,21 +87,22 @@ template <int half> __device__ void add_M(const float2 *part, int lane, prepare_
     }
 }
 
-/* A and M, each by two warps, from the warps' sums. `factor`: of A's rows, lane t has token t's. */
-__device__ inline void add_parts(prepare_memory &m, float factor)
+/* A and M, each by two warps, from the warps' sums: what warp `warp` adds. `factor`: of A's rows,
+ * lane t has token t's. */
+template <int warp> __device__ void add_parts(prepare_memory &m, float factor)
 {
     static_assert(PREPARERS == 4 && TILES % 2 == 0);
-    const int thread = made_here(threadIdx.x % GROUP), lane = thread % WARP,
-              warp = thread / WARP;
+    const int thread = made_here(threadIdx.x % GROUP), lane = thread % WARP;
     const float2 *part = reinterpret_cast<const float2 *>(m.part) + thread; /* (A, M) twice */
-    float f[OCTETS];
+    if constexpr (warp % 2 == 0) {
+        float f[OCTETS];
 #pragma unroll
-    for (int o = 0; o < OCTETS; o++)
-        f[o] = __shfl_sync(ALL_LANES, factor, OCTET * o + lane / 4);
-    if (warp == 0) add_A<0>(part, lane, f, m);
-    if (warp == 1) add_M<0>(part, lane, m);
-    if (warp == 2) add_A<1>(part, lane, f, m);
-    if (warp == 3) add_M<1>(part, lane, m);
+        for (int o = 0; o < OCTETS; o++)
+            f[o] = __shfl_sync(ALL_LANES, factor, OCTET * o + lane / 4);
+        add_A<warp / 2>(part, lane, f, m);
+    } else {
+        add_M<warp / 2>(part, lane, m);
+    }
 }
 
 /* ---- the inverse ------------------------------------------------------------------------- */
