@@ -70,7 +70,14 @@ __device__ inline uint2 load_shared(uint32_t address)
 
 /* ---- a lane's share of a chunk ----------------------------------------------------------- */
 
-struct convolver {
+/* Of 32 tokens, and what comes before them is rows of the call: as nearly all chunks are, which have
+ * code of their own. */
+__device__ inline bool is_whole(const item &c)
+{
+    return c.tokens == KDA_TOKENS && c.window < 0;
+}
+
+template <bool whole> struct convolver {
     const kda_convolution &x;
     const kda_arguments &a;
     const item &c;
@@ -90,7 +97,7 @@ struct convolver {
     __device__ static int octet() { return lane_id() / LANES; }
 
     /* Whether what comes before the octet lies there. */
-    __device__ bool has_window() const { return c.window >= 0 && octet() == 0; }
+    __device__ bool has_window() const { return !whole && c.window >= 0 && octet() == 0; }
 
     /* In a row of x. */
     __device__ int column(int part) const
@@ -103,14 +110,17 @@ struct convolver {
     {
         const int before = made_here(OCTET * octet() - PAST), last = c.tokens - 1 - before;
         const int bytes = static_cast<int>(x.x.stride) * static_cast<int>(sizeof(bf16));
-        const char *first =
+        const char *const first =
             moved(static_cast<const char *>(x.x.data) +
                       (c.token + before) * x.x.stride * static_cast<long long>(sizeof(bf16)),
                   column(part), sizeof(bf16));
+        const char *at = first;
 #pragma unroll
-        for (int i = 0; i < RUN; i++)
-            load_if(part >= 0 && (i >= PAST || !has_window()), row[i],
-                    moved(first, min(i, last), bytes));
+        for (int i = 0; i < RUN; i++) {
+            if (!whole) at = moved(first, min(i, last), bytes);
+            load_if(part >= 0 && (i >= PAST || !has_window()), row[i], at);
+            if (whole) at += bytes, keep_whole(at); /* else a product for each */
+        }
     }
 
     /* Of two channels. */
@@ -182,7 +192,7 @@ struct convolver {
                    (c.token + first) * a.v.stride + column(0);
 #pragma unroll
         for (int t = 0; t < OCTET; t++, to += a.v.stride)
-            if (t < left) *reinterpret_cast<uint2 *>(to) = uint2{low[t], high[t]};
+            if (whole || t < left) *reinterpret_cast<uint2 *>(to) = uint2{low[t], high[t]};
     }
 
     /* Past the last token its row again, as where rows are given. */
@@ -203,33 +213,62 @@ struct convolver {
         ask_taps(part, 0), ask_taps(part, 2);
     }
 
+    /* The part that has been asked for; the next one's rows and taps are, then. */
+    __device__ void convolve_part(int part, uint32_t (&low)[OCTET], uint32_t (&high)[OCTET])
+    {
+        uint32_t in[RUN];
+        read_window(part);
+#pragma unroll
+        for (int i = 0; i < RUN; i++) in[i] = row[i].x;
+        convolve(in, 0, low);
+#pragma unroll
+        for (int i = 0; i < RUN; i++) in[i] = row[i].y;
+        ask_taps(part - 1, 0);
+        ask_rows(part - 1);
+        __syncwarp(); /* so that compilers leave the loads here */
+        convolve(in, 2, high);
+        ask_taps(part - 1, 2);
+    }
+
     /* Parts from `part` down, which has been asked for. `have_chunk` is called when v is known:
      * before anything goes to the chunk, and before stores that a release of the last one's flag
      * would wait for. */
     template <class F> __device__ void run(int part, F have_chunk)
     {
+        uint32_t low[OCTET], high[OCTET];
+        if constexpr (whole) {
+            run_whole(part, have_chunk, low, high);
+        } else {
 #pragma unroll 1 /* three times the code would not stay in the instruction cache */
-        for (; part >= 0; part--) {
-            uint32_t in[RUN], low[OCTET], high[OCTET];
-            read_window(part);
-#pragma unroll
-            for (int i = 0; i < RUN; i++) in[i] = row[i].x;
-            convolve(in, 0, low);
-#pragma unroll
-            for (int i = 0; i < RUN; i++) in[i] = row[i].y;
-            ask_taps(part - 1, 0);
-            ask_rows(part - 1);
-            __syncwarp(); /* so that compilers leave the loads here */
-            convolve(in, 2, high);
-            ask_taps(part - 1, 2);
-            if (part == OF_V) {
-                have_chunk();
-                store_v(low, high);
-            } else
-                store(part, low, high);
+            for (; part >= 0; part--) {
+                convolve_part(part, low, high);
+                if (part == OF_V)
+                    have_chunk(), store_v(low, high);
+                else
+                    store(part, low, high);
+            }
+            if (c.tokens < KDA_TOKENS) fill(OF_K), fill(OF_Q);
         }
-        if (c.tokens < KDA_TOKENS) fill(OF_K), fill(OF_Q);
         __syncwarp();
+    }
+
+    /* v, k and q; what v alone needs lies behind the loop, as far octets do in prepare_octets(). */
+    template <class F>
+    __device__ void run_whole(int part, F have_chunk, uint32_t (&low)[OCTET],
+                              uint32_t (&high)[OCTET])
+    {
+        for (;; part--) {
+#pragma unroll 1
+            for (;; part--) {
+                convolve_part(part, low, high);
+                if (part == OF_V) break;
+                store(part, low, high);
+                if (part == 0) break;
+            }
+            if (part == 0) break;
+            have_chunk();
+            store_v(low, high);
+        }
     }
 };
 

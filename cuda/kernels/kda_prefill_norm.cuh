@@ -158,19 +158,23 @@ __device__ inline void run_normed_output(const scanner &s, const kda_norm &norm,
     const int i = threadIdx.x % GROUP;
     if (i < KDA_V_TILE) own.weight[i] = norm.weight[s.tile * KDA_V_TILE + i];
     unsigned count = 0;
-    int first = 0; /* token of the chunk: reading it each time is a wait */
-    for (walk at(s); at.valid; at.next(s), count++) {
-        const unsigned i = count % STAGES;
-        first = at.chunk == 0 ? static_cast<int>(at.token(s)) : first + KDA_TOKENS;
-        token_sums out = {};
-        barrier_wait(&m.full[i], count / STAGES % 2);
-        make_output(out, d, i, w, count, m);
-        warp_arrive(&m.empty[i]);
-        asked in = {};
-        if (count > 0) in = f.ask(before, count - 1);
-        f.begin(now, out, at, first, count);
-        if (count > 0) f.finish(before, in, count - 1);
-        before = now;
+    for (walk at(s); at.valid; at.next(s)) {
+        int first = static_cast<int>(at.token(s)); /* reading it each time is a wait */
+        /* As in run_chain(), a loop of its own. */
+        for (;; at.step(), first += KDA_TOKENS) {
+            const unsigned i = count % STAGES;
+            token_sums out = {};
+            barrier_wait(&m.full[i], count / STAGES % 2);
+            make_output(out, d, i, w, count, m);
+            warp_arrive(&m.empty[i]);
+            asked in = {};
+            if (count > 0) in = f.ask(before, count - 1);
+            f.begin(now, out, at, first, count);
+            if (count > 0) f.finish(before, in, count - 1);
+            before = now;
+            count++;
+            if (at.is_last()) break;
+        }
     }
     if (count > 0) f.finish(before, f.ask(before, count - 1), count - 1);
 }

@@ -193,6 +193,20 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
     return prepare_rows(a, c, gate, from, first, group, m);
 }
 
+/* All parts of a chunk's rows, once it may take its place. */
+template <bool whole, kl_gate kind, class F>
+__device__ head_gate<kind> convolve_chunk(const kda_arguments &a, const kda_convolution &rows,
+                                          const item &c, int warp, prepare_memory &m,
+                                          F have_chunk)
+{
+    const raw_scalars own(a, c);
+    convolver<whole> lane(rows, a, c, m);
+    lane.ask(OF_V);
+    const head_gate<kind> gate = own.put<kind>(a, c, warp, m);
+    lane.run(OF_V, have_chunk);
+    return gate;
+}
+
 /* The same with the convolution before: of k and q again, where a chunk is begun again. */
 template <kl_gate kind, class F>
 __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
@@ -201,18 +215,18 @@ __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
 {
     const item &c = *at;
     const kept_reader from(a, c, m);
-    const raw_scalars own(a, c);
-    convolver lane(rows, a, c, m);
+    const auto have = [&] { have_chunk(p, at, group, warp, last, then); };
+    const head_gate<kind> gate = is_whole(c)
+                                     ? convolve_chunk<true, kind>(a, rows, c, warp, m, have)
+                                     : convolve_chunk<false, kind>(a, rows, c, warp, m, have);
     raw_octet first;
-    lane.ask(OF_V);
-    const head_gate<kind> gate = own.put<kind>(a, c, warp, m);
-    lane.run(OF_V, [&] { have_chunk(p, at, group, warp, last, then); });
     from.read(first, 0);
     prepare_octets<true>(a, c, gate, from, first, m);
     group_barrier(group);
     if (!a.normalize || !has_extremes(m)) return true;
-    lane.ask(OF_K);
-    lane.run(OF_K, [] {});
+    convolver<false> again(rows, a, c, m);
+    again.ask(OF_K);
+    again.run(OF_K, [] {});
     from.read(first, 0);
     prepare_octets<false>(a, c, gate, from, first, m);
     group_barrier(group);
