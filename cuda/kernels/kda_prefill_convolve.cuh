@@ -25,7 +25,7 @@ enum row_part { OF_Q, OF_K, OF_V };
 /* The lane's pieces of rows that the group has put into the chunk; gates as ever. */
 struct kept_reader {
     const char *own;
-    gate_column g;
+    gate_column<false> g;
 
     __device__ kept_reader(const kda_arguments &a, const item &c, prepare_memory &m)
         : own(lane_piece(m.chunk)), g(a, c)

@@ -325,13 +325,14 @@ struct lane_column {
     }
 };
 
-/* The lane's gates, an octet after the other. */
-struct gate_column {
+/* The lane's gates, an octet after the other: of bf16, or of what the call says. */
+template <bool is_bf16> struct gate_column {
     lane_column g;
-    bool is_short; /* bf16 */
+    bool is_short;
 
     __device__ gate_column(const kda_arguments &a, const item &c)
-        : g(a.g, c, c.h, gate_channel(), a.g.element()), is_short(a.g.is_bf16)
+        : g(a.g, c, c.h, gate_channel(), is_bf16 ? sizeof(bf16) : a.g.element()),
+          is_short(is_bf16 || a.g.is_bf16)
     {
     }
 
@@ -354,9 +355,9 @@ struct gate_column {
 };
 
 /* Goes through the octets of a chunk. */
-struct octet_reader {
+template <bool gates_are_bf16> struct octet_reader {
     lane_column k, q;
-    gate_column g;
+    gate_column<gates_are_bf16> g;
 
     __device__ octet_reader(const kda_arguments &a, const item &c)
         : k(a.k, c, c.hk, lane_channel(), 2), q(a.q, c, c.hk, lane_channel(), 2), g(a, c)
@@ -409,7 +410,7 @@ __device__ inline void begin_octet(octet &x, int o, const kda_arguments &a, cons
     lane_gates decays;
     unpack(raw.k, x.k);
     unpack(raw.q, x.q);
-    unpack_gates(raw.g, a.g.is_bf16, decays);
+    unpack_gates(raw.g, from.g.is_short, decays);
     apply_gate(gate, &m.bias[gate_channel()], decays);
     if (is_raw)
         sum_squares(raw, o, m);

@@ -160,37 +160,41 @@ __device__ void have_chunk(const kda_plan &p, const place &c, int group, int war
         group_barrier(group);
 }
 
-/* All octets, and a barrier. Rows stay raw but where a chunk has extremes: it is begun again.
- * Returns whether they are. */
-template <kl_gate kind>
-__device__ bool prepare_rows(const kda_arguments &a, const item &c, const head_gate<kind> &gate,
-                             const octet_reader &from, raw_octet &first, int group,
-                             prepare_memory &m)
+/* All octets of a chunk as it is given, once it may take its place; returns its gate. */
+template <bool gates_are_bf16, kl_gate kind, class F>
+__device__ head_gate<kind> prepare_raw(const kda_arguments &a, const item &c, int warp,
+                                       prepare_memory &m, F have_chunk)
 {
-    prepare_octets<true>(a, c, gate, from, first, m);
-    group_barrier(group);
-    if (!a.normalize || !has_extremes(m)) return true;
+    const raw_scalars own(a, c);
+    const octet_reader<gates_are_bf16> from(a, c);
+    raw_octet first;
     from.read(first, 0);
-    prepare_octets<false>(a, c, gate, from, first, m);
-    group_barrier(group);
-    return false;
+    const head_gate<kind> gate = own.put<kind>(a, c, warp, m);
+    have_chunk();
+    prepare_octets<true>(a, c, gate, from, first, m);
+    return gate;
 }
 
-/* From a chunk's tokens in device memory to the sums of its octets; returns what prepare_rows()
- * does. `then`: see have_chunk(). */
+/* From a chunk's tokens in device memory to the sums of its octets, and a barrier. Rows stay raw
+ * but where a chunk has extremes: it is begun again. Returns whether they are. `then`: see
+ * have_chunk(). */
 template <kl_gate kind, class F>
 __device__ bool prepare_tokens(const kda_arguments &a, const kda_plan &p,
                                const kda_no_convolution &, const place &at, int group, int warp,
                                prepare_memory &m, delivery &last, F then)
 {
     const item &c = *at;
-    const raw_scalars own(a, c);
-    const octet_reader from(a, c);
+    const auto have = [&] { have_chunk(p, at, group, warp, last, then); };
+    const head_gate<kind> gate = a.g.is_bf16 ? prepare_raw<true, kind>(a, c, warp, m, have)
+                                             : prepare_raw<false, kind>(a, c, warp, m, have);
+    group_barrier(group);
+    if (!a.normalize || !has_extremes(m)) return true;
+    const octet_reader<false> from(a, c);
     raw_octet first;
     from.read(first, 0);
-    const head_gate<kind> gate = own.put<kind>(a, c, warp, m);
-    have_chunk(p, at, group, warp, last, then);
-    return prepare_rows(a, c, gate, from, first, group, m);
+    prepare_octets<false>(a, c, gate, from, first, m);
+    group_barrier(group);
+    return false;
 }
 
 /* All parts of a chunk's rows, once it may take its place. */
