@@ -1,6 +1,8 @@
 """What a model says of a text that is given to it: log-probabilities, logits, residual streams."""
 
+import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,18 @@ if TYPE_CHECKING:
 SHOWN_PROMPT = 8192  # tokens from which a prompt's progress is shown unasked
 STREAM_BLOCK = 4096  # tokens of a part of iter_hidden: 38 MB a layer of the 48B
 
+_alive: "weakref.WeakSet[Inspection]" = weakref.WeakSet()
+
+
+def _forget_other_threads() -> None:
+    """After os.fork: none of them is there to end its call."""
+    for model in _alive:
+        model._calls = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
+
 
 class Inspection:
     """The part of `Model` that reads and does not write.
@@ -42,6 +56,7 @@ class Inspection:
 
     def __init__(self) -> None:
         self._calls = threading.RLock()  # there are sequences for one of them at a time
+        _alive.add(self)
 
     @contextmanager
     def _turn(

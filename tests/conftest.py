@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,14 @@ def show_children_the_same() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
+def hear_ctrl_c() -> None:
+    """A shell's background jobs begin with SIGINT ignored; tests send it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 use_the_installed_package()
 show_children_the_same()
+hear_ctrl_c()
 
 import variants  # noqa: E402  the package's first import, from where the lines above say
 

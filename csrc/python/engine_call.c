@@ -7,6 +7,7 @@
 
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define POLL_NS (INT64_C(20) * 1000 * 1000) /* how often a call takes the GIL at most */
 #define WAIT_US 50000 /* how long a thread waits for the lock between looks at signals */
@@ -87,8 +88,14 @@ int kl_engine_lock(EngineObject *self)
                         "engine: a callback cannot call the engine that called it");
         return -1;
     }
+    if (self->owner != 0 && self->process != getpid()) {
+        PyErr_SetString(PyExc_RuntimeError, "engine: a call of another thread did not survive "
+                                            "os.fork; load the model in this process");
+        return -1;
+    }
     if (self->owner != 0) return wait_in_queue(self);
     self->owner = PyThread_get_thread_ident();
+    self->process = getpid();
     return 0;
 }
 

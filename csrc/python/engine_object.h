@@ -13,6 +13,8 @@
 
 #include "model/engine.h"
 
+#include <sys/types.h>
+
 /* The C part of a Generation. */
 typedef struct kl_gen_node {
     kl_generation *g; /* NULL once its engine is closed */
@@ -27,6 +29,7 @@ typedef struct {
     kl_device *dev;      /* one reference of ours, until it is closed */
     kl_engine *engine;   /* NULL: closed */
     unsigned long owner; /* the thread that holds the lock, 0: none; under the GIL */
+    pid_t process;       /* which that is a thread of */
     kl_waiter *waiters;  /* for the lock, in the order they came; under the GIL */
     kl_gen_node *generations;
     kl_seq *dropped; /* [max_dropped], one a slot, whose owners are gone; under the GIL */
@@ -34,7 +37,8 @@ typedef struct {
 } EngineObject;
 
 /* Take the lock; -1 with an exception when this thread holds it already (a callback calls its own
- * engine), or when a signal came while waiting. */
+ * engine), when whoever holds it is a thread that did not come along with a fork, or when a signal
+ * came while waiting. */
 int kl_engine_lock(EngineObject *self);
 /* Likewise, and refuse an engine that is closed. */
 int kl_engine_enter(EngineObject *self);

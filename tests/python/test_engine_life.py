@@ -255,6 +255,36 @@ def test_a_fork_says_so():
     assert done.stdout == "7 4000\n", done.stderr
 
 
+@pytest.mark.parametrize("within", [True, False], ids=["within a call", "between two"])
+def test_a_fork_beside_a_call(within):
+    """In the child no thread is left to end what the model is at; where it is at nothing, it works."""
+    done = run_python(f"""
+        begun, go = threading.Event(), threading.Event()
+        def hold(ids, logits):
+            begun.set()
+            go.wait()
+        call = lambda how={{}}: model.generate([1], max_new_tokens=2, ignore_eos=True, **how).token_ids
+        def between():
+            with model._calls:
+                hold(None, None)
+        within = lambda: call(dict(logits_processor=hold))
+        threading.Thread(target=within if {within} else between).start()
+        begun.wait()
+        pid = os.fork()
+        if pid == 0:
+            if not {within}:
+                os._exit(len(call()))
+            try:
+                call()
+            except RuntimeError as e:
+                os._exit(7 if "did not survive os.fork" in str(e) else 8)
+            os._exit(5)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        go.set()
+    """)
+    assert done.stdout == f"{7 if within else 2}\n", done.stderr
+
+
 def test_threads_and_loops_at_one_engine(model):
     hammer = engine_hammer.Hammer(model, seconds=1, seed=1)
     hammer.run()
