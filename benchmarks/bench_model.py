@@ -287,7 +287,7 @@ class Bench:
                 sources.append(image)
         made = []
         for i in range(case.batch):
-            held = HeldSequence(engine, engine.seq_restore(case.tokens))
+            held = HeldSequence(engine, engine.seq_restore, (case.tokens,))
             made.append(held)
             self.write(held, sources[i % len(sources)], case.tokens)
         return made

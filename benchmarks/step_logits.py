@@ -20,14 +20,14 @@ def at_once(engine: "Engine", ids: list[int], seq: int = 0) -> np.ndarray:
 
 def in_pieces(engine: "Engine", seq: int, ids: list[int], n: int) -> np.ndarray:
     """The same of a fork of a sequence that reads n tokens a call."""
-    with HeldSequence(engine, engine.seq_fork(seq)) as fork:
+    with HeldSequence(engine, engine.seq_fork, (seq,)) as fork:
         pieces = [ids[at : at + n] for at in range(0, len(ids), n)]
         return np.concatenate([at_once(engine, piece, fork.seq) for piece in pieces])
 
 
 def in_steps(engine: "Engine", seq: int, rows: list[list[int]]) -> np.ndarray:
     """Logits [row, token, vocab] of forks of a sequence that read a token each in a step."""
-    forks = [HeldSequence(engine, engine.seq_fork(seq)) for _ in rows]
+    forks = [HeldSequence(engine, engine.seq_fork, (seq,)) for _ in rows]
     found = [np.array(engine.step([(f.seq, [i]) for f, i in zip(forks, ids, strict=True)]))
              for ids in zip(*rows, strict=True)]  # fmt: skip
     for fork in forks:
