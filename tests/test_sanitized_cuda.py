@@ -4,8 +4,8 @@ what nobody wrote, barriers that not all threads reach.
 Five at a time (-n 5) suit one GPU, with nothing beside them: processes take turns there, and what
 is slow anyway runs past its limit.
 
-KL_RACECHECK_LIBRARY names the library as racecheck can follow all of it (cuda/README.md): the C
-programs take that for racecheck. Without it some kernels are left out there.
+KL_RACECHECK_LIBRARY names the library as racecheck can follow all of it (cuda/README.md), which is
+taken for racecheck then. Without it some kernels are left out there.
 
 What the tools print is kept in the folder that KL_SANITIZER_OUTPUT names, a file for each case, also
 of a run that is cut off.
@@ -57,6 +57,13 @@ CASES = {
     "racecheck-others": (f"default and not ({NAMED})", 13),
     "racecheck-invariant": ("invariant and not moe_experts and (many or router or step)", 7),
 }
+# pytest with the operations of the library that is named first.
+PYTEST = """
+import sys
+import kimi_linear._backends, pytest
+kimi_linear._backends.CUDA_LIBRARY = sys.argv[1]
+sys.exit(pytest.main(sys.argv[2:]))
+"""
 TOOLS = ["racecheck", "initcheck", "memcheck", "synccheck"]
 PROGRAMS = ["test_cuda", "test_peaks", "test_ends", "test_fused", "test_mla_step", "test_moe",
             "test_arriving", "test_arriving_mla"]  # fmt: skip
@@ -78,10 +85,14 @@ def output(request, tmp_path):
     return folder / f"{request.node.callspec.id}.txt"
 
 
-def check(tool, command, output, env, library=CUDA_LIBRARY):
+def library_for(tool):
+    return FOLLOWED if FOLLOWED and tool == "racecheck" else CUDA_LIBRARY
+
+
+def check(tool, command, output, env):
     """What the command printed; fails with what the tool found."""
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "10"]
-    for kernel in MISREAD.get(tool, []) if library == CUDA_LIBRARY else []:
+    for kernel in MISREAD.get(tool, []) if library_for(tool) == CUDA_LIBRARY else []:
         options += ["--kernel-name-exclude", f"kernel_substring={kernel}"]
     with output.open("w") as file:
         run = subprocess.run(
@@ -97,7 +108,7 @@ def check(tool, command, output, env, library=CUDA_LIBRARY):
 @pytest.mark.parametrize("case", CASES)
 def test_operations_of_python(case, output):
     tool, (calls, least) = case.split("-")[0], CASES[case]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", PYTEST, library_for(tool), "-q", "-p", "no:cacheprovider"]
     command += ["tests/ops/test_cuda_streams.py", "-k", f"twice_the_same_bits and ({calls})"]
     env = WITHOUT_CACHE if tool in ("memcheck", "initcheck") else {}
     assert int(re.search(r"(\d+) passed", check(tool, command, output, env))[1]) >= least
@@ -111,7 +122,6 @@ def test_operations_of_the_runner(tool, name, test, output, c_build):
     jobs = f"-j{len(os.sched_getaffinity(0))}"
     make = ["make", jobs, "MODE=test", f"TESTS={name}", f"OUT={c_build}", str(program)]
     subprocess.run(make, cwd=ROOT / "csrc", check=True, capture_output=True)
-    library = FOLLOWED if FOLLOWED and tool == "racecheck" else CUDA_LIBRARY
-    env = {"KL_CUDA_LIBRARY": library, "KL_BRIEF": "1", "KL_TEST": test}
-    shown = check(tool, [str(program)], output, env, library)
+    env = {"KL_CUDA_LIBRARY": library_for(tool), "KL_BRIEF": "1", "KL_TEST": test}
+    shown = check(tool, [str(program)], output, env)
     assert "skipped" not in shown and f"\nok   {test}\n" in shown

@@ -6,8 +6,9 @@
  * Of a fresh barrier the phase before 0, parity 1, is complete.
  *
  * One lane speaks for its warp: once the others have done what it says, it arrives, and it asks the
- * copy engine. A build for racecheck (KL_RACECHECK, ../README.md) differs here alone: all lanes
- * arrive, WARP_ARRIVALS of a warp, and copy themselves before they do.
+ * copy engine. A build for racecheck (KL_RACECHECK, ../README.md) differs here, and in the size of
+ * select.cuh's clusters: all lanes arrive, WARP_ARRIVALS of a warp, and copy themselves before they
+ * do.
  */
 #ifndef KL_CUDA_DEVICE_BARRIER_H
 #define KL_CUDA_DEVICE_BARRIER_H
