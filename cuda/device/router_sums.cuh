@@ -47,6 +47,7 @@ struct router_sums {
         ulonglong2 squares;                        /* the coarse and the fine sum */
     };
     copy copies[SUM_COPIES];              /* zeros before the first share, */
+    copy guesses[SUM_COPIES];             /* as these, of x before that product adds to it, */
     alignas(64) unsigned long long alarm; /* as this */
     alignas(64) uint64_t told[WARP];      /* and these: see tell() */
 };
@@ -90,20 +91,33 @@ struct router_share {
         const float weighted = x * weight;
         if (threadIdx.x < SHARE_ROWS)
             row_of_sums(r.sums)[first + threadIdx.x] = from_float<bf16>(weighted);
+        add_to(r.sums->copies, r, x, weighted, &r.sums->alarm);
+    }
+
+    /* The same of x as it is before, which tells most of the experts: see ask_for_likely(). An alarm
+     * would say nothing of it. */
+    __device__ void guess(const router_work &r, float x, float weight) const
+    {
+        add_to(r.sums->guesses, r, x, x * weight, nullptr);
+    }
+
+    __device__ void add_to(router_sums::copy (&copies)[SUM_COPIES], const router_work &r, float x,
+                           float weighted, unsigned long long *alarm) const
+    {
         float share = 0;
 #pragma unroll
         for (int i = 0; i < SHARE_ROWS; i++)
             share = fmaf(columns[i / 4][i % 4], __shfl_sync(ALL_LANES, weighted, i), share);
-        router_sums::copy &to = r.sums->copies[blockIdx.x % SUM_COPIES];
+        router_sums::copy &to = copies[blockIdx.x % SUM_COPIES];
         if (static_cast<int>(threadIdx.x) < r.E) {
             atomicAdd(&to.logits[threadIdx.x], whole_number(share / SHARE_UNIT));
-            if (!(fabsf(share) <= MOST_SHARE)) r.sums->alarm = 1;
+            if (alarm != nullptr && !(fabsf(share) <= MOST_SHARE)) *alarm = 1;
         }
-        if (warp_id() == SUMMED_EXPERTS / WARP - 1) add_squares(r.sums, to, x);
+        if (warp_id() == SUMMED_EXPERTS / WARP - 1) add_squares(to, x, alarm);
     }
 
     /* By one warp. */
-    __device__ static void add_squares(router_sums *sums, router_sums::copy &to, float x)
+    __device__ static void add_squares(router_sums::copy &to, float x, unsigned long long *alarm)
     {
         const float squares = warp_sum<SHARE_ROWS>(x * x);
         if (lane_id() != 0) return;
@@ -111,7 +125,7 @@ struct router_share {
         const float left = squares - coarse * COARSE_UNIT;
         atomicAdd(&to.squares.x, whole_number(coarse));
         atomicAdd(&to.squares.y, whole_number(left / FINE_UNIT));
-        if (!(squares <= MOST_SQUARES)) sums->alarm = 1;
+        if (alarm != nullptr && !(squares <= MOST_SQUARES)) *alarm = 1;
     }
 };
 
@@ -130,12 +144,18 @@ struct router_reading {
 
     __device__ void load(const router_sums &s, int e)
     {
+        load(s.copies, e);
+        alarm = __ldcg(&s.alarm);
+    }
+
+    /* Without the alarm. */
+    __device__ void load(const router_sums::copy (&copies)[SUM_COPIES], int e)
+    {
 #pragma unroll
         for (int c = 0; c < SUM_COPIES; c++) {
-            logit[c] = __ldcg(&s.copies[c].logits[e]);
-            squares[c] = __ldcg(&s.copies[c].squares);
+            logit[c] = __ldcg(&copies[c].logits[e]);
+            squares[c] = __ldcg(&copies[c].squares);
         }
-        alarm = __ldcg(&s.alarm);
     }
 
     /* To be multiplied by 1 / rms. */

@@ -272,8 +272,11 @@ __launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_
     routed.load_weight(a.router, tile);
     step_sums<format, 1, format, numbers> own(x, a.x.T);
     tile_output<1, kind> output;
-    if constexpr (arriving) {
+    if (arriving || a.router.sums != nullptr)
         load_tile<1, kind>(a.first, a.router, tile, 1, output, routed);
+    if (a.router.sums != nullptr)
+        share.guess(a.router, routed.before, routed.weight);
+    if constexpr (arriving) {
         await_some<STREAM_THREADS>(a.x);
     } else {
         wait_for_inputs();

@@ -23,6 +23,7 @@
  */
 #include "../device/halves.cuh"
 #include "../device/moe_step.cuh"
+#include <stdlib.h>
 
 namespace {
 
@@ -334,6 +335,8 @@ moe_step_arguments arguments_of(const moe_step &s)
         .tiles = static_cast<unsigned>((shared_rows + top_k * a->w1.rows) / EACH),
         .unsettled = a->w2.unsettled || a->shared_w1.unsettled || a->shared_w3.unsettled ||
                      a->shared_w2.unsettled,
+        .likely = getenv("KL_LIKELY") ? atoi(getenv("KL_LIKELY")) : 0,
+        .askers = getenv("KL_ASKERS") ? atoi(getenv("KL_ASKERS")) : 96,
     };
 }
 
