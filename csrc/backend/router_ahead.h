@@ -26,6 +26,9 @@ typedef struct {
     kl_weight router;      /* [E, D] f32, count 1; D that of the residual */
     kl_tensor norm_weight; /* [D] f32; as unsettled as the router          */
     void *sums;            /* NULL: no such work                           */
+    kl_tensor bias;        /* [E] f32, or absent; for a guess of the experts, */
+    float norm_eps;
+    int top_k;             /* 0: no guess is made                          */
 } kl_router_ahead;
 
 #endif

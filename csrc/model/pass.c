@@ -238,7 +238,8 @@ static void look_ahead(kl_pass *p, int64_t layer)
     p->ahead = (kl_router_ahead){0};
     if (bytes == 0) return;
     p->ahead = (kl_router_ahead){
-        .router = w->ffn.router, .norm_weight = kl_vector_of(&w->ffn_norm), .sums = p->sums};
+        .router = w->ffn.router, .norm_weight = kl_vector_of(&w->ffn_norm), .sums = p->sums,
+        .bias = kl_vector_of(&w->ffn.bias), .norm_eps = p->config->rms_eps, .top_k = (int)p->config->top_k};
     p->sums += bytes;
 }
 

@@ -30,7 +30,7 @@ struct moe_step_arguments {
     int row_bytes, groups;                      /* of w1 and w3, the shared expert's too */
     unsigned shared_tiles, expert_tiles, tiles; /* of the inner kernel: an expert's, all */
     bool unsettled; /* a weight that is read before the wait: see kl_weight */
-    int likely, askers; /* experts that are asked for by a guess, and by how many blocks */
+    int likely, askers, how; /* experts that are asked for by a guess, and by how many blocks */
 };
 
 /* ---- the choice ------------------------------------------------------------------------ */

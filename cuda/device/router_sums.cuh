@@ -50,6 +50,8 @@ struct router_sums {
     copy guesses[SUM_COPIES];             /* as these, of x before that product adds to it, */
     alignas(64) unsigned long long alarm; /* as this */
     alignas(64) uint64_t told[WARP];      /* and these: see tell() */
+    alignas(64) uint32_t added;           /* blocks whose guesses are, */
+    uint32_t likely[WARP];                /* and by the guesses an expert's number + 1 */
 };
 
 /* weight * x [D], behind the sums. */
@@ -63,7 +65,9 @@ __host__ __device__ inline bf16 *row_of_sums(router_sums *sums)
 struct router_work {
     const float *router, *norm_weight; /* [E, D], [D] */
     router_sums *sums;                 /* or null: none is done */
-    int E, D;
+    const float *bias;                 /* [E], or null */
+    float eps;
+    int E, D, top_k; /* top_k 0: no guess */
 };
 
 __device__ inline unsigned long long whole_number(float x)
@@ -99,6 +103,7 @@ struct router_share {
     __device__ void guess(const router_work &r, float x, float weight) const
     {
         add_to(r.sums->guesses, r, x, x * weight, nullptr);
+        if (threadIdx.x == SUMMED_EXPERTS - 1) atomicAdd(&r.sums->added, 1u);
     }
 
     __device__ void add_to(router_sums::copy (&copies)[SUM_COPIES], const router_work &r, float x,

@@ -28,6 +28,7 @@
  *              peaks 169.6 (4.5 TB/s) (2026-11-23); in int8 without them 92.5 (2026-11-22)
  */
 #include "../device/product.cuh"
+#include "../device/route.cuh"
 #include "linear_step_rows.cuh"
 #include "linear_step_tiles.cuh"
 
@@ -245,6 +246,36 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
     }
 }
 
+/* By a block without a tile, while the others wait for x: which experts the residual names before x is
+ * added to it. */
+__device__ void choose_likely(const router_work &r, unsigned blocks)
+{
+    __shared__ unsigned keys[SUMMED_EXPERTS];
+    __shared__ int ids[WARP];
+    let_next_start();
+    const int e = threadIdx.x;
+    const float bias = r.bias != nullptr && e < r.E ? __ldcg(r.bias + e) : 0.0f;
+    if (e == 0)
+        while (load_here(&r.sums->added) < blocks) __nanosleep(50);
+    __syncthreads();
+    router_reading in = {};
+    in.load(r.sums->guesses, e);
+    const float score = sigmoid(in.sum() * in.inverse_rms(r.D, r.eps)) + bias;
+    keys[e] = e < r.E ? key_of(score) : TAKEN;
+    __syncthreads();
+    if (warp_id() == 0) {
+        lane_keys best;
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; i++) best.set(i, keys[lane_keys::number(i)]);
+        const int id = choose_numbers(best, r.top_k, ids);
+        if (lane_id() < r.top_k)
+            asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(r.sums->likely + lane_id()),
+                         "r"(id + 1)
+                         : "memory");
+    }
+    wait_for_inputs();
+}
+
 /* Tiles of halves, one a block, whose weights are all in the rings before x is there: no more is
  * asked for, and nothing but products stands between x and the sums. */
 template <kl_weight_format format, x_as numbers, bool arriving>
@@ -260,23 +291,24 @@ __launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_
     float *const sums =
         reinterpret_cast<float *>(x.plain.data + rows_type::bytes_of(a.x.T, a.x.cols));
     const unsigned tile = blockIdx.x;
+    if (tile == a.tiles) return choose_likely(a.router, a.tiles);
     const int steps = ring_steps(static_cast<int>(a.first.w.row_bytes));
     bool odd[2];
     odd_scales<format, kind>(odd, a.first, tile);
     ring_type ring(shared);
     if (a.unsettled) wait_for_inputs();
-    fill_ring<format, kind, STEPS_AHEAD<numbers>>(ring, a.first, tile, steps);
     router_share share;
     share.load(a.router, tile * SHARE_ROWS);
     routed_rows routed;
     routed.load_weight(a.router, tile);
+    const bool guesses = a.router.sums != nullptr && a.router.top_k > 0;
+    if (guesses) routed.load_residual(a.first, tile);
+    fill_ring<format, kind, STEPS_AHEAD<numbers>>(ring, a.first, tile, steps);
+    if (guesses) share.guess(a.router, routed.before, routed.weight);
     step_sums<format, 1, format, numbers> own(x, a.x.T);
     tile_output<1, kind> output;
-    if (arriving || a.router.sums != nullptr)
-        load_tile<1, kind>(a.first, a.router, tile, 1, output, routed);
-    if (a.router.sums != nullptr)
-        share.guess(a.router, routed.before, routed.weight);
     if constexpr (arriving) {
+        load_tile<1, kind>(a.first, a.router, tile, 1, output, routed);
         await_some<STREAM_THREADS>(a.x);
     } else {
         wait_for_inputs();
@@ -357,8 +389,11 @@ router_work router_of(const kl_cuda_product *p)
         .router = static_cast<const float *>(p->ahead.router.data),
         .norm_weight = static_cast<const float *>(p->ahead.norm_weight.data),
         .sums = static_cast<router_sums *>(p->ahead.sums),
+        .bias = static_cast<const float *>(p->ahead.bias.data),
+        .eps = p->ahead.norm_eps,
         .E = static_cast<int>(p->ahead.router.rows),
         .D = static_cast<int>(p->w.rows),
+        .top_k = p->ahead.top_k,
     };
 }
 
@@ -400,7 +435,9 @@ kl_status launch(kl_backend *be, const step_arguments &a, kl_error *err)
             kernel = a.arriving ? product_held_kernel<first, numbers, true>
                                 : product_held_kernel<first, numbers, false>;
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
-    return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
+    const bool held = kernel != product_step_kernel<first, second, N, kind, numbers>;
+    const unsigned guesser = held && a.router.sums != nullptr && a.router.top_k > 0 ? 1 : 0;
+    return kl_cuda_launch(kernel, (a.tiles < most ? a.tiles : most) + guesser, STREAM_THREADS, shared,
                           kl_cuda_stream(be), err, a);
 }
 

@@ -337,6 +337,7 @@ moe_step_arguments arguments_of(const moe_step &s)
                      a->shared_w2.unsettled,
         .likely = getenv("KL_LIKELY") ? atoi(getenv("KL_LIKELY")) : 0,
         .askers = getenv("KL_ASKERS") ? atoi(getenv("KL_ASKERS")) : 96,
+        .how = getenv("KL_HOW") ? atoi(getenv("KL_HOW")) : 0,
     };
 }
 

@@ -24,9 +24,6 @@
 #include "../device/moe_step.cuh"
 
 namespace {
-#ifdef KL_GUESS_PRINT
-__device__ int guessed[64];
-#endif
 
 /* Blocks a multiprocessor, and steps on their way in each: without scales as many as three blocks
  * have shared memory for. With scales fewer, so that a block of the next kernel, which has its own
@@ -69,32 +66,25 @@ __device__ void list_choices(const moe_step_arguments &a, chosen_experts &chosen
 
 /* Ask the L2 for the experts that a token's residual names before the attention is added to it, which
  * are most of those that it will name: their bytes come while memory has nothing else to bring. No
- * result depends on it. By the first blocks, each an equal part of every matrix. */
-__device__ void ask_for_likely(const moe_step_arguments &a, chosen_experts &chosen)
+ * result depends on it. By the first blocks, each an equal part of every matrix; a warp an expert. */
+__device__ void ask_for_likely(const moe_step_arguments &a)
 {
-    if (a.sums == nullptr || a.likely == 0 || static_cast<int>(blockIdx.x) >= a.askers) return;
-    choice_input in = {};
-    in.sums.load(a.sums->guesses, threadIdx.x);
-    if (a.rule.bias != nullptr && static_cast<int>(threadIdx.x) < a.rule.E)
-        in.bias = __ldcg(a.rule.bias + threadIdx.x);
-    share_choice(a, in, chosen);
-    __syncthreads();
-    if (warp_id() == CHOOSER) {
-        lane_keys keys = keys_of(chosen);
-        choose_numbers(keys, a.top_k, chosen.ids);
-        if (lane_id() < 2 * a.likely) {
-            const gated_expert e = expert_of(a, chosen.ids[lane_id() / 2]);
-            const unsigned char *const from = lane_id() % 2 == 0 ? e.gate.data : e.up.data;
-            const unsigned all = static_cast<unsigned>(a.row_bytes) * a.expert_tiles * EACH;
-            const unsigned each = (all / a.askers + 15) / 16 * 16, first = blockIdx.x * each;
-            if (first < all) prefetch_l2(from + first, min(each, all - first));
-        }
+    if (a.sums == nullptr || warp_id() >= a.likely || static_cast<int>(blockIdx.x) >= a.askers) return;
+    const int id = static_cast<int>(load_here(a.sums->likely + warp_id())) - 1;
+    if (id < 0) return;
+    const gated_expert e = expert_of(a, id);
+    const unsigned all = static_cast<unsigned>(a.row_bytes) * a.expert_tiles * EACH;
+    const unsigned each = (all / a.askers + 127) / 128 * 128, first = blockIdx.x * each;
+    if (first >= all) return;
+    const unsigned bytes = min(each, all - first);
+    if (a.how == 0) {
+        if (lane_id() < 2) prefetch_l2((lane_id() == 0 ? e.gate.data : e.up.data) + first, bytes);
+        return;
     }
-#ifdef KL_GUESS_PRINT
-    __syncthreads();
-    if (blockIdx.x == 0 && threadIdx.x < a.top_k) guessed[threadIdx.x] = chosen.ids[threadIdx.x];
-#endif
-    __syncthreads();
+    for (unsigned at = lane_id() * 128; at < bytes; at += 32 * 128) {
+        prefetch_line(e.gate.data + first + at);
+        prefetch_line(e.up.data + first + at);
+    }
 }
 
 /* A tile of the block: the g-th of expert v. */
@@ -306,11 +296,11 @@ __global__ __launch_bounds__(STREAM_THREADS, FITTING<format, own>) void moe_step
         experts[0] = {row_of(a.shared_w1, 0), row_of(a.shared_w3, 0)};
     __syncthreads();
     if (a.unsettled) wait_for_inputs();
+    ask_for_likely(a);
     int put = 0;
 #pragma unroll 1
     for (; put < INNER_DEPTH<format> && walk.is_shared(); put++) walk.put(ring);
     prefetch_choice(a);
-    ask_for_likely(a, chosen);
     wait_for_inputs();
     if (!tells(a)) let_next_start(); /* not before: see load_choice() */
     const choice_input input = load_choice(a);
@@ -322,10 +312,10 @@ __global__ __launch_bounds__(STREAM_THREADS, FITTING<format, own>) void moe_step
     {
         list_choices(a, chosen, experts);
 #ifdef KL_GUESS_PRINT
-        if (blockIdx.x == 0 && a.sums != nullptr && lane_id() == 0) {
+        if (blockIdx.x == 0 && a.sums != nullptr && lane_id() == 0) { 
             int hits = 0, first = 0;
             for (int i = 0; i < a.top_k; i++) for (int j = 0; j < a.top_k; j++) {
-                const bool same = guessed[i] == chosen.ids[j];
+                const bool same = static_cast<int>(a.sums->likely[i]) - 1 == chosen.ids[j];
                 hits += same, first += same << i * 4 % 32;
             }
             printf("GUESS %d %08x\n", hits, first);
