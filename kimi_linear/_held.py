@@ -1,14 +1,17 @@
 """What a state holds: a sequence of an engine, and what was read into it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._core import HeldSequence
+from ._files import quote
 from ._progress import Callback
 from .errors import NumericalError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from . import _core
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,13 @@ class Held:
     ids: "np.ndarray"  # int32 [position]
     logits: "np.ndarray | None"  # float32 [vocab] after the last token
     awaits_answer: bool  # messages were fed last
+
+
+def engine_of(model: Any) -> "_core.Engine":
+    """Raise TypeError where this is no Model, ValueError where it is closed."""
+    if not hasattr(model, "_open_engine"):
+        raise TypeError(f"model: must be a kimi_linear.Model, got {quote(model)}")
+    return model._open_engine()
 
 
 def fork_of(held: Held) -> HeldSequence:

@@ -8,6 +8,7 @@ from threading import Condition
 from typing import TYPE_CHECKING, Any, Unpack
 
 from ._files import quote
+from ._held import engine_of
 from ._prompts import prompt_rows
 from ._sampling import SamplingOptions
 from ._worker import Wakes, Worker
@@ -66,10 +67,8 @@ class Engine:
             isinstance(max_waiting, bool) or not isinstance(max_waiting, int) or max_waiting < 0
         ):
             raise ValueError(f"max_waiting: must be None or >= 0, got {quote(max_waiting)}")
-        if not hasattr(model, "_open_engine"):
-            raise TypeError(f"model: must be a kimi_linear.Model, got {quote(model)}")
         self._model = model
-        self._worker = Worker(model._open_engine(), model.plan.max_batch, max_waiting)
+        self._worker = Worker(engine_of(model), model.plan.max_batch, max_waiting)
         weakref.finalize(self, self._worker.stop).atexit = False  # there the worker sees to it
 
     def submit(self, prompt: Any, **sampling: Unpack[SamplingOptions]) -> "Request":

@@ -10,7 +10,7 @@ from . import _state_file
 from ._core import HeldSequence
 from ._files import as_path, quote
 from ._generation import Past
-from ._held import Held, catch_up, fork_of, is_untouched, logits_after
+from ._held import Held, catch_up, engine_of, fork_of, is_untouched, logits_after
 from ._progress import Callback, Progress
 from ._prompts import answer_header, awaits_answer, prompt_rows, row_ids
 from ._sampling import Sampling, SamplingOptions, check_top
@@ -424,9 +424,7 @@ class State:
         import numpy as np
 
         path = as_path(path)
-        if not hasattr(model, "_open_engine"):
-            raise TypeError(f"model: must be a kimi_linear.Model, got {quote(model)}")
-        engine = model._open_engine()
+        engine = engine_of(model)
         with _state_file.Reader(path) as reader:
             length, awaits = check_header(reader, model)
             vocab = model.config.vocab_size
