@@ -25,6 +25,19 @@ CUtensorMapSwizzle swizzle_of(const box_matrix &m)
                                 : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
+CUtensorMapDataType type_of(const box_matrix &m)
+{
+    return m.element_bytes == 4   ? CU_TENSOR_MAP_DATA_TYPE_UINT32
+           : m.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                  : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+}
+
+CUtensorMapL2promotion promotion_of(const box_matrix &m)
+{
+    return m.line_bytes == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+                               : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+}
+
 } // namespace
 
 kl_status kl_cuda_map_boxes(const box_matrix &of, box_map *map, kl_error *err)
@@ -39,10 +52,9 @@ kl_status kl_cuda_map_boxes(const box_matrix &of, box_map *map, kl_error *err)
     if (encode == nullptr)
         return kl_fail(err, KL_ERR_UNAVAILABLE,
                        "cuda: the driver has no cuTensorMapEncodeTiled: it is too old");
-    const CUresult e = encode(
-        map, each == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, 2,
-        const_cast<void *>(of.data), sizes, strides, box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle_of(of), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult e = encode(map, type_of(of), 2, const_cast<void *>(of.data), sizes, strides,
+                              box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(of),
+                              promotion_of(of), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (e == CUDA_SUCCESS) return KL_OK;
     return kl_fail(err, KL_ERR_DEVICE,
                    "cuda: cuTensorMapEncodeTiled: error %d for %lld rows of %lld bytes",

@@ -8,13 +8,15 @@
 
 #include <cuda.h>
 
-/* Rows one behind the other, at multiples of 16 bytes, of elements of one byte or two; boxes, whose
- * pieces of 16 bytes come to lie as they are or as swizzled() has them. */
+/* Rows one behind the other, at multiples of 16 bytes, of elements of one byte, two or four, and
+ * boxes of up to 256 by 256 of them, whose pieces of 16 bytes come to lie as they are or as
+ * swizzled() has them. */
 struct box_matrix {
     const void *data;
     int64_t rows, row_bytes;
     int box_rows, box_bytes, element_bytes;
     bool swizzled;
+    int line_bytes = 256; /* the L2 brings at a time; or 128 */
 };
 
 #ifdef KL_RACECHECK /* boxes are copied by threads, who take them by this */

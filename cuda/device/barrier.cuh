@@ -99,6 +99,12 @@ __device__ inline void barrier_wait(barrier *b, uint32_t phase)
     } while (!done);
 }
 
+/* A barrier of so many of the block's threads, whole warps; 0 is __syncthreads()'s. */
+template <int id, int threads> __device__ void barrier_of_threads()
+{
+    asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory");
+}
+
 /* What this thread has written to shared memory, before what wgmma and the copy engine do there
  * from now on. */
 __device__ inline void fence_async_proxy()
@@ -140,6 +146,46 @@ __device__ inline void copy_bytes(void *shared, const void *global, uint32_t byt
 {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(b))
+                 : "memory");
+}
+
+/* The same three by a whole warp, for which one lane asks: the addresses are then known to be the
+ * same in all, and take no loop over lanes. */
+__device__ inline void warp_copies_begin(barrier *b, int bytes)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
+                 "}" ::"r"(shared_address(b)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ inline void warp_copy_box(void *shared, const box_map *map, int column, int row,
+                                     barrier *b)
+{
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];\n"
+        "}" ::"r"(shared_address(shared)),
+        "l"(map), "r"(column), "r"(row), "r"(shared_address(b))
+        : "memory");
+}
+
+__device__ inline void warp_copy_bytes(void *shared, const void *global, uint32_t bytes,
+                                       barrier *b)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];\n"
+                 "}" ::"r"(shared_address(shared)),
                  "l"(global), "r"(bytes), "r"(shared_address(b))
                  : "memory");
 }
@@ -195,6 +241,20 @@ __device__ inline void copy_bytes(void *shared, const void *global, uint32_t byt
         static_cast<uint4 *>(shared)[i] = __ldcg(static_cast<const uint4 *>(global) + i);
 }
 
+__device__ inline void warp_copies_begin(barrier *, int) {}
+
+__device__ inline void warp_copy_box(void *shared, const box_map *map, int column, int row,
+                                     barrier *b)
+{
+    copy_box<WARP>(shared, map, column, row, b);
+}
+
+__device__ inline void warp_copy_bytes(void *shared, const void *global, uint32_t bytes,
+                                       barrier *b)
+{
+    copy_bytes(shared, global, bytes, b);
+}
+
 __device__ inline void copy_bytes_out(void *global, const void *shared, uint32_t bytes)
 {
     for (uint32_t i = lane_id(); i < bytes / 16; i += WARP)
@@ -207,6 +267,17 @@ template <bool only_read> __device__ void wait_for_copies_out()
 }
 
 #endif
+
+/* A slot of a ring of S::STAGES, and the phase of its barriers. */
+template <class S> struct ring_place {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void advance()
+    {
+        if (++slot == S::STAGES) slot = 0, phase ^= 1;
+    }
+};
 
 /* All warps of a warpgroup: give back all registers past n, or wait until n are to be had. */
 template <int n> __device__ void registers_down_to()

@@ -34,6 +34,18 @@ struct moe_step_arguments {
 
 /* ---- the choice ------------------------------------------------------------------------ */
 
+__device__ inline bool chooses(const moe_step_arguments &a)
+{
+    return a.sums != nullptr || a.logits != nullptr;
+}
+
+/* Before the wait, by a warp: the bias comes from memory, and would come last. */
+__device__ inline void prefetch_choice(const moe_step_arguments &a)
+{
+    if (!chooses(a) || a.rule.bias == nullptr) return;
+    if (const int i = lane_id() * 32; i < a.rule.E) prefetch_line(a.rule.bias + i);
+}
+
 /* What a block has in shared memory. */
 struct chosen_experts {
     int ids[MAX_STEP_EXPERTS];
@@ -42,86 +54,111 @@ struct chosen_experts {
     unsigned keys[FEW_EXPERTS]; /* and what they are chosen by */
 };
 
-/* Whether there are sums, in a kernel that may get some: their code is not in others. */
-template <bool may> __device__ bool has_sums(const moe_step_arguments &a)
-{
-    return may && a.sums != nullptr;
-}
-
-template <bool may = true> __device__ bool chooses(const moe_step_arguments &a)
-{
-    return has_sums<may>(a) || a.logits != nullptr;
-}
-
-/* Before the wait: the bias comes from memory, and would come last. */
-__device__ inline void prefetch_choice(const moe_step_arguments &a)
-{
-    if (!chooses(a) || a.rule.bias == nullptr) return;
-    if (const int i = threadIdx.x * 32; i < a.rule.E) prefetch_line(a.rule.bias + i);
-}
-
-/* What a thread reads for the choice: its expert's logit or sums, and bias. */
-struct choice_input {
-    router_reading sums;
-    float logit = 0, bias = 0;
-};
-
-/* The out kernel starts when all blocks of the inner one have waited for what came before: that is
- * complete then, and the out kernel may read it before its own wait, past the L1, which that wait
- * alone would clean. */
-template <bool may = true> __device__ choice_input load_choice(const moe_step_arguments &a)
-{
-    choice_input in = {};
-    const int e = threadIdx.x;
-    const bool inside = e < a.rule.E;
-    if (has_sums<may>(a)) in.sums.load(*a.sums, e); /* zeros of those that are none */
-    if (a.logits != nullptr && inside) in.logit = __ldcg(a.logits + e);
-    if (a.rule.bias != nullptr && inside) in.bias = __ldcg(a.rule.bias + e);
-    return in;
-}
-
-/* What the choice is made from, by all threads; a barrier follows. Returned is what the experts'
- * first products are to be multiplied by. */
-template <bool may = true>
-__device__ float share_choice(const moe_step_arguments &a, const choice_input &in,
-                              chosen_experts &to)
-{
-    static_assert(FEW_EXPERTS == STREAM_THREADS && MAX_STEP_EXPERTS <= STREAM_THREADS);
-    const int i = threadIdx.x;
-    const bool summed = has_sums<may>(a);
-    const float inverse = summed ? in.sums.inverse_rms(a.D, a.norm_eps) : 1;
-    if (chooses<may>(a)) {
-        const float score = sigmoid(summed ? in.sums.sum() * inverse : in.logit);
-        to.scores[i] = score;
-        const unsigned key = key_of(a.rule.bias != nullptr ? score + in.bias : score);
-        to.keys[i] = i < a.rule.E ? key : TAKEN;
-    } else if (i < a.top_k) {
-        to.ids[i] = __ldcg(a.ids + i);
-        to.weights[i] = __ldcg(a.weights + i);
-    }
-    return inverse;
-}
-
-__device__ inline lane_keys keys_of(const chosen_experts &from)
+__device__ inline lane_keys keys_of(const unsigned *shared)
 {
     lane_keys keys;
 #pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; i++) keys.set(i, from.keys[lane_keys::number(i)]);
+    for (int i = 0; i < LANE_EXPERTS; i++) keys.key[i] = shared[lane_keys::number(i)];
     return keys;
 }
 
-/* Without sums, by all threads; a barrier follows. */
+/* By all threads of a block, without sums; a barrier follows. */
 __device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
 {
-    share_choice<false>(a, load_choice<false>(a), to);
-    if (!chooses<false>(a)) return;
+    static_assert(FEW_EXPERTS == STREAM_THREADS && MAX_STEP_EXPERTS <= STREAM_THREADS);
+    const int i = threadIdx.x;
+    if (a.logits == nullptr) {
+        if (i >= a.top_k) return;
+        to.ids[i] = __ldcg(a.ids + i);
+        to.weights[i] = __ldcg(a.weights + i);
+        return;
+    }
+    const bool inside = i < a.rule.E;
+    const float bias = inside && a.rule.bias != nullptr ? __ldcg(a.rule.bias + i) : 0;
+    const float score = sigmoid(inside ? __ldcg(a.logits + i) : 0);
+    to.scores[i] = score;
+    to.keys[i] = inside ? key_of(a.rule.bias != nullptr ? score + bias : score) : TAKEN;
     __syncthreads();
     if (warp_id() != 0) return;
-    lane_keys keys = keys_of(to);
-    const expert_choice choice = choose_experts(
-        keys, a.rule, [&](int e) { return to.scores[e]; }, to.ids);
-    if (lane_id() < a.top_k) to.weights[lane_id()] = choice.weight;
+    lane_keys keys = keys_of(to.keys);
+    const expert_choice choice =
+        choose_experts(keys, a.rule, [&](int e) { return to.scores[e]; });
+    if (lane_id() >= a.top_k) return;
+    to.ids[lane_id()] = choice.id;
+    to.weights[lane_id()] = choice.weight;
 }
+
+/* By a warp of a kernel that may get sums, with the help of STREAM_THREADS other threads; no
+ * further than it is asked for, as others can begin with the first choices. */
+struct shared_choice {
+    int ids[MAX_STEP_EXPERTS];
+    float scores[FEW_EXPERTS];  /* of all, where there is a choice, */
+    unsigned keys[FEW_EXPERTS]; /* and what they are chosen by */
+    float inverse;              /* what the experts' first products are to be multiplied by */
+};
+
+/* After the wait, by the warp that chooses; a barrier with the others follows. */
+__device__ inline void share_inverse(const moe_step_arguments &a, shared_choice &to)
+{
+    const float inverse = a.sums == nullptr ? 1 : inverse_rms_of_sums(*a.sums, a.D, a.norm_eps);
+    if (lane_id() == 0) to.inverse = inverse;
+}
+
+/* An expert's logit, which a thread of the others reads before that barrier, and makes a key behind
+ * it; another barrier follows. The out kernel starts when all blocks of the inner one have waited
+ * for what came before: that is complete then, and the out kernel may read it before its own wait,
+ * past the L1, which that wait alone would clean. */
+struct logit_reading {
+    float logit = 0, bias = 0;
+
+    __device__ explicit logit_reading(const moe_step_arguments &a)
+    {
+        static_assert(FEW_EXPERTS == STREAM_THREADS && MAX_STEP_EXPERTS <= STREAM_THREADS);
+        const int e = threadIdx.x;
+        const bool inside = e < a.rule.E;
+        if (inside && a.rule.bias != nullptr) bias = __ldcg(a.rule.bias + e);
+        if (a.sums != nullptr)
+            logit = logit_of_sums(*a.sums, e); /* zeros of those that are none */
+        else if (inside && a.logits != nullptr)
+            logit = __ldcg(a.logits + e);
+    }
+
+    __device__ void share(const moe_step_arguments &a, shared_choice &to) const
+    {
+        const int e = threadIdx.x;
+        const float score = sigmoid(logit * to.inverse);
+        const unsigned key = key_of(a.rule.bias != nullptr ? score + bias : score);
+        to.scores[e] = score;
+        to.keys[e] = e < a.rule.E ? key : TAKEN;
+        if (!chooses(a) && e < a.top_k) to.ids[e] = __ldcg(a.ids + e);
+    }
+};
+
+struct warp_choice {
+    shared_choice &from;
+    lane_keys keys;
+    int made = 0; /* choices */
+
+    __device__ explicit warp_choice(shared_choice &of_block) : from(of_block) {}
+
+    /* Behind both barriers. */
+    __device__ void begin(const moe_step_arguments &a)
+    {
+        keys = keys_of(from.keys);
+        made = chooses(a) ? 0 : a.top_k;
+    }
+
+    /* So many, into from.ids, by all lanes. */
+    __device__ void make(int count)
+    {
+#pragma unroll 1
+        for (; made < count; made++) {
+            const int best = keys.take_best();
+            if (lane_id() == 0) from.ids[made] = best;
+        }
+        __syncwarp();
+    }
+};
 
 /* ---- the choice by sums, told ------------------------------------------------------------ */
 
@@ -139,8 +176,8 @@ __device__ inline bool tells(const moe_step_arguments &a)
     return a.sums != nullptr && blockIdx.x == gridDim.x - 1;
 }
 
-/* By the warp that chose. */
-__device__ inline void tell(const moe_step_arguments &a, const chosen_experts &chosen)
+/* By the warp that has chosen. */
+__device__ inline void tell(const moe_step_arguments &a, const shared_choice &chosen)
 {
     const bool mine = lane_id() < a.top_k;
     const int id = mine ? chosen.ids[lane_id()] : 0;
@@ -187,8 +224,8 @@ kl_status launch_step(K kernel, unsigned blocks, size_t shared, const moe_step_a
 
 /* The inner products of all experts, if a block of it finds the shared memory; `apart`: see
  * moe_step. */
-bool kl_cuda_moe_step_inner_takes(kl_weight_format format, int64_t D);
-kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, kl_weight_format format,
+bool kl_cuda_moe_step_inner_takes(const moe_step_arguments &a, kl_weight_format format);
+kl_status kl_cuda_moe_step_inner(const moe_step_arguments &a, const kl_moe_experts *experts,
                                  bool apart, cudaStream_t stream, kl_error *err);
 
 /* Likewise the sum of the experts, of moe_step::apart. */

@@ -2,8 +2,7 @@
  * route.cuh -- a warp chooses a token's experts, from up to 256 in one group, from registers: what
  * moe_route.cu shares with the kernels of a token's experts, which choose for themselves.
  *
- * What is chosen by are integers in the order of the floats. Each lane puts its own in order, so
- * that a choice is the largest of the lanes' best: what a choice waits for is all of its time.
+ * What is chosen by are integers in the order of the floats.
  */
 #ifndef KL_CUDA_DEVICE_ROUTE_H
 #define KL_CUDA_DEVICE_ROUTE_H
@@ -32,76 +31,46 @@ __device__ inline unsigned key_of(float x)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* A lane's experts, e = number(i), each with what it is chosen by. Of equal ones the lowest number
- * comes first. */
+/* What a lane's experts, e = number(i), are chosen by. Of equal ones the lowest number comes
+ * first. */
 struct lane_keys {
-    unsigned key[LANE_EXPERTS], name[LANE_EXPERTS]; /* ~e */
+    unsigned key[LANE_EXPERTS];
 
     __device__ static int number(int i) { return i * WARP + lane_id(); }
 
-    __device__ void set(int i, unsigned chosen_by)
+    /* Out of the choice with the warp's best: its number, in all lanes. */
+    __device__ int take_best()
     {
-        key[i] = chosen_by, name[i] = ~static_cast<unsigned>(number(i));
-    }
-
-    /* No two are equal. */
-    __device__ unsigned long long rank(int i) const
-    {
-        return static_cast<unsigned long long>(key[i]) << 32 | name[i];
-    }
-
-    __device__ void order(int i, int j)
-    {
-        const bool swap = rank(i) < rank(j);
-        const unsigned k = key[i], n = name[i];
-        key[i] = swap ? key[j] : k, name[i] = swap ? name[j] : n;
-        key[j] = swap ? k : key[j], name[j] = swap ? n : name[j];
-    }
-
-    /* The best first: a network of 19 exchanges. */
-    __device__ void sort()
-    {
-        static_assert(LANE_EXPERTS == 8);
-        constexpr int PAIRS[19][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6},
-                                      {3, 7}, {0, 1}, {2, 3}, {4, 5}, {6, 7}, {2, 4}, {3, 5},
-                                      {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
+        unsigned most[LANE_EXPERTS];
+        int at[LANE_EXPERTS];
 #pragma unroll
-        for (int p = 0; p < 19; p++) order(PAIRS[p][0], PAIRS[p][1]);
-    }
-
-    __device__ void drop_first()
-    {
+        for (int i = 0; i < LANE_EXPERTS; i++) most[i] = key[i], at[i] = i;
 #pragma unroll
-        for (int i = 0; i + 1 < LANE_EXPERTS; i++) key[i] = key[i + 1], name[i] = name[i + 1];
-        key[LANE_EXPERTS - 1] = TAKEN;
-    }
-
-    /* Of sorted keys: out of the choice with the warp's best, whose number its lane writes. The next
-     * choice waits for a reduction and a vote alone, and where lanes' best are equal for two of
-     * each. */
-    __device__ void take_best(int *to)
-    {
-        const unsigned best = __reduce_max_sync(ALL_LANES, key[0]);
-        unsigned whose = __ballot_sync(ALL_LANES, key[0] == best);
-        if ((whose & (whose - 1)) != 0) {
-            const unsigned first = __reduce_max_sync(ALL_LANES, key[0] == best ? name[0] : 0u);
-            whose = __ballot_sync(ALL_LANES, key[0] == best && name[0] == first);
-        }
-        if (whose != 1u << lane_id()) return;
-        *to = static_cast<int>(~name[0]);
-        drop_first();
+        for (int d = 1; d < LANE_EXPERTS; d *= 2)
+#pragma unroll
+            for (int i = 0; i < LANE_EXPERTS; i += 2 * d)
+                if (most[i + d] > most[i]) most[i] = most[i + d], at[i] = at[i + d];
+        const unsigned best = __reduce_max_sync(ALL_LANES, most[0]);
+        const int own = most[0] == best ? number(at[0]) : FEW_EXPERTS;
+        const int first = __reduce_min_sync(ALL_LANES, own);
+#pragma unroll
+        for (int i = 0; i < LANE_EXPERTS; i++)
+            if (number(i) == first) key[i] = TAKEN;
+        return first;
     }
 };
 
-/* The numbers of the top_k <= 32 best in order, to the warp's shared memory; lane j gets that of
- * choice j. Little code: it comes from memory for every call. */
-__device__ inline int choose_numbers(lane_keys &keys, int top_k, int *numbers)
+/* The numbers of the top_k <= 32 best in order: lane j gets that of choice j. Little code: it comes
+ * from memory for every call. */
+__device__ inline int choose_numbers(lane_keys &keys, int top_k)
 {
-    keys.sort();
+    int mine = 0;
 #pragma unroll 1
-    for (int j = 0; j < top_k; j++) keys.take_best(numbers + j);
-    __syncwarp();
-    return lane_id() < top_k ? numbers[lane_id()] : 0;
+    for (int j = 0; j < top_k; j++) {
+        const int best = keys.take_best();
+        if (lane_id() == j) mine = best;
+    }
+    return mine;
 }
 
 /* The weight of choice j in lane j, which has its score; their sum is taken in that order. */
@@ -122,10 +91,9 @@ struct expert_choice {
 };
 
 template <class Score>
-__device__ expert_choice choose_experts(lane_keys &keys, const route_rule &r, Score score_of,
-                                        int *numbers)
+__device__ expert_choice choose_experts(lane_keys &keys, const route_rule &r, Score score_of)
 {
-    const int mine = choose_numbers(keys, r.top_k, numbers);
+    const int mine = choose_numbers(keys, r.top_k);
     return {mine, weight_of(r, score_of(mine))};
 }
 

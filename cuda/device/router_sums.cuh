@@ -122,40 +122,31 @@ __device__ inline float number_of(unsigned long long whole)
     return __ll2float_rn(static_cast<long long>(whole));
 }
 
-/* What a thread reads of them: an expert's sum, and the squares. All of it is asked for at once,
- * past the L1: see load_choice(). */
-struct router_reading {
-    unsigned long long logit[SUM_COPIES], alarm;
+/* Past the L1: see logit_reading. One warp of a block reads the squares: to one sector reads come
+ * one after the other, and all blocks look there. */
+__device__ inline float inverse_rms_of_sums(const router_sums &s, int D, float eps)
+{
     ulonglong2 squares[SUM_COPIES];
-
-    __device__ void load(const router_sums &s, int e)
-    {
+    unsigned long long coarse = 0, fine = 0;
 #pragma unroll
-        for (int c = 0; c < SUM_COPIES; c++) {
-            logit[c] = __ldcg(&s.copies[c].logits[e]);
-            squares[c] = __ldcg(&s.copies[c].squares);
-        }
-        alarm = __ldcg(&s.alarm);
-    }
-
-    /* To be multiplied by 1 / rms. */
-    __device__ float sum() const
-    {
-        unsigned long long all = 0;
+    for (int c = 0; c < SUM_COPIES; c++) squares[c] = __ldcg(&s.copies[c].squares);
+    const unsigned long long alarm = __ldcg(&s.alarm);
 #pragma unroll
-        for (int c = 0; c < SUM_COPIES; c++) all += logit[c];
-        return number_of(all) * SHARE_UNIT;
-    }
+    for (int c = 0; c < SUM_COPIES; c++) coarse += squares[c].x, fine += squares[c].y;
+    const float all = number_of(coarse) * COARSE_UNIT + number_of(fine) * FINE_UNIT;
+    const float mean = all * reciprocal(static_cast<float>(D));
+    return alarm != 0 ? NAN : reciprocal_root(mean + eps);
+}
 
-    __device__ float inverse_rms(int D, float eps) const
-    {
-        unsigned long long coarse = 0, fine = 0;
+/* An expert's, to be multiplied by 1 / rms. */
+__device__ inline float logit_of_sums(const router_sums &s, int e)
+{
+    unsigned long long copies[SUM_COPIES], all = 0;
 #pragma unroll
-        for (int c = 0; c < SUM_COPIES; c++) coarse += squares[c].x, fine += squares[c].y;
-        const float all = number_of(coarse) * COARSE_UNIT + number_of(fine) * FINE_UNIT;
-        const float mean = all * reciprocal(static_cast<float>(D));
-        return alarm != 0 ? NAN : reciprocal_root(mean + eps);
-    }
-};
+    for (int c = 0; c < SUM_COPIES; c++) copies[c] = __ldcg(&s.copies[c].logits[e]);
+#pragma unroll
+    for (int c = 0; c < SUM_COPIES; c++) all += copies[c];
+    return number_of(all) * SHARE_UNIT;
+}
 
 #endif

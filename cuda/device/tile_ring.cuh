@@ -61,16 +61,6 @@ template <class S> struct tile_ring {
     __device__ uint8_t *w(int slot) const { return x(slot) + S::X_BYTES; }
 };
 
-template <class S> struct ring_place {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void advance()
-    {
-        if (++slot == S::STAGES) slot = 0, phase ^= 1;
-    }
-};
-
 template <class A> __device__ const auto &operand_of(const A &p, const moe_tile &tile)
 {
     return tile.expert == MOE_SHARED ? p.shared : p.routed;

@@ -24,6 +24,8 @@
 #include "../device/halves.cuh"
 #include "../device/moe_step.cuh"
 
+#include <limits.h>
+
 namespace {
 
 constexpr int64_t MAX_COLS = 1 << 20; /* products of sizes stay within an int */
@@ -369,11 +371,11 @@ bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
     const int64_t experts = a->ids.shape[1] + kl_moe_has_shared(a);
     const int64_t widest = a->w1.rows > a->shared_w1.rows ? a->w1.rows : a->shared_w1.rows;
     if (a->x.shape[0] != 1 || experts > MAX_STEP_EXPERTS || a->w1.cols > MAX_COLS ||
-        widest > MAX_COLS || !same_formats(a))
+        widest > MAX_COLS || a->w1.count * a->w1.rows > INT_MAX || !same_formats(a))
         return false;
     const moe_step_arguments args = arguments_of({a, nullptr, nullptr, 0, {}, nullptr, false});
     const int64_t steps = steps_of_halves(args);
-    return kl_cuda_moe_step_inner_takes(a->w1.format, a->w1.cols) &&
+    return kl_cuda_moe_step_inner_takes(args, a->w1.format) &&
            kl_cuda_moe_step_apart_takes(args, a->w2.format) &&
            with_format(a->w2.format,
                        [&](auto f) { return out_bytes<f.value>(steps) <= RING_MOST_SHARED; });
@@ -382,7 +384,7 @@ bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
 kl_status kl_cuda_moe_step_run(const moe_step &s, cudaStream_t stream, kl_error *err)
 {
     const moe_step_arguments args = arguments_of(s);
-    KL_TRY(kl_cuda_moe_step_inner(args, s.experts->w1.format, s.apart, stream, err));
+    KL_TRY(kl_cuda_moe_step_inner(args, s.experts, s.apart, stream, err));
     return s.apart ? kl_cuda_moe_step_apart(args, s.experts->w2.format, stream, err)
                    : run_out(args, s.experts->w2.format, stream, err);
 }

@@ -184,7 +184,7 @@ struct lane_scores {
         for (int i = 0; i < LANE_EXPERTS; i++) {
             if (r.score == KL_SCORE_SIGMOID) score[i] = sigmoid(score[i]);
             const unsigned key = key_of(r.bias != nullptr ? score[i] + bias[i] : score[i]);
-            keys.set(i, lane_keys::number(i) < r.E ? key : TAKEN);
+            keys.key[i] = lane_keys::number(i) < r.E ? key : TAKEN;
         }
     }
 
@@ -228,12 +228,11 @@ __global__ __launch_bounds__(MAX_WARPS *WARP) void moe_route_few_kernel(
         prefetch_line(a.rule.bias + threadIdx.x * WARP);
     wait_for_inputs();
     if (t >= a.T) return;
-    __shared__ int numbers[MAX_WARPS][WARP];
     lane_keys keys;
     lane_scores scores;
     scores.load(a, t, keys);
-    const expert_choice choice = choose_experts(
-        keys, a.rule, [&](int e) { return scores.of(e); }, numbers[warp_id()]);
+    const expert_choice choice =
+        choose_experts(keys, a.rule, [&](int e) { return scores.of(e); });
     if (lane_id() >= a.rule.top_k) return;
     a.ids[t * a.rule.top_k + lane_id()] = choice.id;
     a.weights[t * a.rule.top_k + lane_id()] = choice.weight;
