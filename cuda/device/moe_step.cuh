@@ -88,8 +88,8 @@ __device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
     to.weights[lane_id()] = choice.weight;
 }
 
-/* By a warp of a kernel that may get sums, with the help of STREAM_THREADS other threads; no
- * further than it is asked for, as others can begin with the first choices. */
+/* By a warp of a kernel that may get sums, with the help of STREAM_THREADS other threads; no further
+ * than it is asked for, as others can begin with the first choices. */
 struct shared_choice {
     int ids[MAX_STEP_EXPERTS];
     float scores[FEW_EXPERTS];  /* of all, where there is a choice, */
@@ -100,14 +100,15 @@ struct shared_choice {
 /* After the wait, by the warp that chooses; a barrier with the others follows. */
 __device__ inline void share_inverse(const moe_step_arguments &a, shared_choice &to)
 {
-    const float inverse = a.sums == nullptr ? 1 : inverse_rms_of_sums(*a.sums, a.D, a.norm_eps);
+    const float inverse =
+        a.sums == nullptr ? 1 : inverse_rms_of_sums(*a.sums, a.D, a.norm_eps);
     if (lane_id() == 0) to.inverse = inverse;
 }
 
-/* An expert's logit, which a thread of the others reads before that barrier, and makes a key behind
- * it; another barrier follows. The out kernel starts when all blocks of the inner one have waited
- * for what came before: that is complete then, and the out kernel may read it before its own wait,
- * past the L1, which that wait alone would clean. */
+/* An expert's logit, which a thread of the others reads before that barrier, and makes a key behind it;
+ * another barrier follows. The out kernel starts when all blocks of the inner one have waited for what
+ * came before: that is complete then, and the out kernel may read it before its own wait, past the
+ * L1, which that wait alone would clean. */
 struct logit_reading {
     float logit = 0, bias = 0;
 

@@ -22,8 +22,8 @@
 #include "barrier.cuh"
 #include "ring.cuh"
 
-constexpr int TURN_ROWS = STREAM_ROWS / 2;      /* of a box */
-constexpr int TURN_BOX = TURN_ROWS * RING_TURN; /* bytes */
+constexpr int TURN_ROWS = STREAM_ROWS / 2;       /* of a box */
+constexpr int TURN_BOX = TURN_ROWS * RING_TURN;  /* bytes */
 
 /* Turns of a row. */
 __host__ __device__ inline int turns_of(int row_bytes)
@@ -44,8 +44,7 @@ template <int DEPTH> struct turn_ring {
         barrier full[DEPTH], empty[DEPTH];
     };
 
-    unsigned char *slots,
-        *scales; /* 128-byte aligned; 16-byte aligned, a room for each tile's */
+    unsigned char *slots, *scales; /* 128-byte aligned; 16-byte aligned, a room for each tile's */
     barriers &bars;
     int room_bytes, rooms;
 
@@ -100,8 +99,7 @@ template <int DEPTH> struct turn_feed {
         warp_copies_begin(full, ring_type::SLOT + with_scales);
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            warp_copy_box(to + i * TURN_BOX, rows[i].map, rows[i].column / 4, rows[i].row,
-                          full);
+            warp_copy_box(to + i * TURN_BOX, rows[i].map, rows[i].column / 4, rows[i].row, full);
         if (with_scales > 0) {
             unsigned char *const room = ring.scales + place.room * ring.room_bytes;
             warp_copy_bytes(room, rows[0].scales, rows[0].scale_bytes, full);
@@ -127,23 +125,25 @@ template <int DEPTH> struct turn_reader {
     turn_place<DEPTH> place;
 
     __device__ explicit turn_reader(const ring_type &from)
-        : ring(from), own(from.slots + lane_id() / STREAM_LANES * RING_TURN + ring_skip())
+        : ring(from),
+          own(from.slots + lane_id() / STREAM_LANES * RING_TURN + ring_skip())
     {
     }
 
-    /* A tile of rows of so many bytes and groups. */
+    /* A tile whose rows' scales lie one behind the other, those of row r and r + 8 either with all
+     * between them or, `beside`, together. */
     template <kl_weight_format format>
-    __device__ void start(int row_bytes, int groups)
+    __device__ void start(int row_bytes, int groups, bool beside = false)
     {
         constexpr int SCALE = sizeof(bf16);
         steps = ring_steps(row_bytes);
         turns = turns_of(row_bytes);
         if constexpr (weight_codec<format>::GROUP > 0) {
             const int row = groups * SCALE, r = lane_id() / STREAM_LANES;
-            const int first = place.room * ring.room_bytes + r * row;
+            const int first = place.room * ring.room_bytes + (beside ? 2 * r : r) * row;
             scale = first + ring_feed<format>::groups(ring_skip()) * SCALE;
             last = first + row - SCALE;
-            from_first = TURN_ROWS * row;
+            from_first = beside ? row : TURN_ROWS * row;
             place.next_room(ring.rooms);
         }
     }

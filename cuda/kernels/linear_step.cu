@@ -28,6 +28,7 @@
  *              peaks 169.6 (4.5 TB/s) (2026-11-23); in int8 without them 92.5 (2026-11-22)
  */
 #include "../device/product.cuh"
+#include "../device/turn_ring.cuh"
 #include "linear_step_rows.cuh"
 #include "linear_step_tiles.cuh"
 
@@ -41,13 +42,22 @@ constexpr unsigned HALF_BLOCKS = 3;
 constexpr size_t HALF_SHARED = 75 << 10;
 constexpr int64_t HALF_TILES = 396;
 
+/* Behind the warps that bring x and multiply, one brings the weights. */
+constexpr int STEP_THREADS = STREAM_THREADS + WARP;
+
+/* Steps on their way in product_held_kernel: five of halves with scales, all of the model's o, leave room
+ * for three blocks. */
+template <x_as numbers> constexpr int HELD_STEPS = numbers == x_as::HALVES ? 5 : RING_DEPTH;
+
 /* A step for each warp. Of 128 columns of int8 the digits take 0.3 us longer than they save. */
 template <kl_weight_format format>
 constexpr int64_t LEAST_OWN_COLS = RING_TURN / 16 * weight_codec<format>::PIECE;
 
-/* Blocks that registers leave room for: int4's digits take more than 64 a thread. */
-template <kl_weight_format format, x_as numbers>
-constexpr int FITTING = 2 * RING_BLOCKS - (numbers == x_as::OWN && format == KL_W_INT4 ? 1 : 0);
+/* Blocks that registers leave room for: int4's digits, 16 tokens and halves take more than 56 a
+ * thread. */
+template <kl_weight_format format, x_as numbers, int N>
+constexpr int FITTING = 2 * RING_BLOCKS - ((numbers == x_as::OWN && format == KL_W_INT4) ||
+                                           numbers == x_as::HALVES || N > 1);
 
 struct step_arguments {
     row_source x;
@@ -87,49 +97,67 @@ __device__ void odd_scales(bool (&odd)[2], const step_product &p, unsigned tile)
     odd[1] = ring_feed<format>::odd(tile_row<kind>(p, tile, r + 8));
 }
 
-/* What the ring is to hold next: this warp's steps of the block's tiles. `format` is that of the
- * scales; weights without any bring words of their own in place of them, which nobody reads. */
-template <kl_weight_format format, tile_of kind> struct tile_walk {
+/* What a block's weights come by: boxes of the first product's weight, and of its second one or of
+ * the second product's; and the room that scales need. */
+struct step_turns {
+    box_map maps[2];
+    int room_bytes, rooms;
+};
+
+/* What the warp that brings asks for: the block's tiles, turn by turn. */
+template <tile_of kind> struct tile_walk {
     const step_arguments &a;
+    const step_turns &turns;
     unsigned tile;
-    int steps = 0; /* of the tile, still to be asked for */
-    ring_feed<format> feed;
+    turn_rows rows[2] = {}; /* of the next turn, */
+    int left = 0;           /* and how many the tile has from there on */
+    turn_feed<RING_DEPTH> feed;
 
-    __device__ explicit tile_walk(const step_arguments &args) : a(args), tile(blockIdx.x)
+    __device__ tile_walk(const step_arguments &args, const step_turns &of,
+                         const turn_ring<RING_DEPTH> &ring)
+        : a(args), turns(of), tile(blockIdx.x), feed(ring)
     {
-        enter();
     }
 
-    /* The next tile from `tile` on that has a step for this warp. */
-    __device__ void enter()
+    __device__ void start()
     {
-        for (; tile < a.tiles; tile += gridDim.x) {
-            unsigned own = tile;
-            const step_product &p = product_of(a, own);
-            const int row_bytes = static_cast<int>(p.w.row_bytes);
-            steps = ring_steps(row_bytes);
-            if (steps == 0) continue;
-            const int r = lane_id() / STREAM_LANES;
-            feed.start(scaled(tile_row<kind>(p, own, r)), scaled(tile_row<kind>(p, own, r + 8)),
-                       row_bytes);
-            return;
+        unsigned own = tile;
+        const step_product &p = product_of(a, own);
+        const int64_t row = int64_t{own} * EACH_OF<kind>;
+        const int first = static_cast<int>(row);
+        const int scales = p.w.scales == nullptr ? 0 : turn_scale_bytes(p.w.groups);
+        const box_map *const map = turns.maps + (kind == tile_of::ROWS && tile >= a.first_tiles);
+        rows[0] = {map, 0, first, nullptr, scales};
+        if constexpr (kind == tile_of::ROWS) {
+            const bool inside = row + TURN_ROWS < p.w.rows;
+            rows[1] = {map, 0, first + TURN_ROWS, nullptr, inside ? scales : 0};
+        } else if constexpr (kind == tile_of::PAIRS) {
+            rows[1] = {map + 1, 0, first, nullptr, scales};
+        } else { /* the scales of both halves of a row lie together */
+            rows[0].scale_bytes *= 2;
+            rows[1] = {map, static_cast<int>(p.w.row_bytes), first, nullptr, 0};
         }
+        if (scales > 0) {
+            rows[0].scales = p.w.scales + row * p.w.groups * (kind == tile_of::HALVES ? 2 : 1);
+            rows[1].scales = kind == tile_of::PAIRS
+                                 ? p.up.scales + row * p.w.groups
+                                 : rows[0].scales + TURN_ROWS * p.w.groups;
+        }
+        left = turns_of(static_cast<int>(p.w.row_bytes));
     }
 
-    __device__ static weight_row scaled(weight_row row)
+    __device__ void put_all()
     {
-        if (row.scales == nullptr) row.scales = reinterpret_cast<const bf16 *>(row.data);
-        return row;
-    }
-
-    template <class Ring> __device__ void put(Ring &ring)
-    {
-        if (steps == 0) return ring.put_none();
-        ring.put(feed);
-        feed.advance();
-        if (--steps > 0) return;
-        tile += gridDim.x;
-        enter();
+#pragma unroll 1
+        for (; left > 0 || tile < a.tiles; left--) {
+            if (left == 0) {
+                start();
+                tile += gridDim.x;
+            }
+            feed.put(rows);
+#pragma unroll
+            for (int i = 0; i < 2; i++) rows[i].column += RING_TURN, rows[i].scale_bytes = 0;
+        }
     }
 };
 
@@ -175,25 +203,21 @@ __device__ void store_tile(const step_product &p, const router_work &router, uns
 
 template <kl_weight_format format, int N, tile_of kind, bool logits, kl_weight_format scales,
           x_as numbers>
-__device__ void multiply_tile(const step_product &p, unsigned tile, int T,
-                              const step_rows<scales, numbers> &x, float *sums,
-                              typename step_rows<scales, numbers>::ring_type &ring,
-                              tile_walk<scales, kind> &walk, const router_share &share)
+__device__ void multiply_tile(const step_product &p, const router_work &router, unsigned tile,
+                              int T, const step_rows<scales, numbers> &x, float *sums,
+                              turn_reader<RING_DEPTH> &ring, const router_share &share)
 {
-    const router_work &router = walk.a.router;
-    bool odd[2];
-    odd_scales<format, kind>(odd, p, tile);
     tile_output<N, kind> output;
     routed_rows routed;
     if constexpr (kind == tile_of::HALVES) routed.load_weight(router, tile);
     load_tile<N, kind>(p, router, tile, T, output, routed);
     step_sums<format, N, scales, numbers> own(x, kind == tile_of::HALVES ? 2 * T : T);
-    for (int s = ring_steps(static_cast<int>(p.w.row_bytes)); s > 0; s--) {
-        own.add(ring.template take<format>(odd));
-        walk.put(ring);
-    }
+    ring.start<format>(static_cast<int>(p.w.row_bytes), static_cast<int>(p.w.groups),
+                       kind == tile_of::HALVES);
+    for (int s = ring.steps; s > 0; s--) own.add(ring.take<format>());
+    ring.end();
     own.template share<kind>(sums);
-    __syncthreads();
+    barrier_of_threads<ROWS_BARRIER, STREAM_THREADS>();
     store_tile<N, kind, logits>(p, router, tile, T, output, routed, share, sums);
 }
 
@@ -203,21 +227,31 @@ constexpr kl_weight_format SCALES = weight_codec<first>::GROUP > 0 ? first : sec
 
 template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, x_as numbers>
 __global__
-__launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_kernel(
-    const __grid_constant__ step_arguments a)
+__launch_bounds__(STEP_THREADS, (FITTING<second, numbers, N>)) void product_step_kernel(
+    const __grid_constant__ step_arguments a, const __grid_constant__ step_turns turns)
 {
     using rows_type = step_rows<SCALES<first, second>, numbers>;
-    using ring_type = typename rows_type::ring_type;
+    using ring_type = turn_ring<RING_DEPTH>;
     constexpr bool logits = kind == tile_of::ROWS && first == second; /* may have peaks */
     extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ ring_type::barriers bars;
     const rows_type x(shared + ring_type::BYTES, a.x.cols);
     float *const sums =
         reinterpret_cast<float *>(x.plain.data + rows_type::bytes_of(a.x.T, a.x.cols));
-    ring_type ring(shared);
+    const ring_type ring = {shared,
+                            reinterpret_cast<unsigned char *>(sums + 2 * tile_sums<N, kind>::FLOATS),
+                            bars, turns.room_bytes, turns.rooms};
+    if (threadIdx.x == STREAM_THREADS) {
+        ring.init();
+        barrier_init_done();
+    }
     if (a.unsettled) wait_for_inputs();
-    tile_walk<SCALES<first, second>, kind> walk(a);
-#pragma unroll 1
-    for (int d = 0; d < STEPS_AHEAD<numbers>; d++) walk.put(ring);
+    __syncthreads();
+    if (warp_id() == STREAM_WARPS) {
+        tile_walk<kind>(a, turns, ring).put_all();
+        wait_for_inputs();
+        return;
+    }
     router_share share; /* of the tile that comes first, then of the next one */
     if constexpr (kind == tile_of::HALVES) share.load(a.router, blockIdx.x * SHARE_ROWS);
     const held_norm<STREAM_THREADS> norm(a.x);
@@ -228,18 +262,19 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
         copy_halves<STREAM_THREADS, false>(x.plain, a.x);
     else
         bring_rows<STREAM_THREADS>(x.plain, a.x, norm, sums);
-    __syncthreads();
+    barrier_of_threads<ROWS_BARRIER, STREAM_THREADS>();
     x.finish();
     const int T = kind == tile_of::HALVES ? a.x.T / 2 : a.x.T;
+    turn_reader<RING_DEPTH> reader(ring);
     float *own = sums; /* this tile's: those of the one before are being read */
     for (unsigned t = blockIdx.x; t < a.tiles; t += gridDim.x) {
         own = own == sums ? sums + tile_sums<N, kind>::FLOATS : sums;
         unsigned tile = t;
         const step_product &p = product_of(a, tile);
         if (first == second || t < a.first_tiles) /* one piece of code where one will do */
-            multiply_tile<first, N, kind, logits>(p, tile, T, x, own, ring, walk, share);
+            multiply_tile<first, N, kind, logits>(p, a.router, tile, T, x, own, reader, share);
         else
-            multiply_tile<second, N, kind, logits>(p, tile, T, x, own, ring, walk, share);
+            multiply_tile<second, N, kind, logits>(p, a.router, tile, T, x, own, reader, share);
         if (const unsigned next = t + gridDim.x; kind == tile_of::HALVES && next < a.tiles)
             share.load(a.router, next * SHARE_ROWS);
     }
@@ -249,12 +284,12 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
  * asked for, and nothing but products stands between x and the sums. */
 template <kl_weight_format format, x_as numbers, bool arriving>
 __global__
-__launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_kernel(
+__launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void product_held_kernel(
     const __grid_constant__ step_arguments a)
 {
     constexpr tile_of kind = tile_of::HALVES;
     using rows_type = step_rows<format, numbers>;
-    using ring_type = typename rows_type::ring_type;
+    using ring_type = weight_ring<format, HELD_STEPS<numbers>>;
     extern __shared__ __align__(128) unsigned char shared[];
     const rows_type x(shared + ring_type::BYTES, a.x.cols);
     float *const sums =
@@ -265,7 +300,7 @@ __launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_
     odd_scales<format, kind>(odd, a.first, tile);
     ring_type ring(shared);
     if (a.unsettled) wait_for_inputs();
-    fill_ring<format, kind, STEPS_AHEAD<numbers>>(ring, a.first, tile, steps);
+    fill_ring<format, kind, HELD_STEPS<numbers>>(ring, a.first, tile, steps);
     router_share share;
     share.load(a.router, tile * SHARE_ROWS);
     routed_rows routed;
@@ -308,12 +343,33 @@ bool is_halved(kl_backend *be, const kl_cuda_product *p)
            2 * tiles_of(p) <= HALF_TILES;
 }
 
-/* Of a block with such a ring, for x as the kernel takes it. */
+/* Of a block, for x as the kernel takes it, without its ring and what that needs. */
 template <kl_weight_format scales, x_as numbers, int SUMS> size_t bytes_of(const row_source &x)
 {
-    using rows_type = step_rows<scales, numbers>;
-    return rows_type::ring_type::BYTES + static_cast<size_t>(rows_type::bytes_of(x.T, x.cols)) +
+    return static_cast<size_t>(step_rows<scales, numbers>::bytes_of(x.T, x.cols)) +
            2 * SUMS * sizeof(float);
+}
+
+/* Rooms for scales, of the most tiles and of the largest one. */
+void add_room(const weight_view &w, step_turns *t)
+{
+    if (w.scales == nullptr) return;
+    const int bytes = 2 * turn_scale_bytes(static_cast<int>(w.groups));
+    const int rooms = turn_ring<RING_DEPTH>::rooms_of(turns_of(static_cast<int>(w.row_bytes)));
+    t->room_bytes = bytes > t->room_bytes ? bytes : t->room_bytes;
+    t->rooms = rooms > t->rooms ? rooms : t->rooms;
+}
+
+size_t bytes_of_turns(const step_turns &t)
+{
+    return turn_ring<RING_DEPTH>::BYTES + static_cast<size_t>(t.rooms) * t.room_bytes;
+}
+
+size_t bytes_of_turns(const weight_view &w)
+{
+    step_turns t = {};
+    add_room(w, &t);
+    return bytes_of_turns(t);
 }
 
 /* Whether x is also made other numbers. */
@@ -323,7 +379,8 @@ bool has_own(kl_backend *be, const kl_cuda_product *p)
     return with_format(p->w.format, [&](auto f) {
         if constexpr (IS_QUANTISED<f.value>)
             return p->w.cols >= LEAST_OWN_COLS<f.value> &&
-                   bytes_of<f.value, x_as::OWN, STREAM_FLOATS<1>>(row_source_of(p)) <=
+                   bytes_of<f.value, x_as::OWN, STREAM_FLOATS<1>>(row_source_of(p)) +
+                           bytes_of_turns(weight_view_of(p->w)) <=
                        RING_MOST_SHARED;
         return false;
     });
@@ -378,36 +435,75 @@ template <tile_of kind> kl_status most_blocks(size_t shared, unsigned *most, kl_
     return KL_OK;
 }
 
+/* Shared memory of a block of product_held_kernel. */
+template <kl_weight_format format, x_as numbers> size_t held_bytes(const row_source &x)
+{
+    return weight_ring<format, HELD_STEPS<numbers>>::BYTES +
+           bytes_of<format, numbers, tile_sums<1, tile_of::HALVES>::FLOATS>(x);
+}
+
 /* Of tiles of halves: whether each is a block's only one, and all in its ring. */
 template <x_as numbers> bool is_held(const step_arguments &a, unsigned most)
 {
-    return a.tiles <= most && a.first.w.row_bytes <= STEPS_AHEAD<numbers> * RING_TURN;
+    return a.tiles <= most && a.first.w.row_bytes <= HELD_STEPS<numbers> * RING_TURN;
+}
+
+/* What kl_cuda_product_step() and _pair() were given. */
+struct step_call {
+    kl_backend *be;
+    const kl_cuda_product *first, *second; /* or null */
+    step_arguments a;
+};
+
+kl_status turns_from(const step_call &c, step_turns *t, kl_error *err)
+{
+    *t = {};
+    add_room(c.a.first.w, t);
+    if (c.second != nullptr) add_room(c.a.second.w, t);
+    KL_TRY(map_turns(c.first->w, t->maps, err));
+    if (c.second != nullptr) return map_turns(c.second->w, t->maps + 1, err);
+    return is_gated(c.first) ? map_turns(c.first->up, t->maps + 1, err) : KL_OK;
+}
+
+template <kl_weight_format format, x_as numbers>
+kl_status launch_held(const step_call &c, unsigned most, size_t shared, kl_error *err)
+{
+    const auto kernel = c.a.arriving ? product_held_kernel<format, numbers, true>
+                                     : product_held_kernel<format, numbers, false>;
+    KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
+    return kl_cuda_launch(kernel, c.a.tiles < most ? c.a.tiles : most, STREAM_THREADS, shared,
+                          kl_cuda_stream(c.be), err, c.a);
 }
 
 template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, x_as numbers>
-kl_status launch(kl_backend *be, const step_arguments &a, kl_error *err)
+kl_status launch(const step_call &c, kl_error *err)
 {
-    auto kernel = product_step_kernel<first, second, N, kind, numbers>;
-    const size_t shared =
-        bytes_of<SCALES<first, second>, numbers, tile_sums<N, kind>::FLOATS>(a.x);
+    const step_arguments &a = c.a;
+    const auto kernel = product_step_kernel<first, second, N, kind, numbers>;
     unsigned most;
+    if constexpr (kind == tile_of::HALVES) {
+        const size_t held = held_bytes<first, numbers>(a.x);
+        KL_TRY(most_blocks<kind>(held, &most, err));
+        if (is_held<numbers>(a, most)) return launch_held<first, numbers>(c, most, held, err);
+    }
+    step_turns turns;
+    KL_TRY(turns_from(c, &turns, err));
+    const size_t shared =
+        bytes_of<SCALES<first, second>, numbers, tile_sums<N, kind>::FLOATS>(a.x) +
+        bytes_of_turns(turns);
     KL_TRY(most_blocks<kind>(shared, &most, err));
-    if constexpr (kind == tile_of::HALVES)
-        if (is_held<numbers>(a, most))
-            kernel = a.arriving ? product_held_kernel<first, numbers, true>
-                                : product_held_kernel<first, numbers, false>;
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
-    return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
-                          kl_cuda_stream(be), err, a);
+    return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STEP_THREADS, shared,
+                          kl_cuda_stream(c.be), err, a, turns);
 }
 
 template <kl_weight_format first, kl_weight_format second, tile_of kind>
-kl_status launch_for(kl_backend *be, const step_arguments &a, bool own, kl_error *err)
+kl_status launch_for(const step_call &c, bool own, kl_error *err)
 {
     if constexpr (IS_QUANTISED<second>)
-        if (own) return launch<first, second, 1, kind, x_as::OWN>(be, a, err);
-    return a.x.T <= STREAM_TOKENS ? launch<first, second, 1, kind, x_as::BF16>(be, a, err)
-                                  : launch<first, second, 2, kind, x_as::BF16>(be, a, err);
+        if (own) return launch<first, second, 1, kind, x_as::OWN>(c, err);
+    return c.a.x.T <= STREAM_TOKENS ? launch<first, second, 1, kind, x_as::BF16>(c, err)
+                                    : launch<first, second, 2, kind, x_as::BF16>(c, err);
 }
 
 /* What x is for tiles of halves. */
@@ -428,12 +524,14 @@ step_arguments arguments_of(const kl_cuda_product *p, bool halved)
 bool kl_cuda_product_step_takes(const kl_cuda_product *p)
 {
     return p->T <= 2 * STREAM_TOKENS && p->w.rows <= MOST_ROWS &&
+           turns_take(weight_view_of(p->w)) && turns_take(weight_view_of(p->up)) &&
            with_format(p->w.format, [&](auto f) {
                const row_source x = row_source_of(p);
+               const size_t turns = bytes_of_turns(weight_view_of(p->w));
                const size_t bytes = p->T <= STREAM_TOKENS
                                         ? bytes_of<f.value, x_as::BF16, STREAM_FLOATS<1>>(x)
                                         : bytes_of<f.value, x_as::BF16, STREAM_FLOATS<2>>(x);
-               return bytes <= RING_MOST_SHARED;
+               return bytes + turns <= RING_MOST_SHARED;
            });
 }
 
@@ -462,9 +560,8 @@ kl_status kl_cuda_product_step_holds(kl_backend *be, const kl_cuda_product *p, b
     const step_arguments a = arguments_of(p, true);
     return with_format(p->w.format, [&](auto f) {
         constexpr x_as numbers = HALVED<f.value>;
-        constexpr int SUMS = tile_sums<1, tile_of::HALVES>::FLOATS;
         unsigned most;
-        KL_TRY(most_blocks<tile_of::HALVES>(bytes_of<f.value, numbers, SUMS>(a.x), &most, err));
+        KL_TRY(most_blocks<tile_of::HALVES>(held_bytes<f.value, numbers>(a.x), &most, err));
         *holds = is_held<numbers>(a, most);
         return KL_OK;
     });
@@ -473,26 +570,26 @@ kl_status kl_cuda_product_step_holds(kl_backend *be, const kl_cuda_product *p, b
 kl_status kl_cuda_product_step(kl_backend *be, const kl_cuda_product *p, kl_error *err)
 {
     const bool halved = is_halved(be, p), own = has_own(be, p);
-    const step_arguments a = arguments_of(p, halved);
+    const step_call c = {be, p, nullptr, arguments_of(p, halved)};
     return with_format(p->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;
-        if (halved) return launch<w, w, 1, tile_of::HALVES, HALVED<w>>(be, a, err);
-        return is_gated(p) ? launch_for<w, w, tile_of::PAIRS>(be, a, own, err)
-                           : launch_for<w, w, tile_of::ROWS>(be, a, own, err);
+        if (halved) return launch<w, w, 1, tile_of::HALVES, HALVED<w>>(c, err);
+        return is_gated(p) ? launch_for<w, w, tile_of::PAIRS>(c, own, err)
+                           : launch_for<w, w, tile_of::ROWS>(c, own, err);
     });
 }
 
 kl_status kl_cuda_product_step_pair(kl_backend *be, const kl_cuda_product *first,
                                     const kl_cuda_product *second, kl_error *err)
 {
-    step_arguments a = arguments_of(first, false);
-    a.second = step_of(second);
-    a.tiles += static_cast<unsigned>(tiles_of(second));
-    a.unsettled |= is_unsettled(second);
+    step_call c = {be, first, second, arguments_of(first, false)};
+    c.a.second = step_of(second);
+    c.a.tiles += static_cast<unsigned>(tiles_of(second));
+    c.a.unsettled |= is_unsettled(second);
     const bool own = has_own(be, second);
     return with_format(second->w.format, [&](auto f) {
         constexpr kl_weight_format w = f.value;
-        return first->w.format == w ? launch_for<w, w, tile_of::ROWS>(be, a, own, err)
-                                    : launch_for<KL_W_BF16, w, tile_of::ROWS>(be, a, own, err);
+        return first->w.format == w ? launch_for<w, w, tile_of::ROWS>(c, own, err)
+                                    : launch_for<KL_W_BF16, w, tile_of::ROWS>(c, own, err);
     });
 }

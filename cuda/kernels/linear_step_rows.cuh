@@ -1,6 +1,6 @@
 /*
- * linear_step_rows.cuh -- what x becomes in the shared memory of linear_step.cu's blocks, the
- * ring that goes with it, and what a warp adds up of both.
+ * linear_step_rows.cuh -- what x becomes in the shared memory of linear_step.cu's blocks, and what a
+ * warp adds up of it and of weights.
  */
 #ifndef KL_CUDA_KERNELS_LINEAR_STEP_ROWS_H
 #define KL_CUDA_KERNELS_LINEAR_STEP_ROWS_H
@@ -13,13 +13,8 @@
  * numbers_of them says, or its halves by halves.cuh. */
 enum class x_as { BF16, OWN, HALVES };
 
-/* Steps on their way: five of halves with scales, all of the model's o, leave room for three
- * blocks. */
-template <x_as numbers> constexpr int STEPS_AHEAD = numbers == x_as::HALVES ? 5 : RING_DEPTH;
-
 /* x in shared memory: T rows as bf16, */
 template <kl_weight_format format, x_as numbers> struct step_rows {
-    using ring_type = least_ring<format>;
     const shared_rows plain;
 
     static __host__ __device__ int bytes_of(int T, int cols)
@@ -39,7 +34,6 @@ template <kl_weight_format format, x_as numbers> struct step_rows {
 template <kl_weight_format format> struct step_rows<format, x_as::OWN> {
     using row_type = typename numbers_of<format>::row;
     using columns_type = typename numbers_of<format>::walk;
-    using ring_type = typename numbers_of<format>::template ring<STEPS_AHEAD<x_as::OWN>>;
     const shared_rows plain;
     const row_type own;
 
@@ -65,14 +59,13 @@ template <kl_weight_format format> struct step_rows<format, x_as::OWN> {
             if (u < units) raw = row_type::load(plain, u);
             own.put(u, raw, u < units);
         }
-        __syncthreads();
+        barrier_of_threads<ROWS_BARRIER, STREAM_THREADS>();
     }
 };
 
 /* or its two halves. */
 template <kl_weight_format format> struct step_rows<format, x_as::HALVES> {
     using columns_type = ring_halves<format>;
-    using ring_type = weight_ring<format, STEPS_AHEAD<x_as::HALVES>>;
     const shared_rows plain;
 
     static __host__ __device__ int bytes_of(int, int cols)

@@ -24,8 +24,6 @@
 #include "../device/halves.cuh"
 #include "../device/moe_step.cuh"
 
-#include <limits.h>
-
 namespace {
 
 constexpr int64_t MAX_COLS = 1 << 20; /* products of sizes stay within an int */
@@ -371,7 +369,7 @@ bool kl_cuda_moe_step_takes(const kl_moe_experts *a)
     const int64_t experts = a->ids.shape[1] + kl_moe_has_shared(a);
     const int64_t widest = a->w1.rows > a->shared_w1.rows ? a->w1.rows : a->shared_w1.rows;
     if (a->x.shape[0] != 1 || experts > MAX_STEP_EXPERTS || a->w1.cols > MAX_COLS ||
-        widest > MAX_COLS || a->w1.count * a->w1.rows > INT_MAX || !same_formats(a))
+        widest > MAX_COLS || !same_formats(a))
         return false;
     const moe_step_arguments args = arguments_of({a, nullptr, nullptr, 0, {}, nullptr, false});
     const int64_t steps = steps_of_halves(args);

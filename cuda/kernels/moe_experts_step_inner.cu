@@ -12,8 +12,7 @@
  *              the other paths: int4 weights to bf16
  * Grid         blocks that stay, three a multiprocessor, take tiles of 8 rows of w1 and of w3
  *              in turn, the shared expert's before all others: these are on their way before h
- *              and the logits are there. A ninth warp makes the choice, and brings the weights
- *              (device/turn_ring.cuh)
+ *              and the logits are there
  * Order        a warp's columns in rising order, then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
  *              3.0 TB/s
@@ -34,23 +33,16 @@ constexpr int INNER_BLOCKS = 3;
 template <kl_weight_format format>
 constexpr int INNER_DEPTH = weight_codec<format>::GROUP > 0 ? 6 : RING_DEPTH;
 
-/* Registers: room for another block beside these where that costs no more than a few words. */
+/* Registers: room for another block beside these, but int4's digits take more than 56 a thread. */
 template <kl_weight_format format, bool own>
-constexpr int FITTING = INNER_BLOCKS + (own && format == KL_W_INT4        ? 0
-                                        : weight_codec<format>::GROUP > 0 ? 1
-                                                                          : 2);
+constexpr int FITTING = INNER_BLOCKS + (own && format == KL_W_INT4 ? 0 : 1);
 
 /* Behind the warps that bring h and multiply, one chooses the experts and brings their weights. */
 constexpr int INNER_THREADS = STREAM_THREADS + WARP;
 
-/* Of those that multiply, whole warps: h is there, or the sums of a tile. */
-constexpr int SUMS_BARRIER = 1;
-
-/* What h is to be multiplied by is there; what experts are chosen by. Not bar.arrive: stores before
- * it need not be there for those who pass their bar.sync. */
-struct choice_barriers {
-    barrier inverse, keys;
-};
+/* Barriers of a block: what h is to be multiplied by is there; what experts are chosen by; and of
+ * those that multiply: h is, or the sums of a tile. */
+constexpr int INVERSE_BARRIER = 1, KEYS_BARRIER = 2, SUMS_BARRIER = 3;
 
 /* Both matrices of the shared expert, and the stacks of the others. */
 struct inner_maps {
@@ -86,10 +78,9 @@ template <kl_weight_format format> struct inner_walk {
     const moe_step_arguments &a;
     const inner_maps &maps;
     warp_choice choice;
-    tile_place tile = {}; /* the next one to be begun */
-    bool shared = false;  /* of the one that is under way: whether it is the shared expert's, */
-    int row = 0;          /* its first row in the stack, */
-    int at = 0, left = 0; /* bytes of a row before its next turn, turns from there on */
+    tile_place tile = {};
+    turn_rows rows[2] = {}; /* of the next turn, */
+    int left = 0;           /* and how many the tile has from there on */
     turn_feed<INNER_DEPTH<format>> feed;
 
     __device__ inner_walk(const moe_step_arguments &args, const inner_maps &maps_of,
@@ -109,34 +100,33 @@ template <kl_weight_format format> struct inner_walk {
 
     __device__ void put()
     {
-        if (left == 0) start();
-        const box_map *const of = shared ? maps.shared : maps.routed;
-        turn_rows rows[2] = {{of, at, row, nullptr, 0}, {of + 1, at, row, nullptr, 0}};
-        if (at == 0 && weight_codec<format>::GROUP > 0) {
-            const int64_t before = int64_t{row} * a.groups;
-            rows[0].scales = (shared ? a.shared_w1 : a.w1).scales + before;
-            rows[1].scales = (shared ? a.shared_w3 : a.w3).scales + before;
-            rows[0].scale_bytes = rows[1].scale_bytes = turn_scale_bytes(a.groups);
+        if (left == 0) {
+            start();
+            tile.advance(a, gridDim.x);
         }
         feed.put(rows);
-        at += RING_TURN;
+#pragma unroll
+        for (int i = 0; i < 2; i++) rows[i].column += RING_TURN, rows[i].scale_bytes = 0;
         left--;
     }
 
     __device__ void start()
     {
-        shared = tile.v < a.n_shared;
-        const int expert = shared ? 0 : choice.from.ids[tile.v - a.n_shared];
-        row = expert * static_cast<int>(a.w1.rows) + static_cast<int>(tile.g) * EACH;
-        at = 0;
+        const bool shared = tile.v < a.n_shared;
+        const int64_t before = shared ? 0 : choice.from.ids[tile.v - a.n_shared] * a.w1.rows;
+        const int64_t row = before + tile.g * EACH;
+        const box_map *const of = shared ? maps.shared : maps.routed;
+        const int first = static_cast<int>(row), scales = turn_scale_bytes(a.groups);
+        rows[0] = {of, 0, first, (shared ? a.shared_w1 : a.w1).scales + row * a.groups, scales};
+        rows[1] = {of + 1, 0, first, (shared ? a.shared_w3 : a.w3).scales + row * a.groups,
+                   scales};
         left = turns_of(a.row_bytes);
-        tile.advance(a, gridDim.x);
     }
 };
 
 /* How h lies in shared memory, and a warp's products of a tile with it: in lanes that are multiples
- * of 4 the sums of row lane / 4 of the gates and of the ups. STREAM_THREADS threads ask for it
- * after the wait, and have it there later, before a barrier. */
+ * of 4 the sums of row lane / 4 of the gates and of the ups. STREAM_THREADS threads ask for it after the
+ * wait, and have it there later, before a barrier. */
 template <kl_weight_format format, bool own> struct inner_row {
     const shared_rows x;
 
@@ -274,11 +264,10 @@ __device__ void multiply_tile(const moe_step_arguments &a, const inner_row<forma
     }
 }
 
-/* By the warp that brings: the shared expert's turns as far as the ring goes, the choice, all
- * others. One loop, so that its code is there when the choice is. */
+/* By the warp that brings: the shared expert's turns as far as the ring goes, the choice, all others.
+ * One loop, so that its code is there when the choice is. */
 template <kl_weight_format format>
-__device__ void bring(const moe_step_arguments &a, const inner_maps &maps,
-                      shared_choice &chosen, choice_barriers &there,
+__device__ void bring(const moe_step_arguments &a, const inner_maps &maps, shared_choice &chosen,
                       const inner_ring<format> &ring)
 {
     inner_walk<format> walk(a, maps, chosen, ring);
@@ -287,14 +276,14 @@ __device__ void bring(const moe_step_arguments &a, const inner_maps &maps,
     if (lane_id() < 2) prefetch_map(maps.routed + lane_id());
 #pragma unroll 1
     for (int put = 0; !waited || walk.has_next(); put++) {
-        const bool waits =
-            !waited && (put == INNER_DEPTH<format> || walk.needed() > 0 || !walk.has_next());
+        const bool waits = !waited && (put == INNER_DEPTH<format> || walk.needed() > 0 ||
+                                       !walk.has_next());
         if (waits) {
             wait_for_inputs();
             share_inverse(a, chosen);
-            warp_arrive(&there.inverse);
+            pass_barrier_of_threads<INVERSE_BARRIER, INNER_THREADS>();
             if (!tells(a)) let_next_start(); /* not before: see logit_reading */
-            barrier_wait(&there.keys, 0);
+            barrier_of_threads<KEYS_BARRIER, INNER_THREADS>();
             walk.choice.begin(a);
             waited = true;
         }
@@ -316,29 +305,26 @@ __global__ __launch_bounds__(INNER_THREADS, FITTING<format, own>) void moe_step_
     __shared__ float sums[2][STREAM_WARPS * STREAM_ROWS]; /* of this tile and the one before */
     __shared__ shared_choice chosen;
     __shared__ typename inner_ring<format>::barriers bars;
-    __shared__ choice_barriers there;
     using layout = inner_layout<format, own>;
     inner_row<format, own> h(shared + layout::H, a.D);
     const inner_ring<format> ring = {shared, shared + layout::scales(a.D), bars,
                                      2 * turn_scale_bytes(a.groups), rooms};
     if (threadIdx.x == STREAM_THREADS) {
         ring.init();
-        barrier_init(&there.inverse, WARP_ARRIVALS);
-        barrier_init(&there.keys, STREAM_WARPS * WARP_ARRIVALS);
         barrier_init_done();
     }
     if (a.unsettled) wait_for_inputs();
     __syncthreads();
     if (warp_id() == STREAM_WARPS) {
-        bring<format>(a, maps, chosen, there, ring);
+        bring<format>(a, maps, chosen, ring);
         return;
     }
     wait_for_inputs();
     const logit_reading logit(a);
     const auto held = h.ask(a);
-    barrier_wait(&there.inverse, 0);
+    barrier_of_threads<INVERSE_BARRIER, INNER_THREADS>();
     logit.share(a, chosen);
-    warp_arrive(&there.keys);
+    pass_barrier_of_threads<KEYS_BARRIER, INNER_THREADS>();
     h.keep(a, held);
     barrier_of_threads<SUMS_BARRIER, STREAM_THREADS>();
     const float inverse = chosen.inverse;
@@ -383,11 +369,11 @@ kl_status launch(const moe_step_arguments &a, const inner_maps &maps, cudaStream
 
 bool kl_cuda_moe_step_inner_takes(const moe_step_arguments &a, kl_weight_format format)
 {
-    return turns_take(a.w1) && turns_take(a.w3) && turns_take(a.shared_w1) &&
-           turns_take(a.shared_w3) && with_format(format, [&](auto f) {
+    return turns_take(a.w1) && turns_take(a.w3) &&
+           turns_take(a.shared_w1) && turns_take(a.shared_w3) &&
+           with_format(format, [&](auto f) {
                return inner_layout<f.value, false>::bytes(a) <= RING_MOST_SHARED &&
-                      inner_layout<f.value, IS_QUANTISED<f.value>>::bytes(a) <=
-                          RING_MOST_SHARED;
+                      inner_layout<f.value, IS_QUANTISED<f.value>>::bytes(a) <= RING_MOST_SHARED;
            });
 }
 
