@@ -338,9 +338,6 @@ __device__ void ring_multiply(float (&acc)[N][4], const ring_pieces &p,
 
 /* ---- bringing x ------------------------------------------------------------------------ */
 
-/* A barrier of the threads that bring x, of a block that may have others. */
-constexpr int ROWS_BARRIER = 1;
-
 /* x [T, cols], bf16 or float, or with a norm_weight the norm of that. */
 struct row_source {
     const void *x;
@@ -484,7 +481,7 @@ __device__ void norm_rows(const shared_rows &to, const row_source &s,
             const float sum = squares_of_units<STRIDE>(row, first, units, s.cols);
             if (lane_id() == 0) sums[t * NORM_SUMS + first / WARP] = sum;
         }
-    barrier_of_threads<ROWS_BARRIER, threads>();
+    __syncthreads();
 #pragma unroll 1
     for (int t = 0; t < s.T; t++) {
         float sum = 0;

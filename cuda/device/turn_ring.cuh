@@ -1,20 +1,25 @@
 /*
  * turn_ring.cuh -- a ring of weights for the products of ring.cuh, brought by the copy engine: one
  * warp asks for a turn at a time, RING_TURN bytes of each of 16 rows, in two boxes of 8, and with
- * the first turn of a tile for all of its scales. The warps that multiply have neither addresses
- * nor copies of their own: a step takes half the instructions or less.
+ * the first turn of a tile for all of its scales. The others have neither addresses nor copies of
+ * their own: a step takes half the instructions or less. A ninth warp that only brings would be
+ * in the way of the next kernel's blocks: registers are those of a quarter of a multiprocessor.
  *
- * A slot is free when all warps have read it, so a slow one holds up the others, and so many slots
- * hold less than as many steps of a ring of each lane's own: the last turn of a row may be short.
+ * A slot is free when all warps have read it, and filled again a turn later. So it holds less than
+ * as many steps of a ring of each lane's own, also where the last turn of a row is short.
  *
  *     turn_ring<DEPTH> ring = {slots, scales, bars, bytes of a tile's scales, tiles of them};
  *     one thread, before a barrier: ring.init();
- *     the warp that brings:         turn_feed<DEPTH> feed(ring);
- *                                   for each turn of each tile: feed.put(...);
- *     those that multiply:          turn_reader<DEPTH> own(ring);
- *                                   for each tile: own.start<format>(...);
- *                                                  for (own.steps times) own.take<format>();
- *                                                  own.end();
+ *     one warp:  turn_feed<DEPTH> feed(ring);
+ *                for the first DEPTH turns: feed.put(...);
+ *     all warps: turn_reader<DEPTH> own(ring);
+ *                for each tile:
+ *                    own.start<format>(...);
+ *                    for (own.turns times) {
+ *                        own.wait();
+ *                        own.has_step() ? multiply(own.take<format>()) : own.release();
+ *                        behind the block's first turn, that one warp: feed.put(the next)
+ *                    }
  */
 #ifndef KL_CUDA_DEVICE_TURN_RING_H
 #define KL_CUDA_DEVICE_TURN_RING_H
@@ -113,13 +118,13 @@ template <int DEPTH> struct turn_feed {
     }
 };
 
-/* The ring as one of the warps that multiply has it. */
+/* The ring as a warp reads it. */
 template <int DEPTH> struct turn_reader {
     using ring_type = turn_ring<DEPTH>;
 
     const ring_type &ring;
     const unsigned char *own;                /* this lane's pieces in the first slot */
-    int steps = 0, turns = 0;                /* of this warp in the tile; of the tile */
+    int left = 0;                            /* of the tile, the warp's steps */
     int scale = 0, last = 0, from_first = 0; /* of the scales, in bytes: this lane's next one,
                                                 its row's last; from row r's to row r + 8's */
     turn_place<DEPTH> place;
@@ -136,8 +141,7 @@ template <int DEPTH> struct turn_reader {
     __device__ void start(int row_bytes, int groups, bool beside = false)
     {
         constexpr int SCALE = sizeof(bf16);
-        steps = ring_steps(row_bytes);
-        turns = turns_of(row_bytes);
+        left = ring_steps(row_bytes);
         if constexpr (weight_codec<format>::GROUP > 0) {
             const int row = groups * SCALE, r = lane_id() / STREAM_LANES;
             const int first = place.room * ring.room_bytes + (beside ? 2 * r : r) * row;
@@ -148,13 +152,19 @@ template <int DEPTH> struct turn_reader {
         }
     }
 
-    /* The tile's next step, once it is there. */
+    /* Until the next turn is there. */
+    __device__ void wait() const
+    {
+        barrier_wait(ring.bars.full + place.slot, place.phase);
+    }
+
+    __device__ bool has_step() const { return left > 0; }
+
     template <kl_weight_format format> __device__ ring_pieces take()
     {
         using codec = weight_codec<format>;
         /* A step may be partly past the end of a row, all zeros there: any scale will do. */
         constexpr bool PARTLY = codec::GROUP > 0 && codec::GROUP < STREAM_LANES * codec::PIECE;
-        barrier_wait(ring.bars.full + place.slot, place.phase);
         const auto *const piece =
             reinterpret_cast<const uint4 *>(own + place.slot * ring_type::SLOT);
         ring_pieces p = {{piece[0], piece[TURN_BOX / 16]}, {1, 1}};
@@ -164,16 +174,9 @@ template <int DEPTH> struct turn_reader {
             p.scale[1] = scale_at(at + from_first);
             scale += ring_feed<format>::groups(RING_TURN) * static_cast<int>(sizeof(bf16));
         }
+        left--;
         release();
         return p;
-    }
-
-    /* The turn in which this warp has no step. */
-    __device__ void end()
-    {
-        if (steps == turns) return;
-        barrier_wait(ring.bars.full + place.slot, place.phase);
-        release();
     }
 
     __device__ void release()

@@ -1,6 +1,5 @@
 /*
- * warp.cuh -- lanes, warps and barriers of some; reductions over a warp and over a block, in one fixed
- * order.
+ * warp.cuh -- reductions over a warp and over a block, in one fixed order.
  */
 #ifndef KL_CUDA_DEVICE_WARP_H
 #define KL_CUDA_DEVICE_WARP_H
@@ -16,18 +15,6 @@ __device__ inline int lane_id()
 __device__ inline int warp_id()
 {
     return static_cast<int>(threadIdx.x) / WARP;
-}
-
-/* A barrier of so many of the block's threads, whole warps; 0 is __syncthreads()'s. */
-template <int id, int threads> __device__ void barrier_of_threads()
-{
-    asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory");
-}
-
-/* The same for those that the others wait for, but who do not wait themselves. */
-template <int id, int threads> __device__ void pass_barrier_of_threads()
-{
-    asm volatile("bar.arrive %0, %1;" ::"n"(id), "n"(threads) : "memory");
 }
 
 /* Over groups of `width` neighbouring lanes (a power of two); the result is in every lane. */

@@ -42,8 +42,8 @@ constexpr unsigned HALF_BLOCKS = 3;
 constexpr size_t HALF_SHARED = 75 << 10;
 constexpr int64_t HALF_TILES = 396;
 
-/* Behind the warps that bring x and multiply, one brings the weights. */
-constexpr int STEP_THREADS = STREAM_THREADS + WARP;
+/* The last warp, of those that the last turn of a row may have no step for, brings the weights, too. */
+constexpr int FEEDER = STREAM_WARPS - 1;
 
 /* Steps on their way in product_held_kernel: five of halves with scales, all of the model's o, leave room
  * for three blocks. */
@@ -53,7 +53,7 @@ template <x_as numbers> constexpr int HELD_STEPS = numbers == x_as::HALVES ? 5 :
 template <kl_weight_format format>
 constexpr int64_t LEAST_OWN_COLS = RING_TURN / 16 * weight_codec<format>::PIECE;
 
-/* Blocks that registers leave room for: int4's digits, 16 tokens and halves take more than 56 a
+/* Blocks that registers leave room for: int4's digits, 16 tokens and halves take more than 64 a
  * thread. */
 template <kl_weight_format format, x_as numbers, int N>
 constexpr int FITTING = 2 * RING_BLOCKS - ((numbers == x_as::OWN && format == KL_W_INT4) ||
@@ -104,13 +104,13 @@ struct step_turns {
     int room_bytes, rooms;
 };
 
-/* What the warp that brings asks for: the block's tiles, turn by turn. */
+/* What the feeder asks for: the block's tiles, turn by turn. */
 template <tile_of kind> struct tile_walk {
     const step_arguments &a;
     const step_turns &turns;
-    unsigned tile;
-    turn_rows rows[2] = {}; /* of the next turn, */
-    int left = 0;           /* and how many the tile has from there on */
+    unsigned tile;                           /* the next one to be begun */
+    unsigned under_way = 0;                  /* the one before: */
+    int at = 0, left = 0;                    /* bytes of a row before its next turn, turns */
     turn_feed<RING_DEPTH> feed;
 
     __device__ tile_walk(const step_arguments &args, const step_turns &of,
@@ -119,45 +119,43 @@ template <tile_of kind> struct tile_walk {
     {
     }
 
-    __device__ void start()
+    __device__ bool has_next() const { return left > 0 || tile < a.tiles; }
+
+    __device__ void put()
     {
-        unsigned own = tile;
+        if (left == 0) {
+            under_way = tile;
+            tile += gridDim.x;
+        }
+        unsigned own = under_way;
         const step_product &p = product_of(a, own);
-        const int64_t row = int64_t{own} * EACH_OF<kind>;
-        const int first = static_cast<int>(row);
-        const int scales = p.w.scales == nullptr ? 0 : turn_scale_bytes(p.w.groups);
-        const box_map *const map = turns.maps + (kind == tile_of::ROWS && tile >= a.first_tiles);
-        rows[0] = {map, 0, first, nullptr, scales};
-        if constexpr (kind == tile_of::ROWS) {
-            const bool inside = row + TURN_ROWS < p.w.rows;
-            rows[1] = {map, 0, first + TURN_ROWS, nullptr, inside ? scales : 0};
-        } else if constexpr (kind == tile_of::PAIRS) {
-            rows[1] = {map + 1, 0, first, nullptr, scales};
-        } else { /* the scales of both halves of a row lie together */
-            rows[0].scale_bytes *= 2;
-            rows[1] = {map, static_cast<int>(p.w.row_bytes), first, nullptr, 0};
-        }
-        if (scales > 0) {
-            rows[0].scales = p.w.scales + row * p.w.groups * (kind == tile_of::HALVES ? 2 : 1);
-            rows[1].scales = kind == tile_of::PAIRS
-                                 ? p.up.scales + row * p.w.groups
-                                 : rows[0].scales + TURN_ROWS * p.w.groups;
-        }
-        left = turns_of(static_cast<int>(p.w.row_bytes));
+        const int row_bytes = static_cast<int>(p.w.row_bytes);
+        if (left == 0) at = 0, left = turns_of(row_bytes);
+        const int row = static_cast<int>(own) * EACH_OF<kind>;
+        const box_map *const map =
+            turns.maps + (kind == tile_of::ROWS && under_way >= a.first_tiles);
+        turn_rows rows[2] = {{map, at, row, nullptr, 0}, {map, at, row, nullptr, 0}};
+        if constexpr (kind == tile_of::ROWS) rows[1].row += TURN_ROWS;
+        if constexpr (kind == tile_of::PAIRS) rows[1].map++;
+        if constexpr (kind == tile_of::HALVES) rows[1].column += row_bytes;
+        if (at == 0 && p.w.scales != nullptr) add_scales(p, rows);
+        feed.put(rows);
+        at += RING_TURN;
+        left--;
     }
 
-    __device__ void put_all()
+    /* Of halves both lie together. */
+    __device__ static void add_scales(const step_product &p, turn_rows (&rows)[2])
     {
-#pragma unroll 1
-        for (; left > 0 || tile < a.tiles; left--) {
-            if (left == 0) {
-                start();
-                tile += gridDim.x;
-            }
-            feed.put(rows);
-#pragma unroll
-            for (int i = 0; i < 2; i++) rows[i].column += RING_TURN, rows[i].scale_bytes = 0;
-        }
+        constexpr int PARTS = kind == tile_of::HALVES ? 2 : 1;
+        const int bytes = turn_scale_bytes(static_cast<int>(p.w.groups));
+        const int64_t before = int64_t{rows[0].row} * p.w.groups;
+        rows[0].scales = p.w.scales + before * PARTS;
+        rows[0].scale_bytes = bytes * PARTS;
+        if (kind == tile_of::HALVES || rows[1].row >= p.w.rows) return;
+        rows[1].scales = kind == tile_of::PAIRS ? p.up.scales + before
+                                                : rows[0].scales + TURN_ROWS * p.w.groups;
+        rows[1].scale_bytes = bytes;
     }
 };
 
@@ -201,12 +199,15 @@ __device__ void store_tile(const step_product &p, const router_work &router, uns
         output.store(p, tile, T, sums);
 }
 
+/* `first`: of the block's turns; so is what the ring holds of them. */
 template <kl_weight_format format, int N, tile_of kind, bool logits, kl_weight_format scales,
           x_as numbers>
-__device__ void multiply_tile(const step_product &p, const router_work &router, unsigned tile,
-                              int T, const step_rows<scales, numbers> &x, float *sums,
-                              turn_reader<RING_DEPTH> &ring, const router_share &share)
+__device__ void multiply_tile(const step_product &p, unsigned tile, int T,
+                              const step_rows<scales, numbers> &x, float *sums,
+                              turn_reader<RING_DEPTH> &ring, tile_walk<kind> &walk, bool &first,
+                              const router_share &share)
 {
+    const router_work &router = walk.a.router;
     tile_output<N, kind> output;
     routed_rows routed;
     if constexpr (kind == tile_of::HALVES) routed.load_weight(router, tile);
@@ -214,10 +215,17 @@ __device__ void multiply_tile(const step_product &p, const router_work &router, 
     step_sums<format, N, scales, numbers> own(x, kind == tile_of::HALVES ? 2 * T : T);
     ring.start<format>(static_cast<int>(p.w.row_bytes), static_cast<int>(p.w.groups),
                        kind == tile_of::HALVES);
-    for (int s = ring.steps; s > 0; s--) own.add(ring.take<format>());
-    ring.end();
+    for (int n = turns_of(static_cast<int>(p.w.row_bytes)); n > 0; n--) {
+        ring.wait();
+        if (ring.has_step())
+            own.add(ring.take<format>());
+        else
+            ring.release();
+        if (warp_id() == FEEDER && !first && walk.has_next()) walk.put();
+        first = false;
+    }
     own.template share<kind>(sums);
-    barrier_of_threads<ROWS_BARRIER, STREAM_THREADS>();
+    __syncthreads();
     store_tile<N, kind, logits>(p, router, tile, T, output, routed, share, sums);
 }
 
@@ -227,7 +235,7 @@ constexpr kl_weight_format SCALES = weight_codec<first>::GROUP > 0 ? first : sec
 
 template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, x_as numbers>
 __global__
-__launch_bounds__(STEP_THREADS, (FITTING<second, numbers, N>)) void product_step_kernel(
+__launch_bounds__(STREAM_THREADS, (FITTING<second, numbers, N>)) void product_step_kernel(
     const __grid_constant__ step_arguments a, const __grid_constant__ step_turns turns)
 {
     using rows_type = step_rows<SCALES<first, second>, numbers>;
@@ -241,17 +249,16 @@ __launch_bounds__(STEP_THREADS, (FITTING<second, numbers, N>)) void product_step
     const ring_type ring = {shared,
                             reinterpret_cast<unsigned char *>(sums + 2 * tile_sums<N, kind>::FLOATS),
                             bars, turns.room_bytes, turns.rooms};
-    if (threadIdx.x == STREAM_THREADS) {
+    if (threadIdx.x == 0) {
         ring.init();
         barrier_init_done();
     }
     if (a.unsettled) wait_for_inputs();
     __syncthreads();
-    if (warp_id() == STREAM_WARPS) {
-        tile_walk<kind>(a, turns, ring).put_all();
-        wait_for_inputs();
-        return;
-    }
+    tile_walk<kind> walk(a, turns, ring);
+    if (warp_id() == FEEDER)
+#pragma unroll 1
+        for (int d = 0; d < RING_DEPTH && walk.has_next(); d++) walk.put();
     router_share share; /* of the tile that comes first, then of the next one */
     if constexpr (kind == tile_of::HALVES) share.load(a.router, blockIdx.x * SHARE_ROWS);
     const held_norm<STREAM_THREADS> norm(a.x);
@@ -262,19 +269,20 @@ __launch_bounds__(STEP_THREADS, (FITTING<second, numbers, N>)) void product_step
         copy_halves<STREAM_THREADS, false>(x.plain, a.x);
     else
         bring_rows<STREAM_THREADS>(x.plain, a.x, norm, sums);
-    barrier_of_threads<ROWS_BARRIER, STREAM_THREADS>();
+    __syncthreads();
     x.finish();
     const int T = kind == tile_of::HALVES ? a.x.T / 2 : a.x.T;
     turn_reader<RING_DEPTH> reader(ring);
+    bool fresh = true;
     float *own = sums; /* this tile's: those of the one before are being read */
     for (unsigned t = blockIdx.x; t < a.tiles; t += gridDim.x) {
         own = own == sums ? sums + tile_sums<N, kind>::FLOATS : sums;
         unsigned tile = t;
         const step_product &p = product_of(a, tile);
         if (first == second || t < a.first_tiles) /* one piece of code where one will do */
-            multiply_tile<first, N, kind, logits>(p, a.router, tile, T, x, own, reader, share);
+            multiply_tile<first, N, kind, logits>(p, tile, T, x, own, reader, walk, fresh, share);
         else
-            multiply_tile<second, N, kind, logits>(p, a.router, tile, T, x, own, reader, share);
+            multiply_tile<second, N, kind, logits>(p, tile, T, x, own, reader, walk, fresh, share);
         if (const unsigned next = t + gridDim.x; kind == tile_of::HALVES && next < a.tiles)
             share.load(a.router, next * SHARE_ROWS);
     }
@@ -493,7 +501,7 @@ kl_status launch(const step_call &c, kl_error *err)
         bytes_of_turns(turns);
     KL_TRY(most_blocks<kind>(shared, &most, err));
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
-    return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STEP_THREADS, shared,
+    return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS, shared,
                           kl_cuda_stream(c.be), err, a, turns);
 }
 

@@ -59,7 +59,7 @@ template <kl_weight_format format> struct step_rows<format, x_as::OWN> {
             if (u < units) raw = row_type::load(plain, u);
             own.put(u, raw, u < units);
         }
-        barrier_of_threads<ROWS_BARRIER, STREAM_THREADS>();
+        __syncthreads();
     }
 };
 

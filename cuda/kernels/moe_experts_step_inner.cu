@@ -33,16 +33,12 @@ constexpr int INNER_BLOCKS = 3;
 template <kl_weight_format format>
 constexpr int INNER_DEPTH = weight_codec<format>::GROUP > 0 ? 6 : RING_DEPTH;
 
-/* Registers: room for another block beside these, but int4's digits take more than 56 a thread. */
+/* Registers: room for another block beside these, but int4's digits take more than 64 a thread. */
 template <kl_weight_format format, bool own>
 constexpr int FITTING = INNER_BLOCKS + (own && format == KL_W_INT4 ? 0 : 1);
 
-/* Behind the warps that bring h and multiply, one chooses the experts and brings their weights. */
-constexpr int INNER_THREADS = STREAM_THREADS + WARP;
-
-/* Barriers of a block: what h is to be multiplied by is there; what experts are chosen by; and of
- * those that multiply: h is, or the sums of a tile. */
-constexpr int INVERSE_BARRIER = 1, KEYS_BARRIER = 2, SUMS_BARRIER = 3;
+/* The last warp chooses the experts and brings the weights while the others bring h. */
+constexpr int CHOOSER = STREAM_WARPS - 1, BRINGERS = CHOOSER * WARP;
 
 /* Both matrices of the shared expert, and the stacks of the others. */
 struct inner_maps {
@@ -73,14 +69,15 @@ struct tile_place {
 template <kl_weight_format format> using inner_ring = turn_ring<INNER_DEPTH<format>>;
 template <kl_weight_format format> using inner_reader = turn_reader<INNER_DEPTH<format>>;
 
-/* What the warp that brings asks for: the block's tiles, turn by turn. */
+/* What the last warp asks for: the block's tiles, turn by turn. */
 template <kl_weight_format format> struct inner_walk {
     const moe_step_arguments &a;
     const inner_maps &maps;
     warp_choice choice;
-    tile_place tile = {};
-    turn_rows rows[2] = {}; /* of the next turn, */
-    int left = 0;           /* and how many the tile has from there on */
+    tile_place tile = {};         /* the next one to be begun */
+    bool shared = false;          /* of the one that is under way: whose it is, */
+    int row = 0, at = 0, left = 0; /* its first row, bytes of a row before its next turn, turns */
+    int ahead = 0;                /* turns on their way before the first is taken */
     turn_feed<INNER_DEPTH<format>> feed;
 
     __device__ inner_walk(const moe_step_arguments &args, const inner_maps &maps_of,
@@ -98,34 +95,55 @@ template <kl_weight_format format> struct inner_walk {
         return left == 0 && tile.is_inside(a) ? tile.v - a.n_shared + 1 : 0;
     }
 
+    /* As far as the ring goes: before the choice, and behind it, then with all of that. */
+    __device__ void fill(bool behind)
+    {
+        bool untold = behind && tells(a);
+        if (behind) choice.begin(a);
+#pragma unroll 1
+        for (;; ahead++) {
+            const bool more = ahead < INNER_DEPTH<format> && has_next() &&
+                              (behind || needed() <= 0);
+            if (behind) choice.make(untold || !more ? a.top_k : needed());
+            if (untold) {
+                tell(a, choice.from);
+                let_next_start();
+                untold = false;
+            }
+            if (!more) break;
+            put();
+        }
+    }
+
     __device__ void put()
     {
-        if (left == 0) {
-            start();
-            tile.advance(a, gridDim.x);
+        if (left == 0) start();
+        const box_map *const of = shared ? maps.shared : maps.routed;
+        turn_rows rows[2] = {{of, at, row, nullptr, 0}, {of + 1, at, row, nullptr, 0}};
+        if (at == 0 && weight_codec<format>::GROUP > 0) {
+            const int64_t before = int64_t{row} * a.groups;
+            rows[0].scales = (shared ? a.shared_w1 : a.w1).scales + before;
+            rows[1].scales = (shared ? a.shared_w3 : a.w3).scales + before;
+            rows[0].scale_bytes = rows[1].scale_bytes = turn_scale_bytes(a.groups);
         }
         feed.put(rows);
-#pragma unroll
-        for (int i = 0; i < 2; i++) rows[i].column += RING_TURN, rows[i].scale_bytes = 0;
+        at += RING_TURN;
         left--;
     }
 
     __device__ void start()
     {
-        const bool shared = tile.v < a.n_shared;
-        const int64_t before = shared ? 0 : choice.from.ids[tile.v - a.n_shared] * a.w1.rows;
-        const int64_t row = before + tile.g * EACH;
-        const box_map *const of = shared ? maps.shared : maps.routed;
-        const int first = static_cast<int>(row), scales = turn_scale_bytes(a.groups);
-        rows[0] = {of, 0, first, (shared ? a.shared_w1 : a.w1).scales + row * a.groups, scales};
-        rows[1] = {of + 1, 0, first, (shared ? a.shared_w3 : a.w3).scales + row * a.groups,
-                   scales};
+        shared = tile.v < a.n_shared;
+        const int expert = shared ? 0 : choice.from.ids[tile.v - a.n_shared];
+        row = expert * static_cast<int>(a.w1.rows) + static_cast<int>(tile.g) * EACH;
+        at = 0;
         left = turns_of(a.row_bytes);
+        tile.advance(a, gridDim.x);
     }
 };
 
 /* How h lies in shared memory, and a warp's products of a tile with it: in lanes that are multiples
- * of 4 the sums of row lane / 4 of the gates and of the ups. STREAM_THREADS threads ask for it after the
+ * of 4 the sums of row lane / 4 of the gates and of the ups. BRINGERS threads ask for it after the
  * wait, and have it there later, before a barrier. */
 template <kl_weight_format format, bool own> struct inner_row {
     const shared_rows x;
@@ -140,7 +158,7 @@ template <kl_weight_format format, bool own> struct inner_row {
     __device__ held ask(const moe_step_arguments &a) const
     {
 #pragma unroll 1
-        for (int u = threadIdx.x; u < x.pitch / 16; u += STREAM_THREADS) {
+        for (int u = threadIdx.x; u < x.pitch / 16; u += BRINGERS) {
             const bool inside = 8 * u < a.D;
             copy_async(x.unit(0, u), a.h + (inside ? 8 * u : 0), inside);
         }
@@ -153,16 +171,20 @@ template <kl_weight_format format, bool own> struct inner_row {
         copy_wait<0>();
     }
 
-    __device__ void multiply(float (&sums)[2], inner_reader<format> &ring) const
-    {
+    struct products {
+        ring_x<format, 1> columns;
         float acc[1][4] = {};
-        ring_x<format, 1> columns(x, 1);
-        for (int n = ring.steps; n > 0; n--) {
-            ring_multiply<format, 1>(acc, ring.template take<format>(), columns);
+
+        __device__ explicit products(const inner_row &h) : columns(h.x, 1) {}
+
+        __device__ void add(const ring_pieces &p)
+        {
+            ring_multiply<format, 1>(acc, p, columns);
             columns.advance();
         }
-        sums[0] = acc[0][0], sums[1] = acc[0][2];
-    }
+
+        __device__ float total(int i) const { return acc[0][2 * i]; }
+    };
 };
 
 template <kl_weight_format format> struct inner_row<format, true> {
@@ -185,7 +207,7 @@ template <kl_weight_format format> struct inner_row<format, true> {
         held h;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const int u = threadIdx.x + at + i * STREAM_THREADS;
+            const int u = threadIdx.x + at + i * BRINGERS;
             if (8 * u < a.D) h.raw[i] = row_type::load(a.h, u);
         }
         return h;
@@ -195,7 +217,7 @@ template <kl_weight_format format> struct inner_row<format, true> {
     {
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const int u = threadIdx.x + at + i * STREAM_THREADS;
+            const int u = threadIdx.x + at + i * BRINGERS;
             if (u - lane_id() < x.units()) x.put(u, h.raw[i], u < x.units());
         }
     }
@@ -209,22 +231,26 @@ template <kl_weight_format format> struct inner_row<format, true> {
     {
         const int first = threadIdx.x - lane_id();
 #pragma unroll 1
-        for (int at = 0; first + at < x.units(); at += AHEAD * STREAM_THREADS) {
+        for (int at = 0; first + at < x.units(); at += AHEAD * BRINGERS) {
             if (at > 0) h = load(a, at);
             put(h, at);
         }
     }
 
-    __device__ void multiply(float (&sums)[2], inner_reader<format> &ring) const
-    {
+    struct products {
+        typename numbers_of<format>::walk columns;
         float acc[2] = {};
-        typename numbers_of<format>::walk columns(x);
-        for (int n = ring.steps; n > 0; n--) {
-            columns.multiply(acc, ring.template take<format>());
+
+        __device__ explicit products(const inner_row &h) : columns(h.x) {}
+
+        __device__ void add(const ring_pieces &p)
+        {
+            columns.multiply(acc, p);
             columns.advance();
         }
-        sums[0] = columns.total(acc[0]), sums[1] = columns.total(acc[1]);
-    }
+
+        __device__ float total(int i) const { return columns.total(acc[i]); }
+    };
 };
 
 template <kl_weight_format format> int rooms_of(const moe_step_arguments &a)
@@ -248,15 +274,24 @@ template <kl_weight_format format, bool own> struct inner_layout {
     }
 };
 
-/* By the warps that multiply: this warp's sums of the next tile. */
+/* This warp's sums of the next tile. */
 template <kl_weight_format format, bool own>
 __device__ void multiply_tile(const moe_step_arguments &a, const inner_row<format, own> &h,
-                              float *sums, inner_reader<format> &ring)
+                              float *sums, inner_reader<format> &ring, inner_walk<format> &walk,
+                              bool &first)
 {
-    float sum[2];
+    typename inner_row<format, own>::products own_sums(h);
     ring.template start<format>(a.row_bytes, a.groups);
-    h.multiply(sum, ring);
-    ring.end();
+    for (int n = turns_of(a.row_bytes); n > 0; n--) {
+        ring.wait();
+        if (ring.has_step())
+            own_sums.add(ring.template take<format>());
+        else
+            ring.release();
+        if (warp_id() == CHOOSER && !first && walk.has_next()) walk.put();
+        first = false;
+    }
+    const float sum[2] = {own_sums.total(0), own_sums.total(1)};
     if (lane_id() % STREAM_LANES == 0) {
         float *const to = sums + warp_id() * STREAM_ROWS + lane_id() / STREAM_LANES;
         to[0] = sum[0];
@@ -264,40 +299,8 @@ __device__ void multiply_tile(const moe_step_arguments &a, const inner_row<forma
     }
 }
 
-/* By the warp that brings: the shared expert's turns as far as the ring goes, the choice, all others.
- * One loop, so that its code is there when the choice is. */
-template <kl_weight_format format>
-__device__ void bring(const moe_step_arguments &a, const inner_maps &maps, shared_choice &chosen,
-                      const inner_ring<format> &ring)
-{
-    inner_walk<format> walk(a, maps, chosen, ring);
-    bool waited = false;
-    prefetch_choice(a);
-    if (lane_id() < 2) prefetch_map(maps.routed + lane_id());
-#pragma unroll 1
-    for (int put = 0; !waited || walk.has_next(); put++) {
-        const bool waits = !waited && (put == INNER_DEPTH<format> || walk.needed() > 0 ||
-                                       !walk.has_next());
-        if (waits) {
-            wait_for_inputs();
-            share_inverse(a, chosen);
-            pass_barrier_of_threads<INVERSE_BARRIER, INNER_THREADS>();
-            if (!tells(a)) let_next_start(); /* not before: see logit_reading */
-            barrier_of_threads<KEYS_BARRIER, INNER_THREADS>();
-            walk.choice.begin(a);
-            waited = true;
-        }
-        walk.choice.make(waits && tells(a) ? a.top_k : walk.needed());
-        if (waits && tells(a)) {
-            tell(a, chosen);
-            let_next_start();
-        }
-        if (walk.has_next()) walk.put();
-    }
-}
-
 template <kl_weight_format format, bool own>
-__global__ __launch_bounds__(INNER_THREADS, FITTING<format, own>) void moe_step_inner_kernel(
+__global__ __launch_bounds__(STREAM_THREADS, (FITTING<format, own>)) void moe_step_inner_kernel(
     __grid_constant__ const moe_step_arguments a, __grid_constant__ const inner_maps maps,
     int rooms)
 {
@@ -309,31 +312,47 @@ __global__ __launch_bounds__(INNER_THREADS, FITTING<format, own>) void moe_step_
     inner_row<format, own> h(shared + layout::H, a.D);
     const inner_ring<format> ring = {shared, shared + layout::scales(a.D), bars,
                                      2 * turn_scale_bytes(a.groups), rooms};
-    if (threadIdx.x == STREAM_THREADS) {
+    inner_walk<format> walk(a, maps, chosen, ring);
+    const bool chooses_here = warp_id() == CHOOSER;
+    if (chooses_here) {
+        prefetch_choice(a);
+        if (lane_id() < 2) prefetch_map(maps.routed + lane_id());
+    }
+    if (threadIdx.x == 0) {
         ring.init();
         barrier_init_done();
     }
     if (a.unsettled) wait_for_inputs();
     __syncthreads();
-    if (warp_id() == STREAM_WARPS) {
-        bring<format>(a, maps, chosen, ring);
-        return;
+    typename inner_row<format, own>::held held = {};
+#pragma unroll 1
+    for (int behind = 0; behind < 2; behind++) { /* the choice; one piece of code brings */
+        if (behind) {
+            wait_for_inputs();
+            if (!tells(a)) let_next_start(); /* not before: see logit_reading */
+            const logit_reading logit(a);
+            if (chooses_here)
+                share_inverse(a, chosen);
+            else
+                held = h.ask(a);
+            __syncthreads();
+            logit.share(a, chosen);
+            __syncthreads();
+        }
+        if (chooses_here)
+            walk.fill(behind);
+        else if (behind)
+            h.keep(a, held);
     }
-    wait_for_inputs();
-    const logit_reading logit(a);
-    const auto held = h.ask(a);
-    barrier_of_threads<INVERSE_BARRIER, INNER_THREADS>();
-    logit.share(a, chosen);
-    pass_barrier_of_threads<KEYS_BARRIER, INNER_THREADS>();
-    h.keep(a, held);
-    barrier_of_threads<SUMS_BARRIER, STREAM_THREADS>();
+    __syncthreads();
     const float inverse = chosen.inverse;
 
-    inner_reader<format> own_steps(ring);
+    inner_reader<format> reader(ring);
     int turn = 0;
+    bool first = true;
     for (unsigned tile = blockIdx.x; tile < a.tiles; tile += gridDim.x, turn ^= 1) {
-        multiply_tile<format, own>(a, h, sums[turn], own_steps);
-        barrier_of_threads<SUMS_BARRIER, STREAM_THREADS>();
+        multiply_tile<format, own>(a, h, sums[turn], reader, walk, first);
+        __syncthreads();
         const int row = threadIdx.x;
         if (row >= EACH) continue;
         const float gate = sum_of_warps<STREAM_ROWS>(sums[turn], row) * inverse;
@@ -360,7 +379,7 @@ kl_status launch(const moe_step_arguments &a, const inner_maps &maps, cudaStream
     KL_TRY(kl_cuda_multiprocessors(&multiprocessors, err));
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
     const unsigned most = static_cast<unsigned>(multiprocessors) * INNER_BLOCKS;
-    return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, INNER_THREADS,
+    return kl_cuda_launch(kernel, a.tiles < most ? a.tiles : most, STREAM_THREADS,
                           inner_layout<format, own>::bytes(a), stream, err, a, maps,
                           rooms_of<format>(a));
 }
