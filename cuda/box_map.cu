@@ -52,9 +52,10 @@ kl_status kl_cuda_map_boxes(const box_matrix &of, box_map *map, kl_error *err)
     if (encode == nullptr)
         return kl_fail(err, KL_ERR_UNAVAILABLE,
                        "cuda: the driver has no cuTensorMapEncodeTiled: it is too old");
-    const CUresult e = encode(map, type_of(of), 2, const_cast<void *>(of.data), sizes, strides,
-                              box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(of),
-                              promotion_of(of), CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult e = encode(
+        map, type_of(of), 2, const_cast<void *>(of.data), sizes, strides, box, dense,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(of), promotion_of(of),
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (e == CUDA_SUCCESS) return KL_OK;
     return kl_fail(err, KL_ERR_DEVICE,
                    "cuda: cuTensorMapEncodeTiled: error %d for %lld rows of %lld bytes",

@@ -8,9 +8,9 @@
 
 #include <cuda.h>
 
-/* Rows one behind the other, at multiples of 16 bytes, of elements of one byte, two or four, and
- * boxes of up to 256 by 256 of them, whose pieces of 16 bytes come to lie as they are or as
- * swizzled() has them. */
+/* Rows one behind the other, at multiples of 16 bytes, of elements of one byte, two or four, and boxes
+ * of up to 256 by 256 of them, whose pieces of 16 bytes come to lie as they are or as swizzled()
+ * has them. */
 struct box_matrix {
     const void *data;
     int64_t rows, row_bytes;

@@ -166,15 +166,14 @@ __device__ inline void warp_copies_begin(barrier *b, int bytes)
 __device__ inline void warp_copy_box(void *shared, const box_map *map, int column, int row,
                                      barrier *b)
 {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "elect.sync _|p, 0xffffffff;\n"
-        "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];\n"
-        "}" ::"r"(shared_address(shared)),
-        "l"(map), "r"(column), "r"(row), "r"(shared_address(b))
-        : "memory");
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];\n"
+                 "}" ::"r"(shared_address(shared)),
+                 "l"(map), "r"(column), "r"(row), "r"(shared_address(b))
+                 : "memory");
 }
 
 __device__ inline void warp_copy_bytes(void *shared, const void *global, uint32_t bytes,

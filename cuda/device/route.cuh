@@ -31,8 +31,7 @@ __device__ inline unsigned key_of(float x)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* What a lane's experts, e = number(i), are chosen by. Of equal ones the lowest number comes
- * first. */
+/* What a lane's experts, e = number(i), are chosen by. Of equal ones the lowest number comes first. */
 struct lane_keys {
     unsigned key[LANE_EXPERTS];
 
@@ -60,8 +59,8 @@ struct lane_keys {
     }
 };
 
-/* The numbers of the top_k <= 32 best in order: lane j gets that of choice j. Little code: it comes
- * from memory for every call. */
+/* The numbers of the top_k <= 32 best in order: lane j gets that of choice j. Little code: it comes from
+ * memory for every call. */
 __device__ inline int choose_numbers(lane_keys &keys, int top_k)
 {
     int mine = 0;

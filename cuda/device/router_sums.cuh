@@ -122,8 +122,8 @@ __device__ inline float number_of(unsigned long long whole)
     return __ll2float_rn(static_cast<long long>(whole));
 }
 
-/* Past the L1: see logit_reading. One warp of a block reads the squares: to one sector reads come
- * one after the other, and all blocks look there. */
+/* Past the L1: see logit_reading. One warp of a block reads the squares: to one sector reads come one
+ * after the other, and all blocks look there. */
 __device__ inline float inverse_rms_of_sums(const router_sums &s, int D, float eps)
 {
     ulonglong2 squares[SUM_COPIES];

@@ -12,8 +12,7 @@
  *              the other paths: int4 weights to bf16
  * Grid         blocks that stay, three a multiprocessor, take tiles of 8 rows of w1 and of w3
  *              in turn, the shared expert's before all others: these are on their way before h
- *              and the logits are there. A ninth warp makes the choice, and brings the weights
- *              (device/turn_ring.cuh)
+ *              and the logits are there
  * Order        a warp's columns in rising order, then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 9.4 MB for the model in bf16, 28 us at
  *              3.0 TB/s
@@ -36,7 +35,7 @@ constexpr int INNER_DEPTH = weight_codec<format>::GROUP > 0 ? 6 : RING_DEPTH;
 
 /* Registers: room for another block beside these where that costs no more than a few words. */
 template <kl_weight_format format, bool own>
-constexpr int FITTING = INNER_BLOCKS + (own && format == KL_W_INT4        ? 0
+constexpr int FITTING = INNER_BLOCKS + (own && format == KL_W_INT4           ? 0
                                         : weight_codec<format>::GROUP > 0 ? 1
                                                                           : 2);
 
@@ -46,8 +45,8 @@ constexpr int INNER_THREADS = STREAM_THREADS + WARP;
 /* Of those that multiply, whole warps: h is there, or the sums of a tile. */
 constexpr int SUMS_BARRIER = 1;
 
-/* What h is to be multiplied by is there; what experts are chosen by. Not bar.arrive: stores before
- * it need not be there for those who pass their bar.sync. */
+/* What h is to be multiplied by is there; what experts are chosen by. (bar.arrive would not do: stores
+ * before it need not be seen behind the others' bar.sync.) */
 struct choice_barriers {
     barrier inverse, keys;
 };
@@ -86,10 +85,9 @@ template <kl_weight_format format> struct inner_walk {
     const moe_step_arguments &a;
     const inner_maps &maps;
     warp_choice choice;
-    tile_place tile = {}; /* the next one to be begun */
-    bool shared = false;  /* of the one that is under way: whether it is the shared expert's, */
-    int row = 0;          /* its first row in the stack, */
-    int at = 0, left = 0; /* bytes of a row before its next turn, turns from there on */
+    tile_place tile = {};          /* the next one to be begun */
+    bool shared = false;           /* of the one that is under way: whose it is, */
+    int row = 0, at = 0, left = 0; /* its first row, bytes of a row before its next turn, turns */
     turn_feed<INNER_DEPTH<format>> feed;
 
     __device__ inner_walk(const moe_step_arguments &args, const inner_maps &maps_of,
@@ -135,8 +133,8 @@ template <kl_weight_format format> struct inner_walk {
 };
 
 /* How h lies in shared memory, and a warp's products of a tile with it: in lanes that are multiples
- * of 4 the sums of row lane / 4 of the gates and of the ups. STREAM_THREADS threads ask for it
- * after the wait, and have it there later, before a barrier. */
+ * of 4 the sums of row lane / 4 of the gates and of the ups. STREAM_THREADS threads ask for it after the
+ * wait, and have it there later, before a barrier. */
 template <kl_weight_format format, bool own> struct inner_row {
     const shared_rows x;
 
@@ -274,12 +272,11 @@ __device__ void multiply_tile(const moe_step_arguments &a, const inner_row<forma
     }
 }
 
-/* By the warp that brings: the shared expert's turns as far as the ring goes, the choice, all
- * others. One loop, so that its code is there when the choice is. */
+/* By the warp that brings: the shared expert's turns as far as the ring goes, the choice, all others.
+ * One loop, so that its code is there when the choice is. */
 template <kl_weight_format format>
-__device__ void bring(const moe_step_arguments &a, const inner_maps &maps,
-                      shared_choice &chosen, choice_barriers &there,
-                      const inner_ring<format> &ring)
+__device__ void bring(const moe_step_arguments &a, const inner_maps &maps, shared_choice &chosen,
+                      choice_barriers &there, const inner_ring<format> &ring)
 {
     inner_walk<format> walk(a, maps, chosen, ring);
     bool waited = false;
@@ -287,8 +284,8 @@ __device__ void bring(const moe_step_arguments &a, const inner_maps &maps,
     if (lane_id() < 2) prefetch_map(maps.routed + lane_id());
 #pragma unroll 1
     for (int put = 0; !waited || walk.has_next(); put++) {
-        const bool waits =
-            !waited && (put == INNER_DEPTH<format> || walk.needed() > 0 || !walk.has_next());
+        const bool waits = !waited && (put == INNER_DEPTH<format> || walk.needed() > 0 ||
+                                       !walk.has_next());
         if (waits) {
             wait_for_inputs();
             share_inverse(a, chosen);
@@ -383,11 +380,11 @@ kl_status launch(const moe_step_arguments &a, const inner_maps &maps, cudaStream
 
 bool kl_cuda_moe_step_inner_takes(const moe_step_arguments &a, kl_weight_format format)
 {
-    return turns_take(a.w1) && turns_take(a.w3) && turns_take(a.shared_w1) &&
-           turns_take(a.shared_w3) && with_format(format, [&](auto f) {
+    return turns_take(a.w1) && turns_take(a.w3) &&
+           turns_take(a.shared_w1) && turns_take(a.shared_w3) &&
+           with_format(format, [&](auto f) {
                return inner_layout<f.value, false>::bytes(a) <= RING_MOST_SHARED &&
-                      inner_layout<f.value, IS_QUANTISED<f.value>>::bytes(a) <=
-                          RING_MOST_SHARED;
+                      inner_layout<f.value, IS_QUANTISED<f.value>>::bytes(a) <= RING_MOST_SHARED;
            });
 }
 
