@@ -30,9 +30,7 @@
  *
  * `feed` runs ahead of the products, over the steps of all tiles in the order in which they are
  * taken: whoever knows where the next tile lies points it there (ring_feed) once this one's steps
- * are asked for. Where the weights of later tiles are known only after the wait (experts), put
- * before it what is known, say n steps, and the other DEPTH - n right after it, before the
- * first take(). Every take() is followed by one put() or put_none(), after the products: they
+ * are asked for. Every take() is followed by one put() or put_none(), after the products: they
  * have what was read in registers, so that the slot is free.
  */
 #ifndef KL_CUDA_DEVICE_RING_H

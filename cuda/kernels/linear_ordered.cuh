@@ -127,7 +127,7 @@ template <class S> struct ordered_portion {
 /* All threads of the warpgroup that fills. */
 __device__ inline void filling_barrier()
 {
-    asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUP) : "memory");
+    barrier_of_threads<1, WARPGROUP>();
 }
 
 /* The rows of x of an item, by all threads. Nobody is still at the table of the item before the

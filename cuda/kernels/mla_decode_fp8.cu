@@ -107,7 +107,7 @@ __device__ void bring_pages(const mla_arguments &a, shared_memory &s)
 
 __device__ void sync_scores()
 {
-    asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUP) : "memory");
+    barrier_of_threads<1, WARPGROUP>();
 }
 
 __device__ void store_sums(const mla_arguments &a, const mla_piece &it, long long h0,
@@ -200,7 +200,7 @@ struct raw_channels {
 
 __device__ void sync_contexts()
 {
-    asm volatile("bar.sync 2, %0;" ::"n"(WARPGROUP) : "memory");
+    barrier_of_threads<2, WARPGROUP>();
 }
 
 /* What lies past a sequence's length may be a NaN, which a probability of zero would not stop. */

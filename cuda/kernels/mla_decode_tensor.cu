@@ -137,7 +137,7 @@ __device__ void clear_rows(uint8_t *page, int left)
         *reinterpret_cast<uint4 *>(at) = {0, 0, 0, 0};
     }
     fence_async_proxy();
-    asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUP) : "memory");
+    barrier_of_threads<1, WARPGROUP>();
 }
 
 /* context = keep context + c^T weights. */
