@@ -41,10 +41,14 @@ template <bool packed> struct block {
 };
 
 /* Pieces of a row lie in another order in each of eight rows: ldmatrix meets all banks. */
-template <bool packed> struct shared_memory {
+template <bool packed, int rows = ROWS> struct shared_memory {
     uint4 weights[NOPE][block<packed>::W_PIECES];
-    uint4 q[ROWS][Q_PIECES];
+    uint4 q[rows][Q_PIECES];
 };
+
+/* Of a single token: as many rows as ldmatrix reads. With no more, two blocks find room beside two
+ * of the in-projection of int8 (93 KB each), and the 256 of all heads are there before q is. */
+using shared_memory_of_one = shared_memory<false, 8>;
 
 /* The blocks before those that multiply. */
 struct errands {
@@ -66,9 +70,9 @@ template <bool packed> struct tile {
     }
 };
 
-template <bool packed>
+template <bool packed, int rows>
 __device__ void bring_weights(const mla_arguments &a, const tile<packed> &t,
-                              shared_memory<packed> &s)
+                              shared_memory<packed, rows> &s)
 {
     constexpr int W_PIECES = block<packed>::W_PIECES, THREADS = block<packed>::THREADS;
     const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) + t.h * (NOPE + a.V) * RANK + t.first;
@@ -92,8 +96,8 @@ __device__ void bring_queries(const mla_arguments &a, const tile<packed> &t,
 }
 
 /* Operand A: the warp's 16 channels by the channels of q, which are the rows in memory. */
-template <bool packed>
-__device__ void load_weights(const shared_memory<packed> &s, uint32_t (&w)[STEPS][4])
+template <bool packed, int rows>
+__device__ void load_weights(const shared_memory<packed, rows> &s, uint32_t (&w)[STEPS][4])
 {
     const int lane = lane_id(), piece = 2 * warp_id() + lane / 8 % 2;
 #pragma unroll
@@ -104,8 +108,8 @@ __device__ void load_weights(const shared_memory<packed> &s, uint32_t (&w)[STEPS
 }
 
 /* acc[0], acc[1]: channel lane / 4 of rows 2 (lane % 4) and the next one; then channel + 8. */
-template <bool packed>
-__device__ void multiply(const shared_memory<packed> &s, int row0,
+template <bool packed, int rows>
+__device__ void multiply(const shared_memory<packed, rows> &s, int row0,
                          const uint32_t (&w)[STEPS][4], float (&acc)[4])
 {
     const int lane = lane_id(), row = row0 + lane % 8;
@@ -318,7 +322,7 @@ __device__ void make_blanks(const mla_arguments &a)
 
 /* The first warp the channels that are absorbed, the second one the others. */
 __device__ void receive_query(const mla_arguments &a, const tile<false> &t,
-                              shared_memory<false> &s)
+                              shared_memory_of_one &s)
 {
     const bf16 *q = static_cast<const bf16 *>(a.q) + t.h * (NOPE + ROPE);
     const int lane = lane_id();
@@ -339,7 +343,7 @@ __global__ __launch_bounds__(
     block<false>::PER_MULTIPROCESSOR) void mla_absorb_arriving(__grid_constant__ const
                                                                    mla_arguments a)
 {
-    __shared__ shared_memory<false> s;
+    __shared__ shared_memory_of_one s;
     const tile<false> t(a, blockIdx.x);
     if (a.unsettled) wait_for_inputs();
     bring_weights(a, t, s);
