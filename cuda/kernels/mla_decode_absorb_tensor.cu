@@ -33,7 +33,7 @@ constexpr int Q_PIECES = NOPE / 8; /* of 16 bytes in a row */
 
 /* Of 8-bit pages a block has all channels of a group, which share their unit. */
 template <bool packed> struct block {
-    static constexpr int COLS = packed ? KL_LATENTS_GROUP : 64; /* channels */
+    static constexpr int COLS = packed ? KL_LATENTS_GROUP : MLA_QUERY_TILE; /* channels */
     static constexpr int WARPS = COLS / 16, THREADS = WARPS * WARP;
     static constexpr int TILES = RANK / COLS;
     static constexpr int W_PIECES = COLS / 8;
@@ -305,17 +305,21 @@ __global__ __launch_bounds__(
 
 /* ---- a single token whose q is arriving -------------------------------------------------- */
 
-/* What becomes of the pieces is written behind this, by those who see words of this block. */
-__device__ void make_blanks(const mla_arguments &a)
+/* What becomes of the pieces' results of the block's head and channels is written or looked for by
+ * those who have seen words of this block, which it stores behind this; tile 0 has the head's maxima
+ * and sums, too. */
+__device__ void make_blanks(const mla_arguments &a, const tile<false> &t)
 {
-    constexpr int THREADS = block<false>::THREADS;
-    const long long pages = mla_pages_of(__ldcg(a.lengths)), all = pages * a.H * (RANK / 4);
-    const long long first = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    const long long step = static_cast<long long>(gridDim.x) * THREADS;
-    for (long long i = first; i < all; i += step)
-        reinterpret_cast<uint4 *>(a.context)[i] = {~0u, ~0u, ~0u, ~0u};
-    for (long long i = first; i < a.H * MLA_PAGES; i += step)
-        a.max[i] = a.sum[i] = __uint_as_float(BLANK_FLOAT);
+    constexpr int THREADS = block<false>::THREADS, EACH = block<false>::COLS / 4;
+    static_assert(MLA_PAGES <= THREADS);
+    const int all = static_cast<int>(mla_pages_of(__ldcg(a.lengths))) * EACH;
+    for (int i = threadIdx.x; i < all; i += THREADS) {
+        float *const of_page = a.context + (i / EACH * a.H + t.h) * RANK + t.first;
+        reinterpret_cast<uint4 *>(of_page)[i % EACH] = {~0u, ~0u, ~0u, ~0u};
+    }
+    if (t.first == 0 && threadIdx.x < MLA_PAGES)
+        a.max[t.h * MLA_PAGES + threadIdx.x] = a.sum[t.h * MLA_PAGES + threadIdx.x] =
+            __uint_as_float(BLANK_FLOAT);
     __threadfence();
     __syncthreads();
 }
@@ -345,11 +349,11 @@ __global__ __launch_bounds__(
 {
     __shared__ shared_memory_of_one s;
     const tile<false> t(a, blockIdx.x);
+    let_next_start(); /* at once: the attention's blocks have their pages to bring */
     if (a.unsettled) wait_for_inputs();
     bring_weights(a, t, s);
     copy_commit();
-    make_blanks(a);
-    let_next_start();
+    make_blanks(a, t);
     if (warp_id() == 2) ask_for_pages<false>(a, static_cast<int>(blockIdx.x));
     uint4 *to = query_place(a, 0, t.h, t.first / 16 + warp_id(), lane_id() / 8);
     asm volatile("" : "+l"(to)); /* known before q is there */
