@@ -75,12 +75,15 @@ __device__ void bring_weights(const mla_arguments &a, const tile<packed> &t,
                               shared_memory<packed, rows> &s)
 {
     constexpr int W_PIECES = block<packed>::W_PIECES, THREADS = block<packed>::THREADS;
-    const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) + t.h * (NOPE + a.V) * RANK + t.first;
+    constexpr int EACH = THREADS / W_PIECES; /* rows at a time, whose pieces lie in one order */
+    static_assert(EACH % 8 == 0 && NOPE % EACH == 0);
+    const unsigned row = threadIdx.x / W_PIECES, piece = threadIdx.x % W_PIECES;
+    const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) + (t.h * (NOPE + a.V) + row) * RANK +
+                    t.first + piece * 8;
+    uint4 *const to = &s.weights[row][piece ^ row % 8];
 #pragma unroll
-    for (int i = threadIdx.x; i < NOPE * W_PIECES; i += THREADS) {
-        const int row = i / W_PIECES, piece = i % W_PIECES;
-        copy_async(&s.weights[row][piece ^ row % 8], w + row * RANK + piece * 8, true);
-    }
+    for (int i = 0; i < NOPE / EACH; i++)
+        copy_async(to + i * THREADS, w + i * EACH * RANK, true);
 }
 
 template <bool packed>
@@ -305,21 +308,34 @@ __global__ __launch_bounds__(
 
 /* ---- a single token whose q is arriving -------------------------------------------------- */
 
+/* The pages, of which the attention's blocks have one each: into the L2. */
+__device__ void ask_for_all_pages(const mla_arguments &a, int pages)
+{
+    constexpr uint32_t BYTES = KL_PAGE_TOKENS * WIDTH * sizeof(bf16);
+    if (threadIdx.x > 0) return;
+#pragma unroll 1
+    for (int p = static_cast<int>(blockIdx.x); p < pages; p += static_cast<int>(gridDim.x)) {
+        const long long page = load_here(a.block_table + p);
+        prefetch_l2(static_cast<const char *>(a.pages) + page * BYTES, BYTES);
+    }
+}
+
 /* What becomes of the pieces' results of the block's head and channels is written or looked for by
  * those who have seen words of this block, which it stores behind this; tile 0 has the head's maxima
  * and sums, too. */
-__device__ void make_blanks(const mla_arguments &a, const tile<false> &t)
+__device__ void make_blanks(const mla_arguments &a, const tile<false> &t, int pages)
 {
     constexpr int THREADS = block<false>::THREADS, EACH = block<false>::COLS / 4;
     static_assert(MLA_PAGES <= THREADS);
-    const int all = static_cast<int>(mla_pages_of(__ldcg(a.lengths))) * EACH;
-    for (int i = threadIdx.x; i < all; i += THREADS) {
-        float *const of_page = a.context + (i / EACH * a.H + t.h) * RANK + t.first;
-        reinterpret_cast<uint4 *>(of_page)[i % EACH] = {~0u, ~0u, ~0u, ~0u};
+    const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+    for (int p = thread / EACH; p < pages; p += THREADS / EACH) {
+        float *const of_page = a.context + (p * a.H + t.h) * RANK + t.first;
+        reinterpret_cast<uint4 *>(of_page)[thread % EACH] = {~0u, ~0u, ~0u, ~0u};
     }
-    if (t.first == 0 && threadIdx.x < MLA_PAGES)
-        a.max[t.h * MLA_PAGES + threadIdx.x] = a.sum[t.h * MLA_PAGES + threadIdx.x] =
-            __uint_as_float(BLANK_FLOAT);
+    const long long at = t.h * MLA_PAGES + thread;
+    if (t.first == 0 && thread < MLA_PAGES)
+        a.max[at] = a.sum[at] = __uint_as_float(BLANK_FLOAT);
     __threadfence();
     __syncthreads();
 }
@@ -329,17 +345,19 @@ __device__ void receive_query(const mla_arguments &a, const tile<false> &t,
                               shared_memory_of_one &s)
 {
     const bf16 *q = static_cast<const bf16 *>(a.q) + t.h * (NOPE + ROPE);
-    const int lane = lane_id();
+    const int lane = lane_id(), step = lane / 4, pair = lane % 4;
     if (warp_id() == 0 && lane < Q_PIECES)
         s.q[0][lane] = await(reinterpret_cast<const uint4 *>(q) + lane);
     if (warp_id() != 1 || t.first > 0 || lane >= ROPE / 4) return;
-    const int step = lane / 4, pair = lane % 4;
     const uint32_t *from = reinterpret_cast<const uint32_t *>(q + NOPE + 16 * step + 2 * pair);
+    uint4 *to = query_place(a, 0, t.h, RANK / 16 + step, pair);
+    asm volatile("" : "+l"(to)); /* known before q is there */
     const float factor = a.scale * LOG2_E;
-    const uint32_t first = await(from), second = await(from + 4);
-    store_query(query_place(a, 0, t.h, RANK / 16 + step, pair),
-                {{low_half(first) * factor, high_half(first) * factor},
-                 {low_half(second) * factor, high_half(second) * factor}});
+    uint32_t first, second;
+    do first = load_here(from), second = load_here(from + 4);
+    while (!is_there(first) || !is_there(second));
+    store_query(to, {{low_half(first) * factor, high_half(first) * factor},
+                     {low_half(second) * factor, high_half(second) * factor}});
 }
 
 __global__ __launch_bounds__(
@@ -353,8 +371,9 @@ __global__ __launch_bounds__(
     if (a.unsettled) wait_for_inputs();
     bring_weights(a, t, s);
     copy_commit();
-    make_blanks(a, t);
-    if (warp_id() == 2) ask_for_pages<false>(a, static_cast<int>(blockIdx.x));
+    const int pages = static_cast<int>(mla_pages_of(load_here(a.lengths)));
+    ask_for_all_pages(a, pages);
+    make_blanks(a, t, pages);
     uint4 *to = query_place(a, 0, t.h, t.first / 16 + warp_id(), lane_id() / 8);
     asm volatile("" : "+l"(to)); /* known before q is there */
     uint32_t w[STEPS][4];

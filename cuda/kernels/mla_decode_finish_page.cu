@@ -106,13 +106,14 @@ __global__ __cluster_dims__(CLUSTER, 1, 1)
     extern __shared__ __align__(16) char memory[];
     shared_memory<1> &s = *reinterpret_cast<shared_memory<1> *>(memory);
     const long long h = blockIdx.x / CLUSTER;
-    const int pages = static_cast<int>(mla_pages_of(__ldcg(a.lengths)));
+    const int length = load_here(a.lengths); /* looked at later, not before q */
     bf16 *to =
         static_cast<bf16 *>(a.out) + h * OUTS + block_of_cluster() * OUT_QUARTER + threadIdx.x;
     asm volatile("" : "+l"(to)); /* known before the pages' results are there */
     await_q(a, h);
     begin(a, h, 1, s);
     let_next_start();
+    const int pages = static_cast<int>(mla_pages_of(length));
     reinterpret_cast<float4 *>(s.parts[warp_id()])[lane_id()] =
         merge_arriving(a, pages, h, warp_id(), s.factors[warp_id()]);
     copy_wait<0>();
