@@ -217,7 +217,7 @@ __launch_bounds__(STREAM_THREADS, (FITTING<second, numbers>)) void product_step_
     if (a.unsettled) wait_for_inputs();
     tile_walk<SCALES<first, second>, kind> walk(a);
 #pragma unroll 1
-    for (int d = 0; d < STEPS_AHEAD<numbers>; d++) walk.put(ring);
+    for (int d = 0; d < STEPS_AHEAD<SCALES<first, second>, numbers>; d++) walk.put(ring);
     router_share share; /* of the tile that comes first, then of the next one */
     if constexpr (kind == tile_of::HALVES) share.load(a.router, blockIdx.x * SHARE_ROWS);
     const held_norm<STREAM_THREADS> norm(a.x);
@@ -265,7 +265,7 @@ __launch_bounds__(STREAM_THREADS, (FITTING<format, numbers>)) void product_held_
     odd_scales<format, kind>(odd, a.first, tile);
     ring_type ring(shared);
     if (a.unsettled) wait_for_inputs();
-    fill_ring<format, kind, STEPS_AHEAD<numbers>>(ring, a.first, tile, steps);
+    fill_ring<format, kind, STEPS_AHEAD<format, numbers>>(ring, a.first, tile, steps);
     router_share share;
     share.load(a.router, tile * SHARE_ROWS);
     routed_rows routed;
@@ -379,9 +379,10 @@ template <tile_of kind> kl_status most_blocks(size_t shared, unsigned *most, kl_
 }
 
 /* Of tiles of halves: whether each is a block's only one, and all in its ring. */
-template <x_as numbers> bool is_held(const step_arguments &a, unsigned most)
+template <kl_weight_format format, x_as numbers>
+bool is_held(const step_arguments &a, unsigned most)
 {
-    return a.tiles <= most && a.first.w.row_bytes <= STEPS_AHEAD<numbers> * RING_TURN;
+    return a.tiles <= most && a.first.w.row_bytes <= STEPS_AHEAD<format, numbers> * RING_TURN;
 }
 
 template <kl_weight_format first, kl_weight_format second, int N, tile_of kind, x_as numbers>
@@ -393,7 +394,7 @@ kl_status launch(kl_backend *be, const step_arguments &a, kl_error *err)
     unsigned most;
     KL_TRY(most_blocks<kind>(shared, &most, err));
     if constexpr (kind == tile_of::HALVES)
-        if (is_held<numbers>(a, most))
+        if (is_held<first, numbers>(a, most))
             kernel = a.arriving ? product_held_kernel<first, numbers, true>
                                 : product_held_kernel<first, numbers, false>;
     KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
@@ -465,7 +466,7 @@ kl_status kl_cuda_product_step_holds(kl_backend *be, const kl_cuda_product *p, b
         constexpr int SUMS = tile_sums<1, tile_of::HALVES>::FLOATS;
         unsigned most;
         KL_TRY(most_blocks<tile_of::HALVES>(bytes_of<f.value, numbers, SUMS>(a.x), &most, err));
-        *holds = is_held<numbers>(a, most);
+        *holds = is_held<f.value, numbers>(a, most);
         return KL_OK;
     });
 }

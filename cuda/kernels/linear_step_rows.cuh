@@ -14,8 +14,14 @@
 enum class x_as { BF16, OWN, HALVES };
 
 /* Steps on their way: five of halves with scales, all of the model's o, leave room for three
- * blocks. */
-template <x_as numbers> constexpr int STEPS_AHEAD = numbers == x_as::HALVES ? 5 : RING_DEPTH;
+ * blocks; seven where each lane has its scales room for what follows an MLA layer's in-projection,
+ * two blocks of mla_absorb_arriving beside two of these. */
+template <kl_weight_format format>
+constexpr int OWN_STEPS = format == KL_W_INT8 ? RING_DEPTH : 7;
+template <kl_weight_format format, x_as numbers>
+constexpr int STEPS_AHEAD = numbers == x_as::HALVES ? 5
+                            : numbers == x_as::OWN  ? OWN_STEPS<format>
+                                                    : RING_DEPTH;
 
 /* x in shared memory: T rows as bf16, */
 template <kl_weight_format format, x_as numbers> struct step_rows {
@@ -39,7 +45,8 @@ template <kl_weight_format format, x_as numbers> struct step_rows {
 template <kl_weight_format format> struct step_rows<format, x_as::OWN> {
     using row_type = typename numbers_of<format>::row;
     using columns_type = typename numbers_of<format>::walk;
-    using ring_type = typename numbers_of<format>::template ring<STEPS_AHEAD<x_as::OWN>>;
+    using ring_type =
+        typename numbers_of<format>::template ring<STEPS_AHEAD<format, x_as::OWN>>;
     const shared_rows plain;
     const row_type own;
 
@@ -72,7 +79,7 @@ template <kl_weight_format format> struct step_rows<format, x_as::OWN> {
 /* or its two halves. */
 template <kl_weight_format format> struct step_rows<format, x_as::HALVES> {
     using columns_type = ring_halves<format>;
-    using ring_type = weight_ring<format, STEPS_AHEAD<x_as::HALVES>>;
+    using ring_type = weight_ring<format, STEPS_AHEAD<format, x_as::HALVES>>;
     const shared_rows plain;
 
     static __host__ __device__ int bytes_of(int, int cols)
