@@ -112,6 +112,14 @@ __device__ inline void fence_async_proxy()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* All lanes have read what the copy engine may write over from now on. Loads that were only asked for
+ * before an arrival need not be done when others see it: the fence waits for them. */
+__device__ inline void warp_has_read(barrier *b)
+{
+    fence_async_proxy();
+    warp_arrive(b);
+}
+
 /* ---- copies, which one lane asks for, between copies_begin() and copies_end() --------------- */
 
 #ifndef KL_RACECHECK

@@ -46,12 +46,16 @@ __device__ inline void prefetch_choice(const moe_step_arguments &a)
     if (const int i = lane_id() * 32; i < a.rule.E) prefetch_line(a.rule.bias + i);
 }
 
-/* What a block has in shared memory. */
+/* What a block has in shared memory; */
 struct chosen_experts {
     int ids[MAX_STEP_EXPERTS];
     float weights[MAX_STEP_EXPERTS];
-    float scores[FEW_EXPERTS];  /* of all, where the block chooses, */
-    unsigned keys[FEW_EXPERTS]; /* and what they are chosen by */
+};
+
+/* of all, where it chooses: what they are chosen by. */
+struct choice_keys {
+    float scores[FEW_EXPERTS];
+    unsigned keys[FEW_EXPERTS];
 };
 
 __device__ inline lane_keys keys_of(const unsigned *shared)
@@ -62,27 +66,34 @@ __device__ inline lane_keys keys_of(const unsigned *shared)
     return keys;
 }
 
-/* By all threads of a block, without sums; a barrier follows. */
-__device__ inline void choose(const moe_step_arguments &a, chosen_experts &to)
+/* Without sums: by STREAM_THREADS threads; a barrier follows. */
+__device__ inline void share_keys(const moe_step_arguments &a, choice_keys &to)
 {
-    static_assert(FEW_EXPERTS == STREAM_THREADS && MAX_STEP_EXPERTS <= STREAM_THREADS);
+    static_assert(FEW_EXPERTS == STREAM_THREADS);
+    if (a.logits == nullptr) return;
     const int i = threadIdx.x;
-    if (a.logits == nullptr) {
-        if (i >= a.top_k) return;
-        to.ids[i] = __ldcg(a.ids + i);
-        to.weights[i] = __ldcg(a.weights + i);
-        return;
-    }
     const bool inside = i < a.rule.E;
     const float bias = inside && a.rule.bias != nullptr ? __ldcg(a.rule.bias + i) : 0;
     const float score = sigmoid(inside ? __ldcg(a.logits + i) : 0);
     to.scores[i] = score;
     to.keys[i] = inside ? key_of(a.rule.bias != nullptr ? score + bias : score) : TAKEN;
-    __syncthreads();
-    if (warp_id() != 0) return;
-    lane_keys keys = keys_of(to.keys);
+}
+
+/* Then by a warp; another barrier follows. */
+__device__ inline void choose(const moe_step_arguments &a, const choice_keys &from,
+                              chosen_experts &to)
+{
+    if (a.logits == nullptr) {
+#pragma unroll 1
+        for (int i = lane_id(); i < a.top_k; i += WARP) {
+            to.ids[i] = __ldcg(a.ids + i);
+            to.weights[i] = __ldcg(a.weights + i);
+        }
+        return;
+    }
+    lane_keys keys = keys_of(from.keys);
     const expert_choice choice =
-        choose_experts(keys, a.rule, [&](int e) { return to.scores[e]; });
+        choose_experts(keys, a.rule, [&](int e) { return from.scores[e]; });
     if (lane_id() >= a.top_k) return;
     to.ids[lane_id()] = choice.id;
     to.weights[lane_id()] = choice.weight;
@@ -189,10 +200,10 @@ __device__ inline void tell(const moe_step_arguments &a, const shared_choice &ch
                      : "memory");
 }
 
-/* By all threads; a barrier follows. */
+/* By a warp; a barrier follows. */
 __device__ inline void hear(const moe_step_arguments &a, chosen_experts &to)
 {
-    const int i = threadIdx.x;
+    const int i = lane_id();
     if (i >= a.top_k) return;
     uint64_t word;
     do word = load_here(a.sums->told + i);
@@ -212,15 +223,7 @@ template <int ROWS> __device__ float sum_of_warps(const float *sums, int row)
     return sum;
 }
 
-/* Host. */
-
-template <class K>
-kl_status launch_step(K kernel, unsigned blocks, size_t shared, const moe_step_arguments &a,
-                      cudaStream_t stream, kl_error *err)
-{
-    KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
-    return kl_cuda_launch(kernel, blocks, STREAM_THREADS, shared, stream, err, a);
-}
+/* ---- host -------------------------------------------------------------------------------- */
 
 /* The inner products of all experts, if a block of it finds the shared memory; `apart`: see
  * moe_step. */

@@ -130,7 +130,7 @@ template <kl_weight_format format> struct ring_feed {
     }
 
     /* In so many bytes. */
-    static __device__ int groups(int bytes)
+    static __host__ __device__ int groups(int bytes)
     {
         return bytes / 16 * codec::PIECE / codec::GROUP;
     }

@@ -37,6 +37,13 @@ __host__ __device__ inline int turn_scale_bytes(int groups)
     return TURN_ROWS * groups * static_cast<int>(sizeof(bf16));
 }
 
+/* One, in shared memory. */
+__device__ inline float scale_at(const unsigned char *scale)
+{
+    const uint32_t bits = *reinterpret_cast<const uint16_t *>(scale);
+    return __uint_as_float(bits << 16);
+}
+
 template <int DEPTH> struct turn_ring {
     static constexpr int STAGES = DEPTH, SLOT = 2 * TURN_BOX, BYTES = DEPTH * SLOT;
 
@@ -53,11 +60,12 @@ template <int DEPTH> struct turn_ring {
      * before it has been used, and that one is behind the last of the tile whose room it takes. */
     static int rooms_of(int turns) { return 1 + (DEPTH - 1 + turns - 1) / turns; }
 
-    /* By one thread; barrier_init_done() and a barrier follow. */
-    __device__ void init() const
+    /* By one thread; barrier_init_done() and a barrier follow. The copies of a slot begin and end
+     * so many times. */
+    __device__ void init(int times = 1) const
     {
         for (int d = 0; d < DEPTH; d++) {
-            barrier_init(bars.full + d, WARP_ARRIVALS);
+            barrier_init(bars.full + d, times * WARP_ARRIVALS);
             barrier_init(bars.empty + d, STREAM_WARPS * WARP_ARRIVALS);
         }
     }
@@ -132,8 +140,7 @@ template <int DEPTH> struct turn_reader {
     }
 
     /* A tile of rows of so many bytes and groups. */
-    template <kl_weight_format format>
-    __device__ void start(int row_bytes, int groups)
+    template <kl_weight_format format> __device__ void start(int row_bytes, int groups)
     {
         constexpr int SCALE = sizeof(bf16);
         steps = ring_steps(row_bytes);
@@ -160,8 +167,8 @@ template <int DEPTH> struct turn_reader {
         ring_pieces p = {{piece[0], piece[TURN_BOX / 16]}, {1, 1}};
         if constexpr (codec::GROUP > 0) {
             const int at = PARTLY ? min(scale, last) : scale;
-            p.scale[0] = scale_at(at);
-            p.scale[1] = scale_at(at + from_first);
+            p.scale[0] = scale_at(ring.scales + at);
+            p.scale[1] = scale_at(ring.scales + at + from_first);
             scale += ring_feed<format>::groups(RING_TURN) * static_cast<int>(sizeof(bf16));
         }
         release();
@@ -178,14 +185,8 @@ template <int DEPTH> struct turn_reader {
 
     __device__ void release()
     {
-        warp_arrive(ring.bars.empty + place.slot);
+        warp_has_read(ring.bars.empty + place.slot);
         place.advance();
-    }
-
-    __device__ float scale_at(int byte) const
-    {
-        const uint32_t bits = *reinterpret_cast<const uint16_t *>(ring.scales + byte);
-        return __uint_as_float(bits << 16);
     }
 };
 
@@ -197,15 +198,16 @@ inline bool turns_take(const weight_view &w)
     return w.scales == nullptr || (is_aligned(w.scales, 0, 1, 16) && w.rows % TURN_ROWS == 0);
 }
 
-/* A stack of matrices as the boxes of turns. */
-inline kl_status map_turns(const kl_weight &w, box_map *map, kl_error *err)
+/* A stack of matrices as the boxes of turns, or as narrower ones. */
+inline kl_status map_turns(const kl_weight &w, box_map *map, kl_error *err,
+                           int box_bytes = RING_TURN)
 {
     const box_matrix stack = {
         .data = w.data,
         .rows = w.count * w.rows,
         .row_bytes = static_cast<int64_t>(kl_weight_row_bytes(w.format, w.cols)),
         .box_rows = TURN_ROWS,
-        .box_bytes = RING_TURN,
+        .box_bytes = box_bytes,
         .element_bytes = 4,
         .swizzled = false,
         .line_bytes = 128,

@@ -306,6 +306,11 @@ __device__ float add_experts(const moe_step_arguments &a, const pair_list &list,
     return a.n_shared > 0 ? y + sums[row] : y;
 }
 
+struct choice_room {
+    chosen_experts chosen;
+    choice_keys keys;
+};
+
 /* A block's shared memory behind its ring. The choice lies where the sums are later. */
 template <kl_weight_format format> struct apart_layout {
     int turns, visits;
@@ -329,7 +334,7 @@ template <kl_weight_format format> struct apart_layout {
     }
     __host__ __device__ int bytes() const
     {
-        constexpr int CHOICE = static_cast<int>(sizeof(chosen_experts));
+        constexpr int CHOICE = static_cast<int>(sizeof(choice_room));
         const int own = visits * ROW_FLOATS * static_cast<int>(sizeof(float));
         return sums() + (own > CHOICE ? own : CHOICE);
     }
@@ -346,14 +351,16 @@ __global__ __launch_bounds__(STREAM_THREADS, 2 * RING_BLOCKS) void moe_step_apar
     auto *const turns = reinterpret_cast<visit_turn *>(shared + layout.list());
     auto *const scales = reinterpret_cast<uint32_t *>(shared + layout.scales());
     auto *const sums = reinterpret_cast<float *>(shared + layout.sums());
-    auto &chosen = *reinterpret_cast<chosen_experts *>(sums);
+    auto &choice = *reinterpret_cast<choice_room *>(sums);
     apart_ring<format> ring(shared);
     let_next_start();
     if (a.unsettled) wait_for_inputs(); /* scales come through the L1 */
-    choose(a, chosen);
+    share_keys(a, choice.keys);
+    __syncthreads();
+    if (warp_id() == 0) choose(a, choice.keys, choice.chosen);
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * layout.turns; i += STREAM_THREADS)
-        turns[i] = turn_of<format>(a, chosen, list, i / 2, i % 2);
+        turns[i] = turn_of<format>(a, choice.chosen, list, i / 2, i % 2);
     __syncthreads();
     turn_scales<format> asked;
     asked.ask(turns, layout.turns);
@@ -398,8 +405,10 @@ kl_status kl_cuda_moe_step_apart(const moe_step_arguments &a, kl_weight_format f
                                  cudaStream_t stream, kl_error *err)
 {
     return with_format(format, [&](auto f) {
-        return launch_step(
-            moe_step_apart_kernel<f.value>, static_cast<unsigned>(a.w2.rows / EACH),
-            static_cast<size_t>(apart_layout<f.value>(a).bytes()), a, stream, err);
+        const auto kernel = moe_step_apart_kernel<f.value>;
+        KL_TRY(kl_cuda_allow_shared(kernel, RING_MOST_SHARED, err));
+        return kl_cuda_launch(kernel, static_cast<unsigned>(a.w2.rows / EACH), STREAM_THREADS,
+                              static_cast<size_t>(apart_layout<f.value>(a).bytes()), stream,
+                              err, a);
     });
 }
