@@ -44,6 +44,12 @@ __device__ inline float scale_at(const unsigned char *scale)
     return __uint_as_float(bits << 16);
 }
 
+/* A word of each load. */
+__device__ inline uint32_t piece_words(const ring_pieces &p)
+{
+    return p.raw[0].x ^ p.raw[1].x;
+}
+
 template <int DEPTH> struct turn_ring {
     static constexpr int STAGES = DEPTH, SLOT = 2 * TURN_BOX, BYTES = DEPTH * SLOT;
 
@@ -171,7 +177,7 @@ template <int DEPTH> struct turn_reader {
             p.scale[1] = scale_at(ring.scales + at + from_first);
             scale += ring_feed<format>::groups(RING_TURN) * static_cast<int>(sizeof(bf16));
         }
-        release();
+        release(piece_words(p));
         return p;
     }
 
@@ -180,12 +186,12 @@ template <int DEPTH> struct turn_reader {
     {
         if (steps == turns) return;
         barrier_wait(ring.bars.full + place.slot, place.phase);
-        release();
+        release(0);
     }
 
-    __device__ void release()
+    __device__ void release(uint32_t read)
     {
-        warp_has_read(ring.bars.empty + place.slot);
+        warp_has_read(ring.bars.empty + place.slot, read);
         place.advance();
     }
 };

@@ -349,7 +349,7 @@ template <kl_weight_format format> struct out_reader {
             p.scale[0] = scale_at(scale);
             p.scale[1] = scale_at(scale + box.second);
         }
-        warp_has_read(full + ring_type::STAGES);
+        warp_has_read(full + ring_type::STAGES, piece_words(p));
         advance();
         weight = box.weight;
         return p;
