@@ -17,9 +17,8 @@
  *              second halves, both; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     in a step (context 1024), from the end of the kernel before: H200, bf16 10.6 us,
- *              93 % of 4.3 TB/s (2026-11-23). H100, before the choice was told: int8 10.4, int4
- *              9.3 (2026-11-22). All with copies by each lane
+ * Measured     in a step (context 1024), from the end of the kernel before: H200, bf16 11.9 us,
+ *              83 % of 4.3 TB/s; H100, int8 8.8, int4 8.2 (2026-11-24)
  */
 #include "../device/halves.cuh"
 #include "../device/moe_step.cuh"
