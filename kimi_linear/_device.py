@@ -49,7 +49,6 @@ class Choice:
     dtype: str
     plan: MemoryPlan
     notes: tuple[str, ...]
-    batch_invariant: bool
 
 
 def check_options(
@@ -153,4 +152,4 @@ def _choose_dtype(
             f"{gib(plan.free)} (pass dtype= to choose)",
             stacklevel=4,
         )
-    return Choice(backend, dtype, plan, notes, options.batch_invariant or not on_cuda)
+    return Choice(backend, dtype, plan, notes)

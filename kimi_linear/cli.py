@@ -187,7 +187,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
     group.add_argument("--ignore-eos", action="store_true")
-    text = "tokens guessed at a time, from what repeats itself (on CUDA: --batch-invariant)"
+    text = "tokens guessed at a time, from what repeats itself; the answer stays the same"
     group.add_argument("--speculate", type=int, default=0, metavar="N", help=text)
 
 

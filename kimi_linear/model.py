@@ -204,7 +204,6 @@ class Model(Inspection):
         self.path = path
         self.fingerprint = fingerprint
         self._engine = engine
-        self._batch_invariant = choice.batch_invariant
         self._kernels = choice.backend.info()
         self._tokenizer = tokenizer
         self._notes = (*config.notes, *choice.notes, *notes)
@@ -255,8 +254,8 @@ class Model(Inspection):
         NumPy views, returns logits or changes them in place. speculate=0: n lets each step
         guess up to n more tokens (15 at most), where the last two stood in prompt or answer
         before, and keep those that it would have drawn: text that repeats itself comes faster,
-        other text may come slower. The answer stays the same to the bit, however it is sampled;
-        on CUDA it needs batch_invariant=True.
+        other text may come slower. The answer stays the same, however it is sampled: to the bit
+        on the CPU, on CUDA with batch_invariant=True, else a near tie may fall the other way.
         progress: callable(done, total) over prompt tokens.
 
         Raises ValueError or TypeError naming the argument, NumericalError for logits that are
@@ -365,14 +364,7 @@ class Model(Inspection):
         known = SamplingOptions.__annotations__
         if unknown := set(sampling) - set(known):
             raise TypeError(f"{min(unknown)}: must be one of {', '.join(known)}")
-        checked = check_sampling(self.config.vocab_size, self._stop_ids, **sampling)
-        if checked.speculate and not self._batch_invariant:
-            raise ValueError(
-                f"speculate: must be 0 on CUDA unless the model was loaded with "
-                f"batch_invariant=True, for else tokens that are verified together round "
-                f"otherwise than one by one, got {checked.speculate}"
-            )
-        return checked
+        return check_sampling(self.config.vocab_size, self._stop_ids, **sampling)
 
     def _complete(
         self,

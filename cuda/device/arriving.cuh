@@ -24,8 +24,8 @@
  * In an MLA layer of a single token linear_pair lets the first of mla_decode's three kernels start
  * likewise, and each of these the next one, and the last one o: again what came before linear_pair
  * is complete when a block of any starts. Beside words they write
- *   - blanks, over what the pieces' results will be: the first kernel, each block before words of its
- *     own: those of the second store, and those of the third look, when they have seen these words.
+ *   - blanks, over what the pieces' results will be: the first kernel, before it lets others start;
+ *     those of the second read words of it, and those of the third start behind them.
  *   - the token's own latents: the second kernel, in memory that no other one of the layer reads.
  */
 #ifndef KL_CUDA_DEVICE_ARRIVING_H

@@ -112,17 +112,6 @@ __device__ inline void fence_async_proxy()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/* A warp has read what the copy engine may write over from now on. Loads that were only asked for before
- * an arrival need not be done when others see it. So its address has a term that is 0, but that
- * nobody knows before the loads are there: `word` is of them all. A fence would wait, too, and for
- * more. */
-__device__ inline void warp_has_read(barrier *b, uint32_t word)
-{
-    const float zero = fabsf(fminf(__uint_as_float(word) * 0.0f, 0.0f)); /* of NaN, too */
-    warp_arrive(
-        reinterpret_cast<barrier *>(reinterpret_cast<char *>(b) + __float_as_uint(zero)));
-}
-
 /* ---- copies, which one lane asks for, between copies_begin() and copies_end() --------------- */
 
 #ifndef KL_RACECHECK

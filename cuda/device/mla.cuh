@@ -28,7 +28,6 @@ constexpr int MLA_TENSOR_HEADS = 32; /* of a block of mla_decode_{tensor,fp8}.cu
 constexpr int MLA_TENSOR_STAGES = 3; /* its pages on their way or in use */
 constexpr int MLA_PACKED_STAGES = 4; /* the same, of 8-bit pages */
 constexpr int MLA_PAGES = 64;        /* of a token whose inputs are arriving, at most */
-constexpr int MLA_QUERY_TILE = 64;   /* channels of its query that a block makes */
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __host__ __device__ inline long long mla_divide_up(long long a, long long b)

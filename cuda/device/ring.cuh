@@ -38,6 +38,7 @@
 
 #include "../product.h"
 #include "arriving.cuh"
+#include "barrier.cuh"
 #include "math.cuh"
 #include "stream.cuh"
 #include "wide.cuh"
@@ -336,6 +337,12 @@ __device__ void ring_multiply(float (&acc)[N][4], const ring_pieces &p,
 
 /* ---- bringing x ------------------------------------------------------------------------ */
 
+/* A barrier of the threads that bring x, of a block that may have others. */
+template <int threads> __device__ void rows_barrier()
+{
+    barrier_of_threads<1, threads>();
+}
+
 /* x [T, cols], bf16 or float, or with a norm_weight the norm of that. */
 struct row_source {
     const void *x;
@@ -479,7 +486,7 @@ __device__ void norm_rows(const shared_rows &to, const row_source &s,
             const float sum = squares_of_units<STRIDE>(row, first, units, s.cols);
             if (lane_id() == 0) sums[t * NORM_SUMS + first / WARP] = sum;
         }
-    __syncthreads();
+    rows_barrier<threads>();
 #pragma unroll 1
     for (int t = 0; t < s.T; t++) {
         float sum = 0;

@@ -44,12 +44,6 @@ __device__ inline float scale_at(const unsigned char *scale)
     return __uint_as_float(bits << 16);
 }
 
-/* A word of each load. */
-__device__ inline uint32_t piece_words(const ring_pieces &p)
-{
-    return p.raw[0].x ^ p.raw[1].x;
-}
-
 template <int DEPTH> struct turn_ring {
     static constexpr int STAGES = DEPTH, SLOT = 2 * TURN_BOX, BYTES = DEPTH * SLOT;
 
@@ -177,7 +171,7 @@ template <int DEPTH> struct turn_reader {
             p.scale[1] = scale_at(ring.scales + at + from_first);
             scale += ring_feed<format>::groups(RING_TURN) * static_cast<int>(sizeof(bf16));
         }
-        release(piece_words(p));
+        release();
         return p;
     }
 
@@ -186,12 +180,12 @@ template <int DEPTH> struct turn_reader {
     {
         if (steps == turns) return;
         barrier_wait(ring.bars.full + place.slot, place.phase);
-        release(0);
+        release();
     }
 
-    __device__ void release(uint32_t read)
+    __device__ void release()
     {
-        warp_has_read(ring.bars.empty + place.slot, read);
+        warp_arrive(ring.bars.empty + place.slot);
         place.advance();
     }
 };

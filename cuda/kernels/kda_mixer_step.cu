@@ -35,14 +35,9 @@ constexpr int ROWS = 8, WARPS = 16, THREADS = WARPS * WARP;
 constexpr int SIDE = MIXER_SIDE; /* threads that share a role */
 static_assert(THREADS == 4 * SIDE && WARPS * ROWS == SIDE);
 
-/* Registers, as threads of which a multiprocessor would hold two blocks: what two blocks of the
- * in-projection leave. Those of 64 a thread leave 64, int4's of 72 leave 56. fp8 would find room
- * with 64, too, but where it waits, the compiler then keeps weights in local memory across that;
- * where inputs arrive, it keeps those of the convolution there with 56. */
-template <kl_weight_format format, bool arriving>
-constexpr int BOUND = format == KL_W_INT4 || (format == KL_W_FP8 && !arriving)
-                          ? THREADS + 2 * WARP
-                          : THREADS;
+/* Registers, as threads of which a multiprocessor would hold two blocks: 56, what two blocks of the
+ * in-projection leave (linear_step_turns.cuh). */
+constexpr int BOUND = THREADS + 2 * WARP;
 
 constexpr int LOW_PIECES = SIDE / 8; /* of 16 bytes: f_low, and then g_low, are as many */
 
@@ -405,7 +400,7 @@ __device__ inline void finish(const mixer_arguments &a, const place &at, head &s
 }
 
 template <kl_weight_format format, bool arriving>
-__global__ __launch_bounds__((BOUND<format, arriving>),
+__global__ __launch_bounds__(BOUND,
                              2) void kda_mixer_step_kernel(__grid_constant__ const arguments p)
 {
     __shared__ __align__(16) head s;

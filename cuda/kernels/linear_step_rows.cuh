@@ -14,14 +14,12 @@
 enum class x_as { BF16, OWN, HALVES };
 
 /* Steps on their way: five of halves with scales, all of the model's o, leave room for three
- * blocks; seven where each lane has its scales room for what follows an MLA layer's in-projection,
- * two blocks of mla_absorb_arriving beside two of these. */
-template <kl_weight_format format>
-constexpr int OWN_STEPS = format == KL_W_INT8 ? RING_DEPTH : 7;
-template <kl_weight_format format, x_as numbers>
-constexpr int STEPS_AHEAD = numbers == x_as::HALVES ? 5
-                            : numbers == x_as::OWN  ? OWN_STEPS<format>
-                                                    : RING_DEPTH;
+ * blocks. */
+template <x_as numbers> constexpr int STEPS_AHEAD = numbers == x_as::HALVES ? 5 : RING_DEPTH;
+
+/* Of the two formats that with scales. */
+template <kl_weight_format first, kl_weight_format second>
+constexpr kl_weight_format SCALES = weight_codec<first>::GROUP > 0 ? first : second;
 
 /* x in shared memory: T rows as bf16, */
 template <kl_weight_format format, x_as numbers> struct step_rows {
@@ -45,8 +43,7 @@ template <kl_weight_format format, x_as numbers> struct step_rows {
 template <kl_weight_format format> struct step_rows<format, x_as::OWN> {
     using row_type = typename numbers_of<format>::row;
     using columns_type = typename numbers_of<format>::walk;
-    using ring_type =
-        typename numbers_of<format>::template ring<STEPS_AHEAD<format, x_as::OWN>>;
+    using ring_type = typename numbers_of<format>::template ring<STEPS_AHEAD<x_as::OWN>>;
     const shared_rows plain;
     const row_type own;
 
@@ -72,14 +69,14 @@ template <kl_weight_format format> struct step_rows<format, x_as::OWN> {
             if (u < units) raw = row_type::load(plain, u);
             own.put(u, raw, u < units);
         }
-        __syncthreads();
+        rows_barrier<STREAM_THREADS>();
     }
 };
 
 /* or its two halves. */
 template <kl_weight_format format> struct step_rows<format, x_as::HALVES> {
     using columns_type = ring_halves<format>;
-    using ring_type = weight_ring<format, STEPS_AHEAD<format, x_as::HALVES>>;
+    using ring_type = weight_ring<format, STEPS_AHEAD<x_as::HALVES>>;
     const shared_rows plain;
 
     static __host__ __device__ int bytes_of(int, int cols)

@@ -155,6 +155,23 @@ struct routed_rows {
     }
 };
 
+struct step_arguments {
+    row_source x;
+    step_product first, second;
+    unsigned first_tiles, tiles; /* of the first product, of both */
+    bool unsettled;              /* one of the weights, or the router */
+    bool arriving;               /* x: of product_held_kernel */
+    router_work router;          /* of tiles of halves that add to a residual */
+};
+
+/* Whose the tile is; `tile` becomes its number in that product. */
+__device__ inline const step_product &product_of(const step_arguments &a, unsigned &tile)
+{
+    if (tile < a.first_tiles) return a.first;
+    tile -= a.first_tiles;
+    return a.second;
+}
+
 } // namespace
 
 #endif

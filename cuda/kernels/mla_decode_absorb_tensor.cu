@@ -33,7 +33,7 @@ constexpr int Q_PIECES = NOPE / 8; /* of 16 bytes in a row */
 
 /* Of 8-bit pages a block has all channels of a group, which share their unit. */
 template <bool packed> struct block {
-    static constexpr int COLS = packed ? KL_LATENTS_GROUP : MLA_QUERY_TILE; /* channels */
+    static constexpr int COLS = packed ? KL_LATENTS_GROUP : 64; /* channels */
     static constexpr int WARPS = COLS / 16, THREADS = WARPS * WARP;
     static constexpr int TILES = RANK / COLS;
     static constexpr int W_PIECES = COLS / 8;
@@ -41,14 +41,10 @@ template <bool packed> struct block {
 };
 
 /* Pieces of a row lie in another order in each of eight rows: ldmatrix meets all banks. */
-template <bool packed, int rows = ROWS> struct shared_memory {
+template <bool packed> struct shared_memory {
     uint4 weights[NOPE][block<packed>::W_PIECES];
-    uint4 q[rows][Q_PIECES];
+    uint4 q[ROWS][Q_PIECES];
 };
-
-/* Of a single token: as many rows as ldmatrix reads. With no more, two blocks find room beside two
- * of the in-projection of int8 (93 KB each), and the 256 of all heads are there before q is. */
-using shared_memory_of_one = shared_memory<false, 8>;
 
 /* The blocks before those that multiply. */
 struct errands {
@@ -70,20 +66,17 @@ template <bool packed> struct tile {
     }
 };
 
-template <bool packed, int rows>
+template <bool packed>
 __device__ void bring_weights(const mla_arguments &a, const tile<packed> &t,
-                              shared_memory<packed, rows> &s)
+                              shared_memory<packed> &s)
 {
     constexpr int W_PIECES = block<packed>::W_PIECES, THREADS = block<packed>::THREADS;
-    constexpr int EACH = THREADS / W_PIECES; /* rows at a time, whose pieces lie in one order */
-    static_assert(EACH % 8 == 0 && NOPE % EACH == 0);
-    const unsigned row = threadIdx.x / W_PIECES, piece = threadIdx.x % W_PIECES;
-    const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) + (t.h * (NOPE + a.V) + row) * RANK +
-                    t.first + piece * 8;
-    uint4 *const to = &s.weights[row][piece ^ row % 8];
+    const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) + t.h * (NOPE + a.V) * RANK + t.first;
 #pragma unroll
-    for (int i = 0; i < NOPE / EACH; i++)
-        copy_async(to + i * THREADS, w + i * EACH * RANK, true);
+    for (int i = threadIdx.x; i < NOPE * W_PIECES; i += THREADS) {
+        const int row = i / W_PIECES, piece = i % W_PIECES;
+        copy_async(&s.weights[row][piece ^ row % 8], w + row * RANK + piece * 8, true);
+    }
 }
 
 template <bool packed>
@@ -99,8 +92,8 @@ __device__ void bring_queries(const mla_arguments &a, const tile<packed> &t,
 }
 
 /* Operand A: the warp's 16 channels by the channels of q, which are the rows in memory. */
-template <bool packed, int rows>
-__device__ void load_weights(const shared_memory<packed, rows> &s, uint32_t (&w)[STEPS][4])
+template <bool packed>
+__device__ void load_weights(const shared_memory<packed> &s, uint32_t (&w)[STEPS][4])
 {
     const int lane = lane_id(), piece = 2 * warp_id() + lane / 8 % 2;
 #pragma unroll
@@ -111,8 +104,8 @@ __device__ void load_weights(const shared_memory<packed, rows> &s, uint32_t (&w)
 }
 
 /* acc[0], acc[1]: channel lane / 4 of rows 2 (lane % 4) and the next one; then channel + 8. */
-template <bool packed, int rows>
-__device__ void multiply(const shared_memory<packed, rows> &s, int row0,
+template <bool packed>
+__device__ void multiply(const shared_memory<packed> &s, int row0,
                          const uint32_t (&w)[STEPS][4], float (&acc)[4])
 {
     const int lane = lane_id(), row = row0 + lane % 8;
@@ -308,56 +301,37 @@ __global__ __launch_bounds__(
 
 /* ---- a single token whose q is arriving -------------------------------------------------- */
 
-/* The pages, of which the attention's blocks have one each: into the L2. */
-__device__ void ask_for_all_pages(const mla_arguments &a, int pages)
+/* What becomes of the pieces is written behind this, by those who see words of this block. */
+__device__ void make_blanks(const mla_arguments &a)
 {
-    constexpr uint32_t BYTES = KL_PAGE_TOKENS * WIDTH * sizeof(bf16);
-    if (threadIdx.x > 0) return;
-#pragma unroll 1
-    for (int p = static_cast<int>(blockIdx.x); p < pages; p += static_cast<int>(gridDim.x)) {
-        const long long page = load_here(a.block_table + p);
-        prefetch_l2(static_cast<const char *>(a.pages) + page * BYTES, BYTES);
-    }
-}
-
-/* What becomes of the pieces' results of the block's head and channels is written or looked for by
- * those who have seen words of this block, which it stores behind this; tile 0 has the head's maxima
- * and sums, too. */
-__device__ void make_blanks(const mla_arguments &a, const tile<false> &t, int pages)
-{
-    constexpr int THREADS = block<false>::THREADS, EACH = block<false>::COLS / 4;
-    static_assert(MLA_PAGES <= THREADS);
-    const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll 1
-    for (int p = thread / EACH; p < pages; p += THREADS / EACH) {
-        float *const of_page = a.context + (p * a.H + t.h) * RANK + t.first;
-        reinterpret_cast<uint4 *>(of_page)[thread % EACH] = {~0u, ~0u, ~0u, ~0u};
-    }
-    const long long at = t.h * MLA_PAGES + thread;
-    if (t.first == 0 && thread < MLA_PAGES)
-        a.max[at] = a.sum[at] = __uint_as_float(BLANK_FLOAT);
+    constexpr int THREADS = block<false>::THREADS;
+    const long long pages = mla_pages_of(__ldcg(a.lengths)), all = pages * a.H * (RANK / 4);
+    const long long first = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
+    const long long step = static_cast<long long>(gridDim.x) * THREADS;
+    for (long long i = first; i < all; i += step)
+        reinterpret_cast<uint4 *>(a.context)[i] = {~0u, ~0u, ~0u, ~0u};
+    for (long long i = first; i < a.H * MLA_PAGES; i += step)
+        a.max[i] = a.sum[i] = __uint_as_float(BLANK_FLOAT);
     __threadfence();
     __syncthreads();
 }
 
 /* The first warp the channels that are absorbed, the second one the others. */
 __device__ void receive_query(const mla_arguments &a, const tile<false> &t,
-                              shared_memory_of_one &s)
+                              shared_memory<false> &s)
 {
     const bf16 *q = static_cast<const bf16 *>(a.q) + t.h * (NOPE + ROPE);
-    const int lane = lane_id(), step = lane / 4, pair = lane % 4;
+    const int lane = lane_id();
     if (warp_id() == 0 && lane < Q_PIECES)
         s.q[0][lane] = await(reinterpret_cast<const uint4 *>(q) + lane);
     if (warp_id() != 1 || t.first > 0 || lane >= ROPE / 4) return;
+    const int step = lane / 4, pair = lane % 4;
     const uint32_t *from = reinterpret_cast<const uint32_t *>(q + NOPE + 16 * step + 2 * pair);
-    uint4 *to = query_place(a, 0, t.h, RANK / 16 + step, pair);
-    asm volatile("" : "+l"(to)); /* known before q is there */
     const float factor = a.scale * LOG2_E;
-    uint32_t first, second;
-    do first = load_here(from), second = load_here(from + 4);
-    while (!is_there(first) || !is_there(second));
-    store_query(to, {{low_half(first) * factor, high_half(first) * factor},
-                     {low_half(second) * factor, high_half(second) * factor}});
+    const uint32_t first = await(from), second = await(from + 4);
+    store_query(query_place(a, 0, t.h, RANK / 16 + step, pair),
+                {{low_half(first) * factor, high_half(first) * factor},
+                 {low_half(second) * factor, high_half(second) * factor}});
 }
 
 __global__ __launch_bounds__(
@@ -365,15 +339,14 @@ __global__ __launch_bounds__(
     block<false>::PER_MULTIPROCESSOR) void mla_absorb_arriving(__grid_constant__ const
                                                                    mla_arguments a)
 {
-    __shared__ shared_memory_of_one s;
+    __shared__ shared_memory<false> s;
     const tile<false> t(a, blockIdx.x);
-    let_next_start(); /* at once: the attention's blocks have their pages to bring */
     if (a.unsettled) wait_for_inputs();
     bring_weights(a, t, s);
     copy_commit();
-    const int pages = static_cast<int>(mla_pages_of(load_here(a.lengths)));
-    ask_for_all_pages(a, pages);
-    make_blanks(a, t, pages);
+    make_blanks(a);
+    let_next_start();
+    if (warp_id() == 2) ask_for_pages<false>(a, static_cast<int>(blockIdx.x));
     uint4 *to = query_place(a, 0, t.h, t.first / 16 + warp_id(), lane_id() / 8);
     asm volatile("" : "+l"(to)); /* known before q is there */
     uint32_t w[STEPS][4];

@@ -35,20 +35,8 @@ __device__ void await_q(const mla_arguments &a, long long h)
     await_by_one(static_cast<const bf16 *>(a.q) + (h + 1) * (a.nope + a.rope) - 1);
 }
 
-/* Until blanks are there of the head's maxima and sums, which the query's first tile makes, and of
- * this block's channels, which their own tiles make: each stores words of the query behind these.
- * Before, results of another layer are there. */
-__device__ void await_blanks(const mla_arguments &a, long long h)
-{
-    constexpr int TILE = MLA_QUERY_TILE, TILES = CHANNELS / TILE;
-    const int lane = lane_id();
-    const int channel = lane == 0 ? 0 : block_of_cluster() * CHANNELS + (lane - 1) * TILE;
-    if (lane <= TILES)
-        await(reinterpret_cast<const uint4 *>(a.query) + mla_query_place(a, 0, h, channel) / 8);
-    __syncwarp();
-}
-
-/* The factors of a head's pages. */
+/* The factors of a head's pages. Before they can be known the query is there: until then a word of
+ * that is looked at. */
 __device__ void await_factors(const mla_arguments &a, int count, long long h, float *factors)
 {
     constexpr int EACH = MLA_PAGES / WARP;
@@ -56,6 +44,7 @@ __device__ void await_factors(const mla_arguments &a, int count, long long h, fl
     const uint32_t *const sums = reinterpret_cast<const uint32_t *>(a.sum) + h * MLA_PAGES;
     float max[EACH], sum[EACH];
     bool all;
+    await_by_one(reinterpret_cast<const uint4 *>(a.query) + mla_query_place(a, 0, h, 0) / 8);
     do {
         all = true;
 #pragma unroll
@@ -83,7 +72,6 @@ __device__ float4 merge_arriving(const mla_arguments &a, int count, long long h,
         lane_id();
     uint4 x[TURNS];
     float4 acc = {};
-    await_blanks(a, h);
     await_factors(a, count, h, factors);
     await_all<floats>(from, RUNS * static_cast<int>(a.H) * (RANK / 4),
                       (count - run + RUNS - 1) / RUNS, x);
@@ -106,14 +94,13 @@ __global__ __cluster_dims__(CLUSTER, 1, 1)
     extern __shared__ __align__(16) char memory[];
     shared_memory<1> &s = *reinterpret_cast<shared_memory<1> *>(memory);
     const long long h = blockIdx.x / CLUSTER;
-    const int length = load_here(a.lengths); /* looked at later, not before q */
+    const int pages = static_cast<int>(mla_pages_of(__ldcg(a.lengths)));
     bf16 *to =
         static_cast<bf16 *>(a.out) + h * OUTS + block_of_cluster() * OUT_QUARTER + threadIdx.x;
     asm volatile("" : "+l"(to)); /* known before the pages' results are there */
     await_q(a, h);
     begin(a, h, 1, s);
     let_next_start();
-    const int pages = static_cast<int>(mla_pages_of(length));
     reinterpret_cast<float4 *>(s.parts[warp_id()])[lane_id()] =
         merge_arriving(a, pages, h, warp_id(), s.factors[warp_id()]);
     copy_wait<0>();

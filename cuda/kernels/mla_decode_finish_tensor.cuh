@@ -160,16 +160,13 @@ template <int runs> __device__ void add_parts(int rows, shared_memory<runs> &s)
 template <int runs>
 __device__ void bring_weights(const mla_arguments &a, long long h, shared_memory<runs> &s)
 {
-    constexpr int ROWS = THREADS / PIECES; /* at a time, whose pieces lie in one order */
-    static_assert(ROWS % 8 == 0 && OUTS % ROWS == 0);
-    const unsigned row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
     const bf16 *w = static_cast<const bf16 *>(a.w_kv_b) +
-                    (h * (a.nope + OUTS) + a.nope + row) * RANK +
-                    block_of_cluster() * CHANNELS + piece * 8;
-    uint4 *const to = &s.weights[row][piece ^ row % 8];
+                    (h * (a.nope + OUTS) + a.nope) * RANK + block_of_cluster() * CHANNELS;
 #pragma unroll
-    for (int i = 0; i < OUTS / ROWS; i++)
-        copy_async(to + i * THREADS, w + i * ROWS * RANK, true);
+    for (int i = threadIdx.x; i < OUTS * PIECES; i += THREADS) {
+        const int row = i / PIECES, piece = i % PIECES;
+        copy_async(&s.weights[row][piece ^ row % 8], w + row * RANK + piece * 8, true);
+    }
     copy_commit();
 }
 
@@ -230,13 +227,13 @@ template <int runs>
 __device__ void begin(const mla_arguments &a, long long h, int rows, shared_memory<runs> &s)
 {
     if (a.unsettled) wait_for_inputs();
-    if (threadIdx.x == 0) { /* before the copies, for which its fence might wait */
+    bring_weights(a, h, s);
+    if (threadIdx.x == 0) {
         barrier_init(&s.outs, 1);
         barrier_init_done();
         barrier_arrive_expecting(&s.outs, CLUSTER * rows * OUT_QUARTER * 4);
     }
     __syncwarp();
-    bring_weights(a, h, s);
     cluster_arrive();
 }
 

@@ -17,8 +17,9 @@
  *              second halves, both; then warps in order
  * Roofline     the weights of the experts chosen, once: 9 * 4.7 MB for the model in bf16, 14 us at
  *              3.0 TB/s
- * Measured     in a step (context 1024), from the end of the kernel before: H200, bf16 11.9 us,
- *              83 % of 4.3 TB/s; H100, int8 8.8, int4 8.2 (2026-11-24)
+ * Measured     in a step (context 1024), from the end of the kernel before: H200, bf16 10.6 us,
+ *              93 % of 4.3 TB/s (2026-11-23). H100, before the choice was told: int8 10.4, int4
+ *              9.3 (2026-11-22). All with copies by each lane
  */
 #include "../device/halves.cuh"
 #include "../device/moe_step.cuh"
@@ -348,7 +349,7 @@ template <kl_weight_format format> struct out_reader {
             p.scale[0] = scale_at(scale);
             p.scale[1] = scale_at(scale + box.second);
         }
-        warp_has_read(full + ring_type::STAGES, piece_words(p));
+        warp_arrive(full + ring_type::STAGES);
         advance();
         weight = box.weight;
         return p;

@@ -229,20 +229,6 @@ def test_wrong_arguments_are_named(model):
         assert s.token_ids == before
 
 
-def test_only_where_answers_stay_the_same(device):
-    """On CUDA a token alone and several together differ by rounding, unless asked not to."""
-    with kl.load(device=device, max_context=512, max_batch=2) as model:
-        if device == "cpu":
-            assert both(model.generate, ROUND, **ASK).stats.accepted > 10
-            return
-        for call in (model.generate, model.stream, model.state().generate):
-            with pytest.raises(ValueError, match="speculate: must be 0 on CUDA unless .*, got 8"):
-                call(ROUND, **ASK, speculate=8)
-        with kl.Engine(model) as engine, pytest.raises(ValueError, match="batch_invariant=True"):
-            engine.submit(ROUND, **ASK, speculate=8)
-        assert len(model.generate(ROUND, **ASK).token_ids) == 70
-
-
 def test_logits_that_are_not_finite(model):
     """One of two ends, the other has its tokens: as without guesses."""
     with kl.Engine(model) as engine:
